@@ -1,0 +1,91 @@
+"""Every error hatrack raises on purpose, each with the exit code a shell sees.
+
+    HatrackError                  exit 2: the input was wrong, or was refused
+    ├── RecipeError(ValueError)     an option: unknown, out of range, or at odds with another
+    ├── BaseError(ValueError)       a base that is not there, has no weights, or cannot be used
+    ├── DataError(ValueError)       data files and their rows; carries every complaint at once
+    ├── TargetError(ValueError)     layer names that match nothing
+    ├── AdapterError(ValueError)    an adapter folder that is missing, damaged or does not fit
+    │   └── WrongBase                 ... because it belongs to another base
+    ├── MachineError(RuntimeError)  exit 1: the machine failed: disk full, out of memory, no network
+    └── Interrupted                 exit 130: stopped by the person, with a checkpoint saved
+"""
+
+from collections.abc import Sequence
+
+SHOWN_COMPLAINTS = 10
+
+
+class HatrackError(Exception):
+    """An error a person can act on: what was asked, what was found, how to fix it.
+
+    >>> str(HatrackError("r must be at least 1", got=0, fix="use --r 8"))
+    'r must be at least 1; got 0; fix: use --r 8'
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, got: object = None, fix: str | None = None) -> None:
+        self.what, self.got, self.fix = what, got, fix
+        parts = [what]
+        if got is not None:
+            parts.append(f"got {got}")
+        if fix is not None:
+            parts.append(f"fix: {fix}")
+        super().__init__("; ".join(parts))
+
+
+class RecipeError(HatrackError, ValueError):
+    """An option is unknown, out of range, or at odds with another one."""
+
+
+class BaseError(HatrackError, ValueError):
+    """A base model is not where it was said to be, has no weights, or cannot do the task."""
+
+
+class DataError(HatrackError, ValueError):
+    """Rows that cannot be learned from.
+
+    Holds every complaint (`complaints`); the message shows the first ten and how many more there are.
+    A single complaint stays on one line.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, fix: str | None = None, complaints: Sequence[str] = ()
+    ) -> None:
+        self.complaints = list(complaints)
+        shown = self.complaints[:SHOWN_COMPLAINTS]
+        more = len(self.complaints) - len(shown)
+        if len(shown) == 1:
+            what = f"{what}: {shown[0]}"
+            shown = []
+        super().__init__(what, got=got, fix=fix)
+        if shown:
+            lines = [str(self), *(f"  {line}" for line in shown)]
+            if more:
+                lines.append(f"  ... and {more:,} more")
+            self.args = ("\n".join(lines),)
+
+
+class TargetError(HatrackError, ValueError):
+    """A target layer name matches nothing in this model."""
+
+
+class AdapterError(HatrackError, ValueError):
+    """An adapter folder is missing, damaged, or does not fit the model."""
+
+
+class WrongBase(AdapterError):
+    """An adapter was asked onto a base it was not trained on."""
+
+
+class MachineError(HatrackError, RuntimeError):
+    """The machine failed, not the input: the disk is full, memory ran out, a download broke."""
+
+    exit_code = 1
+
+
+class Interrupted(HatrackError):
+    """The person stopped the run; what was learned so far is in a checkpoint."""
+
+    exit_code = 130

