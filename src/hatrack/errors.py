@@ -1,14 +1,14 @@
 """Every error hatrack raises on purpose, each with the exit code a shell sees.
 
-    HatrackError                  exit 2: the input was wrong, or was refused
-    ├── RecipeError(ValueError)     an option: unknown, out of range, or at odds with another
-    ├── BaseError(ValueError)       a base that is not there, has no weights, or cannot be used
-    ├── DataError(ValueError)       data files and their rows; carries every complaint at once
-    ├── TargetError(ValueError)     layer names that match nothing
-    ├── AdapterError(ValueError)    an adapter folder that is missing, damaged or does not fit
-    │   └── WrongBase                 ... because it belongs to another base
-    ├── MachineError(RuntimeError)  exit 1: the machine failed: disk full, out of memory, no network
-    └── Interrupted                 exit 130: stopped by the person, with a checkpoint saved
+HatrackError                  exit 2: the input was wrong, or was refused
+├── RecipeError(ValueError)     an option: unknown, out of range, or at odds with another
+├── BaseError(ValueError)       a base that is not there, has no weights, or cannot be used
+├── DataError(ValueError)       data files and their rows; carries every complaint at once
+├── TargetError(ValueError)     layer names that match nothing
+├── AdapterError(ValueError)    an adapter folder that is missing, damaged or does not fit
+│   └── WrongBase                 ... because it belongs to another base
+├── MachineError(RuntimeError)  exit 1: the machine failed: disk full, out of memory, no network
+└── Interrupted                 exit 130: stopped by the person, with a checkpoint saved
 """
 
 from collections.abc import Sequence

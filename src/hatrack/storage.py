@@ -73,8 +73,8 @@ def write_file(path: Path, content: str | bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(working, 0o644)
-            os.replace(working, path)
+            Path(working).chmod(0o644)
+            Path(working).replace(path)
         except BaseException:
             Path(working).unlink(missing_ok=True)
             raise

@@ -1,0 +1,141 @@
+"""hatrack.json and the model card: what an adapter was made from and how well it does. Knows nothing of weights."""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hatrack.errors import AdapterError
+
+HATRACK_JSON = "hatrack.json"
+FORMAT = 1
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("hatrack", "torch", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+@dataclass(frozen=True)
+class HatFile:
+    """What peft's config has no place for. `base` has at least `source`; `metrics` has `before` and `after`."""
+
+    name: str
+    base: dict[str, Any]
+    task: str
+    labels: list[str] = field(default_factory=list)
+    multi_label: bool = False
+    template: str | None = None
+    max_length: int | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=_now)
+    versions: dict[str, str] = field(default_factory=_versions)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The content of hatrack.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "base": dict,
+    "task": str,
+    "labels": list,
+    "multi_label": bool,
+    "template": (str, type(None)),
+    "max_length": (int, type(None)),
+    "recipe": dict,
+    "data": dict,
+    "metrics": dict,
+    "created": str,
+    "versions": dict,
+    "format": int,
+}
+
+
+def read_hat_file(folder: Path) -> HatFile | None:
+    """hatrack.json of an adapter, or None where it was made elsewhere. Keys of later versions are passed over.
+
+    Raises AdapterError naming the file where it is malformed.
+    """
+    path = folder / HATRACK_JSON
+    if not path.exists():
+        return None
+    content = read_object(path)
+    wrong = [name for name, kind in KINDS.items() if name in content and not isinstance(content[name], kind)]
+    wrong += [name for name in ("name", "base", "task") if name not in content]
+    if not wrong and (
+        content["task"] not in ("classify", "chat", "complete") or not isinstance(content["base"].get("source"), str)
+    ):
+        wrong = ["task" if content["task"] not in ("classify", "chat", "complete") else "base"]
+    if wrong:
+        raise AdapterError(f"{path} is malformed", got=f"no valid {', '.join(wrong)}", fix="copy the adapter again")
+    return HatFile(**{name: value for name, value in content.items() if name in KINDS})
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises AdapterError naming it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path.parent} has no {path.name}", fix="give the folder of an adapter") from error
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read", got=error.strerror, fix="check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not valid JSON", got=error, fix="copy the adapter again") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} must hold one object", got=type(content).__name__, fix="copy the adapter again")
+    return content
+
+
+def model_card(hat: HatFile, config: Mapping[str, Any]) -> str:
+    """README.md of an adapter: what it is, how well it does, how to use it with and without hatrack."""
+    source = hat.base["source"]
+    head = ["---", f"base_model: {json.dumps(source)}", "library_name: peft", "tags:", "- lora", "- hatrack", "---", ""]
+    lines = [f"# {hat.name}", "", f"A LoRA adapter for `{source}`, made with hatrack. Task: {hat.task}.", ""]
+    if hat.labels:
+        lines += [f"Labels: {', '.join(hat.labels)}" + (" (several at once)." if hat.multi_label else "."), ""]
+    before, after = hat.metrics.get("before") or {}, hat.metrics.get("after") or {}
+    if after:
+        rows = hat.data.get("held_out")
+        lines += [f"On {rows} held-out rows:", "", "| metric | base | with the adapter |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |" for name, value in after.items()]
+        lines += [""]
+    lines += [
+        f"r {config.get('r')}, alpha {config.get('lora_alpha')}, made {hat.created}.",
+        "",
+        "```python",
+        "import hatrack",
+    ]
+    lines += ["", f'hat = hatrack.load("{hat.name}")  # or the path of this folder', 'hat.predict(["..."])', "```", ""]
+    kind = "SequenceClassification" if hat.task == "classify" else "CausalLM"
+    labels = f", num_labels={len(hat.labels)}" if hat.labels else ""
+    lines += [
+        "Without hatrack:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import AutoModelFor{kind}",
+        "",
+    ]
+    base = config.get("base_model_name_or_path")
+    lines += [f'base = AutoModelFor{kind}.from_pretrained("{base}"{labels})']
+    lines += ['model = PeftModel.from_pretrained(base, "path/of/this/folder")', "```", ""]
+    return "\n".join(head + lines)

@@ -1,0 +1,140 @@
+"""The rack: names for the adapters on this machine. One small file a name, so that concurrent writers never clash.
+
+It lies in `$HATRACK_HOME/rack` (default `~/.hatrack/rack`). Knows nothing of weights.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hatrack.adapter.hatfile import HatFile, read_hat_file, read_object
+from hatrack.errors import AdapterError
+from hatrack.recipe import nearest
+from hatrack.storage import folder_size, machine_errors, write_file
+
+CONFIG = "adapter_config.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """One adapter on the rack. `size` in bytes; `missing` where its folder is gone or damaged."""
+
+    name: str
+    folder: Path
+    base: str
+    task: str
+    size: int
+    metric: str
+    created: str
+    missing: bool
+
+
+def hang(name: str, folder: Path) -> None:
+    """Puts an adapter's folder on the rack. Raises AdapterError where the name is taken by another folder."""
+    check_free(name, folder)
+    write_file(_pointer(name), json.dumps({"folder": str(folder.resolve())}) + "\n")
+
+
+def check_free(name: str, folder: Path) -> None:
+    """Raises AdapterError where the name is no name, or another adapter has it."""
+    pointer = _pointer(name)
+    if pointer.exists():
+        other = Path(str(read_object(pointer).get("folder")))
+        if other != folder.resolve() and (other / CONFIG).exists():
+            raise AdapterError(
+                f"the name {name} is taken on the rack",
+                got=other,
+                fix=f"choose another --name, or hatrack remove {name}",
+            )
+
+
+def find(adapter: str | Path) -> Path:
+    """The folder of an adapter: a path to one, or a name on the rack. Raises AdapterError where it is neither."""
+    path = Path(adapter).expanduser()
+    if (path / CONFIG).is_file():
+        return path
+    name = str(adapter)
+    if _NAME.fullmatch(name) and _pointer(name).exists():
+        folder = Path(str(read_object(_pointer(name)).get("folder")))
+        if not (folder / CONFIG).is_file():
+            raise AdapterError(
+                f"{name} is on the rack, but its folder is gone", got=folder, fix=f"hatrack remove {name}"
+            )
+        return folder
+    if path.is_dir():
+        raise AdapterError("that folder holds no adapter", got=path, fix=f"an adapter has a file {CONFIG}")
+    names = _names()
+    guess = nearest(name, names)
+    fix = f"did you mean {guess}?" if guess else "hatrack list shows the names" if names else "hatrack train makes one"
+    raise AdapterError("there is no such adapter", got=name, fix=fix)
+
+
+def hats() -> list[Hanging]:
+    """Everything on the rack, by name."""
+    return [_hanging(name) for name in _names()]
+
+
+def rename(old: str, new: str) -> None:
+    """Gives an adapter another name on the rack; its folder stays. Raises AdapterError where `new` is taken."""
+    folder = _folder(old)
+    if _pointer(new).exists():
+        raise AdapterError(f"the name {new} is taken on the rack", got=_folder(new), fix="choose another one")
+    hang(new, folder)
+    _pointer(old).unlink(missing_ok=True)
+
+
+def take_down(name: str, *, delete_files: bool = False) -> None:
+    """Takes a name off the rack; with `delete_files` its folder goes as well, if it is an adapter's."""
+    folder = _folder(name)
+    if delete_files and (folder / CONFIG).is_file():
+        with machine_errors(folder):
+            shutil.rmtree(folder)
+    _pointer(name).unlink(missing_ok=True)
+
+
+def _rack() -> Path:
+    return Path(os.environ.get("HATRACK_HOME") or Path.home() / ".hatrack").expanduser() / "rack"
+
+
+def _pointer(name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise AdapterError("that is no name", got=repr(name), fix="letters, digits, '.', '_' and '-', at most 64")
+    return _rack() / f"{name}.json"
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in _rack().glob("*.json")) if _rack().is_dir() else []
+
+
+def _folder(name: str) -> Path:
+    if not _pointer(name).exists():
+        find(name)  # says what is nearest
+        raise AdapterError("that is a folder, not a name on the rack", got=name, fix="hatrack list shows the names")
+    return Path(str(read_object(_pointer(name)).get("folder")))
+
+
+def _hanging(name: str) -> Hanging:
+    folder, config, hat = Path("?"), None, None
+    try:
+        folder = _folder(name)
+        config = read_object(folder / CONFIG)
+        hat = read_hat_file(folder)
+    except AdapterError:
+        return Hanging(name, folder, "", "", 0, "", "", missing=True)
+    base = hat.base["source"] if hat else str(config.get("base_model_name_or_path"))
+    task = hat.task if hat else str(config.get("task_type"))
+    return Hanging(
+        name, folder, base, task, folder_size(folder), _metric(hat), hat.created if hat else "", missing=False
+    )
+
+
+def _metric(hat: HatFile | None) -> str:
+    """The figure that says how good it is: `accuracy 0.795`, `perplexity 12.3`."""
+    after: dict[str, Any] = (hat.metrics.get("after") or {}) if hat else {}
+    name = next((name for name in ("accuracy", "perplexity") if isinstance(after.get(name), int | float)), None)
+    return f"{name} {after[name]:.3f}" if name else ""

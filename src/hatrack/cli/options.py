@@ -1,0 +1,77 @@
+"""Flags, help and docs/options.md, all made from the fields of the recipe.
+
+`python -m hatrack.cli.options FILE` writes the options page.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from hatrack.recipe import Recipe, about, choices, flag
+from hatrack.storage import write_file
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives `command(recipe, **rest)` the flags of every recipe option, and a recipe file as its argument.
+
+    The values stay text until the recipe checks them, so that each complaint is made in one place, in one form.
+    """
+    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "recipe"]
+    file = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe file; flags win over it.")]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("recipe_file", kind, default=None, annotation=file)]
+    parameters += [inspect.Parameter(name, kind, default=None, annotation=_flag(name)) for name in Recipe.model_fields]
+    parameters += [parameter.replace(kind=kind) for parameter in own]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        rest = {parameter.name: values.pop(parameter.name) for parameter in own}
+        path = values.pop("recipe_file")
+        given = {name: value for name, value in values.items() if value is not None}
+        recipe = Recipe.read(path, **given) if path else Recipe.make(**given)
+        command(recipe, **rest)
+
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del wrapped.__wrapped__  # else the signature of `command` would be read instead
+    return wrapped
+
+
+def _flag(name: str) -> Any:
+    field = Recipe.model_fields[name]
+    if field.annotation is bool:
+        return Annotated[
+            bool | None, typer.Option(flag(name), help=field.description, rich_help_panel=about(field, "group"))
+        ]
+    shown = "|".join(choices(field)) or about(field, "word")
+    text = f"{field.description} Default: {field.default}." if field.default is not None else field.description
+    option = typer.Option(flag(name), help=escape(str(text)), metavar=shown, rich_help_panel=about(field, "group"))
+    return Annotated[str | None, option]
+
+
+def options_page() -> str:
+    """docs/options.md: every option under its heading, with its default and what it does."""
+    lines = ["# Options", "", "Made from `src/hatrack/recipe.py` by `make format`; a test fails when it is stale.", ""]
+    lines += ["On the command line write `--eval-data FILE`; in a recipe file write `eval_data: FILE`.", ""]
+    headings = list(dict.fromkeys(about(field, "group") for field in Recipe.model_fields.values()))
+    for heading in headings:
+        lines += [f"## {heading}", "", "| option | default | what it does |", "| --- | --- | --- |"]
+        for name, field in Recipe.model_fields.items():
+            if about(field, "group") == heading:
+                default = "" if field.default is None else f"`{str(field.default).lower()}`"
+                words = f" One of {', '.join(f'`{word}`' for word in choices(field))}." if choices(field) else ""
+                lines.append(f"| `{flag(name)}` | {default} | {field.description}{words} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    write_file(Path(sys.argv[1]), options_page())

@@ -1,0 +1,26 @@
+"""`hatrack train`: from a data file to an adapter."""
+
+import json
+
+from hatrack.cli.options import Json, with_recipe
+from hatrack.recipe import Recipe
+
+
+@with_recipe
+def train(recipe: Recipe, as_json: Json = False) -> None:
+    """Train an adapter: hatrack train --base MODEL --data FILE."""
+    from hatrack.engine.train import shown
+    from hatrack.engine.train import train as run
+
+    result = run(recipe).result
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"adapter    {result['adapter']}  (name: {result['name']})")
+    print(f"before     {shown(result['before'])}")
+    print(f"after      {shown(result['eval'])}")
+    print(
+        f"took       {result['seconds']:.1f} s for {result['steps']:,} steps, {result['tokens']:,} tokens "
+        f"({result['tokens_per_second']:,.0f} a second)"
+    )
+    print(f'try it     hatrack predict {result["name"]} "your text"')

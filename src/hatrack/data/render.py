@@ -1,0 +1,211 @@
+"""Examples -> tokens, and which of them are learned from. Knows nothing of files, batches or models.
+
+The tokenizer comes as an argument, from transformers.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hatrack.data.examples import Example
+from hatrack.data.template import render_chat
+from hatrack.errors import DataError, MachineError, RecipeError
+from hatrack.say import say
+from hatrack.storage import cache_dir, new_folder
+
+CACHE_FORMAT = 1
+LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
+TEXTS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """n rows of tokens, end to end.
+
+    `ids` (tokens,) int32; `offsets` (n + 1,) where each row begins; `learn` (tokens,) bool, all False to classify;
+    `labels` (n,) int64, (n, L) float32 for several labels a row, or empty; `rows` (n,) the row numbers in the file;
+    `cut` counts the rows that were too long.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    learn: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    cut: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each row."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, Any]:
+        """ids, learn and label of one row."""
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return self.ids[part], self.learn[part], self.labels[index] if len(self.labels) else None
+
+
+def choose_max_length(asked: int | None, tokenizer: Any, config_max: int | None, task: str) -> tuple[int, str]:
+    """The longest row in tokens, and why: as asked, or what the model can take up to 512 (to classify) or 2,048.
+
+    Raises RecipeError where more is asked than the model can take.
+    """
+    limits = [limit for limit in (tokenizer.model_max_length, config_max) if limit and limit < 10**9]
+    most = min(limits, default=None)
+    if asked is not None:
+        if most is not None and asked > most:
+            raise RecipeError("--max-length is more than this model can take", got=asked, fix=f"at most {most}")
+        return asked, "as asked"
+    cap = LENGTH_CAPS[task]
+    return (most, "the model's limit") if most is not None and most <= cap else (cap, f"the default for {task}")
+
+
+def render_cached(examples: Sequence[Example], tokenizer: Any, **settings: Any) -> TokenRows:
+    """`render`, but what was tokenised once with the same content, tokenizer and settings is read back from the cache.
+
+    A damaged cache file is made anew. Where the cache cannot be written the run goes on without it, which is said.
+    """
+    final = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
+    try:
+        with np.load(final / "rows.npz", allow_pickle=False) as kept:
+            return TokenRows(
+                **{name: kept[name] for name in ("ids", "offsets", "learn", "labels", "rows")}, cut=int(kept["cut"])
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    rows = render(examples, tokenizer, **settings)
+    try:
+        if final.exists():
+            (final / "rows.npz").unlink(missing_ok=True)
+            final.rmdir()
+        with new_folder(final) as folder:
+            np.savez(folder / "rows.npz", **{name: getattr(rows, name) for name in TokenRows.__dataclass_fields__})
+    except (OSError, MachineError) as error:
+        say(f"the tokens are not kept for the next run: {error}")
+    return rows
+
+
+def render(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    task: str,
+    max_length: int,
+    labels: int = 0,
+    multi_label: bool = False,
+    template: str | None = None,
+    source: str = "",
+) -> TokenRows:
+    """Tokenises every example; rows longer than `max_length` are cut at the end, and counted.
+
+    classify: the whole text. complete: the text and the end-of-text token, or of a prompt and its completion only the
+    latter is learned. chat: the conversation as `template` writes it, learning what the assistant says.
+    Raises DataError, with every such row, where nothing would be learned from a row.
+    """
+    if task == "classify":
+        encoded = _plain(examples, tokenizer)
+    elif task == "chat":
+        encoded = _each(examples, lambda example: render_chat(example.messages, tokenizer, template or ""))
+    else:
+        encoded = _each(examples, lambda example: _continued(example, tokenizer))
+    cut = [(ids[:max_length], learn[:max_length]) for ids, learn in encoded]
+    if task != "classify":
+        # The first token is never predicted from anything, so it counts for nothing
+        empty = [(e, whole) for e, (_, learn), whole in zip(examples, cut, encoded, strict=True) if not learn[1:].any()]
+        _refuse_unlearnable([(example.row, len(ids)) for example, (ids, _) in empty], max_length, source)
+    lengths = [len(ids) for ids, _ in cut]
+    return TokenRows(
+        ids=np.concatenate([ids for ids, _ in cut]).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        learn=np.concatenate([learn for _, learn in cut]).astype(bool),
+        labels=_label_array(examples, labels, multi_label) if task == "classify" else np.empty(0),
+        rows=np.array([example.row for example in examples], dtype=np.int64),
+        cut=sum(len(whole) > max_length for whole, _ in encoded),
+    )
+
+
+def _plain(examples: Sequence[Example], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    encoded = []
+    texts = [example.text for example in examples]
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        ids = tokenizer(texts[start : start + TEXTS_AT_ONCE], verbose=False)["input_ids"]
+        encoded += [(np.array(row, dtype=np.int32), np.zeros(len(row), dtype=bool)) for row in ids]
+        if start and start % (50 * TEXTS_AT_ONCE) == 0:
+            say(f"tokenised {start:,} of {len(texts):,} rows")
+    return encoded
+
+
+def _each(
+    examples: Sequence[Example], encode: Callable[[Example], tuple[np.ndarray, np.ndarray]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    encoded = []
+    for index, example in enumerate(examples):
+        encoded.append(encode(example))
+        if index and index % 20_000 == 0:
+            say(f"tokenised {index:,} of {len(examples):,} rows")
+    return encoded
+
+
+def _continued(example: Example, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A text to go on with: the prompt's tokens, then those to learn, then the end of text."""
+    end = tokenizer.eos_token_id
+    ids = tokenizer(example.text, verbose=False)["input_ids"]
+    ids = ids[:-1] if ids and ids[-1] == end else ids
+    prompt = 0
+    if example.completion is not None:
+        prompt = len(ids)
+        ids = ids + tokenizer(example.completion, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [*ids, end] if end is not None else ids
+    learn = np.arange(len(ids)) >= prompt
+    return np.array(ids, dtype=np.int32), learn
+
+
+def _label_array(examples: Sequence[Example], labels: int, multi_label: bool) -> np.ndarray:
+    if not multi_label:
+        return np.array([example.label for example in examples], dtype=np.int64)
+    array = np.zeros((len(examples), labels), dtype=np.float32)
+    for index, example in enumerate(examples):
+        array[index, list(example.label) if isinstance(example.label, tuple) else []] = 1
+    return array
+
+
+def _refuse_unlearnable(rows: list[tuple[int, int]], max_length: int, source: str) -> None:
+    if not rows:
+        return
+    cut = [length for _, length in rows if length > max_length]
+    fix = f"--max-length {max(cut)} keeps the answers" if cut else "put an answer in them"
+    complaints = [
+        f"{source} row {row}: "
+        + (
+            f"the answer begins after the {max_length} tokens that are kept"
+            if length > max_length
+            else "no tokens to learn"
+        )
+        for row, length in rows
+    ]
+    what = (
+        f"nothing would be learned from {len(rows):,} rows" if len(rows) > 1 else "nothing would be learned from a row"
+    )
+    raise DataError(what, fix=fix, complaints=complaints)
+
+
+def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: dict[str, Any]) -> str:
+    """What the tokens depend on: the content, the tokenizer's own definition, the settings, and this format."""
+    hasher = hashlib.sha256()
+    settings = {name: value for name, value in settings.items() if name != "source"}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    definition = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    described = [CACHE_FORMAT, settings, str(tokenizer.special_tokens_map), type(tokenizer).__name__, definition]
+    hasher.update(json.dumps(described, sort_keys=True).encode("utf-8", "surrogatepass"))
+    for example in examples:
+        fields = [example.row, example.text, example.label, example.messages, example.completion]
+        hasher.update(json.dumps(fields).encode())
+    return hasher.hexdigest()[:32]

@@ -1,0 +1,96 @@
+"""Conversations as a chat template writes them, and which of the characters the assistant says.
+
+Knows nothing of rows or files. The template is Jinja, run by transformers in its sandbox.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hatrack.errors import DataError
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+"""For bases that bring none: `User: ...`, then `Assistant: ...` and the end-of-text token."""
+
+
+def chat_template(tokenizer: Any) -> tuple[str, bool]:
+    """The template to write conversations with, and whether it is the base's own."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    return (own, True) if own else (PLAIN_TEMPLATE, False)
+
+
+def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None) -> str:
+    """The text after which the assistant's next turn follows. Tokenise it without adding special tokens."""
+    return _write(tokenizer, list(messages), template or chat_template(tokenizer)[0], prompt=True)
+
+
+def render_chat(messages: Sequence[tuple[str, str]], tokenizer: Any, template: str) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation's tokens (int32), and which the assistant says (bool): its turns with the token that ends each.
+
+    Raises DataError where the template fails, or does not show where the assistant speaks.
+    """
+    turns = [{"role": role, "content": content} for role, content in messages]
+    whole = _write(tokenizer, turns, template, prompt=False)
+    spans = assistant_spans(tokenizer, turns, template, whole)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    learn = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        learn |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
+    return np.array(encoded["input_ids"], dtype=np.int32), learn
+
+
+def assistant_spans(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str) -> list[tuple[int, int]]:
+    """Where in `whole` the assistant speaks, as (start, end) of characters.
+
+    A turn is what lies between the conversation before it, ready for an answer, and the conversation up to it. Some
+    templates write earlier turns anew once a later one follows (they drop old reasoning); then only the last counts.
+    """
+    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and turn["content"].strip()]
+    spans = [_span(tokenizer, turns, template, whole, index) for index in spoken]
+    if not all(spans) and spoken and spoken[-1] == len(turns) - 1:
+        spans = spans[-1:]
+    if not spans or not all(spans):
+        raise DataError(
+            "the chat template does not show where the assistant speaks",
+            got=f"a template that begins {template[:40]!r}",
+            fix="use a base with another template, or --task complete with prompt and completion",
+        )
+    return [span for span in spans if span is not None]
+
+
+def _span(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str, index: int) -> tuple[int, int] | None:
+    before = _write(tokenizer, turns[:index], template, prompt=True)
+    upto = whole if index == len(turns) - 1 else _write(tokenizer, turns[: index + 1], template, prompt=False)
+    if not (whole.startswith(upto) and upto.startswith(before)):
+        before = _common(_write(tokenizer, turns[:index], template, prompt=True), upto)
+        if not whole.startswith(upto) or turns[index]["content"].strip() not in upto[len(before) :]:
+            return None
+    end = len(upto.rstrip())  # the end-of-turn token is learned, the line break after it is not
+    return (len(before), end) if end > len(before) else None
+
+
+def _common(one: str, other: str) -> str:
+    """The longest beginning that two texts share."""
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def _write(tokenizer: Any, turns: list[dict[str, str]], template: str, *, prompt: bool) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as error:  # templates raise what they like, for roles they do not know for example
+        reason = " ".join(str(error).split())
+        raise DataError(
+            "the chat template refuses a conversation", got=reason, fix="check its roles and their order"
+        ) from error
+    return str(text)

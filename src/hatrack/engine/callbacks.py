@@ -1,0 +1,138 @@
+"""What happens beside the training loop: the progress bar, metrics.jsonl, and stopping without losing anything.
+
+Knows nothing of models or data; it is told by the Trainer what step it is.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from hatrack.say import console, say
+
+SAVE_EVERY_SECONDS = 600
+SAY_EVERY_SECONDS = 15
+
+
+class ProgressBar(TrainerCallback):  # type: ignore[misc]
+    """A bar with the loss and the time left; where there is no terminal, a line now and then."""
+
+    def __init__(self) -> None:
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console(),
+            disable=not console().is_terminal,
+        )
+        self.task: Any = None
+        self.loss = "..."
+        self.said, self.began, self.first_step = 0.0, 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss=self.loss)
+        self.bar.start()
+        self.said = self.began = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step, loss=self.loss)
+        now = time.monotonic()
+        if self.bar.disable and now - self.said > SAY_EVERY_SECONDS:
+            left = (now - self.began) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
+            say(f"step {state.global_step} of {state.max_steps}, loss {self.loss}, {left:,.0f} s left")
+            self.said = now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"{logs['loss']:.3f}"
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
+        say(f"epoch {state.epoch:.2f}: held-out {shown}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """Appends everything that is logged to a JSON-lines file; after a resume, lines past the checkpoint are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = []
+        if state.global_step and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    earlier = json.loads(line)["step"] <= state.global_step
+                except (ValueError, KeyError):  # a line cut short when the run was stopped
+                    continue
+                if earlier:
+                    kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **(logs or {})}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class GracefulStop(TrainerCallback):  # type: ignore[misc]
+    """Turns Ctrl-C and SIGTERM into a checkpoint at the end of the step, and saves one now and then besides.
+
+    `stopped` says whether the run was stopped. A second Ctrl-C stops at once, with the checkpoint before.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.saved = time.monotonic()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the two signals over while the block runs. Outside the main thread nothing can be taken over."""
+        try:
+            before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        say("stopping: this step is finished and saved first (again to stop at once)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+        control.should_training_stop |= self.stopped
+        due = self.stopped or time.monotonic() - self.saved > SAVE_EVERY_SECONDS
+        if due and not self._at_epoch_end(state):
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped and not self._at_epoch_end(state):  # no score in the middle of an epoch: a resumed run has none
+            control.should_evaluate = control.should_save = control.should_log = False
+
+    def _at_epoch_end(self, state: Any) -> bool:
+        """At an epoch's end the Trainer scores and then saves; a checkpoint before that would lose the score."""
+        return bool(state.epoch == int(state.epoch) or state.global_step >= state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved = time.monotonic()

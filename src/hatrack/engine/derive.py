@@ -1,0 +1,70 @@
+"""Settings a person did not choose, derived from the size of the model and of the data. Knows no torch.
+
+Each comes with its reason, which is said aloud. Sources: low-rank adapters want a learning rate about ten times that
+of full fine-tuning, falling with the width of the model, and do worse with large batches (Schulman et al., "LoRA
+Without Regret", 2025).
+"""
+
+import math
+from dataclasses import dataclass
+
+from hatrack.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a run learns. `steps` in all; `batch_size` rows each, `micro_batch` of them at a time."""
+
+    lr: float
+    batch_size: int
+    micro_batch: int
+    epochs: float
+    steps: int
+    warmup_steps: int
+    reasons: tuple[str, ...]
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step."""
+        return self.batch_size // self.micro_batch
+
+
+def batch_rows(recipe: Recipe, *, task: str, rows: int) -> int:
+    """Rows a step: as asked, or a power of two that leaves some forty steps an epoch, 32 at most (16 to generate)."""
+    largest = 32 if task == "classify" else 16
+    derived = min(largest, max(1, 2 ** round(math.log2(max(rows / 40, 1)))))
+    return min(recipe.batch_size or derived, rows)
+
+
+def derive(recipe: Recipe, *, task: str, rows: int, hidden_size: int, micro_batch: int) -> Schedule:
+    """The schedule of a run over `rows` training rows, for a model `hidden_size` wide.
+
+    `micro_batch`, a divisor of the batch, is how many rows fit in memory at a time.
+    """
+    reasons = []
+    batch_size = batch_rows(recipe, task=task, rows=rows)
+    if recipe.batch_size is None:
+        reasons.append(f"batch size {batch_size} (for {rows:,} rows)")
+    per_epoch = math.ceil(math.ceil(rows / micro_batch) / (batch_size // micro_batch))
+
+    epochs, steps = recipe.epochs, recipe.steps
+    if steps is not None:
+        epochs = steps / per_epoch
+    elif epochs is None:
+        epochs = 3.0 if rows < 20_000 else 2.0 if rows < 100_000 else 1.0
+        reasons.append(f"{epochs:g} epochs (for {rows:,} rows)")
+    if steps is None:
+        steps = max(1, math.ceil(epochs * per_epoch))
+
+    lr = recipe.lr
+    if lr is None:
+        lr = learning_rate(hidden_size)
+        reasons.append(f"learning rate {lr:g} (for a model {hidden_size:,} wide)")
+    return Schedule(lr, batch_size, micro_batch, epochs, steps, max(1, round(0.06 * steps)), tuple(reasons))
+
+
+def learning_rate(hidden_size: int) -> float:
+    """5e-4 at a width of 2,000, growing as the model gets narrower with the power 0.78 (the fit of the source above
+    for Llama models), between 1e-4 and 1.5e-3, to two digits."""
+    value = min(max(5e-4 * (2000 / hidden_size) ** 0.781, 1e-4), 1.5e-3)
+    return float(f"{value:.1e}")

@@ -1,0 +1,174 @@
+"""The adapted linear layer, written for a frozen base, and the call that wraps a model with it.
+
+With x (n, d_in), the frozen W (d_out, d_in) and b, the trained A (r, d_in) and B (d_out, r), s = alpha / r, and D the
+dropout of the adapter's input (LoRA, Hu et al. 2021, equation 3):
+
+    h = D(x) A^T                          (n, r)
+    y = x W^T + b + s h B^T               (n, d_out)
+
+and for the gradient g of y, using that W and b have none:
+
+    g_h = s g B                           (n, r)
+    g_B = s g^T h                         (d_out, r)
+    g_A = g_h^T D(x)                      (r, d_in)
+    g_x = g W + D(g_h A)                  (n, d_in)
+
+What is kept for the backward pass is x, which the layer below keeps anyway, and h. A and B are float32 and are cast to
+the base's dtype for the products; peft's layer casts x to float32 instead and keeps that copy.
+
+D zeroes each number with probability p and divides the others by 1 - p. Rather than n d_in random numbers it draws the
+dropped positions: K from a Poisson distribution of mean n d_in l, then K positions, uniform and with replacement. How
+often each position is hit is then Poisson of mean l, independently of all others, so with l = -log(1 - p) each is
+dropped with probability 1 - exp(-l) = p, independently: exactly the mask that a Bernoulli draw for each would give,
+at about p times its cost. Only the seed is kept; the positions are drawn again in the backward pass.
+
+Knows nothing of models, data or training.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from peft import get_peft_model as peft_get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
+from torch.nn import functional as F
+
+
+class FastLinear(PeftLinear):  # type: ignore[misc]  # peft has no types
+    """peft's LoRA linear layer, x (..., d_in) -> (..., d_out), with the forward and backward above.
+
+    Merged, disabled, several active adapters, variants such as DoRA, mixed batches, autocast, a base layer with
+    hooks of its own or trained itself: all go to peft's own forward.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.get_base_layer()
+        if args or kwargs or not self._is_plain(base, x):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        name = self.active_adapters[0]
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        dropout = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
+        seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
+        flat = x.reshape(-1, x.shape[-1])
+        y = _LoraProduct.apply(flat, base.weight, base.bias, A, B, self.scaling[name], dropout, seed)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def _is_plain(self, base: nn.Module, x: torch.Tensor) -> bool:
+        names = self.active_adapters
+        return (
+            len(names) == 1
+            and names[0] in self.lora_A
+            and not (self.disable_adapters or self.merged or names[0] in self.lora_variant)
+            and not self.lora_bias.get(names[0], False)
+            and type(self.lora_dropout[names[0]]) in (nn.Identity, nn.Dropout)
+            and x.dtype == base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and "forward" not in base.__dict__  # accelerate puts its own there to move weights in and out
+        )
+
+
+class _LoraProduct(torch.autograd.Function):
+    """The products at the top of this file. x is (n, d_in); A and B may have another dtype than x and W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W: torch.Tensor,
+        b: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        dropout: float,
+        seed: int,
+    ) -> torch.Tensor:
+        kept = _drop(x.clone(), dropout, seed)[0] if dropout else x
+        h = kept @ A.to(x.dtype).t()  # (n, r)
+        y = F.linear(x, W, b)  # (n, d_out)
+        y.addmm_(h, B.to(x.dtype).t(), alpha=scaling / (1 - dropout))
+        ctx.save_for_backward(x, W, A, B, h)
+        ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, W, A, B, h = ctx.saved_tensors
+        scaling = ctx.scaling / (1 - ctx.dropout)  # D's division, applied where it is cheapest
+        g_x = g_A = g_B = None
+        g_h = (g @ B.to(g.dtype)).mul_(scaling)  # (n, r)
+        positions = None
+        if ctx.needs_input_grad[4]:
+            g_B = (g.t() @ h).to(B.dtype).mul_(scaling)  # (d_out, r)
+        if ctx.needs_input_grad[3]:
+            kept, positions = _drop(x.clone(), ctx.dropout, ctx.seed) if ctx.dropout else (x, None)
+            g_A = (g_h.t() @ kept).to(A.dtype)  # (r, d_in)
+        if ctx.needs_input_grad[0]:
+            g_x = g @ W  # (n, d_in)
+            if ctx.dropout:
+                through, _ = _drop(g_h @ A.to(g.dtype), ctx.dropout, ctx.seed, positions)
+                g_x += through
+            else:
+                g_x.addmm_(g_h, A.to(g.dtype))
+        return g_x, None, None, g_A, g_B, None, None, None
+
+
+def _drop(
+    x: torch.Tensor, dropout: float, seed: int, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroes the dropped numbers of a contiguous x in place, without dividing the others; also gives the positions."""
+    if positions is None:
+        positions = dropped_positions(x.numel(), dropout, seed).to(x.device)
+    return x.view(-1).index_fill_(0, positions, 0).view(x.shape), positions
+
+
+def dropped_positions(count: int, dropout: float, seed: int) -> torch.Tensor:
+    """Flat positions below `count` that are dropped, int64, some more than once; a pure function of its arguments."""
+    random = np.random.Generator(np.random.SFC64(seed))
+    hits = random.poisson(-count * math.log1p(-dropout))
+    return torch.from_numpy(random.integers(count, size=hits, dtype=np.int64))
+
+
+def reference(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: int,
+) -> torch.Tensor:
+    """The plain twin of `_LoraProduct`: the same mathematics, differentiated by autograd. Only tests use it."""
+    kept = torch.ones_like(x)
+    if dropout:
+        kept.view(-1)[dropped_positions(x.numel(), dropout, seed)] = 0
+    h = (x * kept / (1 - dropout)) @ A.to(x.dtype).t()
+    return F.linear(x, W, b) + scaling * (h @ B.to(x.dtype).t())
+
+
+class _PlainLinear(type):
+    """`isinstance(layer, PlainLinear)` is true for torch's own Linear only: quantised layers derive from it and are
+    not to be caught here."""
+
+    def __instancecheck__(cls, layer: object) -> bool:
+        return type(layer) is nn.Linear
+
+
+class PlainLinear(metaclass=_PlainLinear):
+    """torch.nn.Linear, without its subclasses."""
+
+
+LAYER_CLASSES: dict[type, type] = {PlainLinear: FastLinear}
+"""Which layer of the base gets which adapted layer; all others get peft's."""
+
+
+def get_peft_model(base: nn.Module, config: LoraConfig, **options: Any) -> PeftModel:
+    """peft's own `get_peft_model`, with hatrack's layers: for anyone's own Trainer or TRL script."""
+    config._register_custom_module(dict(LAYER_CLASSES))
+    return peft_get_peft_model(base, config, **options)

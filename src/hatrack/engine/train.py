@@ -1,0 +1,332 @@
+"""The main path: from a recipe to a finished adapter, read from top to bottom."""
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from hatrack.adapter import rack
+from hatrack.adapter.count import line
+from hatrack.adapter.files import save_adapter
+from hatrack.adapter.hatfile import HatFile
+from hatrack.adapter.place import place
+from hatrack.base.fingerprint import fingerprint
+from hatrack.base.header import read_config
+from hatrack.base.load import Base, choose_device, choose_dtype, load_base
+from hatrack.base.sources import BaseFiles, find_base
+from hatrack.data.examples import Examples, prepare
+from hatrack.data.read import read_rows
+from hatrack.data.render import TokenRows, choose_max_length, render_cached
+from hatrack.data.template import chat_template
+from hatrack.engine.callbacks import GracefulStop, MetricsFile, ProgressBar
+from hatrack.engine.derive import Schedule, batch_rows, derive
+from hatrack.engine.fast_lora import LAYER_CLASSES
+from hatrack.engine.proof import probe, prove
+from hatrack.engine.run import Run, open_run
+from hatrack.engine.trainer import HatTrainer
+from hatrack.errors import Interrupted
+from hatrack.evaluate.score import Score, main_metric, score
+from hatrack.hat import Hat, load
+from hatrack.plan.fit import Plan, plan_run
+from hatrack.plan.memory import shape_of
+from hatrack.recipe import Recipe, Task
+from hatrack.say import say, size
+from hatrack.storage import folder_size
+
+
+def train(recipe: Recipe) -> Hat:
+    """Trains an adapter as `recipe` says, saves it, proves that the saved one works, and returns it ready to use.
+
+    `Hat.result` holds what `hatrack train --json` prints. Raises a HatrackError for anything the input caused,
+    MachineError where the machine failed, Interrupted (with a checkpoint saved) on Ctrl-C.
+    """
+    run = open_run(recipe)
+    recipe = run.recipe
+    examples = _read(recipe)
+    files = find_base(str(recipe.base), recipe.revision)
+    base = _load(recipe, files, examples)
+    tokens = _tokenise(recipe, base, examples)
+    plan = _plan(recipe, base, examples, tokens)
+    schedule = _schedule(recipe, base, examples, tokens, plan)
+    run.remember({"rows": examples.digest, "base": fingerprint(files.folder), "schedule": asdict(schedule)})
+
+    set_seed(recipe.seed)
+    model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
+    say(line(*model.get_nb_trainable_parameters()))
+    trained = _fit(run, base, model, tokens, schedule, examples.task)
+
+    hat = _describe(run, base, examples, tokens, trained)
+    save_adapter(model, run.output, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()})
+    run.finish()
+    rack.hang(run.name, run.output)
+    expected = probe(model, tokens.held_out, base, examples.task)
+    result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
+    del model, base, trained
+    ready = load(run.output, device=recipe.device, dtype=recipe.dtype, quantize=recipe.quantize)
+    prove(ready, expected, tokens.held_out)
+    say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
+    ready.result = result
+    return ready
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All rows as tokens, and how they came to be."""
+
+    learn: TokenRows
+    held_out: TokenRows
+    template: str | None
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run measured."""
+
+    before: Score
+    after: Score
+    steps: int
+    tokens: int
+    seconds: float
+    train_loss: float
+
+
+def _read(recipe: Recipe) -> Examples:
+    """Rows from the files, checked, split and described."""
+    rows = read_rows(str(recipe.data))
+    return prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+
+
+def _load(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
+    device, why_device = choose_device(recipe.device)
+    dtype, why_dtype = choose_dtype(recipe.dtype, device)
+    say(f"device: {device} ({why_device}); base in {str(dtype).removeprefix('torch.')} ({why_dtype})")
+    return load_base(
+        files,
+        task=cast(Task, examples.task),
+        labels=examples.labels,
+        multi_label=examples.multi_label,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        quantize=recipe.quantize,
+        seed=recipe.seed,
+    )
+
+
+def _tokenise(recipe: Recipe, base: Base, examples: Examples) -> Tokens:
+    template = chat_template(base.tokenizer)[0] if examples.task == "chat" else None
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    length, why = choose_max_length(recipe.max_length, base.tokenizer, limit, examples.task)
+    learn, held_out = (
+        render_cached(
+            part,
+            base.tokenizer,
+            task=examples.task,
+            max_length=length,
+            labels=len(examples.labels),
+            multi_label=examples.multi_label,
+            template=template,
+            source=source,
+        )
+        for part, source in (
+            (examples.train, str(recipe.data)),
+            (examples.held_out, str(recipe.eval_data or recipe.data)),
+        )
+    )
+    if learn.cut or held_out.cut:
+        say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
+    return Tokens(learn, held_out, template, length)
+
+
+def _plan(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens) -> Plan:
+    return plan_run(
+        recipe,
+        base.files.folder,
+        task=examples.task,
+        labels=len(examples.labels),
+        longest=int(tokens.learn.lengths.max()),
+        batch_size=batch_rows(recipe, task=examples.task, rows=len(tokens.learn)),
+        dtype=str(base.dtype).removeprefix("torch."),
+    )
+
+
+def _schedule(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens, plan: Plan) -> Schedule:
+    width = shape_of(read_config(base.files.folder)).hidden
+    schedule = derive(
+        recipe, task=examples.task, rows=len(tokens.learn), hidden_size=width, micro_batch=plan.micro_batch
+    )
+    if schedule.reasons:
+        say(f"derived: {', '.join(schedule.reasons)}")
+    accumulation = f" ({schedule.micro_batch} at a time, to fit)" if schedule.accumulation > 1 else ""
+    say(
+        f"{len(tokens.learn):,} rows to learn from, {len(tokens.held_out):,} held out; "
+        f"{schedule.steps:,} steps of {schedule.batch_size} rows{accumulation}"
+    )
+    say(f"expected peak memory: {size(plan.peak_memory_bytes)}")
+    return schedule
+
+
+def _fit(run: Run, base: Base, model: Any, tokens: Tokens, schedule: Schedule, task: str) -> Trained:
+    """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
+    transformers_logging.set_verbosity_error()
+    stop = GracefulStop()
+    pad_id = base.tokenizer.pad_token_id
+    trainer = HatTrainer(
+        model=model,
+        args=_arguments(run, base, schedule, task),
+        rows=tokens.learn,
+        held_out=tokens.held_out,
+        task=task,
+        pad_id=base.tokenizer.eos_token_id if pad_id is None else pad_id,
+        callbacks=[ProgressBar(), MetricsFile(run.metrics), stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    checkpoint = run.last_checkpoint() if run.recipe.resume else None
+    if checkpoint is not None:
+        say(f"going on from step {checkpoint.name.rpartition('-')[2]} of {schedule.steps:,}")
+    before = _score(trainer)
+    say(f"before training: held-out {shown(before.metrics)}")
+    began = time.monotonic()
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - began
+    state = trainer.state
+    if stop.stopped and state.global_step < schedule.steps:
+        raise Interrupted(
+            f"stopped after step {state.global_step:,} of {schedule.steps:,}, saved in {run.folder}",
+            fix=f"go on with: hatrack train --resume --output {run.output}",
+        )
+    after = _score(trainer)
+    say(f"after training: held-out {shown(after.metrics)}")
+    return Trained(
+        before, after, state.global_step, int(state.num_input_tokens_seen), seconds, _mean_loss(state.log_history)
+    )
+
+
+def _arguments(run: Run, base: Base, schedule: Schedule, task: str) -> TrainingArguments:
+    recipe = run.recipe
+    trackers = [name for name in recipe.report_to.split(",") if name != "none"]
+    arguments = TrainingArguments(
+        output_dir=str(run.folder),
+        per_device_train_batch_size=schedule.micro_batch,
+        per_device_eval_batch_size=max(schedule.micro_batch, 8),
+        gradient_accumulation_steps=schedule.accumulation,
+        max_steps=schedule.steps,
+        learning_rate=schedule.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=schedule.warmup_steps,
+        weight_decay=0.0,
+        optim="adamw_torch",
+        seed=recipe.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=main_metric(task),
+        greater_is_better=task == "classify",
+        logging_steps=max(1, schedule.steps // 100),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to=trackers or "none",
+        run_name=run.name,
+        use_cpu=base.device.type == "cpu",
+        dataloader_pin_memory=base.device.type == "cuda",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one adapter on one device; several go through accelerate
+    return arguments
+
+
+def _score(trainer: HatTrainer) -> Score:
+    return score(
+        trainer.model,
+        trainer.held_out,
+        task=trainer.task,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        pad_id=trainer.pad_id,
+        device=trainer.args.device,
+    )
+
+
+def _mean_loss(history: list[dict[str, float]]) -> float:
+    """The mean of the logged losses, each weighed by the steps it stands for; a resumed run's earlier part counts."""
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total, last = total + entry["loss"] * (entry["step"] - last), int(entry["step"])
+    return total / max(last, 1)
+
+
+def _describe(run: Run, base: Base, examples: Examples, tokens: Tokens, trained: Trained) -> HatFile:
+    return HatFile(
+        name=run.name,
+        base={
+            "source": _lasting(base.files),
+            "revision": base.files.revision,
+            "fingerprint": fingerprint(base.files.folder),
+            "model_type": base.model.config.model_type,
+        },
+        task=examples.task,
+        labels=examples.labels,
+        multi_label=examples.multi_label,
+        template=tokens.template,
+        max_length=tokens.max_length,
+        recipe=run.recipe.set_options(),
+        data={
+            "source": str(run.recipe.data),
+            "rows": len(tokens.learn),
+            "held_out": len(tokens.held_out),
+            "digest": examples.digest,
+        },
+        metrics={"before": trained.before.metrics, "after": trained.after.metrics},
+    )
+
+
+def _loadable(files: BaseFiles) -> str:
+    """What plain peft finds the base by: its hub id, or the folder it lies in."""
+    return files.source if files.revision else str(files.folder.resolve())
+
+
+def _lasting(files: BaseFiles) -> str:
+    """The base's name as it still means the same in another working folder."""
+    path = Path(files.source).expanduser()
+    return str(path.resolve()) if path.exists() else files.source
+
+
+def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, parameters: tuple[int, int]) -> dict[str, Any]:
+    """What `hatrack train --json` prints. `seconds` are those of training, without loading and scoring before."""
+    return {
+        "adapter": str(run.output),
+        "name": run.name,
+        "trainable": parameters[0],
+        "total": parameters[1],
+        "seconds": round(trained.seconds, 3),
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9), 1),
+        "train_loss": trained.train_loss,
+        "before": trained.before.metrics,
+        "eval": trained.after.metrics,
+        "peak_memory_bytes": peak_memory(),
+        "planned": {"steps": schedule.steps, **plan.as_json()},
+    }
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes: on the accelerator if it has one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """Metrics as people read them: `accuracy 0.795, loss 0.441`."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())

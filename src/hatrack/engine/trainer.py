@@ -1,0 +1,74 @@
+"""The one Trainer subclass: batches of like length, a loss weighed by token, scoring that never holds all logits.
+
+Everything else (optimizer, schedule, clipping, checkpoints, trackers, several processes) is transformers' own.
+Knows nothing of recipes, files of data or how adapters are placed.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hatrack.data.batch import LengthBatches, RowsDataset, collate
+from hatrack.data.render import TokenRows
+from hatrack.evaluate.loss import items, losses
+from hatrack.evaluate.score import Score, score
+
+
+class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """Trains the adapter of `model` on `rows` and scores it on `held_out`.
+
+    `task` is classify, chat or complete; `pad_id` fills short rows up. Further keywords go to `Trainer`.
+    `last_score` is the latest evaluation, row by row.
+    """
+
+    def __init__(self, *, rows: TokenRows, held_out: TokenRows, task: str, pad_id: int, **options: Any) -> None:
+        super().__init__(train_dataset=RowsDataset(rows), eval_dataset=RowsDataset(held_out), **options)
+        self.rows, self.held_out, self.task, self.pad_id = rows, held_out, task, pad_id
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
+        self.last_score: Score | None = None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        batches = LengthBatches(self.rows.lengths, self.args.per_device_train_batch_size, self.args.seed)
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate)
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The sum of this micro-batch's losses over the number of items in the whole step."""
+        values, _, logits = losses(model, inputs, self.task)
+        loss = values.sum() / (len(values) if num_items_in_batch is None else num_items_in_batch)
+        loss = loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+        return (loss, logits) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Scores the held-out rows; `metric_key_prefix` stands before each metric's name, as transformers does."""
+        self.last_score = score(
+            self.model,
+            self.held_out,
+            task=self.task,
+            batch_size=self.args.per_device_eval_batch_size,
+            pad_id=self.pad_id,
+            device=self.args.device,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.last_score.metrics.items()}
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+        counted = torch.tensor(sum(items(batch, self.task) for batch in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counted = self.accelerator.gather(counted).sum()
+        return counted.clamp(min=1)
+
+    def _collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        return collate(rows, self.pad_id, self.task)

@@ -1,0 +1,86 @@
+"""How well a model does on rows it has not seen. Holds one batch of logits at a time, never all of them.
+
+Knows nothing of training, adapters or how a score is shown.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+
+from hatrack.data.batch import collate, length_order
+from hatrack.data.render import TokenRows
+from hatrack.evaluate.loss import losses
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metrics by name, and what they were made of, row by row in the order of the rows.
+
+    `outcomes` (n,): 1 or 0, whether the row was classified rightly; or the sum of its tokens' losses.
+    `weights` (n,): 1 each; or the row's supervised tokens.
+    """
+
+    metrics: dict[str, float]
+    outcomes: np.ndarray
+    weights: np.ndarray
+
+
+def main_metric(task: str) -> str:
+    """The metric that decides which epoch is best: accuracy (higher is better), or loss (lower is better)."""
+    return "accuracy" if task == "classify" else "loss"
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    rows: TokenRows,
+    *,
+    task: str,
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Score:
+    """Scores `model` on `rows`; `progress` is told the rows done after each batch.
+
+    classify: `accuracy` (of rows; with several labels a row, all must be right), `f1` (macro; micro with several
+    labels a row), `loss`. chat and complete: `loss` per supervised token, `perplexity` = exp(loss).
+    The model's training mode is put back as it was.
+    """
+    was_training = model.training
+    model.eval()
+    total, weights, outcomes = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows))
+    predictions: list[np.ndarray] = [np.empty(0)] * len(rows)
+    try:
+        for indices in length_order(rows.lengths, batch_size):
+            batch = collate([rows.row(int(index)) for index in indices], pad_id, task)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            values, owners, logits = losses(model, batch, task)
+            owner = owners.cpu().numpy()
+            np.add.at(total, indices[owner], values.double().cpu().numpy())
+            np.add.at(weights, indices[owner], 1.0)
+            if task == "classify":
+                for index, guess in zip(indices, predicted(logits, rows.labels.ndim == 2), strict=True):
+                    predictions[index] = guess
+            progress(len(indices))
+    finally:
+        model.train(was_training)
+    loss = float(total.sum() / max(weights.sum(), 1))
+    if task != "classify":
+        return Score({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, total, weights)
+    guesses, wanted = np.stack(predictions), rows.labels.astype(np.int64)
+    outcomes = (guesses == wanted).astype(float) if wanted.ndim == 1 else (guesses == wanted).all(1).astype(float)
+    average = "macro" if wanted.ndim == 1 else "micro"
+    f1 = float(f1_score(wanted, guesses, average=average, zero_division=0.0))
+    return Score({"accuracy": float(outcomes.mean()), "f1": f1, "loss": loss}, outcomes, weights)
+
+
+def predicted(logits: torch.Tensor, several: bool) -> np.ndarray:
+    """The label of each row (B,), or with `several` labels a row 1 or 0 for each (B, L): probability above a half."""
+    chosen = (logits > 0).long() if several else logits.argmax(-1)
+    return np.asarray(chosen.cpu().numpy())

@@ -1,0 +1,302 @@
+"""A base in memory with its adapters on it, ready to use: predict, stream, switch, add and drop.
+
+Knows nothing of training or of how answers are shown.
+"""
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from queue import Queue
+from typing import Any, cast
+
+import torch
+from transformers import TextIteratorStreamer
+
+from hatrack.adapter.files import AdapterFiles, attach, detach, read_adapter
+from hatrack.adapter.hatfile import HatFile
+from hatrack.adapter.rack import find
+from hatrack.base.fingerprint import fingerprint
+from hatrack.base.load import Base, load_base
+from hatrack.base.sources import find_base
+from hatrack.data.template import chat_prompt
+from hatrack.errors import AdapterError, WrongBase
+from hatrack.recipe import Task
+from hatrack.say import say
+
+DEFAULT_NEW_TOKENS = 128
+
+
+class Hat:
+    """One frozen base and the adapters attached to it, of which one is in use (or none: the bare base).
+
+    `hats` maps each attached adapter's name to its `HatFile`; `active` names the one in use; `result` is what
+    training reported, where this hat comes from `hatrack.train`.
+    """
+
+    def __init__(self, base: Base, model: Any, hats: dict[str, HatFile], active: str, folders: dict[str, Path]) -> None:
+        self.base, self.model, self.hats, self.folders = base, model, hats, folders
+        self.active: str | None = active
+        self.result: dict[str, Any] = {}
+        self._first = hats[active]  # what the bare base answers as, whichever adapters come and go
+        self.model.eval()
+
+    @property
+    def task(self) -> str:
+        """classify, chat or complete: the same for all adapters on one base in memory."""
+        return self._first.task
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names of the adapter in use; empty for generators."""
+        return list(self._current.labels)
+
+    @property
+    def _current(self) -> HatFile:
+        return self.hats[self.active] if self.active else self._first
+
+    def use(self, name: str | None) -> None:
+        """Switches to an attached adapter, or with None to the bare base.
+
+        Raises AdapterError where no adapter of that name is attached.
+        """
+        if name is None:
+            if self.active is not None:
+                self.model.base_model.disable_adapter_layers()
+        else:
+            self._known(name)
+            if self.active is None:
+                self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(name, inference_mode=True)
+        self.active = name
+
+    def add(self, adapter: str | Path, name: str | None = None) -> str:
+        """Attaches one more adapter (a folder, or a name on the rack) and returns its name. The one in use stays.
+
+        Raises AdapterError where the name is taken or the task differs; WrongBase where it belongs to another base.
+        """
+        folder = find(adapter)
+        files = read_adapter(folder)
+        name = name or _name_of(files, folder)
+        if name in self.hats:
+            raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
+        hat = _hat_of(files, folder)
+        if (hat.task == "classify") != (self.task == "classify"):
+            raise AdapterError(
+                f"{name} cannot share this base in memory, whose output is made for {self.task}",
+                got=f"task {hat.task}",
+                fix="load it by itself with hatrack.load",
+            )
+        _check_base(hat, self.base, folder)
+        before = self.active
+        self.model = attach(self.model, folder, name)
+        self.hats[name], self.folders[name] = hat, folder
+        self._restore(before)
+        return name
+
+    def drop(self, name: str) -> None:
+        """Detaches an adapter and frees its memory. If it was in use, the bare base is in use afterwards."""
+        self._known(name)
+        before = None if self.active == name else self.active
+        self.use(None if len(self.hats) == 1 else next(other for other in self.hats if other != name))
+        detach(self.model, name)
+        del self.hats[name], self.folders[name]
+        self._restore(before)
+
+    def predict(self, texts: str | Iterable[str], **generation: Any) -> list[dict[str, Any]]:
+        """One answer for each text.
+
+        classify: `text`, `label` (a list of labels where a row may have several) and `scores` (label -> probability).
+        chat and complete: `prompt` and `text`; `generation` may set `max_new_tokens` and `temperature` (0 by default:
+        the likeliest words, the same every time).
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if self.task == "classify":
+            return [
+                answer for start in range(0, len(several), 32) for answer in self._classify(several[start : start + 32])
+            ]
+        return [{"prompt": text, "text": "".join(self.stream(text, **generation))} for text in several]
+
+    def stream(
+        self,
+        prompt: str | Sequence[dict[str, str]],
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+    ) -> Iterator[str]:
+        """The answer of a generator, piece by piece. `prompt` is a text, or the messages of a conversation."""
+        if self.task == "classify":
+            raise AdapterError("a classifier does not generate text", fix="use predict")
+        inputs = self._encode(prompt)
+        streamer = TextIteratorStreamer(self.base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        options = {**inputs, **sampling, "max_new_tokens": max_new_tokens, "streamer": streamer}
+        failures: Queue[BaseException] = Queue()
+        stopped = threading.Event()
+
+        def generate() -> None:
+            try:
+                with torch.no_grad():
+                    self.model.generate(
+                        **options,
+                        eos_token_id=self._end_tokens(),
+                        pad_token_id=self.pad_id,
+                        stopping_criteria=[
+                            lambda ids, scores: torch.full((len(ids),), stopped.is_set(), device=ids.device)
+                        ],
+                    )
+            except BaseException as error:  # handed to the reading thread: an iterator must not end as if all were well
+                failures.put(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stopped.set()
+            thread.join()
+        if not failures.empty():
+            raise failures.get()
+
+    @torch.no_grad()
+    def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
+        inputs = self.base.tokenizer(
+            texts, padding=True, truncation=True, max_length=self._current.max_length, return_tensors="pt"
+        )
+        logits = self.model(
+            input_ids=inputs["input_ids"].to(self.base.device),
+            attention_mask=inputs["attention_mask"].to(self.base.device),
+        ).logits.float()
+        several = self._current.multi_label
+        probabilities = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+        return [_answer(text, row, self.labels, several) for text, row in zip(texts, probabilities, strict=True)]
+
+    def _encode(self, prompt: str | Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.base.tokenizer
+        if self.task == "complete" and isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+            if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text; this one is to go on
+                ids = ids[:-1]
+            ids = ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            text = chat_prompt(tokenizer, messages, self._current.template)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tensor = torch.tensor([ids], device=self.base.device)
+        return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
+
+    def _end_tokens(self) -> list[int]:
+        """Whatever the tokenizer or the base's generation settings end an answer with."""
+        configured = getattr(self.base.model.generation_config, "eos_token_id", None)
+        ends = configured if isinstance(configured, list) else [configured]
+        return sorted({token for token in [*ends, self.base.tokenizer.eos_token_id] if token is not None})
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills short rows up; it is never attended to."""
+        pad = self.base.tokenizer.pad_token_id
+        return int(self.base.tokenizer.eos_token_id if pad is None else pad)
+
+    def _known(self, name: str) -> None:
+        if name not in self.hats:
+            raise AdapterError(
+                f"no adapter named {name} is attached", got=", ".join(self.hats), fix="attach it with add"
+            )
+
+    def _restore(self, name: str | None) -> None:
+        """Puts the adapter in use back after peft moved it."""
+        if not self.hats:
+            self.active = None
+            return
+        self.active = next(iter(self.hats))
+        self.model.base_model.enable_adapter_layers()
+        self.use(name)
+        self.model.eval()
+
+
+def load(
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str = "none",
+) -> Hat:
+    """Loads a base once and attaches one or more adapters (folders, or names on the rack) to it; the first is in use.
+
+    The base is found from the first adapter unless `base` names where it lies now. Raises AdapterError where an
+    adapter is missing or damaged, WrongBase where it was trained on other weights than these, BaseError where the
+    base cannot be found.
+    """
+    several = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if not several:
+        raise AdapterError("no adapter was named", fix="give a folder, or a name that hatrack list shows")
+    folder = find(several[0])
+    files = read_adapter(folder)
+    hat = _hat_of(files, folder)
+    source = base or hat.base["source"]
+    found = find_base(source, None if base else hat.base.get("revision"))
+    loaded = load_base(
+        found,
+        task=cast(Task, hat.task),
+        labels=hat.labels,
+        multi_label=hat.multi_label,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+    )
+    _check_base(hat, loaded, folder)
+    name = _name_of(files, folder)
+    ready = Hat(loaded, attach(loaded.model, folder, name), {name: hat}, name, {name: folder})
+    for other in several[1:]:
+        ready.add(other)
+    return ready
+
+
+def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:
+    """hatrack.json, or for an adapter made elsewhere what its own config tells."""
+    if files.hat is not None:
+        return files.hat
+    task = {"SEQ_CLS": "classify", "CAUSAL_LM": "chat"}.get(str(files.config.get("task_type")))
+    base = files.config.get("base_model_name_or_path")
+    if task is None or not base:
+        raise AdapterError(
+            f"{folder} was not made by hatrack and does not tell its task and base",
+            got=f"task_type {files.config.get('task_type')!r}, base {base!r}",
+            fix="set task_type and base_model_name_or_path in its adapter_config.json",
+        )
+    heads = [shape[0] for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name]
+    labels = [f"LABEL_{index}" for index in range(heads[-1])] if task == "classify" and heads else []
+    say(f"{folder} was not made by hatrack: its base's weights cannot be checked")
+    return HatFile(name="", base={"source": str(base)}, task=task, labels=labels)
+
+
+def _check_base(hat: HatFile, base: Base, folder: Path) -> None:
+    """Refuses an adapter whose base had other weights. An adapter made elsewhere carries no fingerprint to check."""
+    wanted = hat.base.get("fingerprint")
+    if not wanted:
+        return
+    found = fingerprint(base.files.folder)
+    if wanted != found:
+        raise WrongBase(
+            f"{folder} was trained on other weights: {hat.base['source']} ({wanted})",
+            got=f"{base.files.source} ({found})",
+            fix="give the base it was trained on with --base",
+        )
+
+
+def _name_of(files: AdapterFiles, folder: Path) -> str:
+    """The adapter's own name, or its folder's; peft allows no dots in it."""
+    name = files.hat.name if files.hat is not None and files.hat.name else folder.resolve().name
+    return name.replace(".", "-")
+
+
+def _answer(text: str, probabilities: list[float], labels: list[str], several: bool) -> dict[str, Any]:
+    scores = dict(zip(labels, probabilities, strict=True))
+    if any(math.isnan(value) for value in probabilities):
+        raise AdapterError("the model's output is not a number", fix="train again with a lower --lr")
+    label: Any = (
+        [name for name, value in scores.items() if value > 0.5] if several else max(scores, key=lambda n: scores[n])
+    )
+    return {"text": text, "label": label, "scores": scores}

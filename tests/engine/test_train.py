@@ -1,0 +1,191 @@
+"""The main path, on tiny bases: what is trained, saved, proven, stopped and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+import hatrack
+from hatrack.errors import HatrackError, RecipeError
+
+FAST = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_size": 8}
+
+
+def _train(tmp_path: Path, base: Path, data: Path, **options: Any) -> hatrack.Hat:
+    name = options.pop("name", "hat")
+    return hatrack.train(base=str(base), data=str(data), output=str(tmp_path / name), name=name, **(FAST | options))
+
+
+def test_classify_learns_saves_and_proves(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    hat = _train(tmp_path, tiny_encoder, reviews, epochs=6)
+    result = hat.result
+    assert result["eval"]["accuracy"] >= 0.9 > result["before"]["accuracy"]
+    assert result["adapter"] == str(tmp_path / "hat")
+    assert result["steps"] == 6 * -(-json.loads((tmp_path / "hat/hatrack.json").read_text())["data"]["rows"] // 8)
+    # 2 layers x r 8 x (q, k, v, output: 4 x 64; up and down: 2 x 96) + the head's 2 x 33
+    assert result["trainable"] == 2 * 8 * (4 * 64 + 2 * 96) + 2 * 33 == result["planned"]["trainable"]
+    assert result["total"] == result["planned"]["total"]
+    assert [answer["label"] for answer in hat.predict(["it was good", "it was awful !"])] == ["yes", "no"]
+    assert sorted(path.name for path in (tmp_path / "hat").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "hatrack.json",
+        "metrics.jsonl",
+    ]
+    assert not (tmp_path / "hat.run").exists()
+    logged = [json.loads(line) for line in (tmp_path / "hat/metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_accuracy" in line for line in logged) == 6
+
+
+def test_the_result_has_the_fields_scripts_rely_on(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:
+    result = _train(tmp_path, tiny_decoder, questions, epochs=4).result
+    for field in ("adapter", "trainable", "total", "seconds", "steps", "tokens", "tokens_per_second", "train_loss"):
+        assert field in result
+    assert set(result["eval"]) >= {"loss", "perplexity"}
+    assert result["eval"]["loss"] < result["before"]["loss"] - 0.5
+    assert result["peak_memory_bytes"] > 2**20 and result["planned"]["peak_memory_bytes"] > 2**20
+    # every row of this file is the same length in tokens, so the count is exact: 4 epochs of all rows
+    rows = json.loads((tmp_path / "hat/hatrack.json").read_text())["data"]["rows"]
+    assert result["tokens"] % (4 * rows) == 0 and result["tokens"] / (4 * rows) == 18
+
+
+def test_complete_learns_plain_text(tmp_path: Path, tiny_decoder: Path) -> None:
+    data = tmp_path / "lines.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"text": f"the {w} film was so very {w} ."}) + "\n"
+            for w in ("good", "bad", "red", "blue", "fine", "poor")
+        )
+    )
+    hat = _train(tmp_path, tiny_decoder, data, task="complete", epochs=20, batch_size=2)
+    assert hat.predict("the red film was so", max_new_tokens=2)[0]["text"].split()[0] == "very"
+
+
+def test_several_labels_a_row(tmp_path: Path, tiny_encoder: Path) -> None:
+    data = tmp_path / "tags.jsonl"
+    rows = [
+        {"text": " ".join(words) + f" {filler}", "label": [name for name in ("red", "blue") if name in words]}
+        for words in (["red"], ["blue"], ["red", "blue"], ["film"])
+        for filler in ("a", "the", "it", "so", "very", "and", "was", "is", "not", "one")
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hat = _train(tmp_path, tiny_encoder, data, epochs=12, batch_size=4)
+    assert hat.hats["hat"].multi_label and hat.labels == ["blue", "red"]
+    assert [answer["label"] for answer in hat.predict(["red it", "red blue was", "film the"])] == [
+        ["red"],
+        ["blue", "red"],
+        [],
+    ]
+
+
+@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa"])
+def test_variants_reach_peft(tmp_path: Path, tiny_encoder: Path, reviews: Path, variant: str) -> None:
+    hat = _train(tmp_path, tiny_encoder, reviews, variant=variant, epochs=1, r=4)
+    config = json.loads((tmp_path / "hat/adapter_config.json").read_text())
+    assert config["use_dora"] == (variant == "dora")
+    assert hat.result["steps"] > 0
+
+
+def test_micro_batches_learn_what_whole_batches_do(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:
+    """Rows weigh by their tokens, so 8 at a time or 1 x 8 give the same adapter."""
+    from hatrack.plan.fit import Plan
+
+    import hatrack.engine.train as engine
+
+    whole = _train(tmp_path, tiny_decoder, questions, name="whole", epochs=1, dropout=0.0)
+    original = engine.plan_run
+
+    def one_at_a_time(*args: Any, **kwargs: Any) -> Plan:
+        plan = original(*args, **kwargs)
+        return Plan(plan.trainable, plan.total, 1, plan.memory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "plan_run", one_at_a_time)
+        split = _train(tmp_path, tiny_decoder, questions, name="split", epochs=1, dropout=0.0)
+    assert split.result["train_loss"] == pytest.approx(whole.result["train_loss"], rel=0.05)
+    assert split.result["steps"] == whole.result["steps"]
+
+
+def _start(base: Path, data: Path, output: Path, *, resume: bool) -> "subprocess.Popen[str]":
+    command = ["-m", "hatrack.cli.main", "train", "--output", str(output), "--name", output.name]
+    if resume:
+        command += ["--resume"]
+    else:
+        command += ["--base", str(base), "--data", str(data), "--device", "cpu", "--dtype", "float32"]
+        command += ["--lr", "0.01", "--batch-size", "4", "--epochs", "40"]
+    return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_adapter(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    straight = _start(tiny_encoder, reviews, tmp_path / "straight", resume=False)
+    said = straight.communicate(timeout=120)[1]
+    assert straight.returncode == 0, said
+
+    stopped = _start(tiny_encoder, reviews, tmp_path / "stopped", resume=False)
+    metrics = tmp_path / "stopped.run/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 20):
+        assert time.monotonic() < deadline and stopped.poll() is None
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 130, said
+    assert "--resume --output" in said and "Traceback" not in said
+    assert not (tmp_path / "stopped").exists()
+
+    resumed = _start(tiny_encoder, reviews, tmp_path / "stopped", resume=True)
+    said = resumed.communicate(timeout=120)[1]
+    assert resumed.returncode == 0, said
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "stopped"))
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+    counted = [
+        json.loads((tmp_path / name / "hatrack.json").read_text())["metrics"] for name in ("straight", "stopped")
+    ]
+    assert counted[0] == counted[1]
+
+
+def test_resume_refuses_another_recipe(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    with pytest.raises(RecipeError, match="no interrupted run to resume"):
+        _train(tmp_path, tiny_encoder, reviews, resume=True)
+    folder = tmp_path / "hat.run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"recipe": {"base": "b", "data": "d", "r": 4}, "facts": {}}))
+    with pytest.raises(RecipeError, match=r"--r differs from the interrupted run; got 8 \(then: 4\)"):
+        hatrack.train(output=str(tmp_path / "hat"), r=8, resume=True)
+
+
+def test_nothing_is_overwritten(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    (tmp_path / "hat").mkdir()
+    with pytest.raises(RecipeError, match="the output exists already"):
+        _train(tmp_path, tiny_encoder, reviews)
+
+
+@pytest.mark.parametrize("missing", ["base", "data"])
+def test_what_is_missing_is_named(tmp_path: Path, missing: str) -> None:
+    given = {"base": "b", "data": "d.csv", "output": str(tmp_path / "x")}
+    del given[missing]
+    with pytest.raises(RecipeError, match=f"--{missing} is missing; fix: add --{missing}"):
+        hatrack.train(**given)
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path, tiny_encoder: Path) -> None:
+    data = tmp_path / "one.csv"
+    data.write_text("text,label\nit was good,yes\n")
+    with pytest.raises(HatrackError):
+        _train(tmp_path, tiny_encoder, data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.csv"]
+
+
+def test_a_memory_limit_lowers_the_micro_batch_or_refuses(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    with pytest.raises(RecipeError, match="too little even for one row"):
+        _train(tmp_path, tiny_encoder, reviews, memory="10MB")
+    assert "hat" not in os.listdir(tmp_path)

@@ -1,0 +1,121 @@
+"""The rooms and who may import whom, held against the code. The table is the one in the README."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "hatrack"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+GROUND = {"errors", "recipe", "say", "storage", "wheels"}
+MAY_IMPORT = {
+    "base": set(),
+    "data": set(),
+    "adapter": {"base"},
+    "plan": {"base.header", "adapter.count", "adapter.targets"},
+    "hat": {"base", "adapter", "data"},
+    "evaluate": {"base", "adapter", "data", "hat"},
+    "engine": {"base", "adapter", "data", "plan", "evaluate", "hat"},
+}
+WITHOUT_TORCH = ["errors", "recipe", "say", "storage", "wheels", "base/header", "adapter/count", "adapter/targets"]
+WITHOUT_TORCH += ["plan/memory", "plan/fit", "engine/derive"]
+MAX_LINES, MAX_FUNCTION_LINES = 500, 60
+
+
+def _room(path: Path) -> str:
+    """`engine` for engine/train.py, `hat` for hat.py, `` for the package itself."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every module imported from hatrack, wherever it stands, and whether it is inside a function."""
+    tree = ast.parse(path.read_text())
+    inner = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, id(node) in inner
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for name in node.names:
+                yield f"{node.module}.{name.name}", id(node) in inner
+
+
+def _allowed(room: str, module: str) -> bool:
+    parts = module.split(".")[1:]
+    target = parts[0] if parts else ""
+    if room in ("", "cli") or target == room or target in GROUND:
+        return True
+    return room in MAY_IMPORT and any(parts[: len(rule.split("."))] == rule.split(".") for rule in MAY_IMPORT[room])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_rooms_import_only_what_they_may(path: Path) -> None:
+    wrong = [m for m, _ in _imports(path) if m.split(".")[0] == "hatrack" and not _allowed(_room(path), m)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_only_the_command_line_imports_inside_functions(path: Path) -> None:
+    inside = [module for module, in_function in _imports(path) if in_function]
+    assert _room(path) == "cli" or not inside
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    long = [
+        node.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert not long
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body, "a module with code needs a docstring"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_light_modules_import_no_torch(module: str) -> None:
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for name, _ in _imports(SOURCE / f"{current}.py"):
+            assert name.split(".")[0] not in ("torch", "transformers", "peft"), f"{current} imports {name}"
+            if name.startswith("hatrack."):
+                parts = name.split(".")[1:]
+                found = [part for part in ("/".join(parts), "/".join(parts[:-1])) if (SOURCE / f"{part}.py").is_file()]
+                waiting += found[:1]
+
+
+def test_ground_floor_stands_on_nothing() -> None:
+    for name in GROUND:
+        rooms = {m.split(".")[1] for m, _ in _imports(SOURCE / f"{name}.py") if m.startswith("hatrack.")}
+        assert rooms <= GROUND
+
+
+def test_readme_shows_the_tree_as_it_is() -> None:
+    readme = (ROOT / "README.md").read_text()
+    shown = set(re.findall(r"^\s+([a-z_]+\.py)\s", readme, flags=re.M))
+    there = {path.name for path in FILES if path.name != "__init__.py"}
+    assert there - shown == set(), "files the README's tree leaves out"
+    assert shown - there - {"__init__.py"} == set(), "files the README's tree invents"

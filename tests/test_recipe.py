@@ -1,0 +1,120 @@
+"""Options: what is accepted, what is refused and in which words, and that all three generated forms agree."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hatrack
+from hatrack.cli.options import options_page
+from hatrack.errors import RecipeError
+from hatrack.recipe import Recipe, flag
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "--r must be greater than or equal to 1; got 0; fix: try 8"),
+        ({"lr": -1}, "--lr must be greater than 0; got -1; fix: try 1e-3"),
+        ({"lr": float("nan")}, "--lr must be a finite number; got nan"),
+        ({"task": "clasify"}, "--task must be one of classify, chat, complete; did you mean classify?"),
+        ({"batchsize": 3}, "there is no option 'batchsize'; did you mean batch_size?"),
+        ({"memory": "a lot"}, "--memory must be a size such as 3GiB or 800MB; got 'a lot'; fix: try 4GiB"),
+        ({"layers": "top-0"}, "--layers must be all, or top-N such as top-4"),
+        (
+            {"text": "a", "label": "a"},
+            "--text and --label name the same column; got a; fix: give --label its own column",
+        ),
+        ({"name": "../x"}, "--name must be letters, digits"),
+        ({"steps": 3, "epochs": 1}, "--steps and --epochs exclude each other"),
+        ({"prompt": "q"}, "--prompt and --completion belong together; got only one; fix: add --completion COLUMN"),
+        ({"dropout": 1.0}, "--dropout must be less than 1; got 1.0; fix: try 0.05"),
+        ({"variant": "lokr"}, "--variant must be one of lora, dora, rslora, pissa"),
+        ({"device": "gpu"}, "--device must match pattern"),
+        ({"alpha": 0}, "--alpha must be greater than 0; got 0; fix: leave it out for 2 x r"),
+    ],
+)
+def test_wrong_options_say_what_got_and_fix(options: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.make(**options)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_wrong_option_is_reported_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.make(r=0, lr=-1, quantize="2bit")
+    assert all(name in str(caught.value) for name in ("--r ", "--lr ", "--quantize "))
+
+
+def test_text_from_a_shell_means_the_same_as_values() -> None:
+    typed = Recipe.make(r="16", lr="1e-4", memory="3 GiB", targets="q_proj,v_proj", epochs="2.5", seed="7")
+    assert typed == Recipe.make(r=16, lr=1e-4, memory=3 * 2**30, targets=["q_proj", "v_proj"], epochs=2.5, seed=7)
+
+
+def test_alpha_follows_r() -> None:
+    assert Recipe.make(r=16).scale_numerator == 32
+    assert Recipe.make(r=16, alpha=8).scale_numerator == 8
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("r: 4\nlr: 1e-4\neval-data: held.csv\n")
+    recipe = Recipe.read(path, r="32")
+    assert (recipe.r, recipe.lr, recipe.eval_data) == (32, 1e-4, "held.csv")
+    assert recipe.set_options() == {"r": 32, "lr": 1e-4, "eval_data": "held.csv"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("r: [", "the recipe is not valid YAML; got"),
+        ("- r\n- 8\n", "a recipe is lines of 'name: value'; got"),
+        ("rank: 8\n", "there is no option 'rank'"),
+        ("", "a recipe is lines of 'name: value'; got"),
+    ],
+)
+def test_broken_files_are_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(path)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no such recipe file; got .*nowhere.yaml; fix: check the path"):
+        Recipe.read(tmp_path / "nowhere.yaml")
+
+
+def test_the_options_page_is_not_stale() -> None:
+    assert (ROOT / "docs" / "options.md").read_text() == options_page(), "run make format"
+
+
+def test_every_option_is_a_flag_with_the_same_help() -> None:
+    command = [sys.executable, "-m", "hatrack.cli.main", "train", "--help"]
+    env = {"COLUMNS": "500", "PATH": "", "NO_COLOR": "1"}
+    shown = " ".join(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.split())
+    for name, field in Recipe.model_fields.items():
+        assert f"{flag(name)} " in shown
+        assert str(field.description) in shown
+
+
+def test_importing_hatrack_imports_no_torch() -> None:
+    script = "import sys, hatrack, hatrack.cli.main; print([m for m in ('torch', 'transformers', 'peft', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names() -> None:
+    assert (
+        hatrack.__all__
+        == sorted(hatrack.__all__)
+        == ["Hat", "HatrackError", "Recipe", "get_peft_model", "load", "train"]
+    )
+    assert all(hasattr(hatrack, name) for name in hatrack.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tain'"):
+        _ = hatrack.tain

@@ -1,0 +1,90 @@
+"""Files and folders appear whole or not at all, and a failing disk is said plainly."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from hatrack.errors import SHOWN_COMPLAINTS, DataError, HatrackError, MachineError
+from hatrack.say import size
+from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder, write_file
+
+
+def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "hat"
+    with new_folder(final) as working:
+        (working / "a").write_bytes(b"12345")
+        assert not final.exists()
+    assert folder_size(final) == 5
+    assert [path.name for path in final.parent.iterdir()] == ["hat"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="half-way"), new_folder(tmp_path / "hat") as working:
+        (working / "a").write_text("x")
+        raise ValueError("half-way")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "hat") as working:
+        (working / "a").write_text("second")
+        (tmp_path / "hat").mkdir()
+        (tmp_path / "hat" / "a").write_text("first")
+    assert (tmp_path / "hat" / "a").read_text() == "first"
+
+
+def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_file(path, "one")
+    write_file(path, b"two")
+    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full while writing"),
+        (errno.EACCES, "is not allowed"),
+        (errno.EROFS, "is not allowed"),
+    ],
+)
+def test_a_failing_disk_is_a_failure_of_the_machine(number: int, message: str) -> None:
+    with pytest.raises(MachineError, match=message) as caught, machine_errors("/there/hat"):
+        raise OSError(number, "no")
+    assert caught.value.exit_code == 1 and "/there/hat" in str(caught.value) and caught.value.fix
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(FileNotFoundError), machine_errors("x"):
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "c"))
+    assert cache_dir("a", "b") == tmp_path / "c" / "a" / "b"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 bytes"), (1023, "1,023 bytes"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB")]
+)
+def test_sizes_for_people(count: int, shown: str) -> None:
+    assert size(count) == shown
+
+
+def test_one_complaint_stays_on_one_line() -> None:
+    assert (
+        str(DataError("rows are wrong", complaints=["row 3: empty"], fix="mend it"))
+        == "rows are wrong: row 3: empty; fix: mend it"
+    )
+
+
+def test_many_complaints_show_ten_and_count_the_rest() -> None:
+    error = DataError("rows are wrong", complaints=[f"row {n}" for n in range(25)])
+    lines = str(error).splitlines()
+    assert len(lines) == 1 + SHOWN_COMPLAINTS + 1 and lines[-1].strip() == "... and 15 more"
+    assert len(error.complaints) == 25
+
+
+def test_exit_codes() -> None:
+    assert HatrackError("x").exit_code == 2 and MachineError("x").exit_code == 1
