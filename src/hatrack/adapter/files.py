@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hatrack.adapter.hatfile import HATRACK_JSON, HatFile, model_card, read_hat_file, read_object
@@ -54,15 +54,15 @@ def save_adapter(
         raise AdapterError("the adapter's folder exists already", got=folder, fix="choose another one")
     name = model.active_adapter
     placed = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    start = getattr(model, START, None)
-    conversion = {"path_initial_model_for_weight_conversion": str(start[1])} if start else {}
     with new_folder(folder) as working:
-        model.save_pretrained(working, selected_adapters=[name], save_embedding_layers=False, **conversion)
+        model.save_pretrained(working, selected_adapters=[name], save_embedding_layers=False)
         if name != "default":
             for path in (working / name).iterdir():
                 path.rename(working / path.name)
             (working / name).rmdir()
         config = _tidy_config(working / CONFIG, base)
+        if hasattr(model, START):
+            config = _as_plain_lora(working, config, getattr(model, START))
         saved = read_file_header(working / WEIGHTS)
         if set(saved) != set(placed):
             wrong = sorted(set(saved) ^ set(placed))
@@ -272,6 +272,24 @@ def _undo(model: Any, name: str, wrapped: bool) -> None:
             model.unload()
 
 
+def _as_plain_lora(folder: Path, config: dict[str, Any], start: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Turns a saved PiSSA adapter into plain LoRA for the original base.
+
+    PiSSA (Meng et al. 2024, section 3) took s B0 A0 out of each weight before training. What it learned is therefore
+    s (B A - B0 A0) = s [B, -B0] [A; A0]: LoRA of twice the rank, with twice the alpha so that s stays the same.
+    """
+    tensors = load_file(folder / WEIGHTS)
+    for key, first in start.items():
+        if ".lora_A." in key:
+            tensors[key] = torch.cat([tensors[key], first.to(tensors[key])], dim=0)  # (2r, d_in)
+        elif ".lora_B." in key:
+            tensors[key] = torch.cat([tensors[key], -first.to(tensors[key])], dim=1)  # (d_out, 2r)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"], "init_lora_weights": True}
+    write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return config
+
+
 def _tidy_config(path: Path, base: str) -> dict[str, Any]:
     """A config that says the same on every run: sorted names, a base that plain peft can load."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -279,7 +297,5 @@ def _tidy_config(path: Path, base: str) -> dict[str, Any]:
     for field in ("target_modules", "modules_to_save"):
         if isinstance(config.get(field), list):
             config[field] = sorted(set(config[field]))
-    if config.get("init_lora_weights") == "pissa":
-        config["init_lora_weights"] = True
     write_file(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return config

@@ -1,12 +1,11 @@
 """Puts a new adapter on a base. Knows nothing of training, files or data."""
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -124,17 +123,9 @@ def _check_placed(model: Any, choice: Choice) -> None:
 
 
 def _remember_start(model: Any, name: str) -> None:
-    """Keeps the starting values of a PiSSA adapter in a temporary folder that lives as long as the model.
-
-    peft saves the difference between the trained and the starting adapter as plain LoRA of twice the rank, which fits
-    the original base (Meng et al. 2024, section 3.3).
-    """
-    folder = tempfile.TemporaryDirectory(prefix="hatrack-pissa-")
-    config = model.peft_config[name]
-    config.init_lora_weights = True  # as peft asks for when the starting values are saved
-    model.save_pretrained(folder.name, selected_adapters=[name])
-    config.init_lora_weights = "pissa"
-    setattr(model, START, (folder, Path(folder.name) / ("" if name == "default" else name)))
+    """Keeps the starting values of a PiSSA adapter, which the base's weights have lost, until it is saved."""
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    setattr(model, START, {key: tensor.detach().clone() for key, tensor in state.items() if ".lora_" in key})
 
 
 def _leaves(choice: Choice) -> list[str]:
