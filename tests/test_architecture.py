@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": set(),
     "adapter": {"base"},
     "plan": {"base.header", "adapter.count", "adapter.targets"},
-    "hat": {"base", "adapter", "data"},
+    "hat": {"base", "adapter", "data", "engine.fast_lora"},
     "evaluate": {"base", "adapter", "data", "hat"},
     "engine": {"base", "adapter", "data", "plan", "evaluate", "hat"},
 }

@@ -20,6 +20,7 @@ from hatrack.base.fingerprint import fingerprint
 from hatrack.base.load import Base, load_base
 from hatrack.base.sources import find_base
 from hatrack.data.template import chat_prompt
+from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.errors import AdapterError, WrongBase
 from hatrack.recipe import Task
 from hatrack.say import say
@@ -89,7 +90,7 @@ class Hat:
             )
         _check_base(hat, self.base, folder)
         before = self.active
-        self.model = attach(self.model, folder, name)
+        self.model = attach(self.model, folder, name, layer_classes=LAYER_CLASSES)
         self.hats[name], self.folders[name] = hat, folder
         self._restore(before)
         return name
@@ -248,7 +249,8 @@ def load(
     )
     _check_base(hat, loaded, folder)
     name = _name_of(files, folder)
-    ready = Hat(loaded, attach(loaded.model, folder, name), {name: hat}, name, {name: folder})
+    model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
+    ready = Hat(loaded, model, {name: hat}, name, {name: folder})
     for other in several[1:]:
         ready.add(other)
     return ready

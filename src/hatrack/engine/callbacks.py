@@ -36,7 +36,8 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             disable=not console().is_terminal,
         )
         self.task: Any = None
-        self.loss = "..."
+        self.mean: float | None = None
+        self.loss = "..."  # a running mean: single steps jump too much to be read
         self.said, self.began, self.first_step = 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,7 +56,8 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.loss = f"{logs['loss']:.3f}"
+            self.mean = logs["loss"] if self.mean is None else 0.8 * self.mean + 0.2 * logs["loss"]
+            self.loss = f"{self.mean:.3f}"
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
