@@ -13,10 +13,45 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = (
-    "good bad fine poor great awful film plot actor scene was is the a it so and very not what who where when".split()
-)
-WORDS += "question answer one two three red blue green User Assistant : ? ! .".split()
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "poor",
+    "great",
+    "awful",
+    "film",
+    "plot",
+    "actor",
+    "scene",
+    "was",
+    "is",
+    "the",
+    "a",
+    "it",
+    "so",
+    "and",
+    "very",
+    "not",
+    "what",
+    "who",
+    "where",
+    "when",
+    "question",
+    "answer",
+    "one",
+    "two",
+    "three",
+    "red",
+    "blue",
+    "green",
+    "User",
+    "Assistant",
+    ":",
+    "?",
+    "!",
+    ".",
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<start> {{ m.role }} : {{ m.content }} <end>\n{% endfor %}"
     "{% if add_generation_prompt %}<start> assistant : {% endif %}"

@@ -50,7 +50,7 @@ def test_the_result_has_the_fields_scripts_rely_on(tmp_path: Path, tiny_decoder:
     for field in ("adapter", "trainable", "total", "seconds", "steps", "tokens", "tokens_per_second", "train_loss"):
         assert field in result
     assert set(result["eval"]) >= {"loss", "perplexity"}
-    assert result["eval"]["loss"] < result["before"]["loss"] - 0.5
+    assert result["eval"]["loss"] < result["before"]["loss"] - 0.2
     assert result["peak_memory_bytes"] > 2**20 and result["planned"]["peak_memory_bytes"] > 2**20
     # every row of this file is the same length in tokens, so the count is exact: 24 epochs of all rows
     rows = json.loads((tmp_path / "hat/hatrack.json").read_text())["data"]["rows"]

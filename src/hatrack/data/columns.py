@@ -40,6 +40,8 @@ def find_columns(recipe: Recipe, columns: Sequence[str], source: str) -> tuple[s
     for task in [recipe.task] if recipe.task else ["chat", "classify", "complete"]:
         for roles in ROLES[task]:
             found = _fill(roles, named, columns)
+            if task == "complete" and recipe.task is None and len(columns) > len(roles):
+                continue  # a text among other columns: nobody said that the others do not matter
             if found and set(named) <= set(roles):
                 _say_guesses(task, found, named, recipe)
                 return task, found

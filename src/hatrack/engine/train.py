@@ -9,6 +9,10 @@ from typing import Any, cast
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.utils import logging as transformers_logging
 
 from hatrack.adapter import rack
@@ -30,12 +34,12 @@ from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.proof import probe, prove
 from hatrack.engine.run import Run, open_run
 from hatrack.engine.trainer import HatTrainer
-from hatrack.errors import Interrupted
+from hatrack.errors import Interrupted, RecipeError
 from hatrack.evaluate.score import Score, main_metric, score
 from hatrack.hat import Hat, load
 from hatrack.plan.fit import Plan, plan_run
 from hatrack.plan.memory import shape_of
-from hatrack.recipe import Recipe, Task
+from hatrack.recipe import Recipe, Task, nearest
 from hatrack.say import say, size
 from hatrack.storage import folder_size
 
@@ -48,18 +52,19 @@ def train(recipe: Recipe) -> Hat:
     """
     run = open_run(recipe)
     recipe = run.recipe
+    trackers = _trackers(recipe)
     examples = _read(recipe)
     files = find_base(str(recipe.base), recipe.revision)
     base = _load(recipe, files, examples)
     tokens = _tokenise(recipe, base, examples)
     plan = _plan(recipe, base, examples, tokens)
     schedule = _schedule(recipe, base, examples, tokens, plan)
-    run.remember({"rows": examples.digest, "base": fingerprint(files.folder), "schedule": asdict(schedule)})
 
     set_seed(recipe.seed)
     model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
-    trained = _fit(run, base, model, tokens, schedule, examples.task)
+    run.remember({"rows": examples.digest, "base": fingerprint(files.folder), "schedule": asdict(schedule)})
+    trained = _fit(run, base, model, tokens, schedule, examples.task, trackers)
 
     hat = _describe(run, base, examples, tokens, trained)
     save_adapter(model, run.output, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()})
@@ -172,14 +177,32 @@ def _schedule(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens, pl
     return schedule
 
 
-def _fit(run: Run, base: Base, model: Any, tokens: Tokens, schedule: Schedule, task: str) -> Trained:
+def _trackers(recipe: Recipe) -> list[str]:
+    """The experiment trackers asked for. Raises RecipeError for one that transformers does not know or cannot find."""
+    asked = [name.strip() for name in recipe.report_to.split(",") if name.strip() not in ("", "none")]
+    there = get_available_reporting_integrations()
+    for name in asked:
+        if name not in INTEGRATION_TO_CALLBACK:
+            guess = nearest(name, INTEGRATION_TO_CALLBACK)
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise RecipeError(
+                f"--report-to does not know {name}", fix=f"did you mean {guess}?" if guess else f"use {known}"
+            )
+        if name not in there:
+            raise RecipeError(f"--report-to {name} needs its package", got="not installed", fix=f"pip install {name}")
+    return asked
+
+
+def _fit(
+    run: Run, base: Base, model: Any, tokens: Tokens, schedule: Schedule, task: str, trackers: list[str]
+) -> Trained:
     """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
     transformers_logging.set_verbosity_error()
     stop = GracefulStop()
     pad_id = base.tokenizer.pad_token_id
     trainer = HatTrainer(
         model=model,
-        args=_arguments(run, base, schedule, task),
+        args=_arguments(run, base, schedule, task, trackers),
         rows=tokens.learn,
         held_out=tokens.held_out,
         task=task,
@@ -210,9 +233,7 @@ def _fit(run: Run, base: Base, model: Any, tokens: Tokens, schedule: Schedule, t
     )
 
 
-def _arguments(run: Run, base: Base, schedule: Schedule, task: str) -> TrainingArguments:
-    recipe = run.recipe
-    trackers = [name for name in recipe.report_to.split(",") if name != "none"]
+def _arguments(run: Run, base: Base, schedule: Schedule, task: str, trackers: list[str]) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=schedule.micro_batch,
@@ -224,7 +245,7 @@ def _arguments(run: Run, base: Base, schedule: Schedule, task: str) -> TrainingA
         warmup_steps=schedule.warmup_steps,
         weight_decay=0.0,
         optim="adamw_torch",
-        seed=recipe.seed,
+        seed=run.recipe.seed,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,

@@ -1,0 +1,134 @@
+"""Bad input is one line on standard error (what, got, fix) and exit code 2; nothing is left half-written."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def files(hatrack: Run, tiny_encoder: Path, reviews: Path) -> dict[str, str]:
+    """Data and base files, good and bad, in an empty folder."""
+    good = reviews.read_text()
+    Path("good.csv").write_text(good)
+    Path("empty.csv").write_text("text,label\n")
+    Path("one.csv").write_text("text,label\nit was good,yes\n")
+    Path("same.csv").write_text("text,label\nit was good,yes\nit was bad,yes\nit was fine,yes\n")
+    Path("other.csv").write_text("sentence,stars,place\na,1,x\nb,2,y\n")
+    Path("nothing").mkdir()
+    return {"base": str(tiny_encoder)}
+
+
+CASES = [
+    ([], "--base is missing", "--base"),
+    (["--base", "BASE"], "--data is missing", "--data"),
+    (["--base", "BASE", "--data", "goood.csv"], "there is no such data file; got goood.csv", "did you mean good.csv?"),
+    (["--base", "BASE", "--data", "nothing", "--name", "x"], "the data is a folder, not a file", "name one file"),
+    (["--base", "BASE", "--data", "empty.csv"], "empty.csv has no rows; got 0 rows", "at least 2"),
+    (["--base", "BASE", "--data", "one.csv"], "label 'yes' is seen only once", "--bad-rows skip"),
+    (["--base", "BASE", "--data", "same.csv"], "same.csv has only one class; got yes", "at least two labels"),
+    (["--base", "BASE", "--data", "other.csv"], "got columns sentence, stars, place", "--text COLUMN --label COLUMN"),
+    (["--base", "BASE", "--data", "good.csv", "--text", "txt"], "no column 'txt'", "did you mean text?"),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--text", "label", "--label", "label"],
+        "name the same column",
+        "own column",
+    ),
+    (["--base", "nothing", "--data", "good.csv"], "nothing", "fix: "),
+    (["--base", "./nowhere", "--data", "good.csv"], "nowhere", "fix: "),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--task", "sort"],
+        "--task must be one of classify, chat, complete",
+        "use",
+    ),
+    (["--base", "BASE", "--data", "good.csv", "--r", "0"], "--r must be greater than or equal to 1; got '0'", "try 8"),
+    (["--base", "BASE", "--data", "good.csv", "--lr", "-1"], "--lr must be greater than 0; got '-1'", "try 1e-3"),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--targets", "qery,value"],
+        "'qery' matches no layer",
+        "did you mean query?",
+    ),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--layers", "top-9"],
+        "top-9 is more than this model has; got 2 layers",
+        "all",
+    ),
+    (["--base", "BASE", "--data", "good.csv", "--r", "999"], "--r is larger than", "at most --r 32"),
+    (["--base", "BASE", "--data", "good.csv", "--max-length", "9999"], "--max-length is more than", "at most 64"),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--task", "chat", "--text", "text"],
+        "no clear columns for chat",
+        "--messages",
+    ),
+    (["--base", "BASE", "--data", "good.csv", "--task", "complete", "--text", "text"], "--task classify", "fix"),
+    (["--base", "BASE", "--data", "good.csv", "--device", "cuda"], "cuda", "fix"),
+    (["--base", "BASE", "--data", "good.csv", "--memory", "1MB"], "too little even for one row", "fix"),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--resume"],
+        "there is no interrupted run to resume",
+        "leave out --resume",
+    ),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--report-to", "wandbb"],
+        "--report-to does not know wandbb",
+        "did you mean wandb?",
+    ),
+    (["--base", "pypi:nothing", "--data", "good.csv"], "pypi", "=="),
+    (
+        ["--base", "BASE", "--data", "good.csv", "--output", "good.csv/x"],
+        "the output cannot be a folder",
+        "choose another",
+    ),
+    (["--batchsize", "4"], "No such option: --batchsize", "--batch-size"),
+    (["nowhere.yaml"], "there is no such recipe file; got nowhere.yaml", "check the path"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "what", "fix"), CASES, ids=[" ".join(case[0]) or "nothing" for case in CASES])
+def test_one_line_exit_2_nothing_left(
+    hatrack: Run, files: dict[str, str], arguments: list[str], what: str, fix: str
+) -> None:
+    before = sorted(Path.cwd().rglob("*"))
+    ran = hatrack("train", *(files["base"] if word == "BASE" else word for word in arguments))
+    assert ran.code == 2, ran.err
+    assert what in ran.complaint and fix in ran.complaint
+    assert "Traceback" not in ran.err and ran.out == ""
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_a_full_disk_is_exit_1_and_leaves_no_adapter(
+    hatrack: Run, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hatrack.adapter.files.write_file", full)
+    ran = hatrack("train", "--base", files["base"], "--data", "good.csv", "--device", "cpu", "--epochs", 1)
+    assert ran.code == 1
+    assert "the disk is full while writing" in ran.complaint and "free some space" in ran.complaint
+    assert not Path("good").exists() and not list(Path.cwd().glob(".good*"))
+
+
+def test_an_unreadable_file_is_named(hatrack: Run, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("binary.csv").write_bytes(b"text,label\n\xff\xfe,yes\n")
+    ran = hatrack("train", "--base", files["base"], "--data", "binary.csv")
+    assert ran.code == 2 and "binary.csv is not UTF-8 text; got a stray byte in line 2" in ran.complaint
+
+
+def test_debug_shows_where(hatrack: Run, files: dict[str, str]) -> None:
+    ran = hatrack("train", "--debug", "--r", 0)
+    assert ran.code == 2 and "Traceback" in ran.err and "hatrack: --r must be" in ran.err
+
+
+def test_a_bug_is_said_to_be_one(hatrack: Run, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("hatrack.engine.train.open_run", broken)
+    ran = hatrack("train", "--base", "x", "--data", "y.csv")
+    assert ran.code == 1 and "unexpected ZeroDivisionError: division by zero (this is a bug: --debug" in ran.complaint
