@@ -32,6 +32,8 @@ def test_fewer_are_worse_and_the_same_undecided() -> None:
 
 def test_a_lower_loss_is_better_and_weighs_by_tokens() -> None:
     tokens = [1.0, 9.0] * 20
+    few = decide("accuracy", _accuracy([0] * 19), _accuracy([1] * 19))
+    assert few.verdict == "undecided" and few.ci95 == (1.0, 1.0)
     found = decide("loss", _loss([2.0, 18.0] * 20, tokens), _loss([1.0, 9.0] * 20, tokens))
     assert found.verdict == "better" and found.difference == pytest.approx(-1)
     assert found.ci95 == pytest.approx((-1, -1))

@@ -18,6 +18,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Score the base and the adapter on the same held-out rows: which is better, and how sure that is."""
+    from hatrack.evaluate.compare import FEWEST_ROWS
     from hatrack.evaluate.compare import compare as run
     from hatrack.evaluate.held_out import held_out
     from hatrack.hat import load
@@ -33,4 +34,5 @@ def compare(
     low, high = found.ci95
     print(f"{found.metric:<11} base {found.base:.4f}, adapter {found.adapter:.4f}")
     print(f"difference  {found.difference:+.4f} (95% interval {low:+.4f} to {high:+.4f}, {found.rows:,} rows)")
-    print(f"verdict     {found.verdict}")
+    few = f" (fewer than {FEWEST_ROWS} rows)" if found.rows < FEWEST_ROWS else ""
+    print(f"verdict     {found.verdict}{few}")

@@ -15,6 +15,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from hatrack.engine.trainer import BEST
 from hatrack.say import console, say
 
 SAVE_EVERY_SECONDS = 600
@@ -60,7 +61,9 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             self.loss = f"{self.mean:.3f}"
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        shown = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items())
+        shown = ", ".join(
+            f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items() if not name.endswith(BEST)
+        )
         say(f"epoch {state.epoch:.2f}: held-out {shown}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from hatrack.recipe import Recipe
 
+FEWEST_STEPS = 100
+"""A few dozen rows want more passes, up to ten, so that the adapter moves at all."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -30,9 +33,9 @@ class Schedule:
 
 
 def batch_rows(recipe: Recipe, *, task: str, rows: int) -> int:
-    """Rows a step: as asked, or a power of two that leaves some forty steps an epoch, 32 at most (16 to generate)."""
+    """Rows a step: as asked, or a power of two that leaves some forty steps an epoch, from 4 to 32 (16 to generate)."""
     largest = 32 if task == "classify" else 16
-    derived = min(largest, max(1, 2 ** round(math.log2(max(rows / 40, 1)))))
+    derived = min(largest, max(4, 2 ** round(math.log2(max(rows / 40, 1)))))
     return min(recipe.batch_size or derived, rows)
 
 
@@ -52,6 +55,7 @@ def derive(recipe: Recipe, *, task: str, rows: int, hidden_size: int, micro_batc
         epochs = steps / per_epoch
     elif epochs is None:
         epochs = 3.0 if rows < 20_000 else 2.0 if rows < 100_000 else 1.0
+        epochs = max(epochs, min(10.0, float(math.ceil(FEWEST_STEPS / per_epoch))))
         reasons.append(f"{epochs:g} epochs (for {rows:,} rows)")
     if steps is None:
         steps = max(1, math.ceil(epochs * per_epoch))

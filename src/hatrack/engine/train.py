@@ -33,9 +33,9 @@ from hatrack.engine.derive import Schedule, batch_rows, derive
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.proof import probe, prove
 from hatrack.engine.run import Run, open_run
-from hatrack.engine.trainer import HatTrainer
+from hatrack.engine.trainer import BEST, HatTrainer
 from hatrack.errors import Interrupted, RecipeError
-from hatrack.evaluate.score import Score, main_metric, score
+from hatrack.evaluate.score import Score, score
 from hatrack.hat import Hat, load
 from hatrack.plan.fit import Plan, plan_run
 from hatrack.plan.memory import shape_of
@@ -202,7 +202,7 @@ def _fit(
     pad_id = base.tokenizer.pad_token_id
     trainer = HatTrainer(
         model=model,
-        args=_arguments(run, base, schedule, task, trackers),
+        args=_arguments(run, base, schedule, trackers),
         rows=tokens.learn,
         held_out=tokens.held_out,
         task=task,
@@ -233,7 +233,7 @@ def _fit(
     )
 
 
-def _arguments(run: Run, base: Base, schedule: Schedule, task: str, trackers: list[str]) -> TrainingArguments:
+def _arguments(run: Run, base: Base, schedule: Schedule, trackers: list[str]) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=schedule.micro_batch,
@@ -250,8 +250,8 @@ def _arguments(run: Run, base: Base, schedule: Schedule, task: str, trackers: li
         save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model=main_metric(task),
-        greater_is_better=task == "classify",
+        metric_for_best_model=BEST,
+        greater_is_better=True,
         logging_steps=max(1, schedule.steps // 100),
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

@@ -15,6 +15,9 @@ from hatrack.data.render import TokenRows
 from hatrack.evaluate.loss import items, losses
 from hatrack.evaluate.score import Score, score
 
+BEST = "goodness"
+"""The metric that decides which epoch is kept; higher is better."""
+
 
 class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Trains the adapter of `model` on `rows` and scores it on `held_out`.
@@ -61,6 +64,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.last_score.metrics.items()}
         self.log(dict(metrics))
+        metrics[f"{metric_key_prefix}_{BEST}"] = _goodness(self.last_score, self.task)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -72,3 +76,9 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
 
     def _collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         return collate(rows, self.pad_id, self.task)
+
+
+def _goodness(score: Score, task: str) -> float:
+    """Accuracy, where equal the lower loss; to generate, the lower loss alone."""
+    loss = score.metrics["loss"]
+    return score.metrics["accuracy"] + 1e-6 / (1 + loss) if task == "classify" else -loss

@@ -13,13 +13,15 @@ from hatrack.evaluate.score import Score, main_metric, score
 from hatrack.hat import Hat
 
 RESAMPLES = 2000
+FEWEST_ROWS = 20
+"""A bootstrap of fewer rows is surer than it has reason to be, so there is no verdict."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """`difference` = adapter - base of `metric`, with its 95% confidence interval over `rows` rows.
 
-    `verdict` is better, worse, or undecided where the interval holds 0.
+    `verdict` is better, worse, or undecided where the interval holds 0 or the rows are too few to tell.
     """
 
     metric: str
@@ -57,6 +59,8 @@ def decide(metric: str, base: Score, adapter: Score, *, seed: int = 0) -> Compar
     draws = np.random.default_rng(seed).integers(len(gains), size=(RESAMPLES, len(gains)))
     means = gains[draws].sum(1) / np.maximum(adapter.weights[draws].sum(1), 1e-12)
     low, high = (float(value) for value in np.quantile(means, [0.025, 0.975]))
-    verdict = "undecided" if low <= 0 <= high else "better" if (low > 0) == (metric == "accuracy") else "worse"
+    verdict = "better" if (low > 0) == (metric == "accuracy") else "worse"
+    if low <= 0 <= high or len(gains) < FEWEST_ROWS:
+        verdict = "undecided"
     before, after = base.metrics[metric], adapter.metrics[metric]
     return Comparison(metric, before, after, after - before, (low, high), len(gains), verdict)
