@@ -1,7 +1,6 @@
 """The main path, on tiny bases: what is trained, saved, proven, stopped and resumed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import hatrack
+import hatrack.engine.train
 from hatrack.errors import HatrackError, RecipeError
+from hatrack.plan.fit import Plan
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_size": 8}
 
@@ -96,19 +97,15 @@ def test_variants_reach_peft(tmp_path: Path, tiny_encoder: Path, reviews: Path, 
 
 def test_micro_batches_learn_what_whole_batches_do(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:
     """Rows weigh by their tokens, so 8 at a time or 1 x 8 give the same adapter."""
-    from hatrack.plan.fit import Plan
-
-    import hatrack.engine.train as engine
-
     whole = _train(tmp_path, tiny_decoder, questions, name="whole", epochs=1, dropout=0.0)
-    original = engine.plan_run
+    original = hatrack.engine.train.plan_run
 
     def one_at_a_time(*args: Any, **kwargs: Any) -> Plan:
         plan = original(*args, **kwargs)
         return Plan(plan.trainable, plan.total, 1, plan.memory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "plan_run", one_at_a_time)
+        patch.setattr("hatrack.engine.train.plan_run", one_at_a_time)
         split = _train(tmp_path, tiny_decoder, questions, name="split", epochs=1, dropout=0.0)
     assert split.result["train_loss"] == pytest.approx(whole.result["train_loss"], rel=0.05)
     assert split.result["steps"] == whole.result["steps"]
@@ -188,4 +185,4 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path: Path, tiny_encoder: Path)
 def test_a_memory_limit_lowers_the_micro_batch_or_refuses(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
     with pytest.raises(RecipeError, match="too little even for one row"):
         _train(tmp_path, tiny_encoder, reviews, memory="10MB")
-    assert "hat" not in os.listdir(tmp_path)
+    assert not list(tmp_path.glob("hat*"))
