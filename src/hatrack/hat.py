@@ -153,7 +153,12 @@ class Hat:
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            begun = self.task == "complete"  # an answer begins with its first word, whatever the template leaves before
+            for piece in streamer:
+                piece = piece if begun else piece.lstrip()
+                begun = begun or bool(piece)
+                if piece:
+                    yield piece
         finally:
             stopped.set()
             thread.join()

@@ -72,9 +72,12 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
         find_columns(recipe.changed(task=task, **columns), eval_rows.columns, eval_rows.source)
         parts.append(_read(eval_rows, task, columns))
     parts = [_with_one_type(part) for part in parts]
-    labels, multi_label = _labels(parts[0]) if task == "classify" else ([], False)
+    labels: list[str] = []
+    multi_label = False
     if task == "classify":
-        parts = [_indexed(part, labels, multi_label, seen_twice=index == 0) for index, part in enumerate(parts)]
+        parts[0] = _without_lone_labels(parts[0])
+        labels, multi_label = _labels(parts[0])
+        parts = [_indexed(part, labels, multi_label) for part in parts]
     _refuse_or_skip(parts, recipe.bad_rows)
     if task == "classify":
         _check_classes(parts[0], labels, multi_label)
@@ -161,21 +164,36 @@ def _shown(item: object) -> str:
     return str(int(item)) if isinstance(item, float) and item.is_integer() else str(item)
 
 
-def _indexed(part: _Part, labels: list[str], multi_label: bool, *, seen_twice: bool) -> _Part:
-    """Label names become indices. Complains of labels seen once (where they are learned) or never (where scored)."""
+def _without_lone_labels(part: _Part) -> _Part:
+    """Complains of rows whose label no other row has; leaving one out may leave another label alone."""
+    while True:
+        counts = Counter(item for name in part.names for item in set(_items(name)))
+        lone = [next((item for item in _items(name) if counts[item] == 1), None) for name in part.names]
+        bad = [
+            Bad(example.row, f"label {item!r} is seen only once, so it cannot be learned and scored")
+            for example, item in zip(part.examples, lone, strict=True)
+            if item is not None
+        ]
+        if not bad:
+            return part
+        part = _keep(part, [item is None for item in lone], bad)
+
+
+def _items(name: Label) -> list[str]:
+    """The labels of one row as text."""
+    return [_shown(item) for item in (name if isinstance(name, list) else [name])]
+
+
+def _indexed(part: _Part, labels: list[str], multi_label: bool) -> _Part:
+    """Label names become indices. Complains of labels that are not among `labels`."""
     index = {name: position for position, name in enumerate(labels)}
-    items = [[_shown(item) for item in (name if isinstance(name, list) else [name])] for name in part.names]
-    counts = Counter(item for row in items for item in set(row))
     bad, good, examples = [], [], []
-    for example, row in zip(part.examples, items, strict=True):
-        unknown = [item for item in row if item not in index]
-        once = [item for item in row if seen_twice and counts[item] == 1]
+    for example, name in zip(part.examples, part.names, strict=True):
+        unknown = [item for item in _items(name) if item not in index]
         if unknown:
             bad.append(Bad(example.row, f"label {unknown[0]!r} does not occur in the training rows"))
-        elif once:
-            bad.append(Bad(example.row, f"label {once[0]!r} is seen only once, so it cannot be learned and scored"))
-        good.append(not unknown and not once)
-        found = tuple(sorted({index[item] for item in row if item in index}))
+        good.append(not unknown)
+        found = tuple(sorted({index[item] for item in _items(name) if item in index}))
         examples.append(replace(example, label=found if multi_label else found[0] if found else None))
     return _keep(replace(part, examples=examples), good, bad)
 

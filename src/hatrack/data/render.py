@@ -75,7 +75,7 @@ def render_cached(examples: Sequence[Example], tokenizer: Any, **settings: Any) 
     """
     final = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
     try:
-        with np.load(final / "rows.npz", allow_pickle=False) as kept:
+        with (final / "rows.npz").open("rb") as file, np.load(file, allow_pickle=False) as kept:
             return TokenRows(
                 **{name: kept[name] for name in ("ids", "offsets", "learn", "labels", "rows")}, cut=int(kept["cut"])
             )

@@ -12,10 +12,11 @@ from hatrack.errors import DataError
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For bases that bring none: `User: ...`, then `Assistant: ...` and the end-of-text token."""
+"""For bases that bring none: `User: ...`, then `Assistant: ...` and the end-of-text token. The prompt ends before the space,
+which most tokenizers join to the word after it."""
 
 
 def chat_template(tokenizer: Any) -> tuple[str, bool]:

@@ -1,0 +1,81 @@
+"""The rack: names that lead to folders, whoever writes at the same time."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from hatrack.adapter import rack
+from hatrack.errors import AdapterError
+
+
+def _adapter(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"task_type": "SEQ_CLS", "base_model_name_or_path": "b"}))
+    return folder
+
+
+def test_a_name_leads_to_its_folder(tmp_path: Path) -> None:
+    folder = _adapter(tmp_path / "a")
+    rack.hang("legal", folder)
+    assert rack.find("legal") == folder.resolve() and rack.find(folder) == folder and rack.find(str(folder)) == folder
+    [hat] = rack.hats()
+    assert (hat.name, hat.base, hat.task, hat.missing) == ("legal", "b", "SEQ_CLS", False) and hat.size > 0
+
+
+def test_a_taken_name_stays_where_it_is(tmp_path: Path) -> None:
+    one, other = _adapter(tmp_path / "one"), _adapter(tmp_path / "other")
+    rack.hang("legal", one)
+    rack.hang("legal", one)
+    with pytest.raises(AdapterError, match=r"the name legal is taken on the rack; got .*one; fix: choose another"):
+        rack.hang("legal", other)
+    (one / "adapter_config.json").unlink()
+    rack.hang("legal", other)  # a name whose adapter is gone is free
+    assert rack.find("legal") == other.resolve()
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="there is no such adapter; got legal; fix: hatrack train makes one"):
+        rack.find("legal")
+    folder = _adapter(tmp_path / "a")
+    rack.hang("legal", folder)
+    with pytest.raises(AdapterError, match=r"got leagl; fix: did you mean legal\?"):
+        rack.find("leagl")
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(
+        AdapterError, match=r"legal is on the rack, but its folder is gone; .*; fix: hatrack remove legal"
+    ):
+        rack.find("legal")
+    assert rack.hats()[0].missing
+    with pytest.raises(AdapterError, match="that folder holds no adapter"):
+        rack.find(folder)
+
+
+@pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "", ".hidden", "x" * 65, "a\0b"])
+def test_names_stay_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AdapterError, match="that is no name"):
+        rack.hang(name, _adapter(tmp_path / "a"))
+
+
+def test_rename_and_take_down(tmp_path: Path) -> None:
+    one, other = _adapter(tmp_path / "one"), _adapter(tmp_path / "other")
+    rack.hang("one", one)
+    rack.hang("other", other)
+    with pytest.raises(AdapterError, match="the name other is taken"):
+        rack.rename("one", "other")
+    rack.rename("one", "first")
+    assert [hat.name for hat in rack.hats()] == ["first", "other"]
+    rack.take_down("first")
+    assert one.exists()
+    rack.take_down("other", delete_files=True)
+    assert not other.exists() and rack.hats() == []
+    with pytest.raises(AdapterError, match="there is no such adapter"):
+        rack.take_down("other")
+
+
+def test_many_writers_at_once(tmp_path: Path) -> None:
+    folders = [_adapter(tmp_path / f"a{index}") for index in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda folder: rack.hang(folder.name, folder), folders))
+    assert {hat.name: hat.folder for hat in rack.hats()} == {folder.name: folder.resolve() for folder in folders}

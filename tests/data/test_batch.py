@@ -1,0 +1,68 @@
+"""Batches of like length: an order that can be had again, and rows that do not depend on their neighbours."""
+
+import numpy as np
+import pytest
+import torch
+
+from hatrack.data.batch import LengthBatches, collate, fill, length_order
+
+LENGTHS = np.random.default_rng(0).lognormal(3.2, 0.5, 1003).astype(int) + 3
+
+
+def _epoch(epoch: int, batch_size: int = 16, seed: int = 0) -> list[list[int]]:
+    batches = LengthBatches(LENGTHS, batch_size, seed)
+    batches.set_epoch(epoch)
+    return list(batches)
+
+
+def test_every_row_once_an_epoch_in_a_constant_number_of_batches() -> None:
+    for epoch in range(3):
+        batches = _epoch(epoch)
+        assert sorted(row for batch in batches for row in batch) == list(range(len(LENGTHS)))
+        assert len(batches) == len(LengthBatches(LENGTHS, 16, 0)) == 63
+        assert sorted(map(len, batches))[0] == 1003 % 16
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    assert _epoch(1) == _epoch(1)
+    assert _epoch(1) != _epoch(2) and _epoch(1, seed=1) != _epoch(1)
+    first = [len(batch) and LENGTHS[batch].mean() for batch in _epoch(0)[:20]]
+    assert first != sorted(first)  # batches come in random order, not by length
+
+
+def test_little_is_padding() -> None:
+    assert fill(LENGTHS, _epoch(0)) > 0.93
+    assert fill(np.array([4, 2]), [[0, 1]]) == pytest.approx(6 / 8)
+
+
+def test_scoring_begins_with_the_longest() -> None:
+    order = length_order(LENGTHS, 100)
+    assert LENGTHS[order[0]].min() >= LENGTHS[order[1]].max()
+    assert sorted(np.concatenate(order).tolist()) == list(range(len(LENGTHS)))
+
+
+def _row(ids: list[int], learn: list[bool], label: object = None) -> tuple[np.ndarray, np.ndarray, object]:
+    return np.array(ids, dtype=np.int32), np.array(learn), label
+
+
+def test_padding_is_masked_and_never_learned() -> None:
+    batch = collate([_row([5, 6, 7], [False, True, True]), _row([8], [True])], pad_id=9, task="chat")
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_labels_keep_their_kind() -> None:
+    one = collate([_row([5], [False], np.int64(3)), _row([6, 7], [False, False], np.int64(0))], 0, "classify")
+    assert one["labels"].tolist() == [3, 0] and one["labels"].dtype == torch.int64
+    several = collate([_row([5], [False], np.array([1, 0], dtype=np.float32))], 0, "classify")
+    assert several["labels"].tolist() == [[1, 0]] and several["labels"].dtype == torch.float32
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    row = _row([5, 6, 7], [False, True, True])
+    for other in (_row([8], [True]), _row([8] * 9, [True] * 9)):
+        batch = collate([row, other], 0, "chat")
+        assert batch["input_ids"][0, :3].tolist() == [5, 6, 7] and batch["labels"][0, :3].tolist() == [-100, 6, 7]
+        assert batch["attention_mask"][0].sum() == 3

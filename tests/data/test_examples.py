@@ -1,0 +1,237 @@
+"""Rows -> examples: what is guessed, what is refused, what is dropped, and the split."""
+
+from typing import Any
+
+import pytest
+
+from hatrack.data.columns import find_columns
+from hatrack.data.examples import Examples, prepare, split
+from hatrack.data.read import Rows
+from hatrack.errors import DataError
+from hatrack.recipe import Recipe
+
+
+def _rows(rows: list[dict[str, Any]], source: str = "file.csv", problems: list[tuple[int, str]] | None = None) -> Rows:
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    return Rows(source, columns, rows, list(range(1, len(rows) + 1)), problems or [])
+
+
+def _labelled(count: int = 40, classes: int = 2) -> list[dict[str, Any]]:
+    return [{"text": f"text {index}", "label": f"class {index % classes}"} for index in range(count)]
+
+
+def _prepare(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None = None, **options: Any) -> Examples:
+    return prepare(Recipe.make(**options), _rows(rows), _rows(eval_rows, "held.csv") if eval_rows else None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "task", "found"),
+    [
+        (["text", "label"], {}, "classify", {"text": "text", "label": "label"}),
+        (["review", "stars"], {}, "classify", {"text": "review", "label": "stars"}),
+        (["id", "Sentence", "Category"], {}, "classify", {"text": "Sentence", "label": "Category"}),
+        (["a", "b"], {"text": "a"}, "classify", {"text": "a", "label": "b"}),
+        (["id", "messages"], {}, "chat", {"messages": "messages"}),
+        (["instruction", "output"], {}, "chat", {"prompt": "instruction", "completion": "output"}),
+        (["body"], {}, "complete", {"text": "body"}),
+        (["text", "label"], {"task": "complete", "text": "text"}, "complete", {"text": "text"}),
+        (["q", "a", "x"], {"prompt": "q", "completion": "a"}, "chat", {"prompt": "q", "completion": "a"}),
+        (["prompt", "completion"], {"task": "complete"}, "complete", {"prompt": "prompt", "completion": "completion"}),
+    ],
+)
+def test_columns_are_guessed_where_one_reading_is_possible(
+    columns: list[str], options: dict[str, str], task: str, found: dict[str, str]
+) -> None:
+    assert find_columns(Recipe.make(**options), columns, "f.csv") == (task, found)
+
+
+def test_guesses_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    find_columns(Recipe.make(), ["review", "stars"], "f.csv")
+    said = capsys.readouterr().err
+    assert (
+        "task: classify" in said and "text = 'review', label = 'stars' (guessed; --text and --label to change)" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        (["a", "b", "c"], {}, r"no clear columns to learn from .*; got columns a, b, c; fix: name them: --text COLUMN"),
+        (["text", "x", "y"], {}, "no clear columns"),
+        (["text", "label"], {"task": "chat"}, r"no clear columns for chat \(messages or prompt and completion\)"),
+        (
+            ["text", "label"],
+            {"text": "txt"},
+            r"no column 'txt' for --text; got columns text, label; fix: did you mean text\?",
+        ),
+    ],
+)
+def test_other_columns_are_listed(columns: list[str], options: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        find_columns(Recipe.make(**options), columns, "f.csv")
+
+
+def test_every_complaint_comes_at_once_with_row_and_column() -> None:
+    rows = _labelled(30)
+    rows[3]["text"] = "   "
+    rows[5]["label"] = None
+    rows[7]["text"] = 12
+    rows[9]["label"] = "seen once"
+    rows[11]["text"] = None
+    with pytest.raises(DataError) as caught:
+        prepare(Recipe.make(), _rows(rows, problems=[(31, "malformed JSON: x")]))
+    assert caught.value.complaints == [
+        "file.csv row 4, column text: the text is empty",
+        "file.csv row 6, column label: the label is empty",
+        "file.csv row 8, column text: mixed types: int where text was expected",
+        "file.csv row 10: label 'seen once' is seen only once, so it cannot be learned and scored",
+        "file.csv row 12, column text: the text is missing",
+        "file.csv row 31: malformed JSON: x",
+    ]
+    assert str(caught.value).startswith(
+        "6 rows cannot be learned from; fix: mend them, or leave them out with --bad-rows skip"
+    )
+
+
+def test_ten_complaints_are_shown_and_the_rest_counted() -> None:
+    rows = _labelled(40) + [{"text": "", "label": "class 0"}] * 13
+    with pytest.raises(DataError) as caught:
+        _prepare(rows)
+    assert len(caught.value.complaints) == 13 and str(caught.value).endswith("... and 3 more")
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*_labelled(40), {"text": "", "label": "class 0"}, {"text": "odd", "label": "once"}]
+    found = _prepare(rows, bad_rows="skip")
+    assert len(found.train) + len(found.held_out) == 40 and found.labels == ["class 0", "class 1"]
+    assert "2 rows left out, the first: file.csv row 41, column text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, "1", 2, 1, 2, 1], "row 2: mixed types in the labels: '1' is text, most are a number"),
+        (["a", ["a"], "b", "a", "b"], "mixed types in the labels: ['a'] is a list, most are text"),
+    ],
+)
+def test_labels_of_mixed_types(labels: list[Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        _prepare([{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["b", "a"], ["a", "b"]),
+        ([10, 9], ["9", "10"]),
+        (["10", "9"], ["9", "10"]),
+        ([1.0, 0.0], ["0", "1"]),
+        ([True, False], ["false", "true"]),
+    ],
+)
+def test_label_names_and_their_order(values: list[Any], labels: list[str]) -> None:
+    found = _prepare([{"text": f"t{index}", "label": values[index % 2]} for index in range(20)])
+    assert found.labels == labels and not found.multi_label
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_several_labels_a_row(as_text: bool) -> None:
+    lists: list[list[str]] = [["red"], ["blue", "red"], [], ["blue"]]
+    rows = [
+        {"text": f"t{i}", "label": str(lists[i % 4]).replace("'", '"') if as_text else lists[i % 4]} for i in range(24)
+    ]
+    found = _prepare(rows)
+    assert found.multi_label and found.labels == ["blue", "red"]
+    by_row = {example.row: example.label for example in found.train + found.held_out}
+    assert [by_row[row] for row in (1, 2, 3, 4)] == [(1,), (0, 1), (), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}],
+            "has only one class; got x; fix: give it rows of at least two",
+        ),
+        ([{"text": "a", "label": "x"}], "a row cannot be learned from: file.csv row 1: label 'x' is seen only once"),
+    ],
+)
+def test_too_little_to_learn_from(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        _prepare(rows)
+    assert message in str(caught.value)
+
+
+def test_one_row_of_text_is_too_few() -> None:
+    with pytest.raises(DataError, match="too few rows to learn from and to be scored on; got 1 and 0"):
+        _prepare([{"text": "only"}])
+
+
+def test_duplicates_go_before_the_split(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*_labelled(20), {"text": "  text   3 ", "label": "class 1"}, {"text": "text 4", "label": "class 1"}]
+    found = _prepare(rows)
+    assert len(found.train) + len(found.held_out) == 20
+    said = capsys.readouterr().err
+    assert "2 duplicate rows dropped" in said and "1 of them had another label" in said
+    composed = [{"text": "caf\u00e9", "label": "a"}, {"text": "cafe\u0301", "label": "a"}]
+    assert len(_prepare(_labelled(20) + composed + [{"text": "x", "label": "a"}]).labels) == 3
+
+
+def test_training_rows_that_are_also_held_out_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    found = _prepare(_labelled(20), _labelled(5))
+    assert len(found.held_out) == 5 and len(found.train) == 15
+    assert "5 training rows dropped that are also in held.csv" in capsys.readouterr().err
+    with pytest.raises(DataError) as caught:
+        _prepare(_labelled(20), [{"text": "new", "label": "class 7"}])
+    assert "held.csv row 1: label 'class 7' does not occur in the training rows" in str(caught.value)
+    with pytest.raises(DataError, match=r"held.csv has no column 'label'"):
+        _prepare(_labelled(20), [{"text": "new", "labels": "class 1"}])
+
+
+def test_the_split_is_stratified_seeded_and_apart() -> None:
+    rows = [{"text": f"t{i}", "label": "rare" if i % 25 == 0 else "usual"} for i in range(200)]
+    found = _prepare(rows, seed=3)
+    assert len(found.held_out) == 20 and sum(example.label == 0 for example in found.held_out) == 1
+    assert not {e.row for e in found.train} & {e.row for e in found.held_out}
+    assert len(found.train) + len(found.held_out) == 200
+    assert _prepare(rows, seed=3, r=64, lr=1e-3) == found
+    assert {e.row for e in _prepare(rows, seed=4).held_out} != {e.row for e in found.held_out}
+    assert _prepare(rows, seed=4).digest != found.digest
+
+
+def test_no_more_than_two_thousand_are_held_out() -> None:
+    found = _prepare([{"text": f"t{i}", "label": str(i % 2)} for i in range(30_000)])
+    assert len(found.held_out) == 2000
+    assert split(found.train[:2], seed=0, stratified=False)[1] != []
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "hi"}], "the conversation has no assistant turn to learn from"),
+        ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}], "no assistant turn"),
+        ([], "the conversation is empty"),
+        ("hello", "the conversation is text, not a list of messages"),
+        ([["user", "hi"]], "message 1 is list, not an object with role and content"),
+        (
+            [{"role": "wizard", "content": "x"}],
+            "message 1 has the role 'wizard', not one of system, user, assistant, tool",
+        ),
+        ([{"role": "user"}], "message 1 has no text as its content"),
+    ],
+)
+def test_conversations_that_teach_nothing(messages: Any, message: str) -> None:
+    good = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rows = [{"messages": [*good[:1], {"role": "assistant", "content": str(index)}]} for index in range(10)]
+    with pytest.raises(DataError) as caught:
+        _prepare([*rows, {"messages": messages}])
+    assert message in str(caught.value) and "file.csv row 11, column messages" in str(caught.value)
+
+
+def test_conversations_of_other_dialects() -> None:
+    rows = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(10)]
+    found = _prepare(rows)
+    assert found.task == "chat" and found.train[0].messages[1] == ("assistant", "a")
+    pairs = _prepare([{"question": f"q{i}", "answer": "a"} for i in range(10)])
+    assert [m.messages for m in pairs.train] == [m.messages for m in found.train]

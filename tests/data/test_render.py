@@ -1,0 +1,165 @@
+"""Examples -> tokens: what is learned, what is cut, what is refused, and what is kept for the next run."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hatrack.data.examples import Example
+from hatrack.data.render import TokenRows, choose_max_length, render, render_cached
+from hatrack.errors import DataError, MachineError, RecipeError
+from tests.conftest import tiny_tokenizer
+
+TEXTS = [Example(1, text="it was good", label=0), Example(2, text="the film was so very bad !", label=1)]
+
+
+def test_classified_rows_are_whole_texts() -> None:
+    rows = render(TEXTS, tiny_tokenizer(chat=False), task="classify", max_length=64, labels=2)
+    assert len(rows) == 2 and rows.lengths.tolist() == [3, 7] and rows.cut == 0 and rows.rows.tolist() == [1, 2]
+    assert rows.labels.tolist() == [0, 1] and not rows.learn.any()
+    ids, _, label = rows.row(1)
+    assert tiny_tokenizer(chat=False).decode(ids) == "the film was so very bad !" and label == 1
+
+
+def test_several_labels_are_a_row_of_zeros_and_ones() -> None:
+    examples = [Example(1, text="red", label=(0, 2)), Example(2, text="it", label=())]
+    rows = render(examples, tiny_tokenizer(chat=False), task="classify", max_length=8, labels=3, multi_label=True)
+    assert rows.labels.dtype == np.float32 and rows.labels.tolist() == [[1, 0, 1], [0, 0, 0]]
+
+
+def test_plain_text_is_learned_with_its_end() -> None:
+    rows = render([Example(1, text="the film is red")], tiny_tokenizer(chat=False), task="complete", max_length=64)
+    ids, learn, _ = rows.row(0)
+    assert tiny_tokenizer(chat=False).decode(ids) == "the film is red <end>" and learn.all()
+
+
+def test_of_a_prompt_and_its_completion_only_the_latter_is_learned() -> None:
+    examples = [Example(1, text="what film ?", completion="the red one")]
+    ids, learn, _ = render(examples, tiny_tokenizer(chat=False), task="complete", max_length=64).row(0)
+    assert tiny_tokenizer(chat=False).decode(ids[learn]) == "the red one <end>"
+    assert tiny_tokenizer(chat=False).decode(ids[~learn]) == "what film ?"
+
+
+def test_long_rows_are_cut_and_counted() -> None:
+    rows = render(TEXTS, tiny_tokenizer(chat=False), task="classify", max_length=4, labels=2)
+    assert rows.cut == 1 and rows.lengths.tolist() == [3, 4]
+
+
+def test_rows_that_would_teach_nothing_are_refused_with_the_length_that_helps() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    turns = (("user", "what is " + "so " * 20), ("assistant", "the one"))
+    examples = [
+        Example(7, messages=turns),
+        Example(9, messages=turns),
+        Example(11, messages=(("user", "who"), ("assistant", "one"))),
+    ]
+    with pytest.raises(DataError) as caught:
+        render(examples, tokenizer, task="chat", max_length=16, template=tokenizer.chat_template, source="f.jsonl")
+    assert caught.value.complaints == [
+        "f.jsonl row 7: the answer begins after the 16 tokens that are kept",
+        "f.jsonl row 9: the answer begins after the 16 tokens that are kept",
+    ]
+    needed = int(str(caught.value.fix).split()[1])
+    assert render(examples, tokenizer, task="chat", max_length=needed, template=tokenizer.chat_template).cut == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "task", "found"),
+    [
+        (None, 40, "classify", (40, "the model's limit")),
+        (None, None, "chat", (64, "the model's limit")),
+        (32, 40, "chat", (32, "as asked")),
+    ],
+)
+def test_the_longest_row(asked: int | None, config: int | None, task: str, found: tuple[int, str]) -> None:
+    assert choose_max_length(asked, tiny_tokenizer(chat=False), config, task) == found
+
+
+def test_the_longest_row_has_a_default_and_a_limit() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.model_max_length = int(1e30)  # what tokenizers say that do not know
+    assert choose_max_length(None, tokenizer, 8192, "classify") == (512, "the default for classify")
+    assert choose_max_length(None, tokenizer, None, "complete") == (2048, "the default for complete")
+    with pytest.raises(RecipeError, match="--max-length is more than this model can take; got 9000; fix: at most 8192"):
+        choose_max_length(9000, tokenizer, 8192, "chat")
+
+
+class _Counting:
+    """A tokenizer that counts the texts it is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.seen = tokenizer, 0
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        self.seen += 1 if isinstance(texts, str) else len(texts)
+        return self.tokenizer(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path))
+    return tmp_path / "tokens"
+
+
+def _cached(tokenizer: Any, examples: list[Example] = TEXTS, **settings: Any) -> TokenRows:
+    return render_cached(examples, tokenizer, **({"task": "classify", "max_length": 64, "labels": 2} | settings))
+
+
+def _same(one: TokenRows, other: TokenRows) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in TokenRows.__dataclass_fields__)
+
+
+def test_nothing_is_tokenised_twice(cache: Path) -> None:
+    tokenizer = _Counting(tiny_tokenizer(chat=False))
+    first = _cached(tokenizer)
+    assert tokenizer.seen == 2
+    assert _same(first, _cached(tokenizer)) and tokenizer.seen == 2
+    assert _same(first, _cached(tokenizer, source="elsewhere.csv")) and tokenizer.seen == 2
+
+
+@pytest.mark.parametrize("change", ["length", "text", "label", "row", "tokenizer"])
+def test_whatever_the_tokens_depend_on_is_in_the_key(cache: Path, change: str) -> None:
+    plain = tiny_tokenizer(chat=False)
+    _cached(plain)
+    examples, settings, tokenizer = list(TEXTS), {}, plain
+    if change == "length":
+        settings = {"max_length": 4}
+    elif change == "tokenizer":
+        tokenizer = tiny_tokenizer(chat=False)
+        tokenizer.add_tokens(["zebra"])
+    else:
+        changed = {"text": {"text": "it was bad"}, "label": {"label": 1}, "row": {"row": 5}}[change]
+        examples[0] = Example(**({"row": 1, "text": "it was good", "label": 0} | changed))  # type: ignore[arg-type]
+    counting = _Counting(tokenizer)
+    _cached(counting, examples, **settings)
+    assert counting.seen == 2 and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not really", b"\x00" * 100])
+def test_a_damaged_cache_file_is_made_anew(cache: Path, damage: bytes) -> None:
+    tokenizer = _Counting(tiny_tokenizer(chat=False))
+    first = _cached(tokenizer)
+    [folder] = cache.iterdir()
+    (folder / "rows.npz").write_bytes(damage)
+    assert _same(first, _cached(tokenizer)) and tokenizer.seen == 4
+    assert _same(first, _cached(tokenizer)) and tokenizer.seen == 4
+
+
+def test_a_full_disk_only_costs_the_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def full(final: Path) -> Iterator[Path]:
+        raise MachineError(f"the disk is full while writing {final}") from OSError(errno.ENOSPC, "full")
+        yield final
+
+    monkeypatch.setattr("hatrack.data.render.new_folder", full)
+    assert len(_cached(tiny_tokenizer(chat=False))) == 2
+    assert "the tokens are not kept for the next run: the disk is full" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""What the assistant says in a conversation, as several real families of templates write it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hatrack.base.load import load_base
+from hatrack.base.sources import find_base
+from hatrack.cli.demo import CHAT_MODEL
+from hatrack.data.template import PLAIN_TEMPLATE, assistant_spans, chat_prompt, chat_template, render_chat
+from hatrack.errors import DataError
+from tests.conftest import tiny_tokenizer
+
+LLAMA3 = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN3 = (  # drops the reasoning of every turn but the last
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = [("user", "Hello there"), ("assistant", "Hi!"), ("user", "How are you?"), ("assistant", "Fine, thanks.")]
+
+
+def _spoken(template: str, talk: list[tuple[str, str]]) -> list[str]:
+    tokenizer = tiny_tokenizer(chat=False)
+    turns = [{"role": role, "content": content} for role, content in talk]
+    whole = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    return [whole[start:end] for start, end in assistant_spans(tokenizer, turns, template, str(whole))]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(LLAMA3, "<|eot_id|>"), (GEMMA, "<end_of_turn>"), (QWEN3, "<|im_end|>"), (PLAIN_TEMPLATE, "<end>")],
+    ids=["llama-3", "gemma", "qwen-3", "plain"],
+)
+def test_each_turn_with_the_token_that_ends_it(template: str, end: str) -> None:
+    assert _spoken(template, TALK) == [f"Hi!{end}", f"Fine, thanks.{end}"]
+
+
+def test_a_template_that_rewrites_history_teaches_the_last_turn() -> None:
+    talk = [("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "<think>y</think>d")]
+    assert _spoken(QWEN3, talk) == ["<think>y</think>d<|im_end|>"]
+
+
+def test_a_system_turn_and_an_unanswered_question_are_not_learned() -> None:
+    talk = [("system", "Be kind"), *TALK[:2], ("user", "and now?")]
+    assert _spoken(LLAMA3, talk) == ["Hi!<|eot_id|>"]
+
+
+def test_templates_that_hide_the_assistant_or_fail_are_refused() -> None:
+    with pytest.raises(DataError, match="does not show where the assistant speaks"):
+        _spoken("{{ messages | length }} turns", TALK)
+    with pytest.raises(DataError, match=r"the chat template refuses a conversation; got .*no system"):
+        render_chat(tuple(TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no system turns here') }}")
+
+
+def test_the_plain_template_is_for_bases_without_one() -> None:
+    assert chat_template(tiny_tokenizer(chat=False)) == (PLAIN_TEMPLATE, False)
+    own, is_own = chat_template(tiny_tokenizer(chat=True))
+    assert is_own and "<start>" in own
+    prompt = chat_prompt(tiny_tokenizer(chat=False), [{"role": "user", "content": "hi"}], None)
+    assert prompt == "User: hi\nAssistant:"
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Any:
+    return load_base(find_base(CHAT_MODEL), task="chat").tokenizer
+
+
+def test_a_real_model_learns_the_answers_and_their_end(smollm: Any) -> None:
+    template, own = chat_template(smollm)
+    ids, learn = render_chat(tuple(TALK), smollm, template)
+    assert own and len(ids) == len(learn)
+    spoken = np.split(ids[learn], np.flatnonzero(np.diff(np.flatnonzero(learn)) > 1) + 1)
+    assert [smollm.decode(part) for part in spoken] == ["Hi!<|im_end|>", "Fine, thanks.<|im_end|>"]
+    assert smollm.decode(ids) == smollm.apply_chat_template(
+        [{"role": role, "content": content} for role, content in TALK], tokenize=False
+    )
+    assert "You are a helpful AI assistant" in smollm.decode(ids[~learn])
+
+
+def test_what_is_trained_on_is_what_is_asked_later(smollm: Any) -> None:
+    """The tokens before an answer in training are those of the prompt when the adapter is used."""
+    template, _ = chat_template(smollm)
+    ids, learn = render_chat(tuple(TALK), smollm, template)
+    prompt = chat_prompt(smollm, [{"role": role, "content": content} for role, content in TALK[:3]], template)
+    asked = smollm(prompt, add_special_tokens=False)["input_ids"]
+    last = int(np.flatnonzero(~learn[:-1] & learn[1:])[-1]) + 1
+    assert ids[:last].tolist() == asked
