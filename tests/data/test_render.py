@@ -1,5 +1,6 @@
 """Examples -> tokens: what is learned, what is cut, what is refused, and what is kept for the next run."""
 
+import dataclasses
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,8 +136,8 @@ def test_whatever_the_tokens_depend_on_is_in_the_key(cache: Path, change: str) -
         tokenizer = tiny_tokenizer(chat=False)
         tokenizer.add_tokens(["zebra"])
     else:
-        changed = {"text": {"text": "it was bad"}, "label": {"label": 1}, "row": {"row": 5}}[change]
-        examples[0] = Example(**({"row": 1, "text": "it was good", "label": 0} | changed))  # type: ignore[arg-type]
+        changed: dict[str, Any] = {"text": {"text": "it was bad"}, "label": {"label": 1}, "row": {"row": 5}}[change]
+        examples[0] = dataclasses.replace(TEXTS[0], **changed)
     counting = _Counting(tokenizer)
     _cached(counting, examples, **settings)
     assert counting.seen == 2 and len(list(cache.iterdir())) == 2

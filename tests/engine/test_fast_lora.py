@@ -37,7 +37,7 @@ def test_it_is_its_plain_twin(n: int, d_in: int, d_out: int, bias: bool, dropout
     results = []
     for function in (_LoraProduct.apply, reference):
         x, W, b, A, B = _inputs(n, d_in, d_out, 4, dtype, bias)
-        assert x is not None and A is not None and B is not None
+        assert x is not None and W is not None and A is not None and B is not None
         leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
         y = function(x, W, b, A, B, 2.0, dropout, 11)
         (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()

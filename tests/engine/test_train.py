@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import hatrack
-import hatrack.engine.train
+import hatrack.plan.fit
 from hatrack.errors import HatrackError, RecipeError
 from hatrack.plan.fit import Plan
 
@@ -98,7 +98,7 @@ def test_variants_reach_peft(tmp_path: Path, tiny_encoder: Path, reviews: Path, 
 def test_micro_batches_learn_what_whole_batches_do(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:
     """Rows weigh by their tokens, so 8 at a time or 1 x 8 give the same adapter."""
     whole = _train(tmp_path, tiny_decoder, questions, name="whole", epochs=1, dropout=0.0)
-    original = hatrack.engine.train.plan_run
+    original = hatrack.plan.fit.plan_run
 
     def one_at_a_time(*args: Any, **kwargs: Any) -> Plan:
         plan = original(*args, **kwargs)

@@ -15,8 +15,9 @@ PLAIN_TEMPLATE = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For bases that bring none: `User: ...`, then `Assistant: ...` and the end-of-text token. The prompt ends before the space,
-which most tokenizers join to the word after it."""
+"""For bases that bring none: `User: ...`, then `Assistant: ...` and the end-of-text token.
+
+The prompt ends before the space, which most tokenizers join to the word after it."""
 
 
 def chat_template(tokenizer: Any) -> tuple[str, bool]:
