@@ -100,7 +100,7 @@ class Hat:
         self._known(name)
         before = None if self.active == name else self.active
         self.use(None if len(self.hats) == 1 else next(other for other in self.hats if other != name))
-        detach(self.model, name)
+        self.model = detach(self.model, name)
         del self.hats[name], self.folders[name]
         self._restore(before)
 

@@ -136,8 +136,8 @@ def test_whatever_the_tokens_depend_on_is_in_the_key(cache: Path, change: str) -
         tokenizer = tiny_tokenizer(chat=False)
         tokenizer.add_tokens(["zebra"])
     else:
-        changed: dict[str, Any] = {"text": {"text": "it was bad"}, "label": {"label": 1}, "row": {"row": 5}}[change]
-        examples[0] = dataclasses.replace(TEXTS[0], **changed)
+        changes: dict[str, Any] = {"text": "it was bad", "label": 1, "row": 5}
+        examples[0] = dataclasses.replace(TEXTS[0], **{change: changes[change]})
     counting = _Counting(tokenizer)
     _cached(counting, examples, **settings)
     assert counting.seen == 2 and len(list(cache.iterdir())) == 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -131,6 +131,8 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
     if config.task_type == "SEQ_CLS":
         _check_head(model, files)
     wrapped = isinstance(model, PeftModel)
+    if wrapped and name in model.peft_config:
+        raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
     try:
         if wrapped:
             model.add_adapter(name, config)
@@ -153,9 +155,19 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
     return model
 
 
-def detach(model: Any, name: str) -> None:
-    """Takes an adapter and its head off a wrapped base; the base's weights were never touched."""
-    model.delete_adapter(name)
+def detach(model: Any, name: str) -> Any:
+    """Takes an adapter and its head off, and gives the model to go on with: the bare base after the last adapter.
+
+    The base's weights were never touched.
+    """
+    if set(model.peft_config) != {name}:
+        model.delete_adapter(name)
+        return model
+    for full, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # peft would leave the adapter's head in its place
+            parent, _, leaf = full.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.original_module)
+    return model.unload()
 
 
 _CONFIG_KINDS: dict[str, tuple[type, ...]] = {
@@ -198,6 +210,7 @@ def _lora_config(files: AdapterFiles) -> LoraConfig:
         raise AdapterError(f"{files.folder / CONFIG} is malformed", got=error, fix="copy the adapter again") from error
     config.inference_mode = True
     config.init_lora_weights = True
+    config.base_model_name_or_path = None  # peft takes the name of the base it is put on, and warns of another one
     config.modules_to_save = sorted(set(config.modules_to_save)) if config.modules_to_save else None
     return config
 
@@ -266,10 +279,8 @@ def _shape_head(head: nn.Module, full: str, shapes: Mapping[str, tuple[int, ...]
 def _undo(model: Any, name: str, wrapped: bool) -> None:
     """Takes off whatever a failed attach had put on."""
     with suppress(ValueError, KeyError, AttributeError):
-        if wrapped:
-            model.delete_adapter(name)
-        elif isinstance(model, PeftModel):
-            model.unload()
+        if wrapped or isinstance(model, PeftModel):
+            detach(model, name)
 
 
 def _as_plain_lora(folder: Path, config: dict[str, Any], start: Mapping[str, torch.Tensor]) -> dict[str, Any]:
