@@ -167,6 +167,7 @@ def test_a_recipe_file_and_flags_are_one_recipe(hatrack: Run, tiny_encoder: Path
 
 def test_help_needs_no_arguments_and_names_every_command(hatrack: Run) -> None:
     shown = hatrack("--help")
-    assert shown.code == 0
+    assert shown.code == 0 and hatrack().out == shown.out
+    assert hatrack("--version").out == "hatrack 0.1.0\n"
     for command in ("demo", "train", "predict", "chat", "compare", "list", "show", "add", "rename", "remove"):
         assert f" {command} " in shown.out

@@ -6,10 +6,11 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from hatrack import __version__
 from hatrack.cli import compare, demo, hats, predict, train
 from hatrack.errors import HatrackError
 
@@ -17,12 +18,28 @@ from hatrack.errors import HatrackError
 BOXES: Literal["rich"] | None = "rich" if len(sys.argv) > 2 else None
 
 app = typer.Typer(
-    help="Fine-tune a language model on the machine you have. Start with: hatrack demo",
     epilog="--debug on any command shows the full traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=BOXES,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"hatrack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Fine-tune a language model on the machine you have. Start with: hatrack demo"""
+
+
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("predict")(predict.predict)
@@ -70,6 +87,9 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return _complain("out of memory; fix: a smaller --batch-size, a shorter --max-length, or --quantize 4bit", 1)
     message = getattr(error, "format_message", None)  # a usage error of the command-line parser
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error)
+        return 0
     if message is not None:
         return _complain(f"{' '.join(message().split())} (see hatrack --help)", 2)
     return _complain(f"unexpected {type(error).__name__}: {error} (this is a bug: --debug shows where)", 1)

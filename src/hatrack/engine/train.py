@@ -35,7 +35,7 @@ from hatrack.engine.proof import probe, prove
 from hatrack.engine.run import Run, open_run
 from hatrack.engine.trainer import BEST, HatTrainer
 from hatrack.errors import Interrupted, RecipeError
-from hatrack.evaluate.score import Score, score
+from hatrack.evaluate.score import Score
 from hatrack.hat import Hat, load
 from hatrack.plan.fit import Plan, plan_run
 from hatrack.plan.memory import shape_of
@@ -125,7 +125,9 @@ def _load(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
 
 
 def _tokenise(recipe: Recipe, base: Base, examples: Examples) -> Tokens:
-    template = chat_template(base.tokenizer)[0] if examples.task == "chat" else None
+    template, own = chat_template(base.tokenizer) if examples.task == "chat" else (None, True)
+    if not own:
+        say("the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'")
     limit = getattr(base.model.config, "max_position_embeddings", None)
     length, why = choose_max_length(recipe.max_length, base.tokenizer, limit, examples.task)
     learn, held_out = (
@@ -173,6 +175,7 @@ def _schedule(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens, pl
         f"{len(tokens.learn):,} rows to learn from, {len(tokens.held_out):,} held out; "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows{accumulation}"
     )
+    say(f"learning rate: up to {schedule.lr:g} in {schedule.warmup_steps} steps, then down to 0 in a straight line")
     say(f"expected peak memory: {size(plan.peak_memory_bytes)}")
     return schedule
 
@@ -214,7 +217,7 @@ def _fit(
     checkpoint = run.last_checkpoint() if run.recipe.resume else None
     if checkpoint is not None:
         say(f"going on from step {checkpoint.name.rpartition('-')[2]} of {schedule.steps:,}")
-    before = _score(trainer)
+    before = trainer.score_held_out()
     say(f"before training: held-out {shown(before.metrics)}")
     began = time.monotonic()
     with stop.listening():
@@ -226,7 +229,7 @@ def _fit(
             f"stopped after step {state.global_step:,} of {schedule.steps:,}, saved in {run.folder}",
             fix=f"go on with: hatrack train --resume --output {run.output}",
         )
-    after = _score(trainer)
+    after = trainer.score_held_out()
     say(f"after training: held-out {shown(after.metrics)}")
     return Trained(
         before, after, state.global_step, int(state.num_input_tokens_seen), seconds, _mean_loss(state.log_history)
@@ -263,17 +266,6 @@ def _arguments(run: Run, base: Base, schedule: Schedule, trackers: list[str]) ->
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one adapter on one device; several go through accelerate
     return arguments
-
-
-def _score(trainer: HatTrainer) -> Score:
-    return score(
-        trainer.model,
-        trainer.held_out,
-        task=trainer.task,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        pad_id=trainer.pad_id,
-        device=trainer.args.device,
-    )
 
 
 def _mean_loss(history: list[dict[str, float]]) -> float:

@@ -23,14 +23,12 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Trains the adapter of `model` on `rows` and scores it on `held_out`.
 
     `task` is classify, chat or complete; `pad_id` fills short rows up. Further keywords go to `Trainer`.
-    `last_score` is the latest evaluation, row by row.
     """
 
     def __init__(self, *, rows: TokenRows, held_out: TokenRows, task: str, pad_id: int, **options: Any) -> None:
         super().__init__(train_dataset=RowsDataset(rows), eval_dataset=RowsDataset(held_out), **options)
         self.rows, self.held_out, self.task, self.pad_id = rows, held_out, task, pad_id
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
-        self.last_score: Score | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         batches = LengthBatches(self.rows.lengths, self.args.per_device_train_batch_size, self.args.seed)
@@ -54,7 +52,16 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Scores the held-out rows; `metric_key_prefix` stands before each metric's name, as transformers does."""
-        self.last_score = score(
+        found = self.score_held_out()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
+        self.log(dict(metrics))
+        metrics[f"{metric_key_prefix}_{BEST}"] = _goodness(found, self.task)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score_held_out(self) -> Score:
+        """The held-out rows' score with the model as it is now, logged nowhere."""
+        return score(
             self.model,
             self.held_out,
             task=self.task,
@@ -62,11 +69,6 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
             pad_id=self.pad_id,
             device=self.args.device,
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.last_score.metrics.items()}
-        self.log(dict(metrics))
-        metrics[f"{metric_key_prefix}_{BEST}"] = _goodness(self.last_score, self.task)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
         counted = torch.tensor(sum(items(batch, self.task) for batch in batch_samples), device=device)
