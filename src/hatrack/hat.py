@@ -227,11 +227,12 @@ def load(
     base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    quantize: str = "none",
+    quantize: str | None = None,
 ) -> Hat:
     """Loads a base once and attaches one or more adapters (folders, or names on the rack) to it; the first is in use.
 
-    The base is found from the first adapter unless `base` names where it lies now. Raises AdapterError where an
+    The base is found from the first adapter unless `base` names where it lies now, and held in as many bits as the
+    adapter was trained with unless `quantize` says otherwise. Raises AdapterError where an
     adapter is missing or damaged, WrongBase where it was trained on other weights than these, BaseError where the
     base cannot be found.
     """
@@ -250,7 +251,7 @@ def load(
         multi_label=hat.multi_label,
         device=device,
         dtype=dtype,
-        quantize=quantize,
+        quantize=quantize or hat.recipe.get("quantize", "none"),
     )
     _check_base(hat, loaded, folder)
     name = _name_of(files, folder)

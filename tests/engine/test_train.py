@@ -1,5 +1,6 @@
 """The main path, on tiny bases: what is trained, saved, proven, stopped and resumed."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -186,3 +187,22 @@ def test_a_memory_limit_lowers_the_micro_batch_or_refuses(tmp_path: Path, tiny_e
     with pytest.raises(RecipeError, match="too little even for one row"):
         _train(tmp_path, tiny_encoder, reviews, memory="10MB")
     assert not list(tmp_path.glob("hat*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs hatrack[quantize]")
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_quantised_base_learns_and_reproduces(
+    tmp_path: Path, tiny_decoder: Path, questions: Path, quantize: str
+) -> None:
+    hat = _train(tmp_path, tiny_decoder, questions, epochs=6, quantize=quantize, dtype="bfloat16")
+    assert hat.result["eval"]["loss"] < hat.result["before"]["loss"] - 0.1
+    assert hat.hats["hat"].recipe["quantize"] == quantize
+
+
+def test_the_best_epoch_is_the_one_that_stays(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    hat = _train(tmp_path, tiny_encoder, reviews, epochs=8, lr=0.08)  # too wild to get better every time
+    logged = [json.loads(line) for line in (tmp_path / "hat/metrics.jsonl").read_text().splitlines()]
+    epochs = [(line["eval_accuracy"], -line["eval_loss"]) for line in logged if "eval_accuracy" in line]
+    assert len(epochs) == 8
+    kept = hat.result["eval"]
+    assert (kept["accuracy"], -kept["loss"]) == pytest.approx(max(epochs))

@@ -73,7 +73,7 @@ def train(recipe: Recipe) -> Hat:
     expected = probe(model, tokens.held_out, base, examples.task)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trained
-    ready = load(run.output, device=recipe.device, dtype=recipe.dtype, quantize=recipe.quantize)
+    ready = load(run.output, device=recipe.device, dtype=recipe.dtype)
     prove(ready, expected, tokens.held_out)
     say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
     ready.result = result
