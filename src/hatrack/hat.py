@@ -252,6 +252,7 @@ def load(
         device=device,
         dtype=dtype,
         quantize=quantize or hat.recipe.get("quantize", "none"),
+        seed=hat.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
     _check_base(hat, loaded, folder)
     name = _name_of(files, folder)
@@ -275,7 +276,7 @@ def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:
             fix="set task_type and base_model_name_or_path in its adapter_config.json",
         )
     heads = [shape[0] for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name]
-    labels = [f"LABEL_{index}" for index in range(heads[-1])] if task == "classify" and heads else []
+    labels = [f"LABEL_{index}" for index in range(min(heads, default=0))] if task == "classify" else []
     say(f"{folder} was not made by hatrack: its base's weights cannot be checked")
     return HatFile(name="", base={"source": str(base)}, task=task, labels=labels)
 
