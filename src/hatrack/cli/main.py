@@ -61,6 +61,7 @@ def main() -> NoReturn:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports kernels nobody asked for
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning starve each other (docs/log.md)
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
     except BaseException as error:
