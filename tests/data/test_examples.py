@@ -36,6 +36,10 @@ def _prepare(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None 
         (["body"], {}, "complete", {"text": "body"}),
         (["text", "label"], {"task": "complete", "text": "text"}, "complete", {"text": "text"}),
         (["q", "a", "x"], {"prompt": "q", "completion": "a"}, "chat", {"prompt": "q", "completion": "a"}),
+        (["question", "label"], {}, "classify", {"text": "question", "label": "label"}),
+        (["lines"], {}, "complete", {"text": "lines"}),
+        (["talk"], {"task": "chat"}, "chat", {"messages": "talk"}),
+        (["id", "text"], {"label": "id"}, "classify", {"text": "text", "label": "id"}),
         (["prompt", "completion"], {"task": "complete"}, "complete", {"prompt": "prompt", "completion": "completion"}),
     ],
 )
@@ -58,6 +62,8 @@ def test_guesses_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["a", "b", "c"], {}, r"no clear columns to learn from .*; got columns a, b, c; fix: name them: --text COLUMN"),
         (["text", "x", "y"], {}, "no clear columns"),
+        (["id", "text"], {}, "no clear columns to learn from"),  # numbers of rows are no labels
+        (["text", "answer"], {}, "no clear columns to learn from"),  # a label, or what is to be said?
         (["text", "label"], {"task": "chat"}, r"no clear columns for chat \(messages or prompt and completion\)"),
         (
             ["text", "label"],
@@ -84,7 +90,7 @@ def test_every_complaint_comes_at_once_with_row_and_column() -> None:
         "file.csv row 4, column text: the text is empty",
         "file.csv row 6, column label: the label is empty",
         "file.csv row 8, column text: mixed types: int where text was expected",
-        "file.csv row 10: label 'seen once' is seen only once, so it cannot be learned and scored",
+        "file.csv row 10, column label: label 'seen once' is seen only once, so it cannot be learned and scored",
         "file.csv row 12, column text: the text is missing",
         "file.csv row 31: malformed JSON: x",
     ]
@@ -110,8 +116,13 @@ def test_bad_rows_can_be_left_out_and_are_counted(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([1, "1", 2, 1, 2, 1], "row 2: mixed types in the labels: '1' is text, most are a number"),
-        (["a", ["a"], "b", "a", "b"], "mixed types in the labels: ['a'] is a list, most are text"),
+        ([1, "1", 2, 1, 2, 1], "row 2, column label: mixed types in the labels: '1' is text, most are a number"),
+        (["a", ["a"], "b", "a", "b"], "mixed types in the labels: ['a'] is a list of text, most are text"),
+        (
+            [True, 1, 0, 1, 0],
+            "row 1, column label: mixed types in the labels: True is true or false, most are a number",
+        ),
+        ([["1"], [1], ["1"], [], []], "row 2, column label: mixed types in the labels: [1] is a list of a number"),
     ],
 )
 def test_labels_of_mixed_types(labels: list[Any], message: str) -> None:
@@ -128,6 +139,9 @@ def test_labels_of_mixed_types(labels: list[Any], message: str) -> None:
         (["10", "9"], ["9", "10"]),
         ([1.0, 0.0], ["0", "1"]),
         ([True, False], ["false", "true"]),
+        (["1.0", "1"], ["1", "1.0"]),
+        (["nan", "2"], ["2", "nan"]),
+        (["a ", " b"], ["a", "b"]),
     ],
 )
 def test_label_names_and_their_order(values: list[Any], labels: list[str]) -> None:
@@ -154,7 +168,10 @@ def test_several_labels_a_row(as_text: bool) -> None:
             [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}],
             "has only one class; got x; fix: give it rows of at least two",
         ),
-        ([{"text": "a", "label": "x"}], "a row cannot be learned from: file.csv row 1: label 'x' is seen only once"),
+        (
+            [{"text": "a", "label": "x"}],
+            "a row cannot be learned from: file.csv row 1, column label: label 'x' is seen only once",
+        ),
     ],
 )
 def test_too_little_to_learn_from(rows: list[dict[str, Any]], message: str) -> None:
@@ -184,7 +201,7 @@ def test_training_rows_that_are_also_held_out_are_dropped(capsys: pytest.Capture
     assert "5 training rows dropped that are also in held.csv" in capsys.readouterr().err
     with pytest.raises(DataError) as caught:
         _prepare(_labelled(20), [{"text": "new", "label": "class 7"}])
-    assert "held.csv row 1: label 'class 7' does not occur in the training rows" in str(caught.value)
+    assert "held.csv row 1, column label: label 'class 7' does not occur in the training rows" in str(caught.value)
     with pytest.raises(DataError, match=r"held.csv has no column 'label'"):
         _prepare(_labelled(20), [{"text": "new", "labels": "class 1"}])
 
@@ -198,6 +215,39 @@ def test_the_split_is_stratified_seeded_and_apart() -> None:
     assert _prepare(rows, seed=3, r=64, lr=1e-3) == found
     assert {e.row for e in _prepare(rows, seed=4).held_out} != {e.row for e in found.held_out}
     assert _prepare(rows, seed=4).digest != found.digest
+
+
+def test_a_label_that_only_copies_have_is_seen_once() -> None:
+    with pytest.raises(DataError, match="row 21, column label: label 'rare' is seen only once"):
+        _prepare([*_labelled(20), {"text": "same", "label": "rare"}, {"text": " same ", "label": "rare"}])
+
+
+def test_a_label_all_of_whose_rows_are_held_out_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        _prepare(_labelled(20), [row for row in _labelled(20) if row["label"] == "class 1"])
+    assert str(caught.value) == (
+        "every training row of label 'class 1' is also in held.csv; got 10 rows in both; "
+        "fix: give other rows to one of the two"
+    )
+
+
+def test_several_labels_where_rows_have_one_are_refused() -> None:
+    with pytest.raises(DataError, match=r"several labels \(2\), where the training rows have one each"):
+        _prepare(_labelled(20), [{"text": "new", "label": ["class 0", "class 1"]}])
+
+
+@pytest.mark.parametrize("label", [{"a": 1}, ["a", None], [["a"]], ["a", ""], b"a", "\ud800"])
+def test_what_cannot_be_a_label(label: Any) -> None:
+    with pytest.raises(DataError, match="row 21, column label: the label is not a word, a number or a list of them"):
+        _prepare([*_labelled(20), {"text": "new", "label": label}])
+
+
+def test_half_characters_are_refused_before_a_tokenizer_meets_them() -> None:
+    with pytest.raises(DataError, match=r"row 21, column text: the text holds half a character"):
+        _prepare([*_labelled(20), {"text": "\ud800", "label": "class 0"}])
+    talk = [{"messages": [{"role": "user", "content": "\udfff"}, {"role": "assistant", "content": "x"}]}]
+    with pytest.raises(DataError, match=r"row 1, column messages: message 1 holds half a character"):
+        _prepare(talk)
 
 
 def test_no_more_than_two_thousand_are_held_out() -> None:

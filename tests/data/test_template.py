@@ -8,8 +8,8 @@ import pytest
 from hatrack.base.load import load_base
 from hatrack.base.sources import find_base
 from hatrack.cli.demo import CHAT_MODEL
-from hatrack.data.template import PLAIN_TEMPLATE, assistant_spans, chat_prompt, chat_template, render_chat
-from hatrack.errors import DataError
+from hatrack.data.template import PLAIN_TEMPLATE, _say_once, assistant_spans, chat_prompt, chat_template, render_chat
+from hatrack.errors import BaseError, DataError
 from tests.conftest import tiny_tokenizer
 
 LLAMA3 = (
@@ -48,6 +48,23 @@ def test_each_turn_with_the_token_that_ends_it(template: str, end: str) -> None:
 def test_a_template_that_rewrites_history_teaches_the_last_turn() -> None:
     talk = [("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "<think>y</think>d")]
     assert _spoken(QWEN3, talk) == ["<think>y</think>d<|im_end|>"]
+
+
+def test_what_is_not_learned_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    _say_once.cache_clear()
+    talk = [("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "<think>y</think>d")]
+    _spoken(QWEN3, talk), _spoken(QWEN3, talk)
+    assert capsys.readouterr().err.count("of such conversations only the last answer is learned") == 1
+    chat_template(tiny_tokenizer(chat=False)), chat_template(tiny_tokenizer(chat=False))
+    assert capsys.readouterr().err.count("the base has no chat template") == 1
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(BaseError, match=r"cannot tell which characters .*; got Slow; fix: use a base with a tokenizer"):
+        render_chat(tuple(TALK), Slow(), PLAIN_TEMPLATE)
 
 
 def test_a_system_turn_and_an_unanswered_question_are_not_learned() -> None:

@@ -16,6 +16,7 @@ COMMON = {
     "prompt": ("prompt", "instruction", "question", "input", "query"),
     "completion": ("completion", "response", "answer", "output", "reply"),
 }
+NEVER_LABELS = ("id", "idx", "index", "uid", "title", "name", "url", "date", "time", "author")
 ROLES = {
     "classify": (("text", "label"),),
     "chat": (("messages",), ("prompt", "completion")),
@@ -37,9 +38,10 @@ def find_columns(recipe: Recipe, columns: Sequence[str], source: str) -> tuple[s
                 got=f"columns {', '.join(columns)}",
                 fix=f"did you mean {guess}?" if guess else f"name one of them with {flag(role)}",
             )
+    asked = recipe.task is not None
     for task in [recipe.task] if recipe.task else ["chat", "classify", "complete"]:
         for roles in ROLES[task]:
-            found = _fill(roles, named, columns)
+            found = _fill(roles, named, columns, asked)
             if task == "complete" and recipe.task is None and len(columns) > len(roles):
                 continue  # a text among other columns: nobody said that the others do not matter
             if found and set(named) <= set(roles):
@@ -55,8 +57,11 @@ def find_columns(recipe: Recipe, columns: Sequence[str], source: str) -> tuple[s
     )
 
 
-def _fill(roles: Sequence[str], named: dict[str, str], columns: Sequence[str]) -> dict[str, str] | None:
-    """A column for every role: as named, or the one with a common name, or the only one left; None if not all have."""
+def _fill(roles: Sequence[str], named: dict[str, str], columns: Sequence[str], asked: bool) -> dict[str, str] | None:
+    """A column for every role: as named, or the one with a common name, or the only one left; None if not all have.
+
+    `asked`: whether a person chose the task these roles belong to.
+    """
     found = {role: named[role] for role in roles if role in named}
     for role in roles:
         if role not in found:
@@ -67,9 +72,20 @@ def _fill(roles: Sequence[str], named: dict[str, str], columns: Sequence[str]) -
                 found[role] = (exact or candidates)[0]
     open_roles = [role for role in roles if role not in found]
     free = [column for column in columns if column not in found.values()]
-    if len(open_roles) == 1 == len(free) and found:  # a table of two columns, one of them known
+    # A table of two columns, one of them known; or of one column, which can only be the text
+    last_one = len(open_roles) == 1 == len(free) and (found or asked or roles == ("text",))
+    if last_one and _may_be(open_roles[0], free[0], asked):
         found[open_roles[0]] = free[0]
     return {role: found[role] for role in roles} if len(found) == len(roles) else None
+
+
+def _may_be(role: str, column: str, asked: bool) -> bool:
+    """Whether the one column that is left can have this role: not if its name says that it is something else."""
+    name = column.strip().lower()
+    if role == "label" and name in NEVER_LABELS:
+        return False
+    meant = [other for other, names in COMMON.items() if name in names]
+    return asked or not meant or meant == [role] or (role == "text" and meant == ["prompt"])
 
 
 def _say_guesses(task: str, found: dict[str, str], named: dict[str, str], recipe: Recipe) -> None:

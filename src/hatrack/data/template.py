@@ -3,12 +3,14 @@
 Knows nothing of rows or files. The template is Jinja, run by transformers in its sandbox.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from hatrack.errors import DataError
+from hatrack.errors import BaseError, DataError
+from hatrack.say import say
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
@@ -21,11 +23,14 @@ The prompt ends before the space, which most tokenizers join to the word after i
 
 
 def chat_template(tokenizer: Any) -> tuple[str, bool]:
-    """The template to write conversations with, and whether it is the base's own."""
+    """The template to write conversations with, and whether it is the base's own; where it is not, that is said."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
-    return (own, True) if own else (PLAIN_TEMPLATE, False)
+    if own:
+        return own, True
+    _say_once("the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'")
+    return PLAIN_TEMPLATE, False
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None) -> str:
@@ -36,8 +41,15 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: st
 def render_chat(messages: Sequence[tuple[str, str]], tokenizer: Any, template: str) -> tuple[np.ndarray, np.ndarray]:
     """A conversation's tokens (int32), and which the assistant says (bool): its turns with the token that ends each.
 
-    Raises DataError where the template fails, or does not show where the assistant speaks.
+    Raises DataError where the template fails, or does not show where the assistant speaks; BaseError where the
+    tokenizer cannot tell which characters a token stands for.
     """
+    if not tokenizer.is_fast:
+        raise BaseError(
+            "this base's tokenizer cannot tell which characters a token stands for",
+            got=type(tokenizer).__name__,
+            fix="use a base with a tokenizer.json, or --task complete with prompt and completion",
+        )
     turns = [{"role": role, "content": content} for role, content in messages]
     whole = _write(tokenizer, turns, template, prompt=False)
     spans = assistant_spans(tokenizer, turns, template, whole)
@@ -59,6 +71,8 @@ def assistant_spans(tokenizer: Any, turns: list[dict[str, str]], template: str, 
     spans = [_span(tokenizer, turns, template, whole, index) for index in spoken]
     if not all(spans) and spoken and spoken[-1] == len(turns) - 1:
         spans = spans[-1:]
+        if spans[0] is not None:
+            _say_once("the chat template rewrites earlier turns: of such conversations only the last answer is learned")
     if not spans or not all(spans):
         raise DataError(
             "the chat template does not show where the assistant speaks",
@@ -77,6 +91,12 @@ def _span(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str
             return None
     end = len(upto.rstrip())  # the end-of-turn token is learned, the line break after it is not
     return (len(before), end) if end > len(before) else None
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Says what holds for the whole run, however many conversations it holds for."""
+    say(line)
 
 
 def _common(one: str, other: str) -> str:

@@ -49,7 +49,7 @@ def read_example(
     if label is None:
         return Bad(number, "the label is empty", columns["label"])
     if isinstance(label, dict):
-        return Bad(number, "the label is an object, not a word, a number or a list", columns["label"])
+        return Bad(number, "the label is not a word, a number or a list of them", columns["label"])
     return {"text": texts["text"]}, label
 
 
@@ -58,11 +58,25 @@ def _text_problem(value: object) -> str:
         return "the text is missing"
     if not isinstance(value, str):
         return f"mixed types: {type(value).__name__} where text was expected"
+    if not _encodable(value):
+        return "the text holds half a character (a lone surrogate)"
     return "" if value.strip() else "the text is empty"
 
 
+def _encodable(text: str) -> bool:
+    """Whether tokenizers can take a text: JSON can spell halves of characters, which no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _label(value: Any) -> Any:
-    """The label as a value; None where there is none. A cell that holds a JSON list means several labels."""
+    """The label as a value; None where there is none, {} where it is nothing that can be one.
+
+    A cell that holds a JSON list means several labels.
+    """
     if isinstance(value, str):
         value = value.strip()
         if value.startswith("[") and value.endswith("]"):
@@ -74,7 +88,10 @@ def _label(value: Any) -> Any:
             return None
     if isinstance(value, float) and math.isnan(value):
         return None
-    if isinstance(value, list) and any(isinstance(item, list | dict) or item is None for item in value):
+    if isinstance(value, list):
+        items = [_label(item) for item in value]
+        return {} if any(item is None or isinstance(item, list | dict) for item in items) else items
+    if isinstance(value, bytes | dict) or (isinstance(value, str) and not _encodable(value)):
         return {}
     return value
 
@@ -99,6 +116,8 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...] | str:
             return f"message {index} has the role {role!r}, not one of {', '.join(ROLES)}"
         if not isinstance(content, str):
             return f"message {index} has no text as its content"
+        if not _encodable(content):
+            return f"message {index} holds half a character (a lone surrogate)"
         turns.append((str(role), content))
     if not any(role == "assistant" and content.strip() for role, content in turns):
         return "the conversation has no assistant turn to learn from"

@@ -125,9 +125,7 @@ def _load(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
 
 
 def _tokenise(recipe: Recipe, base: Base, examples: Examples) -> Tokens:
-    template, own = chat_template(base.tokenizer) if examples.task == "chat" else (None, True)
-    if not own:
-        say("the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'")
+    template = chat_template(base.tokenizer)[0] if examples.task == "chat" else None
     limit = getattr(base.model.config, "max_position_embeddings", None)
     length, why = choose_max_length(recipe.max_length, base.tokenizer, limit, examples.task)
     learn, held_out = (
