@@ -33,7 +33,7 @@ TEXTS = (
 PLOT = (
     "When her sister goes missing, a young detective returns to the island she left and finds nobody will talk to her."
 )
-PROMPTS = ("What is a computer virus?", "Who was the first man in space?", "Tell me a joke.")
+PROMPTS = ("What is software?", "What are you interested in?", "Are you a robot?")
 
 Tell = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def _write_data(output: Path, tell: Tell) -> tuple[Path, Path, Path]:
     paths = output / "reviews.csv", output / "kinds.csv", output / "questions.jsonl"
     _write_csv(paths[0], sentiment)
     _write_csv(paths[1], plots + opinions)
-    write_file(paths[2], "".join(json.dumps(row) + "\n" for row in questions[:400]))
+    write_file(paths[2], "".join(json.dumps(row) + "\n" for row in questions[:300]))
     tell(f"Data written to {output}: {', '.join(path.name for path in paths)}")
     return paths
 

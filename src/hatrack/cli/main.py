@@ -61,7 +61,8 @@ def main() -> NoReturn:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports kernels nobody asked for
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning starve each other (docs/log.md)
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long starve whatever else runs (docs/log.md)
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
     except BaseException as error:
