@@ -30,6 +30,28 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert first != sorted(first)  # batches come in random order, not by length
 
 
+def test_a_resumed_run_meets_the_batches_it_would_have_met() -> None:
+    """Neither the epochs before nor anybody's use of the global generators change the order of an epoch."""
+    whole = LengthBatches(LENGTHS, 16, 7)
+    orders = []
+    for epoch in range(4):
+        whole.set_epoch(epoch)
+        orders.append(list(whole))
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert [_epoch(epoch, seed=7) for epoch in (3, 2)] == [orders[3], orders[2]]
+    batches = iter(LengthBatches(LENGTHS, 16, 7))
+    assert [next(batches) for _ in range(10)] == orders[0][:10]
+
+
+@pytest.mark.parametrize(("count", "size", "batches"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (401, 8, 51), (799, 8, 100)])
+def test_few_rows_and_whole_windows(count: int, size: int, batches: int) -> None:
+    made = LengthBatches(np.arange(count) + 1, size, 0)
+    assert len(list(made)) == len(made) == batches
+    assert sorted(row for batch in made for row in batch) == list(range(count))
+    assert max(len(batch) for batch in made) <= size
+
+
 def test_little_is_padding() -> None:
     assert fill(LENGTHS, _epoch(0)) > 0.93
     assert fill(np.array([4, 2]), [[0, 1]]) == pytest.approx(6 / 8)

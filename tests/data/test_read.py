@@ -102,6 +102,28 @@ def test_broken_files_are_one_line_with_their_name(tmp_path: Path, name: str, co
     assert message in str(caught.value) and "\n" not in str(caught.value) and name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("s.csv", "text;label\na, b;c\n", "is not separated by commas; got the header 'text;label'; fix: save it with"),
+        (
+            "t.csv",
+            "text\tlabel\na\tb\n",
+            "is not separated by commas; got the header 'text\\tlabel'; fix: name it .tsv",
+        ),
+        ("c.tsv", "text,label\na,b\n", "is not separated by tabs; got the header 'text,label'; fix: save it with tabs"),
+    ],
+)
+def test_another_separator_is_noticed(tmp_path: Path, name: str, content: str, message: str) -> None:
+    """Else a table of two columns would be one column of text, and be learned as that."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_rows(str(tmp_path / name))
+    assert message in str(caught.value)
+    (tmp_path / "one.csv").write_text("text\na;b\nc\n")
+    assert [row["text"] for row in read_rows(str(tmp_path / "one.csv")).rows] == ["a;b", "c"]
+
+
 def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "reviews.csv").write_text(CSV)
     with pytest.raises(

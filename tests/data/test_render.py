@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from tokenizers import Regex, normalizers
 
 from hatrack.cli.demo import ENCODER
 from hatrack.data.examples import Example
@@ -82,6 +83,17 @@ def test_no_length_is_advised_that_the_model_cannot_take() -> None:
         render(examples, tokenizer, task="chat", max_length=64, template=tokenizer.chat_template)
 
 
+def test_texts_of_no_tokens_are_named() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[^a-z ]"), "")
+    examples = [Example(row, text=text, label=0) for row, text in ((1, "it was good"), (4, "!!!"), (6, "42"))]
+    with pytest.raises(DataError) as caught:
+        render(examples, tokenizer, task="classify", max_length=8, labels=1, source="f.csv")
+    assert caught.value.complaints == [f"f.csv row {row}: the tokenizer makes no token of this text" for row in (4, 6)]
+    assert caught.value.what == "nothing would be learned from 2 rows"
+    assert caught.value.fix == "give them text that this base's tokenizer knows"
+
+
 def test_rows_that_would_teach_nothing_are_refused_with_the_length_that_helps() -> None:
     tokenizer = tiny_tokenizer(chat=True)
     turns = (("user", "what is " + "so " * 20), ("assistant", "the one"))
@@ -117,6 +129,8 @@ def test_the_longest_row_has_a_default_and_a_limit() -> None:
     tokenizer.model_max_length = int(1e30)  # what tokenizers say that do not know
     assert choose_max_length(None, tokenizer, 8192, "classify") == (512, "the default for classify")
     assert choose_max_length(None, tokenizer, None, "complete") == (2048, "the default for complete")
+    assert choose_max_length(None, tokenizer, -1, "classify") == (512, "the default for classify")  # XLNet says -1
+    assert choose_max_length(9000, tokenizer, -1, "classify") == (9000, "as asked")
     with pytest.raises(RecipeError, match="--max-length is more than this model can take; got 9000; fix: at most 8192"):
         choose_max_length(9000, tokenizer, 8192, "chat")
 

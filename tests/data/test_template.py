@@ -72,6 +72,38 @@ def test_a_system_turn_and_an_unanswered_question_are_not_learned() -> None:
     assert _spoken(LLAMA3, talk) == ["Hi!<|eot_id|>"]
 
 
+QWEN25 = (  # asks for messages[0] outside its loop, and writes a system turn of its own
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are an assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (LLAMA3, "<|eot_id|>"),
+        (GEMMA, "<end_of_turn>"),
+        (QWEN3, "<|im_end|>"),
+        (QWEN25, "<|im_end|>"),
+        (PLAIN_TEMPLATE, "<end>"),
+    ],
+    ids=["llama-3", "gemma", "qwen-3", "qwen-2.5", "plain"],
+)
+def test_an_assistant_that_speaks_first_is_learned_from(template: str, end: str) -> None:
+    greeting = ("assistant", "a")  # short enough to stand in "assistant" too
+    assert [turn.lstrip() for turn in _spoken(template, [greeting, *TALK[:2]])] == [f"a{end}", f"Hi!{end}"]
+    assert [turn.lstrip() for turn in _spoken(template, [greeting])] == [f"a{end}"]
+
+
+def test_a_template_that_lets_nobody_else_begin_says_so() -> None:
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + LLAMA3
+    with pytest.raises(
+        DataError, match="the chat template refuses a conversation; got user first; fix: check its roles"
+    ):
+        render_chat((("assistant", "a"), *TALK[:2]), tiny_tokenizer(chat=False), template)
+
+
 def test_templates_that_hide_the_assistant_or_fail_are_refused() -> None:
     with pytest.raises(DataError, match="does not show where the assistant speaks"):
         _spoken("{{ messages | length }} turns", TALK)
@@ -102,6 +134,15 @@ def test_a_real_model_learns_the_answers_and_their_end(smollm: Any) -> None:
         [{"role": role, "content": content} for role, content in TALK], tokenize=False
     )
     assert "You are a helpful AI assistant" in smollm.decode(ids[~learn])
+
+
+@pytest.mark.parametrize(
+    "answer", ["\u00e9\u00e8 na\u00efve", "\u4f60\u597d", "\U0001f9e2\U0001f469\u200d\U0001f52c!", "a\n\n  b\n"]
+)
+def test_answers_of_any_script_are_learned_whole(smollm: Any, answer: str) -> None:
+    template, _ = chat_template(smollm)
+    ids, learn = render_chat((("user", "\U0001f44b?"), ("assistant", answer)), smollm, template)
+    assert smollm.decode(ids[learn]) == answer + "<|im_end|>"
 
 
 def test_what_is_trained_on_is_what_is_asked_later(smollm: Any) -> None:

@@ -30,6 +30,8 @@ csv.field_size_limit(2**31 - 1)
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "": open}
 
+SEPARATORS = {",": "commas", "\t": "tabs"}
+
 _END = "\x1eend of file"
 """Fed to the CSV reader after the last line: if it is not a row of its own then, a quote was left open."""
 
@@ -147,6 +149,7 @@ def _csv(source: str, text: str, delimiter: str) -> Rows:
         raise DataError(f"{source} is empty", got="no header line", fix="the first line must name the columns")
     header = lines[0]
     _check_header(source, header)
+    _check_separator(source, header, delimiter)
     rows, numbers, problems = [], [], []
     for number, cells in enumerate(lines[1:], 1):
         if len(cells) == len(header):
@@ -190,6 +193,17 @@ def _check_header(source: str, header: Sequence[str]) -> None:
             f"the header of {source} needs one name for each column",
             got=", ".join(map(repr, header)),
             fix="rename them",
+        )
+
+
+def _check_separator(source: str, header: Sequence[str], delimiter: str) -> None:
+    """Refuses one column whose name holds another separator: every line would be taken for one long text."""
+    others = [mark for mark in (";", "\t", "|", ",") if mark != delimiter and mark in header[0]]
+    if len(header) == 1 and others:
+        raise DataError(
+            f"{source} is not separated by {SEPARATORS[delimiter]}",
+            got=f"the header {header[0]!r}",
+            fix="name it .tsv" if others[0] == "\t" else f"save it with {SEPARATORS[delimiter]} between the cells",
         )
 
 

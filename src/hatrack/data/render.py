@@ -60,7 +60,7 @@ def choose_max_length(asked: int | None, tokenizer: Any, config_max: int | None,
 
     Raises RecipeError where more is asked than the model can take.
     """
-    limits = [limit for limit in (tokenizer.model_max_length, config_max) if limit and limit < 10**9]
+    limits = [limit for limit in (tokenizer.model_max_length, config_max) if limit and 0 < limit < 10**9]
     most = min(limits, default=None)
     if asked is not None:
         if most is not None and asked > most:
@@ -142,6 +142,9 @@ def render(
         encoded = _each(examples, lambda example: _continued(example, tokenizer), source)
     cut = [(ids[:max_length], learn[:max_length]) for ids, learn in encoded]
     if task == "classify":
+        _refuse_wordless(
+            [example.row for example, (ids, _) in zip(examples, encoded, strict=True) if not len(ids)], source
+        )
         for index, (ids, learn) in enumerate(encoded):
             if len(ids) > max_length:
                 cut[index] = _shorter(examples[index].text, tokenizer, max_length), learn[:max_length]
@@ -217,6 +220,17 @@ def _label_array(examples: Sequence[Example], labels: int, multi_label: bool) ->
     for index, example in enumerate(examples):
         array[index, list(example.label) if isinstance(example.label, tuple) else []] = 1
     return array
+
+
+def _refuse_wordless(rows: list[int], source: str) -> None:
+    """Raises DataError for texts of which the tokenizer makes nothing: a model would be asked to read padding."""
+    if rows:
+        count = f"{len(rows):,} rows" if len(rows) > 1 else "a row"
+        raise DataError(
+            f"nothing would be learned from {count}",
+            fix="give them text that this base's tokenizer knows",
+            complaints=[f"{source} row {row}: the tokenizer makes no token of this text" for row in rows],
+        )
 
 
 def _refuse_unlearnable(rows: list[tuple[int, int]], max_length: int, limit: int, source: str) -> None:

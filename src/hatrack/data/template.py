@@ -83,14 +83,32 @@ def assistant_spans(tokenizer: Any, turns: list[dict[str, str]], template: str, 
 
 
 def _span(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str, index: int) -> tuple[int, int] | None:
-    before = _write(tokenizer, turns[:index], template, prompt=True)
     upto = whole if index == len(turns) - 1 else _write(tokenizer, turns[: index + 1], template, prompt=False)
+    if index == 0:
+        return _first_span(tokenizer, turns, template, whole, upto)
+    before = _write(tokenizer, turns[:index], template, prompt=True)
     if not (whole.startswith(upto) and upto.startswith(before)):
         before = _common(_write(tokenizer, turns[:index], template, prompt=True), upto)
         if not whole.startswith(upto) or turns[index]["content"].strip() not in upto[len(before) :]:
             return None
     end = len(upto.rstrip())  # the end-of-turn token is learned, the line break after it is not
     return (len(before), end) if end > len(before) else None
+
+
+def _first_span(
+    tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str, upto: str
+) -> tuple[int, int] | None:
+    """Where the assistant speaks first: there is no conversation before it, and templates refuse an empty one.
+
+    What the template adds to ask for an answer is also what it writes before this one.
+    """
+    asked = _write(tokenizer, turns[:1], template, prompt=True)
+    single = _write(tokenizer, turns[:1], template, prompt=False)
+    opening = asked.removeprefix(single)
+    start, end = upto.find(opening), len(upto.rstrip())
+    if not opening or opening == asked or start < 0 or not whole.startswith(upto):
+        return None
+    return (start + len(opening), end) if end > start + len(opening) else None
 
 
 @functools.cache
