@@ -13,8 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import hatrack
+import hatrack.engine.proof
 import hatrack.plan.fit
-from hatrack.errors import HatrackError, RecipeError
+from hatrack.adapter import rack
+from hatrack.errors import HatrackError, MachineError, RecipeError
 from hatrack.plan.fit import Plan
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_size": 8}
@@ -206,3 +208,17 @@ def test_the_best_epoch_is_the_one_that_stays(tmp_path: Path, tiny_encoder: Path
     assert len(epochs) == 8
     kept = hat.result["eval"]
     assert (kept["accuracy"], -kept["loss"]) == pytest.approx(max(epochs))
+
+
+def test_an_adapter_that_does_not_reproduce_itself_is_not_hung_up(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_answers(*args: Any) -> Any:
+        return hatrack.engine.proof.probe(*args).flip(-1)
+
+    monkeypatch.setattr("hatrack.engine.train.probe", other_answers)
+    with pytest.raises(
+        MachineError, match=r"does not reproduce the trained one; got answers .*% of the probability apart"
+    ):
+        _train(tmp_path, tiny_encoder, reviews, epochs=2)
+    assert rack.hats() == [] and list((tmp_path / "hat.run").glob("checkpoint-*"))

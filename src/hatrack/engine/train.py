@@ -68,13 +68,13 @@ def train(recipe: Recipe) -> Hat:
 
     hat = _describe(run, base, examples, tokens, trained)
     save_adapter(model, run.output, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()})
-    run.finish()
-    rack.hang(run.name, run.output)
     expected = probe(model, tokens.held_out, base, examples.task)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trained
     ready = load(run.output, device=recipe.device, dtype=recipe.dtype)
     prove(ready, expected, tokens.held_out)
+    run.finish()
+    rack.hang(run.name, run.output)
     say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
     ready.result = result
     return ready
