@@ -14,12 +14,13 @@ FILES = sorted(SOURCE.rglob("*.py"))
 GROUND = {"errors", "recipe", "say", "storage", "wheels"}
 MAY_IMPORT = {
     "base": set(),
+    "kernels": set(),
     "data": set(),
     "adapter": {"base"},
     "plan": {"base.header", "adapter.count", "adapter.targets"},
     "hat": {"base", "adapter", "data", "engine.fast_lora"},
-    "evaluate": {"base", "adapter", "data", "hat"},
-    "engine": {"base", "adapter", "data", "plan", "evaluate", "hat"},
+    "evaluate": {"base", "adapter", "data", "kernels", "hat"},
+    "engine": {"base", "adapter", "data", "plan", "evaluate", "kernels", "hat"},
 }
 WITHOUT_TORCH = ["errors", "recipe", "say", "storage", "wheels", "base/header", "adapter/count", "adapter/targets"]
 WITHOUT_TORCH += ["plan/memory", "plan/fit", "engine/derive"]

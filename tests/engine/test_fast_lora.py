@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -13,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hatrack
-from hatrack.engine.fast_lora import FastLinear, PlainLinear, _LoraProduct, dropped_positions, reference
+from hatrack.engine.fast_lora import FastLinear, PlainLinear, _LoraProduct, reference
+from hatrack.kernels.drop import KEEP, Mask
+from tests.kernels.test_low_rank import kept
 
-SHAPES = [(7, 16, 24), (33, 24, 8), (1, 8, 8), (64, 48, 48)]
+SHAPES = [(7, 16, 24), (33, 24, 8), (1, 32, 64), (65, 96, 32), (64, 48, 48)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -32,14 +33,18 @@ def _inputs(n: int, d_in: int, d_out: int, r: int, dtype: torch.dtype, bias: boo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("r", [4, 8, 24])
 @pytest.mark.parametrize(("n", "d_in", "d_out"), SHAPES)
-def test_it_is_its_plain_twin(n: int, d_in: int, d_out: int, bias: bool, dropout: float, dtype: torch.dtype) -> None:
+def test_it_is_its_plain_twin(
+    n: int, d_in: int, d_out: int, r: int, bias: bool, dropout: float, dtype: torch.dtype
+) -> None:
     results = []
-    for function in (_LoraProduct.apply, reference):
-        x, W, b, A, B = _inputs(n, d_in, d_out, 4, dtype, bias)
+    mask = Mask(dropout, 11) if dropout else KEEP
+    for function, last in ((_LoraProduct.apply, mask), (reference, kept(n, d_in, mask, dtype) * mask.scale)):
+        x, W, b, A, B = _inputs(n, d_in, d_out, r, dtype, bias)
         assert x is not None and W is not None and A is not None and B is not None
         leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
-        y = function(x, W, b, A, B, 2.0, dropout, 11)
+        y = function(x, W, b, A, B, 2.0, last)  # type: ignore[arg-type]
         (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for ours, plain in zip(*results, strict=True):
@@ -55,24 +60,8 @@ def test_gradients_are_given_only_where_asked(frozen: str) -> None:
     for name, tensor in tensors.items():
         assert tensor is not None
         tensor.requires_grad_(name != frozen)
-    _LoraProduct.apply(x, W, b, A, B, 1.0, 0.2, 3).sum().backward()  # type: ignore[no-untyped-call]
+    _LoraProduct.apply(x, W, b, A, B, 1.0, Mask(0.2, 3)).sum().backward()  # type: ignore[no-untyped-call]
     assert {name for name, tensor in tensors.items() if tensor is not None and tensor.grad is None} == {frozen}
-
-
-@pytest.mark.parametrize("dropout", [0.05, 0.5])
-def test_dropped_positions_are_bernoulli(dropout: float) -> None:
-    count = 200_000
-    masks = []
-    for seed in range(4):
-        mask = np.zeros(count, dtype=bool)
-        mask[dropped_positions(count, dropout, seed).numpy()] = True
-        masks.append(mask)
-        assert abs(mask.mean() - dropout) < 4 * (dropout * (1 - dropout) / count) ** 0.5
-    both = (masks[0] & masks[1]).mean()
-    assert abs(both - dropout**2) < 4 * (dropout**2 * (1 - dropout**2) / count) ** 0.5
-    neighbours = (masks[2][1:] & masks[2][:-1]).mean()
-    assert abs(neighbours - dropout**2) < 5 * (dropout**2 * (1 - dropout**2) / count) ** 0.5
-    assert torch.equal(dropped_positions(count, dropout, 7), dropped_positions(count, dropout, 7))
 
 
 class _Stack(nn.Module):

@@ -16,25 +16,22 @@ and for the gradient g of y, using that W and b have none:
 What is kept for the backward pass is x, which the layer below keeps anyway, and h. A and B are float32 and are cast to
 the base's dtype for the products; peft's layer casts x to float32 instead and keeps that copy.
 
-D zeroes each number with probability p and divides the others by 1 - p. Rather than n d_in random numbers it draws the
-dropped positions: K from a Poisson distribution of mean n d_in l, then K positions, uniform and with replacement. How
-often each position is hit is then Poisson of mean l, independently of all others, so with l = -log(1 - p) each is
-dropped with probability 1 - exp(-l) = p, independently: exactly the mask that a Bernoulli draw for each would give,
-at about p times its cost. Only the seed is kept; the positions are drawn again in the backward pass.
+D's positions are drawn again in the backward pass from a seed (`kernels/drop.py`).
 
 Knows nothing of models, data or training.
 """
 
-import math
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel
 from peft import get_peft_model as peft_get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.nn import functional as F
+
+from hatrack.kernels.drop import Mask, draw
+from hatrack.kernels.low_rank import down, outer, rows, up
 
 
 class FastLinear(PeftLinear):  # type: ignore[misc]  # peft has no types
@@ -51,9 +48,8 @@ class FastLinear(PeftLinear):  # type: ignore[misc]  # peft has no types
         name = self.active_adapters[0]
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
         dropout = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-        seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
-        flat = x.reshape(-1, x.shape[-1])
-        y = _LoraProduct.apply(flat, base.weight, base.bias, A, B, self.scaling[name], dropout, seed)  # type: ignore[no-untyped-call]
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        y = _LoraProduct.apply(flat, base.weight, base.bias, A, B, self.scaling[name], draw(dropout))  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def _is_plain(self, base: nn.Module, x: torch.Tensor) -> bool:
@@ -63,7 +59,7 @@ class FastLinear(PeftLinear):  # type: ignore[misc]  # peft has no types
             and names[0] in self.lora_A
             and not (self.disable_adapters or self.merged or names[0] in self.lora_variant)
             and not self.lora_bias.get(names[0], False)
-            and type(self.lora_dropout[names[0]]) in (nn.Identity, nn.Dropout)
+            and isinstance(self.lora_dropout[names[0]], nn.Identity | nn.Dropout)
             and x.dtype == base.weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
             and not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
@@ -84,54 +80,30 @@ class _LoraProduct(torch.autograd.Function):
         A: torch.Tensor,
         B: torch.Tensor,
         scaling: float,
-        dropout: float,
-        seed: int,
+        mask: Mask,
     ) -> torch.Tensor:
-        kept = _drop(x.clone(), dropout, seed)[0] if dropout else x
-        h = kept @ A.to(x.dtype).t()  # (n, r)
+        h = down(x, rows(A, x.dtype), mask.scale, mask)  # (n, r), r filled up to a multiple of 8
         y = F.linear(x, W, b)  # (n, d_out)
-        y.addmm_(h, B.to(x.dtype).t(), alpha=scaling / (1 - dropout))
+        up(y, h, rows(B.t(), x.dtype), scaling)
         ctx.save_for_backward(x, W, A, B, h)
-        ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
+        ctx.scaling, ctx.mask = scaling, mask
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, W, A, B, h = ctx.saved_tensors
-        scaling = ctx.scaling / (1 - ctx.dropout)  # D's division, applied where it is cheapest
+        mask, rank, g = ctx.mask, len(A), g.contiguous()
+        g_h = down(g, rows(B.t(), g.dtype), ctx.scaling * mask.scale)  # (n, r), D's division included
         g_x = g_A = g_B = None
-        g_h = (g @ B.to(g.dtype)).mul_(scaling)  # (n, r)
-        positions = None
         if ctx.needs_input_grad[4]:
-            g_B = (g.t() @ h).to(B.dtype).mul_(scaling)  # (d_out, r)
+            g_B = outer(g, h)[:rank].t().to(B.dtype).mul_(ctx.scaling)  # (d_out, r)
         if ctx.needs_input_grad[3]:
-            kept, positions = _drop(x.clone(), ctx.dropout, ctx.seed) if ctx.dropout else (x, None)
-            g_A = (g_h.t() @ kept).to(A.dtype)  # (r, d_in)
+            g_A = outer(x, g_h, mask)[:rank].to(A.dtype)  # (r, d_in)
         if ctx.needs_input_grad[0]:
             g_x = g @ W  # (n, d_in)
-            if ctx.dropout:
-                through, _ = _drop(g_h @ A.to(g.dtype), ctx.dropout, ctx.seed, positions)
-                g_x += through
-            else:
-                g_x.addmm_(g_h, A.to(g.dtype))
-        return g_x, None, None, g_A, g_B, None, None, None
-
-
-def _drop(
-    x: torch.Tensor, dropout: float, seed: int, positions: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeroes the dropped numbers of a contiguous x in place, without dividing the others; also gives the positions."""
-    if positions is None:
-        positions = dropped_positions(x.numel(), dropout, seed).to(x.device)
-    return x.view(-1).index_fill_(0, positions, 0).view(x.shape), positions
-
-
-def dropped_positions(count: int, dropout: float, seed: int) -> torch.Tensor:
-    """Flat positions below `count` that are dropped, int64, some more than once; a pure function of its arguments."""
-    random = np.random.Generator(np.random.SFC64(seed))
-    hits = random.poisson(-count * math.log1p(-dropout))
-    return torch.from_numpy(random.integers(count, size=hits, dtype=np.int64))
+            up(g_x, g_h, rows(A, g.dtype), 1.0, mask)
+        return g_x, None, None, g_A, g_B, None, None
 
 
 def reference(
@@ -141,14 +113,13 @@ def reference(
     A: torch.Tensor,
     B: torch.Tensor,
     scaling: float,
-    dropout: float,
-    seed: int,
+    kept: torch.Tensor,
 ) -> torch.Tensor:
-    """The plain twin of `_LoraProduct`: the same mathematics, differentiated by autograd. Only tests use it."""
-    kept = torch.ones_like(x)
-    if dropout:
-        kept.view(-1)[dropped_positions(x.numel(), dropout, seed)] = 0
-    h = (x * kept / (1 - dropout)) @ A.to(x.dtype).t()
+    """The plain twin of `_LoraProduct`: the same mathematics, differentiated by autograd. Only tests use it.
+
+    `kept` (n, d_in): what D multiplies x with, 0 or 1 / (1 - p).
+    """
+    h = (x * kept) @ A.to(x.dtype).t()
     return F.linear(x, W, b) + scaling * (h @ B.to(x.dtype).t())
 
 

@@ -30,6 +30,7 @@ from hatrack.data.render import TokenRows, choose_max_length, render_cached
 from hatrack.data.template import chat_template
 from hatrack.engine.callbacks import GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.derive import Schedule, batch_rows, derive
+from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.proof import probe, prove
 from hatrack.engine.run import Run, open_run
@@ -61,6 +62,7 @@ def train(recipe: Recipe) -> Hat:
     schedule = _schedule(recipe, base, examples, tokens, plan)
 
     set_seed(recipe.seed)
+    speed_up(base.model)
     model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
     run.remember({"rows": examples.digest, "base": fingerprint(files.folder), "schedule": asdict(schedule)})

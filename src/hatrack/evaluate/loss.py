@@ -1,31 +1,38 @@
 """The loss a model is trained on and scored by, one number for each thing it had to get right.
 
-Knows nothing of batching, optimizers or reports. Sums rather than means are kept, so that a step split into
-micro-batches weighs every supervised token (or row) alike.
+Sums rather than means are kept, so that a step split into micro-batches weighs every supervised token (or row) alike.
+Tokens that are not learned from never reach the output head (`kernels/loss.py` says how the others do).
+Knows nothing of batching, optimizers or reports.
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-CHUNK = 1024
-"""Supervised tokens whose logits are held in float32 at one time."""
+from hatrack.kernels.loss import next_token_losses
 
 
-def losses(model: Any, batch: dict[str, torch.Tensor], task: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def losses(
+    model: Any, batch: dict[str, torch.Tensor], task: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Runs `model` on a batch of B rows of T tokens.
 
     Returns (values, rows, logits): `values` (n,) float32 losses, one for each row (classify) or supervised token
-    (chat, complete); `rows` (n,) the row in the batch that each belongs to; `logits` as the model gave them:
-    (B, labels) or (B, T, vocabulary).
+    (chat, complete); `rows` (n,) the row in the batch that each belongs to; `logits` (B, labels) to classify, None
+    otherwise.
     """
     labels = batch["labels"]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if task == "classify":
+        logits = model(**inputs).logits
         return _classify(logits, labels), torch.arange(len(labels), device=labels.device), logits
-    values, rows = _next_token(logits, labels)
-    return values, rows, logits
+    supervised = labels[:, 1:] != -100  # (B, T - 1): the state at t is to tell the token at t + 1
+    hidden, W, b = _before_head(model, inputs)
+    values = next_token_losses(hidden[:, :-1][supervised], W, b, labels[:, 1:][supervised])
+    return values, supervised.nonzero()[:, 0], None
 
 
 def items(batch: dict[str, torch.Tensor], task: str) -> int:
@@ -41,14 +48,69 @@ def _classify(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
 
 
-def _next_token(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of token t + 1 given the logits at t, at supervised positions only; float32 a chunk at a time."""
-    supervised = labels[:, 1:] != -100
-    rows = supervised.nonzero()[:, 0]
-    chosen = logits[:, :-1][supervised]  # (n, vocabulary)
-    wanted = labels[:, 1:][supervised]  # (n,)
-    parts = [
-        F.cross_entropy(chosen[start : start + CHUNK].float(), wanted[start : start + CHUNK], reduction="none")
-        for start in range(0, len(wanted), CHUNK)
-    ]
-    return (torch.cat(parts) if parts else chosen.new_zeros(0, dtype=torch.float32)), rows
+class _Pass(nn.Module):
+    """Stands in for the output head and hands its input on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def _before_head(
+    model: Any, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Runs `model` up to its output head: (states (B, T, d), W, b); or all of it: (logits (B, T, V), None, None),
+    where the head is not a plain frozen linear layer or the model does more after it."""
+    whole = _inside(model)
+    head = whole.get_output_embeddings()
+    if not _is_plain(head) or not _ends_with_head(whole, head):
+        return model(**inputs).logits, None, None
+    return _headless(model, whole, head, inputs), head.weight, head.bias
+
+
+def _headless(model: Any, whole: Any, head: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    whole.set_output_embeddings(_Pass())
+    try:
+        return model(**inputs).logits  # type: ignore[no-any-return]
+    finally:
+        whole.set_output_embeddings(head)
+
+
+def _inside(model: Any) -> Any:
+    """The Hugging Face model within peft's and accelerate's wrappers."""
+    while not hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model.module
+    return model
+
+
+def _is_plain(head: Any) -> bool:
+    return (
+        type(head) is nn.Linear
+        and not any(parameter.requires_grad for parameter in head.parameters())
+        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
+    )
+
+
+_endings: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _ends_with_head(whole: Any, head: nn.Linear) -> bool:
+    """Whether the model's logits are what its head gives and nothing else, found out once by a pass over one token.
+
+    Some models scale or bound their logits afterwards (Cohere, Gemma 2): their states alone do not tell the loss.
+    """
+    if whole not in _endings:
+        inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)}
+        given: list[torch.Tensor] = []
+        watch = _Pass()
+        watch.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+        was_training = whole.training
+        whole.eval()
+        whole.set_output_embeddings(watch)
+        try:
+            logits = whole(**inputs).logits
+        finally:
+            whole.set_output_embeddings(head)
+            whole.train(was_training)
+        _endings[whole] = len(given) == 1 and logits is given[0]
+    return _endings[whole]

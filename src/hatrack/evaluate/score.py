@@ -64,7 +64,7 @@ def score(
             owner = owners.cpu().numpy()
             np.add.at(total, indices[owner], values.double().cpu().numpy())
             np.add.at(weights, indices[owner], 1.0)
-            if task == "classify":
+            if logits is not None:
                 for index, guess in zip(indices, predicted(logits, rows.labels.ndim == 2), strict=True):
                     predictions[index] = guess
             progress(len(indices))

@@ -1,0 +1,170 @@
+"""Puts hatrack's kernels into a frozen base: attention by transformers' own interface, dropout and norms as layers.
+
+Nothing is known of any architecture. A norm is replaced when it answers as an RMSNorm does, whatever its name, and
+attention when the model leaves the choice of it to transformers and answers the same with it. The rest stays as it is.
+Only for processors: accelerators have fused kernels of their own.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from hatrack.kernels import drop
+from hatrack.kernels.attention import attention
+from hatrack.kernels.norm import rms_norm
+
+NAME = "hatrack"
+
+
+def speed_up(base: PreTrainedModel) -> None:
+    """Has a frozen base compute with hatrack's kernels wherever they give the same."""
+    if base.device.type != "cpu":
+        return
+    _use_attention(base)
+    for parent in list(base.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Dropout and not layer.inplace and 0 < layer.p < 1:
+                setattr(parent, name, FastDropout(layer.p).train(layer.training))
+            elif (norm := _as_rms_norm(layer)) is not None:
+                setattr(parent, name, norm.train(layer.training))
+
+
+def _use_attention(base: PreTrainedModel) -> None:
+    """Registers the attention for `base` if its answers stay the same, padded rows included."""
+    if base.config._attn_implementation != "sdpa":
+        return
+    wanted = _answers(base)
+    if wanted is None:
+        return
+    base.set_attn_implementation(NAME)
+    found = _answers(base)
+    if found is None or not float((found - wanted).norm()) <= 0.1 * float(wanted.norm()):
+        base.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def _answers(base: PreTrainedModel) -> torch.Tensor | None:
+    """What the model's body makes of two short rows, one of them padded; None where it cannot be asked this way."""
+    body = base.base_model
+    ids = (torch.arange(1, 17).view(2, 8) * 7919) % base.config.get_text_config().vocab_size
+    real = torch.ones_like(ids)
+    real[1, 5:] = 0
+    was_training = body.training
+    body.eval()
+    try:
+        states = body(input_ids=ids, attention_mask=real)[0]
+    except Exception:  # an encoder-decoder, or a model of something else than text
+        return None
+    finally:
+        body.train(was_training)
+    return states.float()[real.bool()] if states.shape[:2] == ids.shape else None
+
+
+class FastDropout(nn.Dropout):
+    """torch's dropout, its mask drawn at a fraction of the cost and not kept."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return drop.dropout(x, self.p) if self.training and x.dim() else x
+
+
+class FastRMSNorm(nn.Module):
+    """An RMSNorm whose weight (d,) is frozen. The weight keeps its name and format; `added` is 1 where it is w - 1."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, added: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon, self.added = weight, epsilon, added
+        self._float = weight.detach().float() + added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self._float, self.epsilon)
+
+
+@torch.no_grad()
+def _as_rms_norm(layer: nn.Module) -> FastRMSNorm | None:
+    """The same norm made for speed, if `layer` has one frozen vector and answers to random vectors as an RMSNorm."""
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    if isinstance(layer, FastRMSNorm) or len(tensors) != 1 or tensors[0][0] != "weight" or list(layer.children()):
+        return None
+    weight = tensors[0][1]
+    epsilons = {value for value in vars(layer).values() if isinstance(value, float) and 0 < value < 1e-2}
+    if weight.dim() != 1 or weight.requires_grad or len(epsilons) != 1 or _watched(layer) or weight.shape[0] % 32:
+        return None
+    probe = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 4)[:, None]
+    probe = probe.to(weight.dtype)
+    try:
+        wanted = layer(probe)
+    except Exception:  # whatever it is, it is not a norm of one tensor
+        return None
+    bound = 1e-5 if weight.dtype == torch.float32 else 2e-2
+    for added in (0.0, 1.0):
+        norm = FastRMSNorm(weight, next(iter(epsilons)), added)  # type: ignore[arg-type]
+        same_kind = isinstance(wanted, torch.Tensor) and (wanted.dtype, wanted.shape) == (probe.dtype, probe.shape)
+        if same_kind and torch.allclose(norm(probe).float(), wanted.float(), rtol=bound, atol=bound * 1e-2):
+            return norm
+    return None
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Whether somebody looks into the layer, whom a new one in its place would lose."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer))
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d).
+
+    `attention_mask`: None, or (B, T) true at real tokens, or whatever torch's attention takes.
+    """
+    covered = (
+        (attention_mask is None or attention_mask.dim() == 2)
+        and position_bias is None
+        and query.shape[2] == key.shape[2]
+        and query.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and query.dtype == key.dtype == value.dtype
+        and not kwargs.get("output_attentions", False)
+    )
+    if not covered:
+        kwargs |= {"is_causal": is_causal, "position_bias": position_bias, "dropout": dropout, "scaling": scaling}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, attention_mask, causal=causal, scale=scale, p=dropout), None
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """What transformers asks for a mask: none for whole rows, (B, T) for padded ones, its own for anything else."""
+    plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
+    if plain and q_length == kv_length and q_offset == kv_offset == 0:
+        return None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    return sdpa_mask(  # type: ignore[no-any-return]
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
+    )
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, mask)

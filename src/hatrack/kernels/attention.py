@@ -1,0 +1,162 @@
+"""Attention on a processor by its matrix products, a block of queries at a time.
+
+For one head with queries Q (t, d), keys K and values V (t, d), scale s and the allowed positions M:
+
+    P = softmax(s Q K^T where M, else -infinity)      (t, t)
+    O = D(P) V                                        (t, d)
+
+and for the gradient G of O, with P computed again rather than kept (as Dao et al., FlashAttention, 2022, do):
+
+    dV = D(P)^T G
+    dP = D(G V^T)
+    dS = P * (dP - rowsum(P * dP))
+    dQ = s dS K,   dK = s dS^T Q
+
+D is dropout. Query heads that share keys and values (grouped-query attention) are stacked as rows of one product. A
+block holds at most `BLOCK` numbers of P; where attention is causal, keys after a block are not computed at all. No mask
+of t x t is made: rows filled up with padding are told by a (B, t) mask.
+
+torch's own `scaled_dot_product_attention` computes the same; on a processor in bfloat16 it is far slower than its
+products. Knows nothing of models.
+"""
+
+from typing import Any
+
+import torch
+
+from hatrack.kernels.drop import Mask, draw, dropped
+
+BLOCK = 2**21
+"""Numbers of P held at one time: small enough to stay in the processor's cache."""
+EVEN = 32
+"""Keys are filled up to a multiple of this: a softmax over 30 bfloat16 numbers takes five times as long as over 32."""
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    real: torch.Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    p: float = 0.0,
+) -> torch.Tensor:
+    """query (B, H, T, d), key and value (B, H / groups, T, d) of one format -> (B, T, H, d).
+
+    `real` (B, T): false where a row is filled up with padding, which no real token attends to; None if nowhere.
+    `p`: dropout of the probabilities.
+    """
+    padding = None if real is None else _padding(real, causal)
+    return _Attention.apply(query, key, value, padding, causal, scale, draw(p))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _padding(real: torch.Tensor, causal: bool) -> torch.Tensor | None:
+    """(B, T) numbers to add to the scores of keys; None where it makes no difference to real tokens."""
+    on_the_right = bool((real[:, 1:] <= real[:, :-1]).all())
+    if on_the_right and causal:
+        return None  # keys come after every real query
+    return torch.zeros(real.shape).masked_fill_(~real, -1e30)
+
+
+class _Attention(torch.autograd.Function):
+    """query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: torch.Tensor | None,
+        causal: bool,
+        scale: float,
+        mask: Mask,
+    ) -> torch.Tensor:
+        rows, heads, length, _ = query.shape
+        K, V = _joined(key), _joined(value)
+        out = query.new_empty(rows, length, heads, V.shape[-1]).transpose(1, 2)
+        for start, stop, keys in _blocks(query, causal):
+            Q = _stacked(query, K, start, stop).mul_(scale)
+            P = _probabilities(Q, K[:, :keys], padding, causal, start, stop, query.shape[2])
+            P = dropped(P, mask._replace(seed=mask.seed + start), mask.scale)
+            _unstack(torch.bmm(P, V[:, :keys]), out, start, stop)
+        ctx.save_for_backward(query, key, value, padding)
+        ctx.settings = causal, scale, mask
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, padding = ctx.saved_tensors
+        causal, scale, mask = ctx.settings
+        K, V, g = _joined(key), _joined(value), g.transpose(1, 2)
+        dQ = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
+        blocks = _blocks(query, causal)
+        sums = torch.float32 if len(blocks) > 1 else K.dtype
+        dK, dV = torch.zeros_like(K, dtype=sums), torch.zeros_like(V, dtype=sums)
+        for start, stop, keys in blocks:
+            Q = _stacked(query, K, start, stop).mul_(scale)
+            P = _probabilities(Q, K[:, :keys], padding, causal, start, stop, query.shape[2])
+            G = _stacked(g, K, start, stop)
+            here = mask._replace(seed=mask.seed + start)
+            dV[:, :keys] += torch.bmm(dropped(P, here, mask.scale).mT, G)
+            dP = dropped(torch.bmm(G, V[:, :keys].mT), here, mask.scale)
+            dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
+            dK[:, :keys] += torch.bmm(dS.mT, Q)
+            _unstack(torch.bmm(dS, K[:, :keys]).mul_(scale), dQ, start, stop)
+        return dQ, _parted(dK, key), _parted(dV, value), *[None] * 4
+
+
+def _blocks(query: torch.Tensor, causal: bool) -> list[tuple[int, int, int]]:
+    """Blocks of queries as (first, one after the last, number of keys they may see)."""
+    rows, heads, length, _ = query.shape
+    size = max(EVEN, BLOCK // (rows * heads * length) // EVEN * EVEN)
+    whole = -(-length // EVEN) * EVEN
+    return [
+        (start, min(start + size, length), start + min(size, whole - start) if causal else whole)
+        for start in range(0, length, size)
+    ]
+
+
+def _joined(states: torch.Tensor) -> torch.Tensor:
+    """Keys or values (B, H, T, d) -> (B H, T rounded up, d), zeros at the end."""
+    rows, heads, length, width = states.shape
+    padded = states.new_empty(rows, heads, -(-length // EVEN) * EVEN, width)
+    padded[:, :, :length] = states
+    padded[:, :, length:] = 0
+    return padded.view(rows * heads, -1, width)
+
+
+def _parted(gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """(B H, T rounded up, d) -> the shape and format of `states` (B, H, T, d)."""
+    rows, heads, length, width = states.shape
+    return gradient.view(rows, heads, -1, width)[:, :, :length].to(states.dtype)
+
+
+def _stacked(states: torch.Tensor, K: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A copy of the block's rows of (B, H, T, d), heads with the same keys beneath each other: (K's number, -1, d)."""
+    part = states[:, :, start:stop]
+    return torch.empty_like(part, memory_format=torch.contiguous_format).copy_(part).view(len(K), -1, part.shape[-1])
+
+
+def _unstack(stacked: torch.Tensor, states: torch.Tensor, start: int, stop: int) -> None:
+    """Writes such rows back into (B, H, T, d)."""
+    part = states[:, :, start:stop]
+    part.copy_(stacked.view(part.shape))
+
+
+def _probabilities(
+    Q: torch.Tensor, K: torch.Tensor, padding: torch.Tensor | None, causal: bool, start: int, stop: int, length: int
+) -> torch.Tensor:
+    """P of a block, (n, groups x block, keys), for scaled queries Q (n, groups x block, d) and keys K (n, keys, d)."""
+    S = torch.bmm(Q, K.mT)
+    block, keys = stop - start, S.shape[-1]
+    if causal:
+        future = torch.full((block, keys - start), -torch.inf, dtype=S.dtype).triu_(1)
+        S.view(-1, block, keys)[:, :, start:] += future
+    elif keys > length:
+        S[:, :, length:] = -torch.inf
+    if padding is not None:
+        S.view(len(padding), -1, keys)[:, :, :length].add_(padding[:, None, :keys].to(S.dtype))
+    return S.softmax(-1)

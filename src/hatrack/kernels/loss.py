@@ -1,0 +1,76 @@
+"""Cross-entropy over a large vocabulary, without all its logits.
+
+For the hidden state x (d,) of a supervised token, the frozen output head W (V, d), b and the wanted token t:
+
+    z = W x + b                           (V,)
+    loss = log(sum(exp(z))) - z_t
+    d loss / d x = W^T (softmax(z) - onehot(t))
+
+The gradient needs nothing but z, so it is computed with the loss, a few tokens at a time: neither all logits nor a
+float32 copy of them are ever held. Knows nothing of models.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hatrack.kernels import native
+
+CHUNK = 2**23
+"""Logits held at one time: 16 MiB of them in bfloat16."""
+
+
+def next_token_losses(
+    states: torch.Tensor, W: torch.Tensor | None, b: torch.Tensor | None, wanted: torch.Tensor
+) -> torch.Tensor:
+    """The losses at the top of this file, (n,) float32, of `states` (n, d) and the tokens `wanted` (n,).
+
+    Without W the states are logits (n, V) already. W and b get no gradient.
+    """
+    if not len(wanted):
+        return states.sum(-1, dtype=torch.float32)  # none, yet part of the graph
+    return _NextToken.apply(states, W, b, wanted)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _NextToken(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, W: torch.Tensor | None, b: torch.Tensor | None, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        values = torch.empty(len(wanted), dtype=torch.float32, device=states.device)
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        rows = max(16, CHUNK // (states.shape[-1] if W is None else len(W)))
+        for start in range(0, len(wanted), rows):
+            part = slice(start, start + rows)
+            logits = states[part].clone() if W is None else F.linear(states[part], W, b)
+            values[part], slope = _softmax_loss(logits, wanted[part], gradient is not None)
+            if slope is not None and gradient is not None:
+                gradient[part] = slope if W is None else slope @ W
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * g[:, None].to(gradient.dtype), None, None, None
+
+
+def _softmax_loss(
+    logits: torch.Tensor, wanted: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses (n,) float32 of logits (n, V), which it may overwrite, and their gradient (n, V) in the logits' format."""
+    if logits.device.type == "cpu" and logits.dtype in native.FORMATS and native.library() is not None:
+        values = torch.empty(len(wanted))
+        native.call("softmax_loss", logits.dtype, logits, wanted, values, *logits.shape)
+        return values, logits
+    z = logits.float()
+    z_t = z.gather(-1, wanted[:, None])  # (n, 1)
+    if not with_gradient:
+        return z.logsumexp(-1) - z_t[:, 0], None
+    top = logits.amax(-1, keepdim=True).float()  # (n, 1); its probability is at least 1 / V: no logarithm of 0
+    p = z.softmax(-1)
+    found = top - p.amax(-1, keepdim=True).log() - z_t
+    p.scatter_add_(-1, wanted[:, None], p.new_full((len(wanted), 1), -1.0))
+    return found[:, 0], p.to(logits.dtype)

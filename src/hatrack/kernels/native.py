@@ -1,0 +1,101 @@
+"""Compiles `kernels.cpp` for the processor it runs on, once, and calls it. Where that fails, torch does the work.
+
+The shared library lies in the cache under a name made of its source, the compiler and the processor. It has no
+dependency but the OpenMP runtime, of which torch has loaded one already: the same threads do both works.
+`HATRACK_NATIVE=0` leaves it out.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+
+from hatrack.errors import MachineError
+from hatrack.say import say
+from hatrack.storage import cache_dir, machine_errors
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno")
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+SIGNATURES = {
+    "down": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float, c_uint32, c_uint64, c_int),
+    "up": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float, c_uint32, c_uint64, c_int),
+    "outer": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint32, c_uint64, c_int),
+    "drop": (c_void_p, c_void_p, c_int64, c_int64, c_float, c_uint32, c_uint64, c_int),
+    "rms_norm": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int),
+    "rms_norm_back": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int),
+    "softmax_loss": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where there is no compiler for them, with one line that says so."""
+    if os.environ.get("HATRACK_NATIVE", "1") == "0" or platform.system() != "Linux":
+        return None
+    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        say("no C++ compiler found: training goes without hatrack's own kernels, slower (install g++ for them)")
+        return None
+    try:
+        loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, MachineError, subprocess.SubprocessError) as error:
+        say(f"hatrack's own kernels could not be compiled; training goes without them, slower ({_reason(error)})")
+        return None
+    for name, arguments in SIGNATURES.items():
+        for ending in FORMATS.values():
+            function = getattr(loaded, f"{name}_{ending}")
+            function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's file, made now if it is not in the cache."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode() + _processor().encode())
+    path = cache_dir("native") / f"kernels-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        say("compiling kernels for this processor (once)")
+        with machine_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+            subprocess.run(command, capture_output=True, check=True, timeout=300)
+            made.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What tells whether a library compiled with -march=native runs here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return platform.machine() + "".join(sorted(told))
+
+
+def _reason(error: Exception) -> str:
+    output = getattr(error, "stderr", None)
+    lines = output.decode(errors="replace").strip().splitlines() if output else []
+    return next((line for line in lines if "error" in line), str(error))
+
+
+def covers(x: torch.Tensor) -> bool:
+    """Whether the kernels take a matrix like x (..., d): on a processor, of their formats, in blocks of 32 columns."""
+    return x.device.type == "cpu" and x.dtype in FORMATS and x.shape[-1] % 32 == 0 and library() is not None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
+    """Calls a kernel for matrices of `dtype`: tensors by where they lie, numbers as they are, threads last."""
+    loaded = library()
+    assert loaded is not None
+    plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    getattr(loaded, f"{name}_{FORMATS[dtype]}")(*plain, torch.get_num_threads())
