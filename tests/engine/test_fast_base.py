@@ -1,0 +1,165 @@
+"""Kernels in a frozen base: the same outputs and gradients for any architecture, no change where they do not fit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
+)
+
+from hatrack.engine.fast_base import NAME, FastDropout, FastRMSNorm, speed_up
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {**SIZES, "vocab_size": 97}
+FEW = {"num_key_value_heads": 2, "head_dim": 16}
+T5: dict[str, Any] = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+BASES: dict[
+    str, tuple[Callable[[], Any], bool, int]
+] = {  # how it is made, whether attention changes, norms that change
+    "bert": (lambda: BertForSequenceClassification(BertConfig(**SMALL)), True, 0),
+    "roberta": (lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL)), True, 0),
+    "distilbert": (
+        lambda: DistilBertForSequenceClassification(
+            DistilBertConfig(dim=64, hidden_dim=96, n_layers=2, n_heads=4, vocab_size=97)
+        ),
+        True,
+        0,
+    ),
+    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=97)), True, 0),
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)), True, 5),
+    "qwen2": (lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)), True, 5),
+    "mistral": (lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)), True, 5),
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, **FEW)), False, 9),
+    "gemma3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, **FEW, sliding_window=8)), True, 9),
+    "modernbert": (
+        lambda: ModernBertForSequenceClassification(ModernBertConfig(**SMALL, pad_token_id=0, local_attention=8)),
+        True,
+        0,
+    ),
+    "t5": (lambda: T5ForSequenceClassification(T5Config(**T5)), False, 12),
+}
+
+
+def _random(make: Callable[[], Any]) -> Any:
+    """A frozen model none of whose weights are ones or zeros."""
+    torch.manual_seed(3)
+    model = make().requires_grad_(False).eval()
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.add_(torch.randn_like(weight) * 0.1)
+    model.config.pad_token_id = 0
+    return model
+
+
+def _outputs(model: Any, length: int) -> list[torch.Tensor]:
+    """Logits at real tokens, and the gradients of what the embeddings give."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, 97, (3, length), generator=generator)
+    real = torch.ones_like(ids)
+    real[1, length // 2 :] = 0
+    ids[real == 0] = 0
+    if model.config.is_encoder_decoder:
+        ids[:, -1] = 1
+        real[:, -1] = 1
+    given: list[torch.Tensor] = []
+    words = [layer for layer in model.modules() if isinstance(layer, nn.Embedding) and layer.num_embeddings == 97]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: given.append(output.requires_grad_())) for layer in words
+    ]
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    kept = logits[real.bool()] if logits.shape[:2] == ids.shape else logits
+    gradients = torch.autograd.grad((kept * torch.linspace(-1, 1, kept.numel()).view_as(kept)).sum(), given)
+    return [kept.detach(), *gradients]
+
+
+@pytest.mark.parametrize("length", [6, 40])
+@pytest.mark.parametrize("name", BASES)
+def test_outputs_and_gradients_stay(name: str, length: int) -> None:
+    make, changes, norms = BASES[name]
+    model = _random(make)
+    wanted = _outputs(model, length)
+    speed_up(model)
+    assert (model.config._attn_implementation == NAME) is changes
+    assert sum(isinstance(layer, FastRMSNorm) for layer in model.modules()) == norms
+    assert not any(type(layer) is nn.Dropout and layer.p for layer in model.modules())
+    for ours, stock in zip(_outputs(model, length), wanted, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_keep_their_names_and_generation_goes_on() -> None:
+    model = _random(BASES["llama"][0])
+    names = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.randint(3, 97, (2, 9))
+    wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    speed_up(model)
+    assert {name: torch.equal(value, names[name]) for name, value in model.state_dict().items()} == dict.fromkeys(
+        names, True
+    )
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, wanted)
+
+
+def test_dropout_of_the_base_drops_in_training_only() -> None:
+    model = _random(BASES["bert"][0])
+    speed_up(model)
+    dropouts = [layer for layer in model.modules() if isinstance(layer, nn.Dropout)]
+    assert dropouts and all(isinstance(layer, FastDropout) and layer.p == 0.1 for layer in dropouts)
+    x = torch.ones(64, 64)
+    assert torch.equal(dropouts[0](x), x)
+    dropouts[0].train()
+    assert 0.05 < float((dropouts[0](x) == 0).float().mean()) < 0.15
+
+
+class _Other(nn.Module):
+    """Looks like an RMSNorm and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(64), requires_grad=False), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
+
+
+def test_a_norm_of_another_kind_or_in_training_stays() -> None:
+    model = _random(BASES["llama"][0])
+    model.model.norm = _Other()
+    model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    speed_up(model)
+    assert isinstance(model.model.norm, _Other)
+    assert sum(isinstance(layer, FastRMSNorm) for layer in model.modules()) == 3
