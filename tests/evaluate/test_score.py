@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.loss import items, losses
-from hatrack.evaluate.score import score
+from hatrack.evaluate.score import f1, score
 
 CPU = torch.device("cpu")
 
@@ -80,6 +80,16 @@ def test_classes_are_counted_right(tiny_encoder: Path, several: bool) -> None:
     assert found.metrics["f1"] == pytest.approx(
         f1_score(labels.astype(int), guesses, average=average, zero_division=0.0)
     )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_f1_is_scikit_learns(several: bool) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        shape = (random.integers(1, 9), 3) if several else (random.integers(1, 9),)
+        wanted, guesses = random.integers(0, 2 if several else 4, (2, *shape))
+        average = "micro" if several else "macro"
+        assert f1(wanted, guesses) == pytest.approx(f1_score(wanted, guesses, average=average, zero_division=0.0))
 
 
 def test_scoring_leaves_the_mode_and_holds_no_graph(decoder: torch.nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The command line: which commands there are, and how each error becomes one line and an exit code."""
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -63,6 +64,7 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long starve whatever else runs (docs/log.md)
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    gc.set_threshold(50_000, 20, 20)  # imports make many objects that stay: looking through them takes a second
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
     except BaseException as error:
@@ -70,6 +72,7 @@ def main() -> NoReturn:
             traceback.print_exc()
         code = _explain(error)
     sys.stdout.flush()
+    gc.freeze()  # and so does looking through them once more at the end
     sys.exit(code if isinstance(code, int) else 0)
 
 

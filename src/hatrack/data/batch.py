@@ -16,8 +16,10 @@ WINDOW = 50
 class LengthBatches(Sampler[list[int]]):
     """Batches of row indices, rows of like length together; another order each epoch.
 
-    The order is a function of (`lengths`, `batch_size`, `seed`, epoch) alone, so a resumed run meets the same batches.
-    Every epoch has the same number of batches; a last small one is kept.
+    A batch has `batch_size` rows in the mean: more where they are short, fewer where they are long, so that all batches
+    have about the same number of tokens, and steps take the same time and memory. Every epoch has
+    ceil(rows / `batch_size`) of them. The order is a function of (`lengths`, `batch_size`, `seed`, epoch) alone, so a
+    resumed run meets the same batches.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
@@ -38,9 +40,18 @@ class LengthBatches(Sampler[list[int]]):
         for start in range(0, len(order), span):
             window = order[start : start + span]
             window = window[np.argsort(self.lengths[window], kind="stable")]
-            batches += [window[first : first + self.batch_size] for first in range(0, len(window), self.batch_size)]
+            batches += np.split(window, _cuts(self.lengths[window], -(-len(window) // self.batch_size)))
         for index in random.permutation(len(batches)):
             yield [int(row) for row in batches[index]]
+
+
+def _cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
+    """Where to cut rows into `parts` of about as many tokens each, with at least a row in each."""
+    number = np.arange(1, parts)
+    tokens = np.cumsum(lengths)
+    cuts = np.searchsorted(tokens, tokens[-1] * number / parts)
+    cuts = np.clip(cuts, number, len(lengths) - parts + number)
+    return np.asarray(np.maximum.accumulate(cuts - number) + number)
 
 
 def length_order(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:

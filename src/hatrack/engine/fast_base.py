@@ -5,6 +5,8 @@ attention when the model leaves the choice of it to transformers and answers the
 Only for processors: accelerators have fused kernels of their own.
 """
 
+import ctypes
+import platform
 from typing import Any
 
 import torch
@@ -18,12 +20,15 @@ from hatrack.kernels.attention import attention
 from hatrack.kernels.norm import rms_norm
 
 NAME = "hatrack"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's numbers (malloc.h) for: give memory back to the system above this; take single blocks from it above that."""
 
 
 def speed_up(base: PreTrainedModel) -> None:
     """Has a frozen base compute with hatrack's kernels wherever they give the same."""
     if base.device.type != "cpu":
         return
+    _keep_freed_memory()
     _use_attention(base)
     for parent in list(base.modules()):
         for name, layer in list(parent.named_children()):
@@ -31,6 +36,15 @@ def speed_up(base: PreTrainedModel) -> None:
                 setattr(parent, name, FastDropout(layer.p).train(layer.training))
             elif (norm := _as_rms_norm(layer)) is not None:
                 setattr(parent, name, norm.train(layer.training))
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next step, which wants the same again: handing pages back to the system and
+    clearing new ones took up to a fifth of a step (docs/log.md). Nothing where there is no glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 def _use_attention(base: PreTrainedModel) -> None:
