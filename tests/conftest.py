@@ -130,7 +130,7 @@ def reviews(tmp_path: Path) -> Path:
     for index in range(60):
         filler = " ".join(WORDS[6 + (index * step) % 16] for step in (1, 3, 5, 7)[: 1 + index % 4])
         lines += [
-            f"it was {WORDS[(index % 2) * 2]} {filler} {WORDS[index % 16]},yes",
+            f"it was {WORDS[(index % 2) * 2]} {filler} {WORDS[index % 16]} .,yes",
             f"it was {WORDS[1 + (index % 2) * 2]} {filler} {WORDS[(index * 3) % 16]} !,no",
         ]
     path = tmp_path / "reviews.csv"

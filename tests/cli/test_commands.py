@@ -38,7 +38,7 @@ def test_train_prints_one_object_with_the_contracts_fields(classifier: Ran) -> N
 def test_predict_from_arguments_standard_input_and_files(
     classifier: Ran, hatrack: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = ["it was good", "it was awful !"]
+    texts = ["it was good film plot .", "it was awful film plot !"]
     plain = hatrack("predict", "reviews", *texts)
     assert [line.split("\t")[0] for line in plain.out.splitlines()] == ["yes", "no"]
     assert [line.split("\t")[2] for line in plain.out.splitlines()] == texts
@@ -60,8 +60,8 @@ def test_predict_from_arguments_standard_input_and_files(
 
 
 def test_the_bare_base_answers_otherwise(classifier: Ran, hatrack: Run) -> None:
-    with_it = json.loads(hatrack("predict", "reviews", "it was good", "--json").out)
-    without = json.loads(hatrack("predict", "reviews", "it was good", "--json", "--without-adapter").out)
+    with_it = json.loads(hatrack("predict", "reviews", "it was good film plot .", "--json").out)
+    without = json.loads(hatrack("predict", "reviews", "it was good film plot .", "--json", "--without-adapter").out)
     assert with_it["label"] == "yes" and with_it["scores"]["yes"] - without["scores"]["yes"] > 0.05
 
 
@@ -78,8 +78,8 @@ def test_the_rack_lists_shows_renames_and_removes(classifier: Ran, hatrack: Run)
     assert hatrack("show", "reviews", "--json").json["hat"]["labels"] == ["no", "yes"]
 
     assert hatrack("rename", "reviews", "films").code == 0
-    assert hatrack("predict", "films", "it was good").code == 0
-    gone = hatrack("predict", "reviews2", "it was good")
+    assert hatrack("predict", "films", "it was good film plot .").code == 0
+    gone = hatrack("predict", "reviews2", "it was good film plot .")
     assert gone.code == 2 and "there is no such adapter; got reviews2" in gone.complaint
     assert hatrack("remove", "films").code == 0
     assert hatrack("list").out.startswith("The rack is empty.")

@@ -36,7 +36,7 @@ def test_classify_learns_saves_and_proves(tmp_path: Path, tiny_encoder: Path, re
     # 2 layers x r 8 x (q, k, v, output: 4 x 64; up and down: 2 x 96) + the head's 2 x 33
     assert result["trainable"] == 2 * 8 * (4 * 64 + 2 * 96) + 2 * 33 == result["planned"]["trainable"]
     assert result["total"] == result["planned"]["total"]
-    assert [answer["label"] for answer in hat.predict(["it was good", "it was awful !"])] == ["yes", "no"]
+    assert [answer["label"] for answer in hat.predict(["it was good film plot .", "it was awful film plot !"])] == ["yes", "no"]
     assert sorted(path.name for path in (tmp_path / "hat").iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -82,7 +82,7 @@ def test_several_labels_a_row(tmp_path: Path, tiny_encoder: Path) -> None:
         for last in ("film", "plot", "scene")
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hat = _train(tmp_path, tiny_encoder, data, epochs=15, batch_size=4, lr=0.003, r=16, alpha=128.0, dropout=0.0)
+    hat = _train(tmp_path, tiny_encoder, data, epochs=25, batch_size=4, lr=0.003, r=16, alpha=128.0, dropout=0.0)
     assert hat.hats["hat"].multi_label and hat.labels == ["blue", "red"]
     assert [answer["label"] for answer in hat.predict(["red it plot", "red blue was film", "film the scene"])] == [
         ["red"],
