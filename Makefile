@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: $(READY)
 	$(BIN)/hatrack demo
@@ -16,6 +16,10 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -q
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python bench/speed.py --runs
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -36,7 +36,10 @@ def test_classify_learns_saves_and_proves(tmp_path: Path, tiny_encoder: Path, re
     # 2 layers x r 8 x (q, k, v, output: 4 x 64; up and down: 2 x 96) + the head's 2 x 33
     assert result["trainable"] == 2 * 8 * (4 * 64 + 2 * 96) + 2 * 33 == result["planned"]["trainable"]
     assert result["total"] == result["planned"]["total"]
-    assert [answer["label"] for answer in hat.predict(["it was good film plot .", "it was awful film plot !"])] == ["yes", "no"]
+    assert [answer["label"] for answer in hat.predict(["it was good film plot .", "it was awful film plot !"])] == [
+        "yes",
+        "no",
+    ]
     assert sorted(path.name for path in (tmp_path / "hat").iterdir()) == [
         "README.md",
         "adapter_config.json",

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hatrack.kernels import attention as room
+from hatrack.kernels import native
 from hatrack.kernels.attention import attention
 from hatrack.kernels.drop import Mask, dropped
 
@@ -31,7 +32,15 @@ def _stock(states: list[torch.Tensor], allowed: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed).transpose(1, 2)
 
 
-@pytest.mark.parametrize("block", [2**8, 2**21])
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no compiler for the kernels here")
+
+
+@pytest.mark.parametrize("block", [2**8, 2**22])
 @pytest.mark.parametrize("padded", ["whole", "right", "left"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 4, 7), (6, 2, 33), (2, 1, 96), (3, 3, 1)])

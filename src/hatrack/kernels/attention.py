@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from hatrack.kernels import native
 from hatrack.kernels.drop import Mask, draw, dropped
 
-BLOCK = 2**21
+BLOCK = 2**22
 """Numbers of P held at one time: small enough to stay in the processor's cache."""
 EVEN = 32
 """Keys are filled up to a multiple of this: a softmax over 30 bfloat16 numbers takes five times as long as over 32."""
@@ -102,10 +103,18 @@ class _Attention(torch.autograd.Function):
             here = mask._replace(seed=mask.seed + start)
             dV[:, :keys] += torch.bmm(dropped(P, here, mask.scale).mT, G)
             dP = dropped(torch.bmm(G, V[:, :keys].mT), here, mask.scale)
-            dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
+            dS = _softmax_back(dP, P)
             dK[:, :keys] += torch.bmm(dS.mT, Q)
             _unstack(torch.bmm(dS, K[:, :keys]).mul_(scale), dQ, start, stop)
         return dQ, _parted(dK, key), _parted(dV, value), *[None] * 4
+
+
+def _softmax_back(g: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+    """The gradient of the scores, from that of the probabilities (..., keys), which it may overwrite."""
+    if not native.covers(P):
+        return torch._softmax_backward_data(g, P, -1, P.dtype)
+    native.call("softmax_back", P.dtype, P, g, P.numel() // P.shape[-1], P.shape[-1])
+    return g
 
 
 def _blocks(query: torch.Tensor, causal: bool) -> list[tuple[int, int, int]]:
@@ -152,6 +161,11 @@ def _probabilities(
     """P of a block, (n, groups x block, keys), for scaled queries Q (n, groups x block, d) and keys K (n, keys, d)."""
     S = torch.bmm(Q, K.mT)
     block, keys = stop - start, S.shape[-1]
+    if native.covers(S):
+        space, batch = torch.empty(torch.get_num_threads(), keys), 1 if padding is None else len(padding)
+        shape = S.numel() // keys, keys, block, start, length, int(causal), batch
+        native.call("softmax", S.dtype, S, padding, space, *shape)
+        return S
     if causal:
         future = torch.full((block, keys - start), -torch.inf, dtype=S.dtype).triu_(1)
         S.view(-1, block, keys)[:, :, start:] += future

@@ -527,6 +527,55 @@ static void softmax_loss(T* z, const int64_t* wanted, float* losses, int64_t n, 
     }
 }
 
+// Rows of scores s (n, width) become probabilities, in place. Row i belongs to query start + i % block, which sees the
+// keys before `length`, and no later ones than itself where `causal`; what it does not see becomes 0. padding: null, or
+// (batch, length) numbers added to the scores of keys, for n / batch rows each. space: threads x width floats.
+template <typename T>
+static void softmax(T* s, const float* padding, float* space, int64_t n, int64_t width, int64_t block, int64_t start,
+                    int64_t length, int64_t causal, int64_t batch, int threads) {
+    const float least = -__builtin_inff();
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        T* row = s + i * width;
+        float* kept = space + omp_get_thread_num() * width;
+        const float* add = padding ? padding + i / (n / batch) * length : nullptr;
+        int64_t seen = causal ? start + i % block + 1 : length;
+        floats largest = floats{} + least, total = {};
+        for (int64_t j = 0; j < seen; j += LANES) {
+            floats v = load(row + j);
+            if (add) v += load_some(add + j, seen - j < LANES ? seen - j : LANES, 0);
+            if (j + LANES > seen) v = (flags)COUNT < (int32_t)(seen - j) ? v : floats{} + least;
+            store(kept + j, v);
+            largest = v > largest ? v : largest;
+        }
+        float top = largest[0];
+        for (int lane = 1; lane < LANES; lane++) top = largest[lane] > top ? largest[lane] : top;
+        for (int64_t j = 0; j < seen; j += LANES) {
+            floats v = exponential(load(kept + j) - top);
+            store(kept + j, v);
+            total += v;
+        }
+        float by = 1 / sum(total);
+        int64_t j = 0;
+        for (; j < seen; j += LANES) store(row + j, load(kept + j) * by);
+        for (; j < width; j += LANES) store(row + j, floats{});
+    }
+}
+
+// The gradient of the scores, in place of that of the probabilities p: g = p (g - sum(p g))
+template <typename T>
+static void softmax_back(const T* p, T* g, int64_t n, int64_t width, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const T* row = p + i * width;
+        T* slope = g + i * width;
+        floats dot = {};
+        for (int64_t j = 0; j < width; j += LANES) dot += load(row + j) * load(slope + j);
+        float by = sum(dot);
+        for (int64_t j = 0; j < width; j += LANES) store(slope + j, load(row + j) * (load(slope + j) - by));
+    }
+}
+
 #define PASSES(NAME, T)                                                                                                \
     extern "C" void drop_##NAME(const T* x, T* out, int64_t n, int64_t width, float scale, uint32_t threshold,         \
                                 uint64_t seed, int threads) {                                                          \
@@ -543,6 +592,13 @@ static void softmax_loss(T* z, const int64_t* wanted, float* losses, int64_t n, 
     extern "C" void softmax_loss_##NAME(T* z, const int64_t* wanted, float* losses, int64_t n, int64_t width,          \
                                         int threads) {                                                                 \
         softmax_loss(z, wanted, losses, n, width, threads);                                                            \
+    }                                                                                                                  \
+    extern "C" void softmax_##NAME(T* s, const float* padding, float* space, int64_t n, int64_t width, int64_t block,  \
+                                   int64_t start, int64_t length, int64_t causal, int64_t batch, int threads) {        \
+        softmax(s, padding, space, n, width, block, start, length, causal, batch, threads);                            \
+    }                                                                                                                  \
+    extern "C" void softmax_back_##NAME(const T* p, T* g, int64_t n, int64_t width, int threads) {                     \
+        softmax_back(p, g, n, width, threads);                                                                         \
     }
 
 PASSES(float32, float)

