@@ -4,7 +4,7 @@ import pytest
 
 from hatrack.errors import RecipeError
 from hatrack.plan.fit import fit
-from hatrack.plan.memory import Shape, shape_of, training_bytes
+from hatrack.plan.memory import LOGITS, Shape, shape_of, training_bytes
 
 LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
 SHAPE = Shape(4096, 11008, 32, 32000)
@@ -26,7 +26,7 @@ def test_shapes_under_any_name(config: dict[str, int], shape: Shape) -> None:
 
 def _bytes(tokens: int, **options: str) -> dict[str, int]:
     settings = {"task": "chat", "dtype": "bfloat16"} | options
-    return training_bytes(SHAPE, parameters=10**9, trainable=10**6, adapted_inputs=10**5, tokens=tokens, **settings)
+    return training_bytes(SHAPE, parameters=10**9, trainable=10**6, copied_inputs=0, tokens=tokens, **settings)
 
 
 def test_what_is_frozen_costs_its_format_and_what_is_trained_four_times_four_bytes() -> None:
@@ -36,9 +36,10 @@ def test_what_is_frozen_costs_its_format_and_what_is_trained_four_times_four_byt
     assert _bytes(100, quantize="4bit")["base"] < 0.6 * 10**9
 
 
-def test_activations_and_logits_grow_with_tokens() -> None:
-    for term in ("activations", "logits"):
-        assert _bytes(200)[term] == 2 * _bytes(100)[term] > 0
+def test_activations_grow_with_tokens_and_logits_until_a_chunk_is_full() -> None:
+    assert _bytes(200)["activations"] == 2 * _bytes(100)["activations"] > 0
+    assert _bytes(200)["logits"] == 2 * _bytes(100)["logits"] > 0
+    assert _bytes(20_000)["logits"] == _bytes(10_000)["logits"] == LOGITS * 10
     assert _bytes(100, task="classify")["logits"] == 0
 
 

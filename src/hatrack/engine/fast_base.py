@@ -25,7 +25,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def speed_up(base: PreTrainedModel) -> None:
-    """Has a frozen base compute with hatrack's kernels wherever they give the same."""
+    """Has a frozen base compute with hatrack's kernels wherever they give the same. Before or after it gets an adapter.
+
+    Outputs and gradients stay as they were, but for rounding; the masks of dropout are drawn otherwise. Weights, their
+    names and saved files do not change. Does nothing for a base on an accelerator.
+    """
     if base.device.type != "cpu":
         return
     _keep_freed_memory()

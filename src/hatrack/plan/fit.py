@@ -51,7 +51,8 @@ def plan_run(
     linears = linears_from_shapes(shapes, str(config.get("model_type")))
     choice = choose(linears, recipe.targets, recipe.top_layers, heads=heads)
     counted = count(shapes, [linears[name] for name in choice.names], r=recipe.r, variant=recipe.variant, heads=heads)
-    adapted_inputs = sum(linears[name][0] for name in choice.names)
+    pefts_own = recipe.variant == "dora" or recipe.quantize != "none"
+    copied_inputs = sum(linears[name][0] for name in choice.names) if pefts_own else 0
 
     def memory_for(rows: int) -> dict[str, int]:
         return training_bytes(
@@ -59,7 +60,7 @@ def plan_run(
             task=task,
             parameters=counted.total - counted.lora,
             trainable=counted.trainable,
-            adapted_inputs=adapted_inputs,
+            copied_inputs=copied_inputs,
             tokens=rows * longest,
             dtype=dtype,
             quantize=recipe.quantize,

@@ -1,8 +1,9 @@
 """How many bytes a training run takes, by named term. Knows no torch and reads no weights.
 
 The terms follow what stays in memory between the forward and the backward pass (Korthikanti et al., "Reducing
-Activation Recomputation in Large Transformer Models", 2022, section 4), with low-rank adapters added: peft keeps a
-float32 copy of each adapted layer's input.
+Activation Recomputation in Large Transformer Models", 2022, section 4). For a frozen base that is, in each layer, what
+enters a product that is adapted, an activation function or a norm, and queries, keys and values; hatrack's adapted
+layer adds next to nothing to it, peft's own (DoRA, quantised bases) a float32 copy of its input.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ FRAMEWORK = 650 * MIB
 """Resident memory of torch, transformers and peft once imported, on a CPU."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LOGITS = 2**23
+"""Logits held at one time (`kernels/loss.py`)."""
 BITS_AS_BYTES = {"8bit": 1.05, "4bit": 0.57}
 """Bytes a parameter of a quantised layer, its scales included."""
 
@@ -50,19 +53,21 @@ def training_bytes(
     task: str,
     parameters: int,
     trainable: int,
-    adapted_inputs: int,
+    copied_inputs: int,
     tokens: int,
     dtype: str,
     quantize: str = "none",
 ) -> dict[str, int]:
     """Bytes of one training step at its fullest, by term.
 
-    `tokens` are those of one micro-batch, padding included; `adapted_inputs` is the sum of d_in over the adapted
-    layers; the base has `parameters` numbers in `dtype`, of which copies of the head count among the `trainable`.
+    `tokens` are those of one micro-batch, padding included; `copied_inputs` is the sum of d_in over the adapted layers
+    that keep a float32 copy of their input; the base has `parameters` numbers in `dtype`, of which copies of the head
+    count among the `trainable`.
     """
     item = ITEM_BYTES[dtype]
-    per_token = shape.layers * (12 * shape.hidden + 4 * shape.intermediate) * item + adapted_inputs * 4
-    logits = tokens * shape.vocabulary * (2 * item + 8) if task != "classify" else 0
+    per_token = shape.layers * (9 * shape.hidden + 4 * shape.intermediate) * item + copied_inputs * 4
+    held = min(tokens * shape.vocabulary, max(LOGITS, 16 * shape.vocabulary))
+    logits = held * (item + 8) if task != "classify" else 0
     return {
         "base": round(parameters * BITS_AS_BYTES.get(quantize, item)),
         "adapter": 4 * trainable,
