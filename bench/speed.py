@@ -1,10 +1,10 @@
 """hatrack's training speed against peft's, full fine-tuning's, and the matrix products alone. One table, JSON, a plot.
 
     make bench                                     or
-    .venv/bin/python bench/speed.py [--rounds 7] [--only "q,v"] [--runs] [--output DIR]
+    .venv/bin/python bench/speed.py [--rounds 4] [--only "q,v"] [--runs] [--output DIR]
 
-Every side runs in a process of its own, and they take turns, a step each, so that a busy machine slows all alike; the
-figures are medians, with equal threads. `--runs` adds whole trainings of MiniLM on Rotten Tomatoes, three seeds
+Every side runs in a process of its own, and they take turns, a few steps each, so that a busy machine slows all alike;
+the figures are medians, with equal threads. `--runs` adds whole trainings of MiniLM on Rotten Tomatoes, three seeds
 (`bench/runs.py`), which take half an hour.
 """
 
@@ -76,13 +76,11 @@ def measure(work: str, rounds: int, threads: int) -> dict[str, Any]:
     """Medians of all sides on one piece of work: seconds a step, bytes saved, peak bytes."""
     workers = {side: Worker(work, side, threads) for side in SIDES}
     times: dict[str, list[float]] = {side: [] for side in SIDES}
-    for round_number in range(rounds + 1):
+    for round_number in range(rounds):
         for side, worker in workers.items():
-            if side == "frozen" or (side == "textbook" and round_number > 3):  # only its memory; slow enough to tell
+            if side == "frozen" or (side in ("textbook", "full") and round_number):
                 continue
-            seconds = worker.ask("step")
-            if round_number:  # the first warms up
-                times[side].append(seconds)
+            times[side] += worker.ask("steps")
     found: dict[str, Any] = {"work": work, "seconds": {s: statistics.median(t) for s, t in times.items() if t}}
     found["spread"] = {s: [min(t), max(t)] for s, t in times.items() if t}
     found["saved"] = {s: workers[s].ask("saved") for s in SIDES if s != "floor"}
@@ -163,7 +161,7 @@ def machine(threads: int) -> dict[str, str]:
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", help="works whose name holds this")
     parser.add_argument("--runs", action="store_true", help="whole trainings too")
@@ -176,7 +174,8 @@ def main() -> None:
     for work in WORKS:
         if options.only in work:
             results.append(measure(work, options.rounds, options.threads))
-            print(table([row(results[-1])]) if len(results) == 1 else table([row(results[-1])]).splitlines()[-1])
+            lines = table([row(results[-1])]).splitlines()
+            print("\n".join(lines if len(results) == 1 else lines[-1:]), flush=True)
             (options.output / "speed.json").write_text(json.dumps({"machine": told, "steps": results}, indent=1))
     plot(results, options.output / "speed.png")
     if options.runs:
