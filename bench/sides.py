@@ -3,8 +3,9 @@
     python bench/sides.py '{"work": "chat rows", "side": "hatrack"}'
 
 Reads commands from standard input, a word a line, and answers each with a line of JSON: `steps` (seconds of a training
-step: forward, backward, clipping, optimizer; two of them after one that brings its memory back), `saved` (bytes kept for the backward pass), `peak` (bytes of memory at
-most). A process waits without computing while the others take their turn.
+step: forward, backward, clipping, optimizer; two of them, after one that brings its memory back), `saved` (bytes kept
+for the backward pass), `peak` (bytes of memory at most). A process waits without computing while the others take their
+turn.
 """
 
 import json
