@@ -74,6 +74,7 @@ def train(recipe: Recipe) -> Hat:
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trained
     ready = load(run.output, device=recipe.device, dtype=recipe.dtype)
+    speed_up(ready.base.model)  # the same arithmetic as in training: what differs then is the adapter
     prove(ready, expected, tokens.held_out)
     run.finish()
     rack.hang(run.name, run.output)
