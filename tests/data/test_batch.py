@@ -9,8 +9,8 @@ from hatrack.data.batch import LengthBatches, collate, fill, length_order
 LENGTHS = np.random.default_rng(0).lognormal(3.2, 0.5, 1003).astype(int) + 3
 
 
-def _epoch(epoch: int, batch_size: int = 16, seed: int = 0) -> list[list[int]]:
-    batches = LengthBatches(LENGTHS, batch_size, seed)
+def _epoch(epoch: int, batch_size: int = 16, seed: int = 0, by_tokens: bool = False) -> list[list[int]]:
+    batches = LengthBatches(LENGTHS, batch_size, seed, by_tokens=by_tokens)
     batches.set_epoch(epoch)
     return list(batches)
 
@@ -52,17 +52,20 @@ def test_few_rows_and_whole_windows(count: int, size: int, batches: int) -> None
     assert all(made)
 
 
-def test_batches_are_sized_by_tokens() -> None:
-    tokens = np.array([LENGTHS[batch].max() * len(batch) for batch in _epoch(0)[:-1]])
-    rows = [len(batch) for batch in _epoch(0)[:-1]]
+def test_batches_are_sized_by_tokens_where_asked() -> None:
+    batches = _epoch(0, by_tokens=True)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(LENGTHS))) and len(batches) == 63
+    tokens = np.array([LENGTHS[batch].max() * len(batch) for batch in batches[:-1]])
+    rows = [len(batch) for batch in batches[:-1]]
     assert tokens.std() < 0.25 * tokens.mean()
     assert min(rows) < 10 < 20 < max(rows)
     one_long = np.array([1000] + [3] * 99)
-    assert sorted(map(len, LengthBatches(one_long, 10, 0)))[0] == 1
+    assert sorted(map(len, LengthBatches(one_long, 10, 0, by_tokens=True)))[0] == 1
+    assert sorted(map(len, _epoch(0)))[-2:] == [16, 16]
 
 
 def test_little_is_padding() -> None:
-    assert fill(LENGTHS, _epoch(0)) > 0.95
+    assert fill(LENGTHS, _epoch(0)) > 0.93 and fill(LENGTHS, _epoch(0, by_tokens=True)) > 0.95
     assert fill(np.array([4, 2]), [[0, 1]]) == pytest.approx(6 / 8)
 
 

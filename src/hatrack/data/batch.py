@@ -16,14 +16,16 @@ WINDOW = 50
 class LengthBatches(Sampler[list[int]]):
     """Batches of row indices, rows of like length together; another order each epoch.
 
-    A batch has `batch_size` rows in the mean: more where they are short, fewer where they are long, so that all batches
-    have about the same number of tokens, and steps take the same time and memory. Every epoch has
-    ceil(rows / `batch_size`) of them. The order is a function of (`lengths`, `batch_size`, `seed`, epoch) alone, so a
-    resumed run meets the same batches.
+    A batch has `batch_size` rows. With `by_tokens` it has as many in the mean: more where they are short, fewer where
+    they are long, so that all batches have about the same number of tokens, and steps take the same time and memory.
+    That is for losses that are means over tokens: means over rows would weigh long rows more, and with them a label
+    that goes with length. Every epoch has ceil(rows / `batch_size`) batches. The order is a function of (`lengths`,
+    `batch_size`, `seed`, epoch) alone, so a resumed run meets the same batches.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, *, by_tokens: bool = False) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
+        self.by_tokens = by_tokens
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch, counted from 0."""
@@ -40,7 +42,8 @@ class LengthBatches(Sampler[list[int]]):
         for start in range(0, len(order), span):
             window = order[start : start + span]
             window = window[np.argsort(self.lengths[window], kind="stable")]
-            batches += np.split(window, _cuts(self.lengths[window], -(-len(window) // self.batch_size)))
+            rows = np.arange(self.batch_size, len(window), self.batch_size)
+            batches += np.split(window, _cuts(self.lengths[window], len(rows) + 1) if self.by_tokens else rows)
         for index in random.permutation(len(batches)):
             yield [int(row) for row in batches[index]]
 

@@ -31,7 +31,8 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        batches = LengthBatches(self.rows.lengths, self.args.per_device_train_batch_size, self.args.seed)
+        size, by_tokens = self.args.per_device_train_batch_size, self.task != "classify"
+        batches = LengthBatches(self.rows.lengths, size, self.args.seed, by_tokens=by_tokens)
         loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate)
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
