@@ -14,7 +14,6 @@ import resource
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 warnings.simplefilter("ignore")
@@ -150,5 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert Path(__file__).exists()
     main()

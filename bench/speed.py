@@ -21,15 +21,9 @@ from typing import Any
 
 import torch
 
+from sides import SIDES, WORKS
+
 HERE = Path(__file__).parent
-SIDES = ("hatrack", "peft", "textbook", "full", "frozen", "floor")
-WORKS = (
-    "SmolLM2, all-linear, 32 rows of 32 tokens",
-    "SmolLM2, all-linear, 4 rows of 256 tokens",
-    "SmolLM2, q,v, 4 rows of 256 tokens",
-    "SmolLM2, all-linear, 1 row of 2,048 tokens",
-    "DistilBERT's shape, q,v, 16 rows of 128 tokens",
-)
 
 
 class Worker:

@@ -21,6 +21,12 @@ def say(line: str) -> None:
         console().print(line, markup=False)
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Says a line the first time it is asked to: for what holds for a whole run, however many rows it holds for."""
+    say(line)
+
+
 def size(count: float) -> str:
     """Bytes for people.
 

@@ -20,7 +20,7 @@ def test_every_row_once_an_epoch_in_a_constant_number_of_batches() -> None:
         batches = _epoch(epoch)
         assert sorted(row for batch in batches for row in batch) == list(range(len(LENGTHS)))
         assert len(batches) == len(LengthBatches(LENGTHS, 16, 0)) == 63
-        assert all(batches)
+        assert sorted(map(len, batches))[0] == 1003 % 16
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -49,7 +49,7 @@ def test_few_rows_and_whole_windows(count: int, size: int, batches: int) -> None
     made = LengthBatches(np.arange(count) + 1, size, 0)
     assert len(list(made)) == len(made) == batches
     assert sorted(row for batch in made for row in batch) == list(range(count))
-    assert all(made)
+    assert max(len(batch) for batch in made) <= size
 
 
 def test_batches_are_sized_by_tokens_where_asked() -> None:

@@ -8,8 +8,9 @@ import pytest
 from hatrack.base.load import load_base
 from hatrack.base.sources import find_base
 from hatrack.cli.demo import CHAT_MODEL
-from hatrack.data.template import PLAIN_TEMPLATE, _say_once, assistant_spans, chat_prompt, chat_template, render_chat
+from hatrack.data.template import PLAIN_TEMPLATE, assistant_spans, chat_prompt, chat_template, render_chat
 from hatrack.errors import BaseError, DataError
+from hatrack.say import say_once
 from tests.conftest import tiny_tokenizer
 
 LLAMA3 = (
@@ -51,7 +52,7 @@ def test_a_template_that_rewrites_history_teaches_the_last_turn() -> None:
 
 
 def test_what_is_not_learned_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    _say_once.cache_clear()
+    say_once.cache_clear()
     talk = [("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "<think>y</think>d")]
     _spoken(QWEN3, talk), _spoken(QWEN3, talk)
     assert capsys.readouterr().err.count("of such conversations only the last answer is learned") == 1

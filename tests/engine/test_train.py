@@ -79,17 +79,18 @@ def test_complete_learns_plain_text(tmp_path: Path, tiny_decoder: Path) -> None:
 def test_several_labels_a_row(tmp_path: Path, tiny_encoder: Path) -> None:
     data = tmp_path / "tags.jsonl"
     rows = [
-        {"text": " ".join([*words, filler, last]), "label": [name for name in ("red", "blue") if name in words]}
-        for words in (["red"], ["blue"], ["red", "blue"], ["film"])
+        {"text": " ".join([*words, filler]), "label": [name for name in ("red", "blue") if name in words]}
+        for words in (["red", "plot"], ["blue", "plot"], ["red", "blue"], ["film", "plot"])
         for filler in ("a", "the", "it", "so", "very", "and", "was", "is", "not", "one")
-        for last in ("film", "plot", "scene")
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    hat = _train(tmp_path, tiny_encoder, data, epochs=25, batch_size=4, lr=0.003, r=16, alpha=128.0, dropout=0.0)
+    hat = _train(tmp_path, tiny_encoder, data, epochs=25, batch_size=4, lr=0.003, dropout=0.0)
     assert hat.hats["hat"].multi_label and hat.labels == ["blue", "red"]
-    assert hat.result["eval"]["accuracy"] >= hat.result["before"]["accuracy"]
-    for answer in hat.predict(["red it plot", "red blue was film", "film the scene"]):
-        assert answer["label"] == [name for name in hat.labels if answer["scores"][name] > 0.5]
+    assert [answer["label"] for answer in hat.predict(["red plot it", "red blue was", "film plot the"])] == [
+        ["red"],
+        ["blue", "red"],
+        [],
+    ]
 
 
 @pytest.mark.parametrize("variant", ["dora", "rslora", "pissa"])

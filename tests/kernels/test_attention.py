@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from hatrack.kernels import attention as room
-from hatrack.kernels import native
 from hatrack.kernels.attention import attention
 from hatrack.kernels.drop import Mask, dropped
+
+pytestmark = pytest.mark.usefixtures("ways")
 
 
 def _states(heads: int, kv_heads: int, length: int, dtype: torch.dtype, rows: int = 3) -> list[Any]:
@@ -30,14 +31,6 @@ def _stock(states: list[torch.Tensor], allowed: torch.Tensor) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed).transpose(1, 2)
-
-
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("no compiler for the kernels here")
 
 
 @pytest.mark.parametrize("block", [2**8, 2**22])

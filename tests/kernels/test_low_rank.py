@@ -1,7 +1,6 @@
 """The three skinny products: the kernels and torch against plain mathematics, and their dropout against a coin."""
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,6 @@ def kept(n: int, d: int, mask: Mask, dtype: torch.dtype) -> torch.Tensor:
     y = torch.zeros(n, d, dtype=dtype)
     up(y, torch.ones(n, 8), torch.full((8, d), 0.125, dtype=dtype), 1.0, mask)
     return y
-
-
-@pytest.fixture(params=["kernels", "torch"])
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("no compiler for the kernels here")
-    yield request.param
 
 
 @pytest.mark.parametrize("mask", [KEEP, Mask(0.3, 5)], ids=["all kept", "dropout"])

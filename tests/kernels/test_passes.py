@@ -1,26 +1,15 @@
 """The kernels that are one pass: RMSNorm, dropout as a layer, the loss; each against torch, and each left to torch."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from hatrack.kernels import native
 from hatrack.kernels.drop import dropout
 from hatrack.kernels.loss import next_token_losses
 from hatrack.kernels.norm import rms_norm
 
+pytestmark = pytest.mark.usefixtures("ways")
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
-
-
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("no compiler for the kernels here")
-    yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,6 +3,7 @@
 import pytest
 
 from hatrack.errors import RecipeError
+from hatrack.kernels.loss import CHUNK
 from hatrack.plan.fit import fit
 from hatrack.plan.memory import LOGITS, Shape, shape_of, training_bytes
 
@@ -40,6 +41,7 @@ def test_activations_grow_with_tokens_and_logits_until_a_chunk_is_full() -> None
     assert _bytes(200)["activations"] == 2 * _bytes(100)["activations"] > 0
     assert _bytes(200)["logits"] == 2 * _bytes(100)["logits"] > 0
     assert _bytes(20_000)["logits"] == _bytes(10_000)["logits"] == LOGITS * 10
+    assert LOGITS == CHUNK
     assert _bytes(100, task="classify")["logits"] == 0
 
 

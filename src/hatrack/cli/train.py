@@ -10,9 +10,8 @@ from hatrack.recipe import Recipe
 @with_recipe
 def train(recipe: Recipe, as_json: Json = False) -> None:
     """Train an adapter: hatrack train --base MODEL --data FILE."""
-    if (
-        recipe.quantize == "none" and "peft" not in sys.modules
-    ):  # peft imports it wherever it is installed: a second of every start
+    if recipe.quantize == "none" and "peft" not in sys.modules:
+        # peft imports it wherever it is installed: a second of every start
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     from hatrack.engine.train import shown
     from hatrack.engine.train import train as run

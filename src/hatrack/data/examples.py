@@ -226,6 +226,11 @@ def _keep(part: _Part, good: list[bool], bad: list[Bad]) -> _Part:
     return replace(part, examples=examples, names=names, bad=[*part.bad, *bad])
 
 
+def counted(rows: int) -> str:
+    """How many rows, in words: `a row`, `1,200 rows`."""
+    return f"{rows:,} rows" if rows > 1 else "a row"
+
+
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
     complaints = [
         f"{part.source} row {bad.row}" + (f", column {bad.column}" if bad.column else "") + f": {bad.words}"
@@ -233,7 +238,7 @@ def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
         for bad in sorted(part.bad, key=lambda bad: bad.row)
     ]
     if complaints and bad_rows == "refuse":
-        count = f"{len(complaints):,} rows" if len(complaints) > 1 else "a row"
+        count = counted(len(complaints))
         fix = (
             "mend them, or leave them out with --bad-rows skip"
             if len(complaints) > 1

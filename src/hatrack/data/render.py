@@ -3,7 +3,6 @@
 The tokenizer comes as an argument, from transformers.
 """
 
-import functools
 import hashlib
 import json
 import shutil
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from hatrack.data.examples import Example
+from hatrack.data.examples import Example, counted
 from hatrack.data.template import render_chat
 from hatrack.errors import DataError, MachineError, RecipeError
-from hatrack.say import say
+from hatrack.say import say, say_once
 from hatrack.storage import cache_dir, new_folder
 
 CACHE_FORMAT = 2
@@ -78,7 +77,7 @@ def render_cached(examples: Sequence[Example], tokenizer: Any, **settings: Any) 
     try:
         final = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
     except (OSError, MachineError) as error:
-        _say_once(f"the tokens are not kept for the next run: {error}")
+        say_once(f"the tokens are not kept for the next run: {error}")
         return render(examples, tokenizer, **settings)
     rows = _kept(final, len(examples))
     if rows is None:
@@ -107,13 +106,7 @@ def _keep(rows: TokenRows, final: Path) -> None:
         with new_folder(final) as folder:
             np.savez(folder / "rows.npz", **{name: getattr(rows, name) for name in TokenRows.__dataclass_fields__})
     except (OSError, MachineError) as error:
-        _say_once(f"the tokens are not kept for the next run: {str(error).replace(str(final), str(final.parent))}")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """Says what is as true of the held-out rows as of those to learn from."""
-    say(line)
+        say_once(f"the tokens are not kept for the next run: {str(error).replace(str(final), str(final.parent))}")
 
 
 def render(
@@ -194,8 +187,7 @@ def _each(
         if index and index % 20_000 == 0:
             say(f"tokenised {index:,} of {len(examples):,} rows")
     if complaints:
-        count = f"{len(complaints):,} rows" if len(complaints) > 1 else "a row"
-        raise DataError(f"{count} cannot be tokenised", fix=fix, complaints=complaints)
+        raise DataError(f"{counted(len(complaints))} cannot be tokenised", fix=fix, complaints=complaints)
     return encoded
 
 
@@ -225,9 +217,8 @@ def _label_array(examples: Sequence[Example], labels: int, multi_label: bool) ->
 def _refuse_wordless(rows: list[int], source: str) -> None:
     """Raises DataError for texts of which the tokenizer makes nothing: a model would be asked to read padding."""
     if rows:
-        count = f"{len(rows):,} rows" if len(rows) > 1 else "a row"
         raise DataError(
-            f"nothing would be learned from {count}",
+            f"nothing would be learned from {counted(len(rows))}",
             fix="give them text that this base's tokenizer knows",
             complaints=[f"{source} row {row}: the tokenizer makes no token of this text" for row in rows],
         )
@@ -250,10 +241,7 @@ def _refuse_unlearnable(rows: list[tuple[int, int]], max_length: int, limit: int
         )
         for row, length in rows
     ]
-    what = (
-        f"nothing would be learned from {len(rows):,} rows" if len(rows) > 1 else "nothing would be learned from a row"
-    )
-    raise DataError(what, fix=fix, complaints=complaints)
+    raise DataError(f"nothing would be learned from {counted(len(rows))}", fix=fix, complaints=complaints)
 
 
 def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: dict[str, Any]) -> str:

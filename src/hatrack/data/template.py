@@ -3,14 +3,13 @@
 Knows nothing of rows or files. The template is Jinja, run by transformers in its sandbox.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hatrack.errors import BaseError, DataError
-from hatrack.say import say
+from hatrack.say import say_once
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
@@ -29,7 +28,7 @@ def chat_template(tokenizer: Any) -> tuple[str, bool]:
         own = own.get("default")
     if own:
         return own, True
-    _say_once("the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'")
+    say_once("the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'")
     return PLAIN_TEMPLATE, False
 
 
@@ -72,7 +71,7 @@ def assistant_spans(tokenizer: Any, turns: list[dict[str, str]], template: str, 
     if not all(spans) and spoken and spoken[-1] == len(turns) - 1:
         spans = spans[-1:]
         if spans[0] is not None:
-            _say_once("the chat template rewrites earlier turns: of such conversations only the last answer is learned")
+            say_once("the chat template rewrites earlier turns: of such conversations only the last answer is learned")
     if not spans or not all(spans):
         raise DataError(
             "the chat template does not show where the assistant speaks",
@@ -88,7 +87,7 @@ def _span(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str
         return _first_span(tokenizer, turns, template, whole, upto)
     before = _write(tokenizer, turns[:index], template, prompt=True)
     if not (whole.startswith(upto) and upto.startswith(before)):
-        before = _common(_write(tokenizer, turns[:index], template, prompt=True), upto)
+        before = _common(before, upto)
         if not whole.startswith(upto) or turns[index]["content"].strip() not in upto[len(before) :]:
             return None
     end = len(upto.rstrip())  # the end-of-turn token is learned, the line break after it is not
@@ -109,12 +108,6 @@ def _first_span(
     if not opening or opening == asked or start < 0 or not whole.startswith(upto):
         return None
     return (start + len(opening), end) if end > start + len(opening) else None
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """Says what holds for the whole run, however many conversations it holds for."""
-    say(line)
 
 
 def _common(one: str, other: str) -> str:

@@ -28,7 +28,8 @@ def speed_up(base: PreTrainedModel) -> None:
     """Has a frozen base compute with hatrack's kernels wherever they give the same. Before or after it gets an adapter.
 
     Outputs and gradients stay as they were, but for rounding; the masks of dropout are drawn otherwise. Weights, their
-    names and saved files do not change. Does nothing for a base on an accelerator.
+    names and saved files do not change. Freed memory stays with the process from then on (glibc). Does nothing for a
+    base on an accelerator.
     """
     if base.device.type != "cpu":
         return
@@ -94,7 +95,7 @@ class FastRMSNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, epsilon: float, added: float) -> None:
         super().__init__()
-        self.weight, self.epsilon, self.added = weight, epsilon, added
+        self.weight, self.epsilon = weight, epsilon
         self._float = weight.detach().float() + added
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -175,10 +176,16 @@ def mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """What transformers asks for a mask: none for whole rows, (B, T) for padded ones, its own for anything else."""
+    """What transformers asks for a mask, once a pass: (B, T) for padded rows, none where no query sees the padding, its
+    own for anything else."""
     plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     if plain and q_length == kv_length and q_offset == kv_offset == 0:
-        return None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        if attention_mask is None or bool(attention_mask.all()):
+            return None
+        on_the_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        if on_the_right and mask_function is causal_mask_function:
+            return None  # the padding comes after every real query, which so never sees it
+        return attention_mask.bool()
     return sdpa_mask(  # type: ignore[no-any-return]
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
     )

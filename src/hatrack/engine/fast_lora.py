@@ -16,7 +16,7 @@ and for the gradient g of y, using that W and b have none:
 What is kept for the backward pass is x, which the layer below keeps anyway, and h. A and B are float32 and are cast to
 the base's dtype for the products; peft's layer casts x to float32 instead and keeps that copy.
 
-D's positions are drawn again in the backward pass from a seed (`kernels/drop.py`).
+D is made again from its seed in the backward pass (`kernels/drop.py`).
 
 Knows nothing of models, data or training.
 """

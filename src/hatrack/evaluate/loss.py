@@ -49,9 +49,14 @@ def _classify(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class _Pass(nn.Module):
-    """Stands in for the output head and hands its input on."""
+    """Stands in for the output head and hands its input on; `given` holds what it was handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.given.append(x)
         return x
 
 
@@ -64,15 +69,19 @@ def _before_head(
     head = whole.get_output_embeddings()
     if not _is_plain(head) or not _ends_with_head(whole, head):
         return model(**inputs).logits, None, None
-    return _headless(model, whole, head, inputs), head.weight, head.bias
+    return _headless(model, whole, inputs)[0], head.weight, head.bias
 
 
-def _headless(model: Any, whole: Any, head: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    whole.set_output_embeddings(_Pass())
+def _headless(model: Any, whole: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """What `model` gives as logits without the head of `whole` inside it: states (B, T, d), and whether they are the
+    very tensor that the head would have been given."""
+    head, stand_in = whole.get_output_embeddings(), _Pass()
+    whole.set_output_embeddings(stand_in)
     try:
-        return model(**inputs).logits  # type: ignore[no-any-return]
+        logits = model(**inputs).logits
     finally:
         whole.set_output_embeddings(head)
+    return logits, len(stand_in.given) == 1 and logits is stand_in.given[0]
 
 
 def _inside(model: Any) -> Any:
@@ -101,16 +110,10 @@ def _ends_with_head(whole: Any, head: nn.Linear) -> bool:
     """
     if whole not in _endings:
         inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)}
-        given: list[torch.Tensor] = []
-        watch = _Pass()
-        watch.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
         was_training = whole.training
         whole.eval()
-        whole.set_output_embeddings(watch)
         try:
-            logits = whole(**inputs).logits
+            _endings[whole] = _headless(whole, whole, inputs)[1]
         finally:
-            whole.set_output_embeddings(head)
             whole.train(was_training)
-        _endings[whole] = len(given) == 1 and logits is given[0]
     return _endings[whole]

@@ -48,16 +48,8 @@ def attention(
     `real` (B, T): false where a row is filled up with padding, which no real token attends to; None if nowhere.
     `p`: dropout of the probabilities.
     """
-    padding = None if real is None else _padding(real, causal)
+    padding = None if real is None else torch.zeros(real.shape).masked_fill_(~real, -1e30)  # added to keys' scores
     return _Attention.apply(query, key, value, padding, causal, scale, draw(p))  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _padding(real: torch.Tensor, causal: bool) -> torch.Tensor | None:
-    """(B, T) numbers to add to the scores of keys; None where it makes no difference to real tokens."""
-    on_the_right = bool((real[:, 1:] <= real[:, :-1]).all())
-    if on_the_right and causal:
-        return None  # keys come after every real query
-    return torch.zeros(real.shape).masked_fill_(~real, -1e30)
 
 
 class _Attention(torch.autograd.Function):

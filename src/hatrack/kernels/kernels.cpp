@@ -59,12 +59,21 @@ static inline float sum(floats v) {
     return total;
 }
 
+static inline float most(floats v) {
+    float found = v[0];
+    for (int lane = 1; lane < LANES; lane++) found = v[lane] > found ? v[lane] : found;
+    return found;
+}
+
 static inline uint64_t mixed(uint64_t z) {  // splitmix64
     z += 0x9e3779b97f4a7c15ull;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return z ^ (z >> 31);
 }
+
+// What the draws for row i follow from.
+static inline uint64_t row_key(uint64_t seed, int64_t i) { return mixed(seed ^ mixed(i)); }
 
 // 16 random bits for each of the 32 numbers of row `key` from column `column` on.
 static const words COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -119,7 +128,7 @@ static void down(const T* x, const T* A, float* h, int64_t n, int64_t width, int
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t pair = 0; pair < (n + 1) / 2; pair++) {
         int64_t i = 2 * pair, other = i + 1 < n ? i + 1 : i;
-        uint64_t key = mixed(seed ^ mixed(i)), other_key = mixed(seed ^ mixed(other));
+        uint64_t key = row_key(seed, i), other_key = row_key(seed, other);
         for (int64_t first = 0; first < rank; first += RANK) {
             floats a[RANK] = {}, b[RANK] = {};
             for (int64_t j = 0; j < width; j += BLOCK) {
@@ -150,7 +159,7 @@ static void up(T* y, const float* h, const T* A, int64_t n, int64_t width, int64
         int64_t i = 2 * pair;
         bool both = i + 1 < n;
         int64_t other = both ? i + 1 : i;
-        uint64_t key = mixed(seed ^ mixed(i)), other_key = mixed(seed ^ mixed(other));
+        uint64_t key = row_key(seed, i), other_key = row_key(seed, other);
         for (int64_t j = 0; j < width; j += BLOCK) {
             floats a0 = {}, a1 = {}, b0 = {}, b1 = {};
             for (int64_t k = 0; k < rank; k++) {
@@ -182,6 +191,19 @@ static void up(T* y, const float* h, const T* A, int64_t n, int64_t width, int64
     }
 }
 
+// A few rows of x, which `outer` goes through while their block of the sums stays in registers.
+struct Tile { int64_t from, to; uint64_t keys[TILE]; };
+
+static inline Tile tile_of(int64_t number, int64_t n, uint64_t seed) {
+    Tile tile;
+    tile.from = number * TILE;
+    tile.to = tile.from + TILE < n ? tile.from + TILE : n;
+    for (int64_t i = tile.from; i < tile.to; i++) tile.keys[i - tile.from] = row_key(seed, i);
+    return tile;
+}
+
+static inline int64_t tiles(int64_t n) { return (n + TILE - 1) / TILE; }
+
 // out (rank, width) = h^T D(x) for h (n, rank), x (n, width). `space`: threads x rank x width floats, any content.
 template <bool DROP, typename T>
 static void outer(const T* x, const float* h, float* out, float* space, int64_t n, int64_t width, int64_t rank,
@@ -192,10 +214,9 @@ static void outer(const T* x, const float* h, float* out, float* space, int64_t 
         float* mine = space + omp_get_thread_num() * size;
         memset(mine, 0, size * sizeof(float));
         #pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < (n + TILE - 1) / TILE; tile++) {
-            int64_t from = tile * TILE, to = from + TILE < n ? from + TILE : n;
-            uint64_t keys[TILE];
-            for (int64_t i = from; DROP && i < to; i++) keys[i - from] = mixed(seed ^ mixed(i));
+        for (int64_t number = 0; number < tiles(n); number++) {
+            Tile tile = tile_of(number, n, seed);
+            int64_t from = tile.from, to = tile.to;
             for (int64_t j = 0; j < width; j += BLOCK) {
                 for (int64_t first = 0; first < rank; first += RANK) {
                     floats low[RANK], high[RANK];
@@ -205,7 +226,7 @@ static void outer(const T* x, const float* h, float* out, float* space, int64_t 
                     }
                     for (int64_t i = from; i < to; i++) {
                         floats x0, x1;
-                        block<DROP>(x + i * width, j, DROP ? keys[i - from] : 0, threshold, x0, x1);
+                        block<DROP>(x + i * width, j, tile.keys[i - from], threshold, x0, x1);
                         for (int k = 0; k < RANK; k++) {
                             float factor = h[i * rank + first + k];
                             low[k] += factor * x0;
@@ -253,12 +274,12 @@ static inline uint32_t rounded_pair(float first, float second) {
 }
 
 template <bool DROP>
-static void down_in_pairs(const bfloat16* x, const bfloat16* A, float* h, int64_t n, int64_t width, int64_t rank, float scale,
-                 uint32_t threshold, uint64_t seed, int threads) {
+static void down_in_pairs(const bfloat16* x, const bfloat16* A, float* h, int64_t n, int64_t width, int64_t rank,
+                          float scale, uint32_t threshold, uint64_t seed, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t two = 0; two < (n + 1) / 2; two++) {
         int64_t i = 2 * two, other = i + 1 < n ? i + 1 : i;
-        uint64_t key = mixed(seed ^ mixed(i)), other_key = mixed(seed ^ mixed(other));
+        uint64_t key = row_key(seed, i), other_key = row_key(seed, other);
         for (int64_t first = 0; first < rank; first += RANK) {
             __m512 a[RANK], b[RANK];
             for (int k = 0; k < RANK; k++) a[k] = b[k] = _mm512_setzero_ps();
@@ -282,15 +303,15 @@ static void down_in_pairs(const bfloat16* x, const bfloat16* A, float* h, int64_
 static inline __m512 widened(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
 template <bool DROP>
-static void up_in_pairs(bfloat16* y, const float* h, const bfloat16* A, int64_t n, int64_t width, int64_t rank, float scale,
-               uint32_t threshold, uint64_t seed, int threads) {
+static void up_in_pairs(bfloat16* y, const float* h, const bfloat16* A, int64_t n, int64_t width, int64_t rank,
+                        float scale, uint32_t threshold, uint64_t seed, int threads) {
     uint32_t* pairs = (uint32_t*)malloc(rank / 2 * width * sizeof(uint32_t));  // (rank / 2, width): rows k and k + 1
     for (int64_t k = 0; k < rank; k += 2)
         for (int64_t j = 0; j < width; j++)
             pairs[k / 2 * width + j] = A[k * width + j].bits | (uint32_t)A[(k + 1) * width + j].bits << 16;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        uint64_t key = mixed(seed ^ mixed(i));
+        uint64_t key = row_key(seed, i);
         for (int64_t first = 0; first < rank; first += RANK) {
             __m512bh factors[RANK / 2];
             for (int k = 0; k < RANK / 2; k++) {
@@ -321,18 +342,17 @@ static void up_in_pairs(bfloat16* y, const float* h, const bfloat16* A, int64_t 
 }
 
 template <bool DROP>
-static void outer_in_pairs(const bfloat16* x, const float* h, float* out, float* space, int64_t n, int64_t width, int64_t rank,
-                  uint32_t threshold, uint64_t seed, int threads) {
+static void outer_in_pairs(const bfloat16* x, const float* h, float* out, float* space, int64_t n, int64_t width,
+                           int64_t rank, uint32_t threshold, uint64_t seed, int threads) {
     int64_t size = rank * width;
     #pragma omp parallel num_threads(threads)
     {
         float* mine = space + omp_get_thread_num() * size;
         memset(mine, 0, size * sizeof(float));
         #pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < (n + TILE - 1) / TILE; tile++) {
-            int64_t from = tile * TILE, to = from + TILE < n ? from + TILE : n;
-            uint64_t keys[TILE];
-            for (int64_t i = from; DROP && i < to; i++) keys[i - from] = mixed(seed ^ mixed(i));
+        for (int64_t number = 0; number < tiles(n); number++) {
+            Tile tile = tile_of(number, n, seed);
+            int64_t from = tile.from, to = tile.to;
             for (int64_t first = 0; first < rank; first += RANK) {
                 uint32_t factors[TILE / 2][RANK];  // h of rows i and i + 1
                 for (int64_t i = from; i < to; i += 2)
@@ -349,8 +369,8 @@ static void outer_in_pairs(const bfloat16* x, const float* h, float* out, float*
                     for (int64_t i = from; i < to; i += 2) {
                         bool both = i + 1 < to;
                         const bfloat16* row = x + i * width;
-                        __m512i x0 = block_pairs<DROP>(row, j, DROP ? keys[i - from] : 0, threshold), x1 = x0;
-                        if (both) x1 = block_pairs<DROP>(row + width, j, DROP ? keys[i - from + 1] : 0, threshold);
+                        __m512i x0 = block_pairs<DROP>(row, j, tile.keys[i - from], threshold), x1 = x0;
+                        if (both) x1 = block_pairs<DROP>(row + width, j, tile.keys[i - from + 1], threshold);
                         __m512bh x_low = as_pairs(_mm512_unpacklo_epi16(x0, x1));
                         __m512bh x_high = as_pairs(_mm512_unpackhi_epi16(x0, x1));
                         for (int k = 0; k < RANK; k++) {
@@ -423,7 +443,7 @@ static void drop(const T* x, T* out, int64_t n, int64_t width, float scale, uint
                  int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        uint64_t key = mixed(seed ^ mixed(i));
+        uint64_t key = row_key(seed, i);
         for (int64_t j = 0; j < width; j += BLOCK) {
             floats low, high;
             block<true>(x + i * width, j, key, threshold, low, high);
@@ -510,8 +530,7 @@ static void softmax_loss(T* z, const int64_t* wanted, float* losses, int64_t n, 
             floats v = load(row + j);
             largest = v > largest ? v : largest;
         }
-        float top = largest[0];
-        for (int lane = 1; lane < LANES; lane++) top = largest[lane] > top ? largest[lane] : top;
+        float top = most(largest);
         floats total = exponential(load_some(row + whole, rest, least) - top);
         for (int64_t j = 0; j < whole; j += LANES) total += exponential(load(row + j) - top);
         float log_sum = top + __builtin_logf(sum(total));
@@ -548,8 +567,7 @@ static void softmax(T* s, const float* padding, float* space, int64_t n, int64_t
             store(kept + j, v);
             largest = v > largest ? v : largest;
         }
-        float top = largest[0];
-        for (int lane = 1; lane < LANES; lane++) top = largest[lane] > top ? largest[lane] : top;
+        float top = most(largest);
         for (int64_t j = 0; j < seen; j += LANES) {
             floats v = exponential(load(kept + j) - top);
             store(kept + j, v);

@@ -61,7 +61,7 @@ def _softmax_loss(
     logits: torch.Tensor, wanted: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Losses (n,) float32 of logits (n, V), which it may overwrite, and their gradient (n, V) in the logits' format."""
-    if logits.device.type == "cpu" and logits.dtype in native.FORMATS and native.library() is not None:
+    if native.covers(logits, columns=1):
         values = torch.empty(len(wanted))
         native.call("softmax_loss", logits.dtype, logits, wanted, values, *logits.shape)
         return values, logits
