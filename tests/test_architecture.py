@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "plan": {"base.header", "adapter.count", "adapter.targets"},
     "hat": {"base", "adapter", "data", "engine.fast_lora"},
     "evaluate": {"base", "adapter", "data", "kernels", "hat"},
-    "engine": {"base", "adapter", "data", "plan", "evaluate", "kernels", "hat"},
+    "check": {"base", "adapter", "data", "plan"},
+    "engine": {"base", "adapter", "data", "plan", "check", "evaluate", "kernels", "hat"},
 }
 WITHOUT_TORCH = ["errors", "recipe", "say", "storage", "wheels", "base/header", "adapter/count", "adapter/targets"]
-WITHOUT_TORCH += ["plan/memory", "plan/fit", "engine/derive"]
+WITHOUT_TORCH += ["plan/memory", "plan/fit", "plan/derive"]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 
 

@@ -9,8 +9,8 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hatrack.adapter.targets import Choice, choose
-from hatrack.errors import AdapterError, RecipeError, TargetError
+from hatrack.adapter.targets import Choice, check_rank, choose
+from hatrack.errors import AdapterError, TargetError
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
@@ -36,7 +36,7 @@ def place(
     heads = head_modules(model) if task == "classify" else []
     modules = [module_name for module_name, _ in model.named_modules() if module_name]
     choice = choose(linears, recipe.targets, recipe.top_layers, heads=heads, modules=modules)
-    _check_rank(recipe.r, choice, linears)
+    check_rank(recipe.r, choice, linears)
     config = LoraConfig(
         r=recipe.r,
         lora_alpha=recipe.scale_numerator,
@@ -104,13 +104,6 @@ def keep_head_in_float32(model: Any, name: str) -> None:
 
 def _inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
-
-
-def _check_rank(r: int, choice: Choice, linears: Mapping[str, tuple[int, int]]) -> None:
-    narrow = min(choice.names, key=lambda name: min(linears[name]))
-    side = min(linears[narrow])
-    if r > side:
-        raise RecipeError(f"--r is larger than {narrow} is wide", got=f"{r} and {side}", fix=f"at most --r {side}")
 
 
 def _check_placed(model: Any, choice: Choice) -> None:

@@ -69,6 +69,14 @@ def choose(
     return Choice(ordered, tuple(_short_names(ordered, everything)), why)
 
 
+def check_rank(r: int, choice: Choice, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Raises RecipeError where an adapter would be wider than a layer it is put on."""
+    narrow = min(choice.names, key=lambda name: min(linears[name]))
+    side = min(linears[narrow])
+    if r > side:
+        raise RecipeError(f"--r is larger than {narrow} is wide", got=f"{r} and {side}", fix=f"at most --r {side}")
+
+
 def matches(name: str, target: str) -> bool:
     """peft's rule: the whole name, or its last parts."""
     return name == target or name.endswith("." + target)

@@ -109,8 +109,8 @@ def load_base(
     read_header(files.folder)  # a damaged file is named here; the library that maps it would not
     chosen, _ = choose_device(device)
     number_format, _ = choose_dtype(dtype, chosen)
-    config = _config(files, task, labels, multi_label)
-    tokenizer = _tokenizer(files)
+    config = load_config(files, task=task, labels=labels, multi_label=multi_label)
+    tokenizer = load_tokenizer(files)
     options: dict[str, Any] = {"config": config, "dtype": number_format, "trust_remote_code": False}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -120,7 +120,7 @@ def load_base(
         options["device_map"] = {"": chosen}
     model, found = _model(files, task, chosen, seed, options)
     _check_loaded(files, model, task, found, seed)
-    _set_padding(model, tokenizer, files)
+    model.config.pad_token_id = tokenizer.pad_token_id
     _keep_gradients(model)
     model.requires_grad_(False)
     model.eval()
@@ -149,7 +149,7 @@ def _cpu_is_fast_at_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def _config(files: BaseFiles, task: Task, labels: Sequence[str], multi_label: bool) -> Any:
+def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
     """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task."""
     written = read_config(files.folder)
     kind = family(written)
@@ -185,8 +185,11 @@ def _config(files: BaseFiles, task: Task, labels: Sequence[str], multi_label: bo
         ) from error
 
 
-def _tokenizer(files: BaseFiles) -> Any:
-    """The base's tokenizer, with a padding token."""
+def load_tokenizer(files: BaseFiles) -> Any:
+    """The base's tokenizer, with a padding token; bases that only generate often bring none.
+
+    Raises BaseError where there is no tokenizer, a damaged one, or no token to pad with.
+    """
     settings = files.folder / "tokenizer_config.json"
     named = str(read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
     if not any(any(files.folder.glob(pattern)) for pattern in VOCABULARIES) and not named.startswith(
@@ -197,13 +200,21 @@ def _tokenizer(files: BaseFiles) -> Any:
         )
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise BaseError(
             f"the tokenizer of {files.source} cannot be loaded",
             got=_first_line(error),
             fix="copy or download the base again",
         ) from error
+    if tokenizer.pad_token_id is None:
+        stand_in = tokenizer.eos_token or tokenizer.unk_token
+        if stand_in is None:
+            raise BaseError(
+                f"{files.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = stand_in
+    return tokenizer
 
 
 def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], task: Task) -> Any:
@@ -276,18 +287,6 @@ def _check_loaded(files: BaseFiles, model: Any, task: Task, found: dict[str, Any
         say(f"the base's own head has another number of labels; a fresh one takes its place (seed {seed})")
     if any(".pooler." in name for name in fresh):
         say(f"{files.source} has no pooler; a fresh one stays as it is (seed {seed})")
-
-
-def _set_padding(model: Any, tokenizer: Any, files: BaseFiles) -> None:
-    """Makes tokenizer and model agree on a padding token; bases that only generate often have none."""
-    if tokenizer.pad_token_id is None:
-        stand_in = tokenizer.eos_token or tokenizer.unk_token
-        if stand_in is None:
-            raise BaseError(
-                f"{files.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
-            )
-        tokenizer.pad_token = stand_in
-    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _first_line(error: BaseException) -> str:

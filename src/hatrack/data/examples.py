@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hatrack.data.columns import find_columns
-from hatrack.data.read import Rows
+from hatrack.data.read import Rows, read_rows
 from hatrack.data.values import Bad, Label, read_example
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
@@ -61,6 +61,12 @@ class _Part:
     examples: list[Example]
     names: list[Label]
     bad: list[Bad]
+
+
+def read_examples(recipe: Recipe) -> Examples:
+    """The examples of the files that a recipe names. Raises DataError, see `prepare`."""
+    rows = read_rows(str(recipe.data))
+    return prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
 
 
 def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:

@@ -24,12 +24,9 @@ from hatrack.base.fingerprint import fingerprint
 from hatrack.base.header import read_config
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base
 from hatrack.base.sources import BaseFiles, find_base
-from hatrack.data.examples import Examples, prepare
-from hatrack.data.read import read_rows
-from hatrack.data.render import TokenRows, choose_max_length, render_cached
-from hatrack.data.template import chat_template
+from hatrack.data.examples import Examples, read_examples
+from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine.callbacks import GracefulStop, MetricsFile, ProgressBar
-from hatrack.engine.derive import Schedule, batch_rows, derive
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.proof import probe, prove
@@ -38,6 +35,7 @@ from hatrack.engine.trainer import BEST, HatTrainer
 from hatrack.errors import Interrupted, RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.hat import Hat, load
+from hatrack.plan.derive import Schedule, batch_rows, derive
 from hatrack.plan.fit import Plan, plan_run
 from hatrack.plan.memory import shape_of
 from hatrack.recipe import Recipe, Task, nearest
@@ -54,10 +52,10 @@ def train(recipe: Recipe) -> Hat:
     run = open_run(recipe)
     recipe = run.recipe
     trackers = _trackers(recipe)
-    examples = _read(recipe)
+    examples = read_examples(recipe)
     files = find_base(str(recipe.base), recipe.revision)
     base = _load(recipe, files, examples)
-    tokens = _tokenise(recipe, base, examples)
+    tokens = tokenise(recipe, examples, base.tokenizer, base.model.config)
     plan = _plan(recipe, base, examples, tokens)
     schedule = _schedule(recipe, base, examples, tokens, plan)
 
@@ -84,16 +82,6 @@ def train(recipe: Recipe) -> Hat:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """All rows as tokens, and how they came to be."""
-
-    learn: TokenRows
-    held_out: TokenRows
-    template: str | None
-    max_length: int
-
-
-@dataclass(frozen=True)
 class Trained:
     """What a finished run measured."""
 
@@ -103,12 +91,6 @@ class Trained:
     tokens: int
     seconds: float
     train_loss: float
-
-
-def _read(recipe: Recipe) -> Examples:
-    """Rows from the files, checked, split and described."""
-    rows = read_rows(str(recipe.data))
-    return prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
 
 
 def _load(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
@@ -125,31 +107,6 @@ def _load(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
         quantize=recipe.quantize,
         seed=recipe.seed,
     )
-
-
-def _tokenise(recipe: Recipe, base: Base, examples: Examples) -> Tokens:
-    template = chat_template(base.tokenizer)[0] if examples.task == "chat" else None
-    limit = getattr(base.model.config, "max_position_embeddings", None)
-    length, why = choose_max_length(recipe.max_length, base.tokenizer, limit, examples.task)
-    learn, held_out = (
-        render_cached(
-            part,
-            base.tokenizer,
-            task=examples.task,
-            max_length=length,
-            labels=len(examples.labels),
-            multi_label=examples.multi_label,
-            template=template,
-            source=source,
-        )
-        for part, source in (
-            (examples.train, str(recipe.data)),
-            (examples.held_out, str(recipe.eval_data or recipe.data)),
-        )
-    )
-    if learn.cut or held_out.cut:
-        say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
-    return Tokens(learn, held_out, template, length)
 
 
 def _plan(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens) -> Plan:

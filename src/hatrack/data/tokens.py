@@ -1,0 +1,50 @@
+"""All of a run's rows as tokens, those to learn from and those held out. Knows nothing of files or batches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hatrack.data.examples import Examples
+from hatrack.data.render import TokenRows, choose_max_length, render_cached
+from hatrack.data.template import chat_template
+from hatrack.recipe import Recipe
+from hatrack.say import say
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The rows of both parts, and how they came to be: `template` of conversations, `max_length` of a row."""
+
+    learn: TokenRows
+    held_out: TokenRows
+    template: str | None
+    max_length: int
+
+
+def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any) -> Tokens:
+    """`examples` as tokens of the base that `tokenizer` and transformers' `config` belong to.
+
+    Says how many rows were cut. Raises RecipeError where rows are to be longer than the base can take, DataError where
+    nothing would be learned from a row.
+    """
+    template = chat_template(tokenizer)[0] if examples.task == "chat" else None
+    limit = getattr(config, "max_position_embeddings", None)
+    length, why = choose_max_length(recipe.max_length, tokenizer, limit, examples.task)
+    learn, held_out = (
+        render_cached(
+            part,
+            tokenizer,
+            task=examples.task,
+            max_length=length,
+            labels=len(examples.labels),
+            multi_label=examples.multi_label,
+            template=template,
+            source=source,
+        )
+        for part, source in (
+            (examples.train, str(recipe.data)),
+            (examples.held_out, str(recipe.eval_data or recipe.data)),
+        )
+    )
+    if learn.cut or held_out.cut:
+        say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
+    return Tokens(learn, held_out, template, length)
