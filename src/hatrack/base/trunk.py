@@ -76,7 +76,7 @@ class Trunk:
     def layer(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """What layer `index` makes of hidden states (B, T, d)."""
         args, kwargs = call.given(hidden)
-        return _states(self.layers[index](*args, **kwargs))
+        return _states(self.layers[index](*args, **kwargs))  # type: ignore[no-any-return]
 
     @contextmanager
     def after(self, hidden: torch.Tensor) -> Iterator[None]:
@@ -139,7 +139,7 @@ def find_trunk(model: Any) -> Trunk:
 @contextmanager
 def uncached(config: Any) -> Iterator[None]:
     """Has the model keep no keys and values while the block runs: layers that run twice would add theirs twice."""
-    configs = [part for part in {id(c): c for c in (config, config.get_text_config())}.values()]
+    configs = list({id(part): part for part in (config, config.get_text_config())}.values())
     before = [getattr(part, "use_cache", None) for part in configs]
     for part in configs:
         part.use_cache = False
@@ -227,7 +227,8 @@ def _hidden(
 ) -> tuple[int | str, torch.Tensor]:
     """Where a layer's hidden states stand among its arguments: the tensor `wanted`, or the first of several dimensions
     that could be it."""
-    for place, value in [*enumerate(args), *kwargs.items()]:
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in named:
         if isinstance(value, torch.Tensor) and (value is wanted if wanted is not None else value.is_floating_point()):
             return place, value
     raise BaseError("a layer was called without hidden states", got=f"{len(args)} arguments, {', '.join(kwargs)}")
