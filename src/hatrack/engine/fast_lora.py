@@ -30,15 +30,17 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.nn import functional as F
 
+from hatrack.engine.lossless import LosslessMerge
 from hatrack.kernels.drop import Mask, draw
 from hatrack.kernels.low_rank import down, outer, rows, up
 
 
-class FastLinear(PeftLinear):  # type: ignore[misc]  # peft has no types
+class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has no types
     """peft's LoRA linear layer, x (..., d_in) -> (..., d_out), with the forward and backward above.
 
     Merged, disabled, several active adapters, variants such as DoRA, mixed batches, autocast, a base layer with
-    hooks of its own or trained itself: all go to peft's own forward.
+    hooks of its own or trained itself: all go to peft's own forward. Un-merging gives the base's
+    weight back bit for bit.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
