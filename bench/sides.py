@@ -28,6 +28,7 @@ from transformers import (  # noqa: E402
 )
 
 import hatrack  # noqa: E402
+from hatrack.base.load import choose_dtype
 from hatrack.base.sources import find_base  # noqa: E402
 from hatrack.engine.fast_base import speed_up  # noqa: E402
 from hatrack.evaluate.loss import losses  # noqa: E402
@@ -53,7 +54,7 @@ class Side:
         torch.manual_seed(0)
         self.side, made = side, WORKS[work]
         self.classify = work.startswith("DistilBERT")
-        base = self._base(torch.float32 if side == "textbook" else torch.bfloat16)
+        base = self._base(torch.float32 if side == "textbook" else choose_dtype("auto", torch.device("cpu"))[0])
         rows, tokens = made["rows"], made["tokens"]
         ids = torch.randint(1000, 20000, (rows, tokens))
         labels = torch.randint(2, (rows,)) if self.classify else ids
@@ -129,7 +130,7 @@ class Side:
 def _products(base: Any, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Each linear layer's weight, with an input and an output gradient of as many tokens."""
     weights = [layer.weight for layer in base.modules() if type(layer) is torch.nn.Linear and layer.out_features > 2]
-    inputs = {width: torch.randn(tokens, width).bfloat16() for W in weights for width in W.shape}
+    inputs = {width: torch.randn(tokens, width).to(weights[0].dtype) for W in weights for width in W.shape}
     return [(inputs[W.shape[1]], W, inputs[W.shape[0]]) for W in weights]
 
 

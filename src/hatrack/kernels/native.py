@@ -1,6 +1,6 @@
-"""Compiles `kernels.cpp` for the processor it runs on, once, and calls it. Where that fails, torch does the work.
+"""Compiles the kernels for the processor it runs on, once, and calls them. Where that fails, torch does the work.
 
-The shared library lies in the cache under a name made of its source, the compiler and the processor. It has no
+The shared library lies in the cache under a name made of its sources, the compiler and the processor. It has no
 dependency but the OpenMP runtime, of which torch has loaded one already: the same threads do both works.
 `HATRACK_NATIVE=0` leaves it out.
 """
@@ -22,7 +22,8 @@ from hatrack.errors import MachineError
 from hatrack.say import say
 from hatrack.storage import cache_dir, machine_errors
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+INCLUDED = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno")
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SIGNATURES = {
@@ -62,13 +63,14 @@ def library() -> ctypes.CDLL | None:
 def _compiled(compiler: str) -> Path:
     """The library's file, made now if it is not in the cache."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode() + _processor().encode())
+    source = b"".join(path.read_bytes() for path in SOURCES + INCLUDED)
+    key = hashlib.sha256(source + version + " ".join(FLAGS).encode() + _processor().encode())
     path = cache_dir("native") / f"kernels-{key.hexdigest()[:16]}.so"
     if not path.exists():
         say("compiling kernels for this processor (once)")
         with machine_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+            command = [compiler, *FLAGS, "-o", str(made), *map(str, SOURCES)]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
             made.replace(path)
     return path
