@@ -33,14 +33,16 @@ def _stock(states: list[torch.Tensor], allowed: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed).transpose(1, 2)
 
 
-@pytest.mark.parametrize("block", [2**8, 2**22])
+@pytest.mark.parametrize("block", [0, 2**8, 2**22], ids=["kernel", "small blocks", "large blocks"])
 @pytest.mark.parametrize("padded", ["whole", "right", "left"])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 4, 7), (6, 2, 33), (2, 1, 96), (3, 3, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 4, 7), (6, 2, 33), (2, 1, 111), (3, 3, 1)])
 def test_it_is_torchs_own(
     heads: int, kv_heads: int, length: int, causal: bool, padded: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "BLOCK", block)
+    if block:
+        monkeypatch.setattr(room, "BLOCK", block)
+        monkeypatch.setattr(room, "_covered", lambda *states: False)
     real = torch.ones(3, length, dtype=torch.bool)
     if padded != "whole" and length > 5:
         real[1, -4:] = False

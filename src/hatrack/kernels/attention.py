@@ -16,8 +16,9 @@ D is dropout. Query heads that share keys and values (grouped-query attention) a
 block holds at most `BLOCK` numbers of P; where attention is causal, keys after a block are not computed at all. No mask
 of t x t is made: rows filled up with padding are told by a (B, t) mask.
 
-torch's own `scaled_dot_product_attention` computes the same; on a processor in bfloat16 it is far slower than its
-products. Knows nothing of models.
+In float32 a kernel does all of it (attention.cpp), elsewhere torch's products of all heads at once, with the passes
+between them by kernels where there are any. torch's own `scaled_dot_product_attention` computes the same; on a
+processor in bfloat16 it is far slower than its products. Knows nothing of models.
 """
 
 from typing import Any
@@ -49,11 +50,74 @@ def attention(
     `p`: dropout of the probabilities.
     """
     padding = None if real is None else torch.zeros(real.shape).masked_fill_(~real, -1e30)  # added to keys' scores
-    return _Attention.apply(query, key, value, padding, causal, scale, draw(p))  # type: ignore[no-any-return,no-untyped-call]
+    way = _Kernel if _covered(query, key, value) else _Products
+    return way.apply(query, key, value, padding, causal, scale, draw(p))  # type: ignore[no-any-return,no-untyped-call]
 
 
-class _Attention(torch.autograd.Function):
-    """query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d)."""
+def _covered(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel does all of it: float32, heads of a width it takes, and equal ones for keys and values."""
+    return (
+        query.dtype == torch.float32
+        and native.covers(query, columns=16)
+        and query.shape[-1] == value.shape[-1]
+        and all(states.stride(-1) == 1 for states in (query, key, value))
+    )
+
+
+class _Kernel(torch.autograd.Function):
+    """query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d), by the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        padding: torch.Tensor | None,
+        causal: bool,
+        scale: float,
+        mask: Mask,
+    ) -> torch.Tensor:
+        batch, heads, length, width = query.shape
+        out, log_sums = query.new_empty(batch, length, heads, width), query.new_empty(batch, heads, length)
+        sizes = _sizes(query, key, value, out)
+        settings = scale, int(causal), mask.threshold, mask.scale, mask.seed
+        space = _space(length, width, backward=False)
+        native.call("attention", query.dtype, query, key, value, padding, out, log_sums, space, sizes, *settings)
+        ctx.save_for_backward(query, key, value, padding, log_sums)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, padding, log_sums = ctx.saved_tensors
+        g = g.contiguous()
+        batch, length, heads, width = g.shape
+        dQ, dK, dV = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+        tensors = query, key, value, padding, g, log_sums, dQ, dK, dV, _space(length, width, backward=True)
+        native.call("attention_back", g.dtype, *tensors, _sizes(query, key, value, g), *ctx.settings)
+        shared = key.shape[1]
+        if shared != heads:
+            dK, dV = (each.view(batch, length, shared, -1, width).sum(3) for each in (dK, dV))
+        return dQ.transpose(1, 2), dK.transpose(1, 2), dV.transpose(1, 2), *[None] * 4
+
+
+def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """What the kernel calls `Sizes`, for `out` (B, T, H, d)."""
+    batch, length, heads, width = out.shape
+    strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], out.stride(0), out.stride(2), out.stride(1)
+    return torch.tensor([batch, heads, key.shape[1], length, width, *strides])
+
+
+def _space(length: int, width: int, *, backward: bool) -> torch.Tensor:
+    loaded = native.library()
+    assert loaded is not None
+    return torch.empty(torch.get_num_threads(), loaded.attention_space(length, width, int(backward)))
+
+
+class _Products(torch.autograd.Function):
+    """query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d), by products of all heads at once."""
 
     @staticmethod
     def forward(

@@ -37,6 +37,11 @@ SIGNATURES = {
     "softmax_back": (c_void_p, c_void_p, c_int64, c_int64, c_int),
     "softmax_loss": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int),
 }
+FLOAT_SIGNATURES = {
+    "attention": (*[c_void_p] * 8, c_float, c_int64, c_uint32, c_float, c_uint64, c_int),
+    "attention_back": (*[c_void_p] * 11, c_float, c_int64, c_uint32, c_float, c_uint64, c_int),
+}
+"""Kernels for float32 alone."""
 
 
 @functools.cache
@@ -53,10 +58,12 @@ def library() -> ctypes.CDLL | None:
     except (OSError, MachineError, subprocess.SubprocessError) as error:
         say(f"hatrack's own kernels could not be compiled; training goes without them, slower ({_reason(error)})")
         return None
-    for name, arguments in SIGNATURES.items():
-        for ending in FORMATS.values():
-            function = getattr(loaded, f"{name}_{ending}")
-            function.argtypes, function.restype = arguments, None
+    for signatures, endings in ((SIGNATURES, FORMATS.values()), (FLOAT_SIGNATURES, ["float32"])):
+        for name, arguments in signatures.items():
+            for ending in endings:
+                function = getattr(loaded, f"{name}_{ending}")
+                function.argtypes, function.restype = arguments, None
+    loaded.attention_space.argtypes, loaded.attention_space.restype = (c_int64, c_int64, c_int64), c_int64
     return loaded
 
 
