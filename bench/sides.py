@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402
 )
 
 import hatrack  # noqa: E402
-from hatrack.base.load import choose_dtype
+from hatrack.base.load import choose_dtype  # noqa: E402
 from hatrack.base.sources import find_base  # noqa: E402
 from hatrack.engine.fast_base import speed_up  # noqa: E402
 from hatrack.evaluate.loss import losses  # noqa: E402
