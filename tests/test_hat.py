@@ -1,5 +1,6 @@
 """One base in memory, many adapters: switched, added and dropped while it lives; what cannot share is refused."""
 
+import dataclasses
 import hashlib
 import shutil
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import hatrack
+from hatrack.base.sources import BaseFiles
 from hatrack.errors import AdapterError, BaseError, WrongBase
 
 TEXTS = ["it was good", "the film was so very bad !", "a red scene"]
@@ -136,10 +138,14 @@ def test_another_base_is_refused_and_a_moved_one_found(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
-    with pytest.raises(
-        WrongBase, match=r"was trained on other weights: .*; got .*changed .*; fix: give the base it was"
-    ):
+    with pytest.raises(WrongBase, match=r"was trained on other weights: .*; got .*changed, .*; fix: give the base it"):
         hatrack.load(trained["of-2"], base=str(changed))
+    assert _scores(hatrack.load(trained["of-2"], base=str(changed), allow_other_base=True))
+    hat = hatrack.load(trained["of-2"])
+    hat.base = dataclasses.replace(hat.base, files=BaseFiles(str(changed), changed))  # as if loaded from there
+    with pytest.raises(WrongBase):
+        hat.add(trained["of-3"])
+    assert hat.add(trained["of-3"], allow_other_base=True) == "of-3"
     with pytest.raises(BaseError):
         hatrack.load(trained["of-2"], base=str(tmp_path / "nowhere"))
 
@@ -176,6 +182,6 @@ def test_an_adapter_made_elsewhere_is_used_with_a_word_about_it(
     (foreign / "hatrack.json").unlink()
     hat = hatrack.load(foreign, dtype="float32")
     assert hat.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    assert "was not made by hatrack: its base's weights cannot be checked" in capsys.readouterr().err
+    assert "was not made by hatrack: it fits" in capsys.readouterr().err
     expected = [list(scores.values()) for scores in _scores(hatrack.load(trained["of-3"], dtype="float32"))]
     assert [list(scores.values()) for scores in _scores(hat)] == expected

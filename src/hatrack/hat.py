@@ -3,6 +3,7 @@
 Knows nothing of training or of how answers are shown.
 """
 
+import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +17,13 @@ from transformers import TextIteratorStreamer
 from hatrack.adapter.files import AdapterFiles, attach, detach, read_adapter
 from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.rack import find
-from hatrack.base.fingerprint import fingerprint
+from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.load import Base, load_base
 from hatrack.base.sources import find_base
 from hatrack.data.template import chat_prompt
 from hatrack.engine.fast_lora import LAYER_CLASSES
-from hatrack.errors import AdapterError, WrongBase
+from hatrack.errors import AdapterError
 from hatrack.recipe import Task
-from hatrack.say import say
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -56,6 +56,11 @@ class Hat:
     def _current(self) -> HatFile:
         return self.hats[self.active] if self.active else self._first
 
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        """Of the base in memory, taken once however many adapters come."""
+        return fingerprint(self.base.files.folder)
+
     def use(self, name: str | None) -> None:
         """Switches to an attached adapter, or with None to the bare base.
 
@@ -71,10 +76,11 @@ class Hat:
             self.model.set_adapter(name, inference_mode=True)
         self.active = name
 
-    def add(self, adapter: str | Path, name: str | None = None) -> str:
+    def add(self, adapter: str | Path, name: str | None = None, *, allow_other_base: bool = False) -> str:
         """Attaches one more adapter (a folder, or a name on the rack) and returns its name. The one in use stays.
 
-        Raises AdapterError where the name is taken or the task differs; WrongBase where it belongs to another base.
+        Raises AdapterError where the name is taken or the task differs; WrongBase where it belongs to another base,
+        unless `allow_other_base`.
         """
         folder = find(adapter)
         files = read_adapter(folder)
@@ -88,7 +94,7 @@ class Hat:
                 got=f"task {hat.task}",
                 fix="load it by itself with hatrack.load",
             )
-        _check_base(hat, self.base, folder)
+        check_base(folder, hat.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
         before = self.active
         self.model = attach(self.model, folder, name, layer_classes=LAYER_CLASSES)
         self.hats[name], self.folders[name] = hat, folder
@@ -228,13 +234,14 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    allow_other_base: bool = False,
 ) -> Hat:
     """Loads a base once and attaches one or more adapters (folders, or names on the rack) to it; the first is in use.
 
     The base is found from the first adapter unless `base` names where it lies now, and held in as many bits as the
     adapter was trained with unless `quantize` says otherwise. Raises AdapterError where an
-    adapter is missing or damaged, WrongBase where it was trained on other weights than these, BaseError where the
-    base cannot be found.
+    adapter is missing or damaged, WrongBase where it was trained on other weights than these (unless
+    `allow_other_base`), BaseError where the base cannot be found.
     """
     several = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if not several:
@@ -244,6 +251,7 @@ def load(
     hat = _hat_of(files, folder)
     source = base or hat.base["source"]
     found = find_base(source, None if base else hat.base.get("revision"))
+    check_base(folder, hat.base, found, allow_other=allow_other_base)
     loaded = load_base(
         found,
         task=cast(Task, hat.task),
@@ -254,12 +262,11 @@ def load(
         quantize=quantize or hat.recipe.get("quantize", "none"),
         seed=hat.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
-    _check_base(hat, loaded, folder)
     name = _name_of(files, folder)
     model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
     for other in several[1:]:
-        ready.add(other)
+        ready.add(other, allow_other_base=allow_other_base)
     return ready
 
 
@@ -277,22 +284,9 @@ def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:
         )
     heads = [shape[0] for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name]
     labels = [f"LABEL_{index}" for index in range(min(heads, default=0))] if task == "classify" else []
-    say(f"{folder} was not made by hatrack: its base's weights cannot be checked")
-    return HatFile(name="", base={"source": str(base)}, task=task, labels=labels)
-
-
-def _check_base(hat: HatFile, base: Base, folder: Path) -> None:
-    """Refuses an adapter whose base had other weights. An adapter made elsewhere carries no fingerprint to check."""
-    wanted = hat.base.get("fingerprint")
-    if not wanted:
-        return
-    found = fingerprint(base.files.folder)
-    if wanted != found:
-        raise WrongBase(
-            f"{folder} was trained on other weights: {hat.base['source']} ({wanted})",
-            got=f"{base.files.source} ({found})",
-            fix="give the base it was trained on with --base",
-        )
+    return HatFile(
+        name="", base={"source": str(base), "revision": files.config.get("revision")}, task=task, labels=labels
+    )
 
 
 def _name_of(files: AdapterFiles, folder: Path) -> str:

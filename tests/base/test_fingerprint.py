@@ -1,12 +1,16 @@
 """The fingerprint follows the weights, not the way they are written."""
 
-import time
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hatrack.base.fingerprint import DIGITS, fingerprint
+from hatrack.base.fingerprint import DIGITS, SAMPLE, check_base, fingerprint, lineage, samples
+from hatrack.base.sources import BaseFiles
+from hatrack.errors import WrongBase
 
 from . import tiny
 
@@ -46,12 +50,131 @@ def test_any_of_these_changes_it(tmp_path: Path) -> None:
     assert len({fingerprint(folder) for folder in folders}) == len(folders) == 6
 
 
-def test_a_large_base_takes_less_than_a_second(tmp_path: Path) -> None:
-    tensors = {
-        f"model.layers.{n}.mlp.up_proj.weight": torch.full((1024, 1024), n, dtype=torch.bfloat16) for n in range(64)
-    }
+def test_a_task_head_or_a_second_copy_of_the_embedding_does_not_change_it(tmp_path: Path) -> None:
+    masked = tiny.model("Bert", "masked")
+    masked.save_pretrained(tmp_path / "masked")
+    masked.bert.save_pretrained(tmp_path / "body")
+    tensors = load_file(tmp_path / "body" / "model.safetensors")
+    (tmp_path / "old names").mkdir()
+    masked.config.save_pretrained(tmp_path / "old names")
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in tensors.items()}
+    old["embeddings.position_ids"] = torch.arange(40).unsqueeze(0)
+    save_file(old, tmp_path / "old names" / "model.safetensors")
+    assert len({fingerprint(folder) for folder in tmp_path.iterdir()}) == 1
+
+    tied = tiny.model("Llama", "causal", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    tied.config.save_pretrained(tmp_path / "twice")
+    save_file(twice, tmp_path / "twice" / "model.safetensors")
+    assert fingerprint(tmp_path / "tied") == fingerprint(tmp_path / "twice")
+    twice["lm_head.weight"][3, 3] += 1  # a head of its own is another base
+    save_file(twice, tmp_path / "twice" / "model.safetensors")
+    assert fingerprint(tmp_path / "tied") != fingerprint(tmp_path / "twice")
+
+
+def test_one_number_anywhere_changes_that_of_a_small_base(tmp_path: Path) -> None:
+    tiny.model("Llama", "causal").save_pretrained(tmp_path)
+    before, weights = fingerprint(tmp_path), tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in range(start, len(content), (len(content) - start) // 40):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        weights.write_bytes(bytes(changed))
+        assert fingerprint(tmp_path) != before, place
+    weights.write_bytes(content)
+    assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [1, 4096, 3 * SAMPLE, 46 * 2**20, 262 * 2**20])
+@pytest.mark.parametrize("share", [0.001, 0.04, 0.5, 1.0])
+def test_samples_lie_evenly_inside(size: int, share: float) -> None:
+    parts = samples(size, share)
+    assert parts[0][0] == 0 and sum(parts[-1]) == size
+    ends = [start + length for start, length in parts]
+    assert all(end <= start for end, (start, _) in zip(ends, parts[1:], strict=False))
+    read = sum(length for _, length in parts)
+    assert read <= max(size * share + SAMPLE, 2 * SAMPLE) and read >= min(size, size * share - SAMPLE)
+    gaps = [start - end for end, (start, _) in zip(ends, parts[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_of_a_large_base_every_tensor_is_sampled_within_the_budget(tmp_path: Path) -> None:
+    """A file with holes: its size is a 7B base's, what it takes on disk is not."""
+    layers, side = 32, 4096
+    header: dict[str, Any] = {}
+    for index in range(layers):
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"):
+            begin = len(header) * side * side * 2
+            entry = {"dtype": "BF16", "shape": [side, side], "data_offsets": [begin, begin + side * side * 2]}
+            header[f"model.layers.{index}.{name}.weight"] = entry
+    text = json.dumps(header).encode()
     tiny.config("Llama").save_pretrained(tmp_path)
-    save_file(tensors, tmp_path / "model.safetensors")
-    start = time.perf_counter()
-    fingerprint(tmp_path)
-    assert time.perf_counter() - start < 1
+    total = layers * 4 * side * side * 2
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + total)
+    before = fingerprint(tmp_path)
+    for tensor in (0, 57, 127):  # a third of its rows; a training would change them all
+        with (tmp_path / "model.safetensors").open("r+b") as file:
+            file.seek(8 + len(text) + tensor * side * side * 2 + 1000 * side * 2)
+            file.write(b"\1" * (1400 * side * 2))
+        after = fingerprint(tmp_path)
+        assert after != before
+        before = after
+
+
+def test_a_base_says_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/bases/Some-Model.Q4_1-0123456789abcdef"
+    tiny.save(folder, "Llama", "causal")
+    made_on = lineage(BaseFiles("some.gguf", folder), "4bit")
+    assert made_on["form"] == "converted from Some-Model.Q4_1, held in 4bit" and made_on["model_type"] == "llama"
+    tiny.save(tmp_path / "plain", "Llama", "causal")
+    plain = BaseFiles(str(tmp_path / "plain"), tmp_path / "plain")
+    assert lineage(plain)["form"] is None and lineage(plain)["fingerprint"] == made_on["fingerprint"]
+    check_base("hat", made_on, plain)
+
+
+def test_another_base_is_refused_with_both_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2):
+        tiny.save(tmp_path / f"base-{seed}", "Llama", "causal", seed=seed)
+    one, other = (BaseFiles(str(tmp_path / f"base-{seed}"), tmp_path / f"base-{seed}") for seed in (1, 2))
+    made_on = lineage(one)
+    with pytest.raises(WrongBase) as caught:
+        check_base("my-hat", made_on, other)
+    assert caught.value.what == f"my-hat was trained on other weights: {one.source}, {fingerprint(one.folder)}"
+    assert caught.value.got == f"{other.source}, {fingerprint(other.folder)}"
+    assert "--base" in str(caught.value.fix) and "--allow-other-base" in str(caught.value.fix)
+    check_base("my-hat", made_on, other, allow_other=True)
+    assert f"on {other.source} its scores and its proof say nothing" in capsys.readouterr().err
+
+
+SHA, SHA2 = "a" * 40, "b" * 40
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "base", "commit", "fits"),
+    [
+        ("meta/Llama", None, "/models/llama/", None, True),
+        ("meta/Llama", SHA, "meta/Llama", SHA, True),
+        ("meta/Llama", SHA, "meta/Llama", SHA2, False),
+        ("meta/Llama", "main", "meta/Llama", SHA, True),
+        ("C:\\models\\Llama", None, "meta/Llama", SHA, True),
+        ("meta/Llama", None, "meta/Llama-2", None, False),
+    ],
+)
+def test_an_adapter_made_elsewhere_is_held_to_its_bases_name(
+    source: str, revision: str | None, base: str, commit: str | None, fits: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, name = BaseFiles(base, Path("nowhere"), commit), f"{source} {revision} {base} {commit}"
+    if fits:
+        check_base(name, {"source": source, "revision": revision}, files)
+        check_base(name, {"source": source, "revision": revision}, files)
+        assert capsys.readouterr().err.count("was not made by hatrack: it fits") == 1
+        return
+    with pytest.raises(WrongBase, match=r"names another base: .*Llama.*; got .*Llama.*; fix: .*--allow-other-base"):
+        check_base(name, {"source": source, "revision": revision}, files)

@@ -4,48 +4,149 @@ Knows nothing of models or devices, and needs no torch.
 """
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hatrack.base.header import TensorInfo, read_config, read_header, without_prefix
-from hatrack.errors import BaseError
+from hatrack.base.header import TensorInfo, read_config, read_parameters
+from hatrack.errors import BaseError, WrongBase
+from hatrack.say import say_once
+from hatrack.storage import cache_dir
 
-SAMPLE = 4096
-"""Bytes read at each of three places of a tensor: its start, its middle, its end."""
+if TYPE_CHECKING:
+    from hatrack.base.sources import BaseFiles  # which needs torch to convert
+
+WHOLE = 512 * 2**20
+"""Bytes up to which a base is read whole."""
+BUDGET = 128 * 2**20
+"""Bytes read of a larger one, the same share of each tensor: about a second where no part of it is in memory yet."""
+SAMPLE = 64 * 2**10
+"""Bytes of one sample: so large that a disk reads them about as fast as in one piece."""
 DIGITS = 16
+OUTPUTS = ("lm_head.weight", "embed_out.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
+"""Names under which a checkpoint may hold its embedding a second time, or not at all."""
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits of a sha256 over every tensor's name, type, shape and sampled bytes.
+    """16 hexadecimal digits of a sha256 over every tensor's name, type, shape and bytes, or samples of its bytes.
 
-    The same for the same weights in one file or many, in any order, with or without the model's prefix in the names.
-    Two bases that differ only between the sampled bytes of their tensors have the same fingerprint. Raises BaseError
-    where a file is missing or damaged.
+    The same for the same weights in one file or many, in any order, with or without the model's prefix in the names,
+    a task's own head or a second copy of the embedding. A base of up to 512 MiB is read whole. Of a larger one every
+    tensor's start, end and evenly spread samples are read, together 128 MiB: a change all over a matrix, as any
+    training makes, always shows; one of a few neighbouring rows shows with the probability of the share read (1% for
+    13.5 GB). Raises BaseError where a file is missing or damaged.
     """
-    config = read_config(folder)
-    tensors = {without_prefix(name, config): info for name, info in read_header(folder).items()}
-    samples = dict(_sampled(tensors.items()))
+    tensors = read_parameters(folder)
+    total_bytes = sum(info.bytes for info in tensors.values())
+    share = 1.0 if total_bytes <= WHOLE else BUDGET / total_bytes
+    digests = dict(_digests(tensors, share))
+    for name in OUTPUTS:
+        if name in digests and any(digests[other] == digests[name] for other in digests if other not in OUTPUTS):
+            del digests[name]
     total = hashlib.sha256()
-    for name in sorted(tensors):
-        info = tensors[name]
-        total.update(f"{name}\0{info.dtype}\0{info.shape}\0".encode() + samples[name])
+    for name in sorted(digests):
+        total.update(name.encode() + b"\0" + digests[name])
     return total.hexdigest()[:DIGITS]
 
 
-def _sampled(tensors: Iterable[tuple[str, TensorInfo]]) -> Iterable[tuple[str, bytes]]:
-    """Name and digest of the sampled bytes, each file opened once and read from front to back."""
-    by_file: dict[Path, list[tuple[int, int, str]]] = {}
-    for name, info in tensors:
-        by_file.setdefault(info.file, []).append((info.offset, info.bytes, name))
+def lineage(base: "BaseFiles", quantize: str = "none") -> dict[str, Any]:
+    """What hatrack.json says of a base: where it came from, its fingerprint, and in which form it was trained on.
+
+    The fingerprint is of the weights as they lie on disk. `form` tells of a base that was converted from a GGUF or
+    pickled file, or held in fewer bits while training: of the full base it is a relative, not the same.
+    """
+    converted = base.folder.parent == cache_dir("bases")  # into a folder named after the file
+    origin = base.folder.name.rpartition("-")[0] if converted else None
+    forms = [f"converted from {origin}"] if origin else []
+    forms += [f"held in {quantize}"] if quantize != "none" else []
+    return {
+        "source": _lasting(base),
+        "revision": base.revision,
+        "fingerprint": fingerprint(base.folder),
+        "model_type": read_config(base.folder).get("model_type"),
+        "form": ", ".join(forms) or None,
+    }
+
+
+def check_base(
+    adapter: str | Path,
+    made_on: Mapping[str, Any],
+    base: "BaseFiles",
+    *,
+    allow_other: bool = False,
+    known: str | None = None,
+) -> None:
+    """Refuses a base that an adapter was not trained on; says once what cannot be known of one made elsewhere.
+
+    `made_on` is what `lineage` gave when the adapter was made, or of a foreign one `source` and `revision` alone.
+    With `allow_other` another base is said, not refused. `known` is the base's fingerprint, where it was taken before.
+    Raises WrongBase, naming both.
+    """
+    wanted = made_on.get("fingerprint")
+    there = f"{made_on['source']}" + (f" ({made_on['form']})" if made_on.get("form") else "")
+    if wanted:
+        found = known or fingerprint(base.folder)
+        if wanted == found:
+            return
+        what, there, here = "was trained on other weights", f"{there}, {wanted}", f"{base.source}, {found}"
+    elif not _same_name(made_on, base):
+        revision = f" at {made_on['revision']}" if made_on.get("revision") else ""
+        what, there = "names another base", there + revision
+        here = base.source + (f" at {base.revision}" if base.revision and revision else "")
+    else:
+        say_once(f"{adapter} was not made by hatrack: it fits {base.source} by name and shapes, its weights unknown")
+        return
+    if not allow_other:
+        raise WrongBase(
+            f"{adapter} {what}: {there}",
+            got=here,
+            fix="give the base it was trained on with --base, or use this one all the same with --allow-other-base",
+        )
+    say_once(f"{adapter} {what} ({there}): on {base.source} its scores and its proof say nothing")
+
+
+def _digests(tensors: Mapping[str, TensorInfo], share: float) -> Iterator[tuple[str, bytes]]:
+    """Name and digest of type, shape and sampled bytes, each file opened once and read from front to back."""
+    by_file: dict[Path, list[tuple[int, str]]] = {}
+    for name, info in tensors.items():
+        by_file.setdefault(info.file, []).append((info.offset, name))
     for path, places in by_file.items():
         try:
             with path.open("rb") as file:
-                for offset, length, name in sorted(places, key=itemgetter(0)):
-                    digest = hashlib.sha256()
-                    for start in sorted({0, max(0, length // 2 - SAMPLE // 2), max(0, length - SAMPLE)}):
+                for offset, name in sorted(places, key=itemgetter(0)):
+                    info = tensors[name]
+                    digest = hashlib.sha256(f"{info.dtype}\0{info.shape}\0".encode())
+                    for start, length in samples(info.bytes, share):
                         file.seek(offset + start)
-                        digest.update(file.read(min(SAMPLE, length - start)))
+                        digest.update(file.read(length))
                     yield name, digest.digest()
         except OSError as error:
             raise BaseError(f"{path} cannot be read", got=error.strerror) from error
+
+
+def samples(size: int, share: float) -> list[tuple[int, int]]:
+    """(start, length) of the parts of `size` bytes to read for about this `share` of them: first, last, and between.
+
+    >>> samples(10, 1.0)
+    [(0, 10)]
+    """
+    count = max(2, round(size * share / SAMPLE))
+    if share >= 1 or count * SAMPLE >= size:
+        return [(0, size)]
+    return [((size - SAMPLE) * part // (count - 1), SAMPLE) for part in range(count)]
+
+
+def _same_name(made_on: Mapping[str, Any], base: "BaseFiles") -> bool:
+    """Whether a foreign adapter can mean this base: the last part of the name, and the commit where both tell one."""
+    names = [re.split(r"[/\\]", str(source).rstrip("/\\"))[-1].lower() for source in (made_on["source"], base.source)]
+    commits = [str(commit) for commit in (made_on.get("revision"), base.revision) if commit]
+    known = [commit for commit in commits if re.fullmatch(r"[0-9a-f]{40}", commit)]
+    return names[0] == names[1] and (len(known) < 2 or known[0] == known[1])
+
+
+def _lasting(base: "BaseFiles") -> str:
+    """The base's name as it still means the same in another working folder."""
+    path = Path(base.source).expanduser()
+    return str(path.resolve()) if path.exists() else base.source

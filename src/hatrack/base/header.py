@@ -116,6 +116,21 @@ def read_header(folder: Path) -> dict[str, TensorInfo]:
     return {name: headers[file][name] for name, file in names.items()}
 
 
+def read_parameters(folder: Path) -> dict[str, TensorInfo]:
+    """The base's own parameters, named alike in every checkpoint of it: without prefix, buffers and task heads.
+
+    The head of a language model is its own and stays. Raises BaseError as `read_header` does.
+    """
+    config = read_config(folder)
+    named = {
+        without_prefix(_renamed(name), config): info
+        for name, info in read_header(folder).items()
+        if not _is_buffer(name, info.shape)
+    }
+    own = ("lm_head.", "embed_out.")
+    return {name: info for name, info in named.items() if name.startswith(own) or not name.startswith(OTHER_HEADS)}
+
+
 def read_file_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, checked against the file's real size. Raises BaseError naming it."""
     try:

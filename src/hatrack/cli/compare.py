@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from hatrack.cli.options import Json
-from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype
+from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, OtherBase
 
 
 def compare(
     adapter: Adapter,
     data: Annotated[str | None, typer.Option("--data", help="Rows to compare on. Default: those held out.")] = None,
     base: BaseOption = None,
+    allow_other_base: OtherBase = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -24,7 +25,7 @@ def compare(
     from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(adapter, base=base, device=device, dtype=dtype)
+    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base)
     rows = held_out(hat, data)
     say(f"comparing on {len(rows):,} rows")
     found = run(hat, rows)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Adapter = Annotated[str, typer.Argument(help="A name that `hatrack list` shows, or an adapter's folder.")]
 BaseOption = Annotated[str | None, typer.Option("--base", help="Where the base lies now, if it moved.")]
+OtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Go on although the adapter was trained on other weights.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or xpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Bare = Annotated[bool, typer.Option("--without-adapter", help="Answer with the bare base instead.")]
@@ -38,6 +41,7 @@ def predict(
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="The column of --file that holds the text.")] = None,
     base: BaseOption = None,
+    allow_other_base: OtherBase = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     without_adapter: Bare = False,
@@ -51,7 +55,7 @@ def predict(
     batches = _batches(texts, file, text)
     from hatrack.hat import load
 
-    hat = load(adapter, base=base, device=device, dtype=dtype)
+    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base)
     if without_adapter:
         hat.use(None)
     for batch in batches:
@@ -68,6 +72,7 @@ def predict(
 def chat(
     adapter: Adapter,
     base: BaseOption = None,
+    allow_other_base: OtherBase = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_new_tokens: Length = 256,
@@ -78,7 +83,7 @@ def chat(
     from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(adapter, base=base, device=device, dtype=dtype)
+    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base)
     if hat.task == "classify":
         raise RecipeError(f"{adapter} is a classifier and does not talk", fix=f'use hatrack predict {adapter} "a text"')
     name = hat.active

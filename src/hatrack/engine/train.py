@@ -4,7 +4,6 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from hatrack.adapter.count import line
 from hatrack.adapter.files import save_adapter
 from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.place import place
-from hatrack.base.fingerprint import fingerprint
+from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base
 from hatrack.base.sources import BaseFiles, find_base
@@ -63,10 +62,11 @@ def train(recipe: Recipe) -> Hat:
     speed_up(base.model)
     model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
-    run.remember({"rows": examples.digest, "base": fingerprint(files.folder), "schedule": asdict(schedule)})
+    made_on = lineage(files, recipe.quantize)
+    run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
     trained = _fit(run, base, model, tokens, schedule, examples.task, trackers)
 
-    hat = _describe(run, base, examples, tokens, trained)
+    hat = _describe(run, made_on, examples, tokens, trained)
     save_adapter(model, run.output, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()})
     expected = probe(model, tokens.held_out, base, examples.task)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
@@ -235,15 +235,10 @@ def _mean_loss(history: list[dict[str, float]]) -> float:
     return total / max(last, 1)
 
 
-def _describe(run: Run, base: Base, examples: Examples, tokens: Tokens, trained: Trained) -> HatFile:
+def _describe(run: Run, made_on: dict[str, Any], examples: Examples, tokens: Tokens, trained: Trained) -> HatFile:
     return HatFile(
         name=run.name,
-        base={
-            "source": _lasting(base.files),
-            "revision": base.files.revision,
-            "fingerprint": fingerprint(base.files.folder),
-            "model_type": base.model.config.model_type,
-        },
+        base=made_on,
         task=examples.task,
         labels=examples.labels,
         multi_label=examples.multi_label,
@@ -263,12 +258,6 @@ def _describe(run: Run, base: Base, examples: Examples, tokens: Tokens, trained:
 def _loadable(files: BaseFiles) -> str:
     """What plain peft finds the base by: its hub id, or the folder it lies in."""
     return files.source if files.revision else str(files.folder.resolve())
-
-
-def _lasting(files: BaseFiles) -> str:
-    """The base's name as it still means the same in another working folder."""
-    path = Path(files.source).expanduser()
-    return str(path.resolve()) if path.exists() else files.source
 
 
 def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, parameters: tuple[int, int]) -> dict[str, Any]:
