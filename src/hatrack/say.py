@@ -3,22 +3,58 @@
 `HATRACK_QUIET=1` silences it. Knows nothing of what is said.
 """
 
+import contextlib
 import functools
 import os
+import sys
+from typing import IO, Any, cast
 
 from rich.console import Console
+
+
+class StandardError:
+    """Standard error for as long as somebody reads it: work goes on when its terminal or pipe is closed."""
+
+    def write(self, text: str) -> int:
+        """Writes, or from the first failure on lets everything go to nowhere."""
+        try:
+            return sys.stderr.write(text)
+        except OSError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        """As `write`."""
+        try:
+            sys.stderr.flush()
+        except OSError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 @functools.cache
 def console() -> Console:
     """The one console of this process; progress bars and lines share it, so they never overwrite each other."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=cast(IO[str], StandardError()), highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
     """Says one line. Markup is not interpreted: file names may hold any character."""
     if not os.environ.get("HATRACK_QUIET"):
         console().print(line, markup=False)
+
+
+def say_in_signal(line: str) -> None:
+    """Says one line from a signal handler, which may have stopped us inside `say`: straight out, without any lock."""
+    erase = "\r\x1b[2K" if console().is_terminal else ""  # a progress bar is drawn anew below
+    if not os.environ.get("HATRACK_QUIET"):
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), f"{erase}{line}\n".encode())
 
 
 @functools.cache

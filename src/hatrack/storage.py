@@ -5,13 +5,18 @@ Knows nothing of models, data or adapters.
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hatrack.errors import MachineError
+from hatrack.errors import HatrackError, MachineError
+
+SMALLEST_DISK = 2**20
+"""A disk with less than a MiB left is full."""
 
 
 def cache_dir(*parts: str) -> Path:
@@ -28,16 +33,61 @@ def machine_errors(path: Path | str) -> Iterator[None]:
     """Says a full disk or a forbidden folder plainly, as a `MachineError` that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except MachineError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise MachineError(
                 f"the disk is full while writing {path}", fix="free some space, or choose another folder"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise MachineError(
-                f"writing {path} is not allowed", got=error.strerror, fix="choose a folder you may write to"
+                f"writing {path} is not allowed", got=os.strerror(number), fix="choose a folder you may write to"
+            ) from error
+        if number in (errno.EIO, errno.EFBIG):
+            raise MachineError(
+                f"{path} cannot be written", got=os.strerror(number), fix="look after that disk, or choose another one"
             ) from error
         raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's number of a failed call; libraries in Rust (safetensors, tokenizers) only write it in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keeps other processes out of the block that lock the same file. The lock goes with the process, however it ends.
+
+    Raises BlockingIOError where another one has it and `wait` is off; the file then holds that process's number.
+    """
+    with machine_errors(path):
+        handle = _lock(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        with machine_errors(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(path: Path, how: int) -> int:
+    """Opens and locks a file. One that its last holder removed meanwhile would lock nobody out: then once more."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            opened.callback(os.close, handle)
+            fcntl.flock(handle, how)
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                opened.pop_all()
+                return handle
 
 
 @contextlib.contextmanager
@@ -54,12 +104,24 @@ def new_folder(final: Path) -> Iterator[Path]:
             _sync(working)
             working.chmod(0o755)
             try:
-                working.rename(final)
+                move(working, final)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not any(final.iterdir()):
                     raise
+        except HatrackError:
+            raise
+        except Exception as error:
+            if shutil.disk_usage(working).free < SMALLEST_DISK:  # torch does not say why it could not write
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
         finally:
             shutil.rmtree(working, ignore_errors=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames on one disk, and returns when a power cut can no longer undo it."""
+    source.rename(target)
+    _sync_entries(target.parent)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -75,14 +137,19 @@ def write_file(path: Path, content: str | bytes) -> None:
                 os.fsync(file.fileno())
             Path(working).chmod(0o644)
             Path(working).replace(path)
+            _sync_entries(path.parent)
         except BaseException:
             Path(working).unlink(missing_ok=True)
             raise
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes in all files under `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes in all files under `folder`; a file that goes while we look counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _sync(folder: Path) -> None:
@@ -91,3 +158,15 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+        else:
+            _sync_entries(path)
+    _sync_entries(folder)
+
+
+def _sync_entries(folder: Path) -> None:
+    """The same for the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,8 +1,9 @@
-"""The rack: names for the adapters on this machine. One small file a name, so that concurrent writers never clash.
+"""The rack: names for the adapters on this machine. One small file a name, and one writer at a time.
 
 It lies in `$HATRACK_HOME/rack` (default `~/.hatrack/rack`). Knows nothing of weights.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from hatrack.adapter.hatfile import HatFile, read_hat_file, read_object
 from hatrack.errors import AdapterError
 from hatrack.recipe import nearest
-from hatrack.storage import folder_size, machine_errors, write_file
+from hatrack.storage import folder_size, locked, machine_errors, write_file
 
 CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -36,21 +37,15 @@ class Hanging:
 
 def hang(name: str, folder: Path) -> None:
     """Puts an adapter's folder on the rack. Raises AdapterError where the name is taken by another folder."""
-    check_free(name, folder)
-    write_file(_pointer(name), json.dumps({"folder": str(folder.resolve())}) + "\n")
+    with _writing():
+        _hang(name, folder)
 
 
 def check_free(name: str, folder: Path) -> None:
-    """Raises AdapterError where the name is no name, or another adapter has it."""
-    pointer = _pointer(name)
-    if pointer.exists():
-        other = Path(str(read_object(pointer).get("folder")))
-        if other != folder.resolve() and (other / CONFIG).exists():
-            raise AdapterError(
-                f"the name {name} is taken on the rack",
-                got=other,
-                fix=f"choose another --name, or hatrack remove {name}",
-            )
+    """Raises AdapterError where the name is no name, or another adapter has it; MachineError where nothing could be
+    hung up."""
+    with _writing():
+        _check_free(name, folder)
 
 
 def find(adapter: str | Path) -> Path:
@@ -81,24 +76,48 @@ def hats() -> list[Hanging]:
 
 def rename(old: str, new: str) -> None:
     """Gives an adapter another name on the rack; its folder stays. Raises AdapterError where `new` is taken."""
-    folder = _folder(old)
-    if _pointer(new).exists():
-        raise AdapterError(f"the name {new} is taken on the rack", got=_folder(new), fix="choose another one")
-    hang(new, folder)
-    _pointer(old).unlink(missing_ok=True)
+    with _writing():
+        folder = _folder(old)
+        if _pointer(new).exists():
+            raise AdapterError(f"the name {new} is taken on the rack", got=_folder(new), fix="choose another one")
+        _hang(new, folder)
+        _pointer(old).unlink(missing_ok=True)
 
 
 def take_down(name: str, *, delete_files: bool = False) -> None:
     """Takes a name off the rack; with `delete_files` its folder goes as well, if it is an adapter's."""
-    folder = _folder(name)
-    if delete_files and (folder / CONFIG).is_file():
-        with machine_errors(folder):
-            shutil.rmtree(folder)
-    _pointer(name).unlink(missing_ok=True)
+    with _writing():
+        folder = _folder(name)
+        if delete_files and (folder / CONFIG).is_file():
+            with machine_errors(folder):
+                shutil.rmtree(folder)
+        _pointer(name).unlink(missing_ok=True)
 
 
 def _rack() -> Path:
     return Path(os.environ.get("HATRACK_HOME") or Path.home() / ".hatrack").expanduser() / "rack"
+
+
+def _writing() -> contextlib.AbstractContextManager[None]:
+    """One writer at a time: between a look at who has a name and taking it, nobody else may take it."""
+    return locked(_rack() / ".lock")
+
+
+def _hang(name: str, folder: Path) -> None:
+    _check_free(name, folder)
+    write_file(_pointer(name), json.dumps({"folder": str(folder.resolve())}) + "\n")
+
+
+def _check_free(name: str, folder: Path) -> None:
+    pointer = _pointer(name)
+    if pointer.exists():
+        other = Path(str(read_object(pointer).get("folder")))
+        if other != folder.resolve() and (other / CONFIG).exists():
+            raise AdapterError(
+                f"the name {name} is taken on the rack",
+                got=other,
+                fix=f"choose another --name, or hatrack remove {name}",
+            )
 
 
 def _pointer(name: str) -> Path:

@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -14,6 +15,7 @@ import typer
 from hatrack import __version__
 from hatrack.cli import compare, demo, hats, predict, train
 from hatrack.errors import HatrackError
+from hatrack.say import StandardError
 
 # The list of commands is to appear at once, and rich's boxes cost 0.2 s; the many options of one command deserve them.
 BOXES: Literal["rich"] | None = "rich" if len(sys.argv) > 2 else None
@@ -64,6 +66,9 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long starve whatever else runs (docs/log.md)
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # both end a command as Ctrl-C does
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     gc.set_threshold(50_000, 20, 20)  # imports make many objects that stay: looking through them takes a second
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
@@ -82,7 +87,7 @@ def _explain(error: BaseException) -> int:
         return _complain(str(error), error.exit_code)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # the parser's word for it
         return _complain("interrupted", 130)
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,7 +106,7 @@ def _explain(error: BaseException) -> int:
 
 
 def _complain(line: str, code: int) -> int:
-    print(f"hatrack: {line}", file=sys.stderr)
+    print(f"hatrack: {line}", file=StandardError())
     return code
 
 

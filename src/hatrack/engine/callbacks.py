@@ -5,6 +5,7 @@ Knows nothing of models or data; it is told by the Trainer what step it is.
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from hatrack.engine.trainer import BEST
-from hatrack.say import console, say
+from hatrack.say import console, say, say_in_signal
+from hatrack.storage import machine_errors, write_file
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE_EVERY_SECONDS = 600
 SAY_EVERY_SECONDS = 15
 
@@ -66,8 +69,13 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         )
         say(f"epoch {state.epoch:.2f}: held-out {shown}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """However the block ends, the terminal is as it was: the bar gone, the cursor back."""
+        try:
+            yield
+        finally:
+            self.bar.stop()
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
@@ -86,16 +94,16 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
                     continue
                 if earlier:
                     kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+        write_file(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **(logs or {})}
-        with self.path.open("a") as file:
+        with machine_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 class GracefulStop(TrainerCallback):  # type: ignore[misc]
-    """Turns Ctrl-C and SIGTERM into a checkpoint at the end of the step, and saves one now and then besides.
+    """Turns Ctrl-C, SIGTERM and a closed terminal into a checkpoint at the end of the step, and saves one now and then.
 
     `stopped` says whether the run was stopped. A second Ctrl-C stops at once, with the checkpoint before.
     """
@@ -106,12 +114,14 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the two signals over while the block runs. Outside the main thread nothing can be taken over."""
-        try:
-            before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            yield
-            return
+        """Takes the signals over while the block runs, but for those that whoever started us chose to ignore (nohup).
+
+        Outside the main thread nothing can be taken over.
+        """
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            asked = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+            before = {number: signal.signal(number, self._stop) for number in asked}
         try:
             yield
         finally:
@@ -122,7 +132,7 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
-        say("stopping: this step is finished and saved first (again to stop at once)")
+        say_in_signal("stopping: this step is finished and saved first (again to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps

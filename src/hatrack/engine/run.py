@@ -1,23 +1,30 @@
-"""A run on disk: where its checkpoints lie until the adapter is finished, and how an interrupted one is found again.
+"""A run on disk: one process at a time, nothing lost when it stops, and found again by its output's name.
 
 The finished adapter goes to `OUTPUT`; until then everything is in `OUTPUT.run`, so OUTPUT never exists half-made.
 Knows nothing of models or data.
 """
 
+import contextlib
+import filecmp
 import json
 import shutil
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hatrack.adapter.rack import check_free
-from hatrack.errors import RecipeError
+from hatrack.adapter import rack
+from hatrack.adapter.files import WEIGHTS
+from hatrack.engine import checkpoint
+from hatrack.errors import AdapterError, Interrupted, RecipeError
 from hatrack.recipe import Recipe, flag
-from hatrack.storage import machine_errors, write_file
+from hatrack.say import say
+from hatrack.storage import locked, machine_errors, move, write_file
 
 MAY_CHANGE = {"resume", "output", "name", "device", "report_to", "memory", "data", "eval_data", "base"}
 """Options that a resumed run may be given anew. Moved files are told apart from changed ones by their digests."""
+
+RUN, LOCK, ADAPTER = "run.json", "lock", "adapter"
 
 
 @dataclass(frozen=True)
@@ -34,48 +41,145 @@ class Run:
         """One JSON object a line, for every logged step and evaluation."""
         return self.folder / "metrics.jsonl"
 
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter is saved until it is proven."""
+        return self.folder / ADAPTER
+
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint: its state file is written last."""
-        found = {int(path.name.rpartition("-")[2]): path for path in self.folder.glob("checkpoint-*")}
-        for _, path in sorted(found.items(), reverse=True):
-            if (path / "trainer_state.json").is_file():
-                return path
-        return None
+        """The newest checkpoint. All that are there are whole: they are looked through when a run is resumed."""
+        return next((checkpoint.folder_of(self.folder, step) for step in checkpoint.steps(self.folder)), None)
 
     def remember(self, facts: dict[str, Any]) -> None:
         """Keeps the recipe and what it was applied to; a resumed run must find the same facts.
 
         Raises RecipeError where they differ from what the interrupted run saw.
         """
-        path = self.folder / "run.json"
-        if self.recipe.resume and path.exists():
-            before = json.loads(path.read_text())["facts"]
-            facts = json.loads(json.dumps(facts))
-            changed = sorted(name for name in facts if facts[name] != before.get(name))
-            if changed:
-                raise RecipeError(
-                    f"the interrupted run in {self.folder} saw another {' and '.join(changed)}",
-                    fix="give it what it was started with, or start anew without --resume",
-                )
-        content = {"recipe": self.recipe.set_options() | {"resume": False}, "facts": facts}
+        path = self.folder / RUN
+        before = json.loads(path.read_text())["facts"] if self.recipe.resume else {}
+        facts = json.loads(json.dumps(facts))
+        changed = sorted(name for name in before if facts.get(name) != before[name])
+        if changed:
+            raise RecipeError(
+                f"the interrupted run in {self.folder} saw another {' and '.join(changed)}",
+                fix="give it what it was started with, or start anew without --resume",
+            )
+        content = {"recipe": self.recipe.set_options() | {"resume": False, "name": self.name}, "facts": facts}
         write_file(path, json.dumps(content, indent=2))
 
+    def interrupted(self) -> Interrupted:
+        """What to say when the person stops the run."""
+        step = next(iter(checkpoint.steps(self.folder)), None)
+        if step is None:
+            return Interrupted("stopped before anything was learned", fix="start it again as before")
+        return Interrupted(f"stopped; step {step:,} is saved in {self.folder}", fix=f"go on with: {self._go_on()}")
+
+    def kept(self) -> str | None:
+        """What is left of a run that failed."""
+        step = next(iter(checkpoint.steps(self.folder)), None)
+        return f"step {step:,} is saved in {self.folder}; go on with: {self._go_on()}" if step else None
+
+    def _go_on(self) -> str:
+        return f"hatrack train --resume --output {self.output}"
+
     def finish(self) -> None:
-        """Removes the checkpoints, once the adapter is saved."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Moves the proven adapter to its place, hangs it on the rack and removes the checkpoints.
+
+        Raises RecipeError where something else came to lie in its place, AdapterError where its name was taken.
+        """
+        if not self.output.exists():
+            with machine_errors(self.output):
+                move(self.adapter, self.output)
+        elif not filecmp.cmp(self.adapter / WEIGHTS, self.output / WEIGHTS, shallow=False):
+            raise RecipeError("the output exists already", got=self.output, fix="move it away, and --resume")
+        try:
+            rack.hang(self.name, self.output)
+        except AdapterError as error:
+            raise AdapterError(
+                f"the adapter is saved in {self.output}, but the name {self.name} was taken meanwhile",
+                got=error.got,
+                fix=f"hatrack add {self.output} --name ANOTHER",
+            ) from error
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def open_run(recipe: Recipe) -> Run:
-    """Finds the folders of a new run, or with `resume` of the interrupted one, whose recipe goes on.
+@contextlib.contextmanager
+def open_run(recipe: Recipe) -> Iterator[Run]:
+    """Yields a new run, or with `resume` the interrupted one, whose recipe goes on; no other process may have it.
 
-    Raises RecipeError where the output exists, the name is taken, an interrupted run is in the way, or there is
-    nothing to resume.
+    Whatever stops the block, the newest checkpoint stays, and how to go on from it is said. Where there is none,
+    nothing is left behind.
+    Raises RecipeError where the output exists, the name is taken, another process or an interrupted run is in the way,
+    or there is nothing to resume; Interrupted for Ctrl-C.
     """
-    name = recipe.name or _derived_name(recipe)
-    output = Path(recipe.output or name)
+    output = Path(recipe.output or recipe.name or _derived_name(recipe))
     folder = output.with_name(output.name + ".run")
-    if recipe.resume:
-        return Run(output, folder, name, _resumed(recipe, folder, output))
+    with _own_folder(folder):
+        if recipe.resume:
+            recipe = _resumed(recipe, folder, output)
+            checkpoint.mend(folder)
+            shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not yet proven
+        else:
+            _check_new(recipe, output, folder)
+        run = Run(output, folder, recipe.name or _derived_name(recipe), recipe)
+        rack.check_free(run.name, output)
+        if not recipe.resume:
+            run.remember({})  # from here on --resume finds it
+        try:
+            yield run
+        except KeyboardInterrupt:
+            raise run.interrupted() from None
+        except Interrupted:
+            raise
+        except BaseException:
+            if kept := run.kept():
+                say(kept)
+            raise
+
+
+@contextlib.contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps others out of it. What was made goes again, if no checkpoint came to lie in it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        _make(folder)
+        try:
+            stack.enter_context(locked(folder / LOCK, wait=False))
+        except BlockingIOError as error:
+            holder = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
+            raise RecipeError(
+                f"another run is writing to {folder}",
+                got=f"process {holder or 'unknown'}",
+                fix="wait for it, or choose another --output",
+            ) from error
+        try:
+            yield
+        finally:
+            if folder in made and not checkpoint.steps(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _make(folder: Path) -> None:
+    """Finds out before hours of work, not after, that nothing can be written."""
+    try:
+        with machine_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        file = next(path for path in (folder, *folder.parents) if path.exists() and not path.is_dir())
+        raise RecipeError(
+            "the output cannot be a folder", got=f"{file} is a file", fix="choose another --output"
+        ) from error
+
+
+def _check_new(recipe: Recipe, output: Path, folder: Path) -> None:
     for option in ("base", "data"):
         if getattr(recipe, option) is None:
             raise RecipeError(
@@ -85,19 +189,15 @@ def open_run(recipe: Recipe) -> Run:
         raise RecipeError(
             "the output exists already", got=output, fix="choose another --output or --name, or remove it"
         )
-    run = Run(output, folder, name, recipe)
-    if run.last_checkpoint() is not None:
+    if checkpoint.steps(folder):
         raise RecipeError(
             "an interrupted run is in the way", got=folder, fix=f"go on with it by --resume, or remove {folder}"
         )
-    check_free(name, output)
-    _check_writable(output)
-    return run
 
 
 def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
     """The interrupted run's recipe; options given now must not contradict it."""
-    path = folder / "run.json"
+    path = folder / RUN
     if not path.exists():
         there = f"{output} is finished" if output.exists() else f"there is no {path}"
         raise RecipeError(
@@ -115,17 +215,6 @@ def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
                 fix="leave it out",
             )
     return Recipe.make(**(before | given))
-
-
-def _check_writable(output: Path) -> None:
-    """Finds out before hours of work, not after, that the adapter could not be written. Leaves nothing behind."""
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
-    with machine_errors(output):
-        if not existing.is_dir():
-            raise RecipeError(
-                "the output cannot be a folder", got=f"{existing} is a file", fix="choose another --output"
-            )
-        tempfile.TemporaryFile(dir=existing).close()
 
 
 def _derived_name(recipe: Recipe) -> str:

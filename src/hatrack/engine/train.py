@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
 from transformers.utils import logging as transformers_logging
 
-from hatrack.adapter import rack
 from hatrack.adapter.count import line
 from hatrack.adapter.files import save_adapter
 from hatrack.adapter.hatfile import HatFile
@@ -26,12 +25,13 @@ from hatrack.base.sources import BaseFiles, find_base
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine.callbacks import GracefulStop, MetricsFile, ProgressBar
+from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.proof import probe, prove
 from hatrack.engine.run import Run, open_run
 from hatrack.engine.trainer import BEST, HatTrainer
-from hatrack.errors import Interrupted, RecipeError
+from hatrack.errors import RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.hat import Hat, load
 from hatrack.plan.derive import Schedule, batch_rows, derive
@@ -48,7 +48,11 @@ def train(recipe: Recipe) -> Hat:
     `Hat.result` holds what `hatrack train --json` prints. Raises a HatrackError for anything the input caused,
     MachineError where the machine failed, Interrupted (with a checkpoint saved) on Ctrl-C.
     """
-    run = open_run(recipe)
+    with open_run(recipe) as run:
+        return _train(run)
+
+
+def _train(run: Run) -> Hat:
     recipe = run.recipe
     trackers = _trackers(recipe)
     examples = read_examples(recipe)
@@ -67,15 +71,17 @@ def train(recipe: Recipe) -> Hat:
     trained = _fit(run, base, model, tokens, schedule, examples.task, trackers)
 
     hat = _describe(run, made_on, examples, tokens, trained)
-    save_adapter(model, run.output, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()})
+    save_adapter(
+        model, run.adapter, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()}
+    )
     expected = probe(model, tokens.held_out, base, examples.task)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trained
-    ready = load(run.output, device=recipe.device, dtype=recipe.dtype)
+    ready = load(run.adapter, device=recipe.device, dtype=recipe.dtype)
     speed_up(ready.base.model)  # the same arithmetic as in training: what differs then is the adapter
     prove(ready, expected, tokens.held_out)
     run.finish()
-    rack.hang(run.name, run.output)
+    ready.folders = dict.fromkeys(ready.folders, run.output)
     say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
     ready.result = result
     return ready
@@ -83,12 +89,13 @@ def train(recipe: Recipe) -> Hat:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run measured."""
+    """What a finished run measured; `seconds` and `tokens_per_second` since it was last resumed."""
 
     before: Score
     after: Score
     steps: int
     tokens: int
+    tokens_per_second: float
     seconds: float
     train_loss: float
 
@@ -159,7 +166,7 @@ def _fit(
 ) -> Trained:
     """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
     transformers_logging.set_verbosity_error()
-    stop = GracefulStop()
+    stop, bar = GracefulStop(), ProgressBar()
     pad_id = base.tokenizer.pad_token_id
     trainer = HatTrainer(
         model=model,
@@ -168,30 +175,28 @@ def _fit(
         held_out=tokens.held_out,
         task=task,
         pad_id=base.tokenizer.eos_token_id if pad_id is None else pad_id,
-        callbacks=[ProgressBar(), MetricsFile(run.metrics), stop],
+        callbacks=[bar, MetricsFile(run.metrics), stop],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    checkpoint = run.last_checkpoint() if run.recipe.resume else None
-    if checkpoint is not None:
-        say(f"going on from step {checkpoint.name.rpartition('-')[2]} of {schedule.steps:,}")
     before = trainer.score_held_out()
     say(f"before training: held-out {shown(before.metrics)}")
-    began = time.monotonic()
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - began
-    state = trainer.state
+    checkpoint = run.last_checkpoint()
+    if checkpoint is not None:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        say(f"going on from step {trainer.state.global_step:,} of {schedule.steps:,}")
+    earlier, began = int(trainer.state.num_input_tokens_seen), time.monotonic()
+    if trainer.state.global_step < schedule.steps:
+        with stop.listening(), bar.shown():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds, state = time.monotonic() - began, trainer.state
     if stop.stopped and state.global_step < schedule.steps:
-        raise Interrupted(
-            f"stopped after step {state.global_step:,} of {schedule.steps:,}, saved in {run.folder}",
-            fix=f"go on with: hatrack train --resume --output {run.output}",
-        )
+        raise run.interrupted()
+    trainer.load_best()
     after = trainer.score_held_out()
     say(f"after training: held-out {shown(after.metrics)}")
-    return Trained(
-        before, after, state.global_step, int(state.num_input_tokens_seen), seconds, _mean_loss(state.log_history)
-    )
+    seen, loss = int(state.num_input_tokens_seen), _mean_loss(state.log_history)
+    return Trained(before, after, state.global_step, seen, (seen - earlier) / max(seconds, 1e-9), seconds, loss)
 
 
 def _arguments(run: Run, base: Base, schedule: Schedule, trackers: list[str]) -> TrainingArguments:
@@ -209,8 +214,6 @@ def _arguments(run: Run, base: Base, schedule: Schedule, trackers: list[str]) ->
         seed=run.recipe.seed,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,
-        load_best_model_at_end=True,
         metric_for_best_model=BEST,
         greater_is_better=True,
         logging_steps=max(1, schedule.steps // 100),
@@ -270,7 +273,7 @@ def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, paramete
         "seconds": round(trained.seconds, 3),
         "steps": trained.steps,
         "tokens": trained.tokens,
-        "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9), 1),
+        "tokens_per_second": round(trained.tokens_per_second, 1),
         "train_loss": trained.train_loss,
         "before": trained.before.metrics,
         "eval": trained.after.metrics,

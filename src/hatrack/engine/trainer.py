@@ -4,6 +4,7 @@ Everything else (optimizer, schedule, clipping, checkpoints, trackers, several p
 Knows nothing of recipes, files of data or how adapters are placed.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import Trainer
 
 from hatrack.data.batch import LengthBatches, RowsDataset, collate
 from hatrack.data.render import TokenRows
+from hatrack.engine import checkpoint
 from hatrack.evaluate.loss import items, losses
 from hatrack.evaluate.score import Score, score
 
@@ -70,6 +72,29 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
             pad_id=self.pad_id,
             device=self.args.device,
         )
+
+    def load_best(self) -> None:
+        """Takes the best epoch's adapter, found by its step: the run's folder may have moved since it was written."""
+        self.state.best_model_checkpoint = str(checkpoint.folder_of(self._run, self.state.best_global_step))
+        self._load_best_model()
+
+    @property
+    def _run(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Everything that going on needs: adapter, optimizer, schedule, random state, step and best epoch.
+
+        The order of the data is a function of the seed and the step, and needs no file.
+        """
+        self.store_flos()
+        with checkpoint.writing(self._run, self.state.global_step) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            self.state.save_to_json(str(folder / checkpoint.STATE))
+        checkpoint.prune(self._run, self.state.best_global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
         counted = torch.tensor(sum(items(batch, self.task) for batch in batch_samples), device=device)
