@@ -1,13 +1,16 @@
 """Files and folders appear whole or not at all, and a failing disk is said plainly."""
 
 import errno
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from hatrack.errors import SHOWN_COMPLAINTS, DataError, HatrackError, MachineError
 from hatrack.say import size
-from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder, write_file
+from hatrack.storage import cache_dir, folder_size, locked, machine_errors, new_folder, write_file
 
 
 def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
@@ -58,6 +61,47 @@ def test_a_failing_disk_is_a_failure_of_the_machine(number: int, message: str) -
 def test_other_errors_pass_through() -> None:
     with pytest.raises(FileNotFoundError), machine_errors("x"):
         raise FileNotFoundError(errno.ENOENT, "gone")
+
+
+def test_what_a_rust_library_says_of_the_disk_is_understood() -> None:
+    with pytest.raises(MachineError, match="the disk is full while writing x"), machine_errors("x"):
+        raise ValueError("I/O error: No space left on device (os error 28)")
+
+
+def test_one_at_a_time_has_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "lock"
+    with locked(path):
+        assert path.read_text() == str(os.getpid())
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+    with locked(path, wait=False):
+        pass
+
+
+def test_a_removed_lock_file_locks_nobody_out_and_nobody_in(tmp_path: Path) -> None:
+    """Whoever waited for a file that its holder removed takes the new one, as everybody after it."""
+    path, order = tmp_path / "lock", []
+
+    def wait() -> None:
+        with locked(path):
+            order.append("second")
+            with pytest.raises(BlockingIOError), locked(path, wait=False):
+                pass
+
+    with locked(path):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.1)
+        path.unlink()
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"] and path.exists()
+
+
+def test_a_file_that_goes_while_we_look_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    monkeypatch.setattr(Path, "rglob", lambda self, _: iter([self / "a", self / "gone"]))
+    assert folder_size(tmp_path) == 5
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

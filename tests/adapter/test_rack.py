@@ -1,6 +1,8 @@
 """The rack: names that lead to folders, whoever writes at the same time."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,3 +81,44 @@ def test_many_writers_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda folder: rack.hang(folder.name, folder), folders))
     assert {hat.name: hat.folder for hat in rack.hats()} == {folder.name: folder.resolve() for folder in folders}
+
+
+def test_of_many_writers_of_one_name_one_gets_it(tmp_path: Path) -> None:
+    folders = [_adapter(tmp_path / f"a{index}") for index in range(24)]
+
+    def hang(folder: Path) -> bool:
+        try:
+            rack.hang("legal", folder)
+        except AdapterError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(hang, folders))
+    assert sum(got) == 1
+    assert rack.find("legal") == folders[got.index(True)].resolve()
+
+
+def test_of_many_renamers_of_one_adapter_one_does_it(tmp_path: Path) -> None:
+    rack.hang("old", _adapter(tmp_path / "a"))
+
+    def rename(number: int) -> bool:
+        try:
+            rack.rename("old", f"new-{number}")
+        except AdapterError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(rename, range(24)))
+    assert [hat.name for hat in rack.hats()] == [f"new-{done.index(True)}"] and sum(done) == 1
+
+
+def test_a_killed_writer_blocks_nobody(tmp_path: Path) -> None:
+    holding = (
+        "import time; from hatrack.adapter import rack\nwith rack._writing(): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "held\n"
+        writer.kill()
+    rack.hang("legal", _adapter(tmp_path / "a"))

