@@ -120,9 +120,9 @@ def _stop_in(module: str, function: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "number", "saved"),
     [
-        ("hatrack.engine.train", "_read", signal.SIGTERM, False),
+        ("hatrack.engine.train", "read_examples", signal.SIGTERM, False),
         ("hatrack.engine.train", "load_base", signal.SIGHUP, False),
-        ("hatrack.engine.train", "render_cached", signal.SIGINT, False),
+        ("hatrack.data.tokens", "render_cached", signal.SIGINT, False),
         ("hatrack.engine.train", "HatTrainer.score_held_out", signal.SIGTERM, False),
         ("hatrack.engine.train", "HatTrainer.training_step", signal.SIGHUP, True),
         ("hatrack.engine.train", "HatTrainer.save_model", signal.SIGTERM, True),
