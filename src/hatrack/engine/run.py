@@ -70,6 +70,8 @@ class Run:
     def interrupted(self) -> Interrupted:
         """What to say when the person stops the run."""
         step = next(iter(checkpoint.steps(self.folder)), None)
+        if not (self.folder / RUN).exists():
+            return Interrupted(f"stopped at the very end: the adapter in {self.output} is finished")
         if step is None:
             return Interrupted("stopped before anything was learned", fix="start it again as before")
         return Interrupted(f"stopped; step {step:,} is saved in {self.folder}", fix=f"go on with: {self._go_on()}")
