@@ -151,6 +151,13 @@ def test_a_stopped_run_says_so_and_goes_on_the_same(
     assert _ended_with(output) == expected
 
 
+def test_other_commands_end_with_a_word_as_well(tmp_path: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        child = Child(["list"], tmp_path / "said", _stop_in, ("hatrack.adapter.rack", "hats", number))
+        assert child.end() == 130
+    assert child.said == "hatrack: interrupted\n" * 3
+
+
 def test_a_closed_terminal_saves_first(straight: Any, tmp_path: Path) -> None:
     """The signal comes, and whatever is said from then on goes nowhere: neither may cost the checkpoint."""
     arguments, expected, _ = straight

@@ -54,6 +54,8 @@ app.command("add")(hats.add)
 app.command("rename")(hats.rename)
 app.command("remove")(hats.remove)
 
+INTERRUPTED = 130
+
 
 def main() -> NoReturn:
     """Runs one command. Exit codes: 0 done, 1 the machine failed, 2 the input was wrong, 130 interrupted."""
@@ -72,6 +74,8 @@ def main() -> NoReturn:
     gc.set_threshold(50_000, 20, 20)  # imports make many objects that stay: looking through them takes a second
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
+        if code == INTERRUPTED:  # the parser took the KeyboardInterrupt, and said nothing
+            _complain("interrupted", code)
     except BaseException as error:
         if debug:
             traceback.print_exc()
@@ -87,8 +91,8 @@ def _explain(error: BaseException) -> int:
         return _complain(str(error), error.exit_code)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # the parser's word for it
-        return _complain("interrupted", 130)
+    if isinstance(error, KeyboardInterrupt):
+        return _complain("interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):  # the reader of our output is gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -97,14 +97,17 @@ class Run:
         try:
             rack.hang(self.name, self.output)
         except AdapterError as error:
+            self._remove()
             raise AdapterError(
                 f"the adapter is saved in {self.output}, but the name {self.name} was taken meanwhile",
                 got=error.got,
                 fix=f"hatrack add {self.output} --name ANOTHER",
             ) from error
-        finally:
-            (self.folder / RUN).unlink()  # first of all: what is left of a folder without it is removed one day
-            shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove()
+
+    def _remove(self) -> None:
+        (self.folder / RUN).unlink()  # first of all: a folder without it is nobody's, and goes the next time it is met
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
