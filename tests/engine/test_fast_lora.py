@@ -1,18 +1,18 @@
 """The fast layer against its plain twin and against peft's own layer: outputs, gradients, and all it hands over."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel
 from peft import get_peft_model as stock_get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import hatrack
-from hatrack.engine.fast_lora import FastLinear, PlainLinear, _LoraProduct, reference
+from hatrack.engine.fast_lora import LAYER_CLASSES, FastLinear, _LoraProduct, fast_layer, reference
 from hatrack.kernels.drop import KEEP, Mask
 from tests.kernels.test_low_rank import kept
 
@@ -30,6 +30,15 @@ def _inputs(n: int, d_in: int, d_out: int, r: int, dtype: torch.dtype, bias: boo
     return [x, W, normal(d_out).to(dtype) if bias else None, normal(r, d_in) / d_in**0.5, normal(d_out, r)]
 
 
+def _close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 1e-5) -> None:
+    """Each pair of tensors differs by at most `tolerance` of the second's largest number."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        if other.numel():
+            scale = other.float().abs().max().item() + 1e-6
+            assert (one.float() - other.float()).abs().max().item() <= tolerance * scale
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
@@ -38,7 +47,7 @@ def _inputs(n: int, d_in: int, d_out: int, r: int, dtype: torch.dtype, bias: boo
 def test_it_is_its_plain_twin(
     n: int, d_in: int, d_out: int, r: int, bias: bool, dropout: float, dtype: torch.dtype
 ) -> None:
-    results = []
+    results: list[list[Any]] = []
     mask = Mask(dropout, 11) if dropout else KEEP
     for function, last in ((_LoraProduct.apply, mask), (reference, kept(n, d_in, mask, dtype) * mask.scale)):
         x, W, b, A, B = _inputs(n, d_in, d_out, r, dtype, bias)
@@ -47,10 +56,7 @@ def test_it_is_its_plain_twin(
         y = function(x, W, b, A, B, 2.0, last)  # type: ignore[arg-type]
         (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    for ours, plain in zip(*results, strict=True):
-        assert ours.dtype == plain.dtype
-        scale = plain.float().abs().max().item() + 1e-6
-        assert (ours.float() - plain.float()).abs().max().item() <= TOLERANCE[dtype] * scale
+    _close(results[0], results[1], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("frozen", ["x", "A", "B"])
@@ -65,21 +71,26 @@ def test_gradients_are_given_only_where_asked(frozen: str) -> None:
 
 
 class _Stack(nn.Module):
-    def __init__(self) -> None:
+    """Two layers that can carry an adapter, of torch's kind or GPT-2's, wide enough for the kernels."""
+
+    def __init__(self, turned: bool = False, bias: bool = True) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.up = Conv1D(64, 32) if turned else nn.Linear(32, 64, bias=bias)
+        self.down = Conv1D(32, 64) if turned else nn.Linear(64, 32, bias=bias)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.2)
 
     def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
-        return self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(nn.functional.silu(self.up(x)))  # type: ignore[no-any-return]
 
 
-def _pair(**options: Any) -> tuple[PeftModel, PeftModel]:
+def _pair(turned: bool = False, base_bias: bool = True, **options: Any) -> tuple[PeftModel, PeftModel]:
     """The same small model with hatrack's layers and with peft's, with the same random adapter."""
     models = []
     for make in (hatrack.get_peft_model, stock_get_peft_model):
         torch.manual_seed(5)
-        config = LoraConfig(r=3, lora_alpha=6, target_modules=["up", "down"], init_lora_weights=False, **options)
-        models.append(make(_Stack(), config))
+        config = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "fan_in_fan_out": turned, **options}
+        models.append(make(_Stack(turned, base_bias), LoraConfig(target_modules=["up", "down"], **config)))
     ours, stock = models
     stock.load_state_dict(ours.state_dict())
     layers = [type(module) for module in ours.modules() if hasattr(module, "lora_A")]
@@ -87,119 +98,155 @@ def _pair(**options: Any) -> tuple[PeftModel, PeftModel]:
     return ours, stock
 
 
+def _results(model: PeftModel, x: torch.Tensor, autocast: bool = False, **forward: Any) -> list[torch.Tensor]:
+    """The output, the gradient of x, and those of all that is trained, in order; zeros where there is none."""
+    model.zero_grad()
+    x = x.detach().requires_grad_(x.requires_grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = model(x, **forward)
+    if y.requires_grad:
+        y.float().square().sum().backward()
+    leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    return [y.detach(), *(torch.zeros(1) if leaf.grad is None else leaf.grad.clone() for leaf in leaves)]
+
+
 def _same(ours: PeftModel, stock: PeftModel, **forward: Any) -> None:
-    for shape in ((4, 12), (2, 3, 12)):
-        x = torch.randn(*shape)
-        outputs = []
+    for x in (torch.randn(4, 32), torch.randn(2, 3, 32, requires_grad=True)):
+        _close(_results(ours, x, **forward), _results(stock, x, **forward))
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each forward pass of a fast layer, whether it took the fast path."""
+    answers: list[bool] = []
+    judge = FastLinear._is_plain
+
+    def note(layer: FastLinear, dtype: torch.dtype) -> bool:
+        answers.append(judge(layer, dtype))
+        return answers[-1]
+
+    monkeypatch.setattr(FastLinear, "_is_plain", note)
+    return answers
+
+
+INPUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "a vector": lambda: torch.randn(32),
+    "no rows": lambda: torch.randn(0, 32),
+    "rows": lambda: torch.randn(5, 32),
+    "rows with a gradient": lambda: torch.randn(5, 32, requires_grad=True),
+    "batches": lambda: torch.randn(2, 7, 32, requires_grad=True),
+    "turned": lambda: torch.randn(32, 6).t().requires_grad_(),
+    "every second column": lambda: torch.randn(4, 64)[:, ::2].requires_grad_(),
+    "one row many times": lambda: torch.randn(1, 32).expand(6, 32),
+}
+
+
+@pytest.mark.parametrize("trained_bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("base", ["linear", "linear without bias", "conv1d"])
+@pytest.mark.parametrize("r", [1, 3, 8, 72])
+def test_a_model_with_fast_layers_is_pefts(r: int, base: str, trained_bias: str, taken: list[bool]) -> None:
+    ours, stock = _pair(base == "conv1d", base == "linear", r=r, bias=trained_bias)
+    for make in INPUTS.values():
+        x = make()
+        _close(_results(ours, x), _results(stock, x))
+    assert len(taken) == 2 * len(INPUTS) and all(taken)
+
+
+@pytest.mark.parametrize("base", ["float32 under autocast", "bfloat16 under autocast", "bfloat16"])
+@pytest.mark.parametrize("turned", [False, True], ids=["linear", "conv1d"])
+def test_in_bfloat16_it_is_as_near_to_the_truth_as_pefts(turned: bool, base: str, taken: list[bool]) -> None:
+    ours, stock = _pair(turned)
+    autocast = "autocast" in base
+    x = torch.randn(64, 32, requires_grad=True)
+    truth = _results(stock, x)
+    if base.startswith("bfloat16"):
         for model in (ours, stock):
-            model.zero_grad()
-            leaf = x.clone().requires_grad_()
-            y = model(leaf, **forward)
-            if y.requires_grad:
-                y.square().sum().backward()
-            grads = [
-                p.grad.clone() if p.grad is not None else torch.zeros(1) for p in model.parameters() if p.requires_grad
-            ]
-            outputs.append([y.detach(), leaf.grad if leaf.grad is not None else torch.zeros(1), *grads])
-        for one, other in zip(*outputs, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            for layer in (model.base_model.model.up, model.base_model.model.down):
+                layer.base_layer.to(torch.bfloat16)
+    x = x if autocast else x.detach().bfloat16().requires_grad_()
+    for one, other, true in zip(_results(ours, x, autocast), _results(stock, x, autocast), truth, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - true).norm() <= 1.5 * (other - true).norm() <= 0.06 * true.norm()
+    assert taken == [True, True]
 
 
-def test_a_model_with_fast_layers_is_pefts() -> None:
-    ours, stock = _pair()
-    _same(ours, stock)
-    x = torch.randn(12, 6).t()  # not contiguous
-    torch.testing.assert_close(ours(x), stock(x))
-    assert ours(torch.randn(0, 12)).shape == (0, 12)
-
-
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
-def test_variants_give_what_peft_gives(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}, {"rank_pattern": {"up": 5}}], ids=str
+)
+def test_variants_give_what_peft_gives(options: dict[str, Any], taken: list[bool]) -> None:
     _same(*_pair(**options))
+    assert set(taken) == {"use_rslora" in options or "rank_pattern" in options}
 
 
-def test_merging_disabling_switching_and_mixing_give_what_peft_gives() -> None:
+def test_what_it_does_not_handle_goes_to_peft(taken: list[bool]) -> None:
+    x = torch.ones(3, 32, dtype=torch.float64)
+    ours, stock = (model.double() for model in _pair())
+    _close(_results(ours, x), _results(stock, x), 1e-12)
     ours, stock = _pair()
     for model in (ours, stock):
-        torch.manual_seed(9)
-        model.add_adapter("second", LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
-    stock.load_state_dict(ours.state_dict())
-    with ours.disable_adapter(), stock.disable_adapter():
-        _same(ours, stock)
-    for model in (ours, stock):
-        model.set_adapter("second")
+        model.base_model.model.up.base_layer.weight.requires_grad_(True)
+        model.base_model.model.down.lora_dropout["default"] = nn.AlphaDropout(0.5).eval()
     _same(ours, stock)
-    for model in (ours, stock):
-        model.base_model.set_adapter(["default", "second"])
+    ours, stock = _pair(lora_dropout=1.0)
     _same(ours, stock)
-    for model in (ours, stock):
-        model.set_adapter("default")
-        model.eval()
-    x = torch.randn(3, 12)
-    names = ["default", "second", "__base__"]
-    torch.testing.assert_close(ours(x, adapter_names=names), stock(x, adapter_names=names))
-    before = ours(x)
-    ours.merge_adapter()
-    torch.testing.assert_close(ours(x), before, rtol=1e-4, atol=1e-5)
-    ours.unmerge_adapter()
-    torch.testing.assert_close(ours(x), before, rtol=1e-4, atol=1e-5)
+    assert not any(taken)
 
 
-def test_autocast_gives_what_peft_gives() -> None:
-    ours, stock = _pair()
-    x = torch.randn(4, 12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(ours(x), stock(x))
+def test_a_layer_of_another_method_stays_in_the_sum() -> None:
+    """peft's mixed models put one method's layer around another's."""
+    torch.manual_seed(5)
+    model = PeftMixedModel(_Stack(), LoHaConfig(target_modules=["up"], init_weights=False), "loha")
+    config = LoraConfig(target_modules=["up"], init_lora_weights=False)
+    config._register_custom_module(dict(LAYER_CLASSES))
+    x = torch.randn(3, 32)
+    model.add_adapter("lora", config)
+    outputs = []
+    for active in (["loha"], ["lora"], ["loha", "lora"], []):
+        model.set_adapter(active)
+        outputs.append(model.base_model.model.up(x))
+    loha, lora, both, none = outputs
+    torch.testing.assert_close(both - none, (loha - none) + (lora - none), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(both, lora, atol=1e-2)
 
 
-def test_hooks_on_the_base_layer_still_run() -> None:
-    ours, _ = _pair()
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
+def test_hooks_on_its_parts_still_run(part: str) -> None:
+    ours, _ = _pair(lora_dropout=0.1)
+    module = getattr(ours.base_model.model.up, part)
     seen = []
-    ours.base_model.model.up.base_layer.register_forward_hook(lambda *args: seen.append(1))
-    ours(torch.randn(2, 12))
+    (module if part == "base_layer" else module["default"]).register_forward_hook(lambda *args: seen.append(1))
+    ours(torch.randn(2, 32))
     assert seen == [1]
 
 
-def test_recomputed_layers_drop_the_same_numbers() -> None:
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_layers_drop_the_same_numbers(reentrant: bool, autocast: bool) -> None:
     """Gradient checkpointing runs the forward pass twice; the masks must agree, so the gradients do."""
     ours, _ = _pair(lora_dropout=0.4)
     ours.train()
-    gradients = []
-    for recompute in (False, True):
+
+    def again(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(ours, x, use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    results = []
+    for forward in (ours, again):
         ours.zero_grad()
         torch.manual_seed(4)
-        x = torch.ones(6, 12, requires_grad=True)
-        y = checkpoint(ours, x, use_reentrant=False) if recompute else ours(x)
-        y.square().sum().backward()
-        gradients.append([p.grad.clone() for p in ours.parameters() if p.grad is not None])
-    assert len(gradients[0]) == 4
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_it_works_in_a_plain_trainer(tiny_decoder: Path, tmp_path: Path) -> None:
-    model = hatrack.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.float32),
-        LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    )
-    rows = [{"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9]}] * 32
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=8,
-        learning_rate=0.05,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    before = trainer.evaluate(rows)["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate(rows)["eval_loss"] < before - 0.2
+        x = torch.ones(6, 32, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = forward(x)
+        y.float().square().sum().backward()
+        results.append([x.grad, *(p.grad.clone() for p in ours.parameters() if p.grad is not None)])
+    assert len(results[0]) == 5
+    for one, other in zip(*results, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
 
 
 def test_quantised_layers_are_left_to_peft() -> None:
     class Quantised(nn.Linear):
         pass
 
-    assert isinstance(nn.Linear(2, 2), PlainLinear) and not isinstance(Quantised(2, 2), PlainLinear)
+    config = LoraConfig(r=2)
+    assert isinstance(fast_layer(nn.Linear(2, 2), "default", config, r=2, lora_alpha=2), FastLinear)
+    assert fast_layer(Quantised(2, 2), "default", config, r=2, lora_alpha=2) is None

@@ -119,7 +119,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     return AdapterFiles(folder, config, read_hat_file(folder), shapes)
 
 
-def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, type] | None = None) -> PeftModel:
+def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, Any] | None = None) -> PeftModel:
     """Puts a saved adapter on a bare base, or beside those a wrapped one already has. It is frozen, for use only.
 
     Its head takes the shapes the file has, whatever the base's own. Raises AdapterError, with everything that does not

@@ -20,7 +20,7 @@ START = "_hatrack_start"
 
 
 def place(
-    model: Any, recipe: Recipe, *, task: str, layer_classes: Mapping[type, type] | None = None, name: str = "default"
+    model: Any, recipe: Recipe, *, task: str, layer_classes: Mapping[type, Any] | None = None, name: str = "default"
 ) -> PeftModel:
     """Wraps a frozen base with a new adapter as `recipe` says; adapter and head are float32 and alone trainable.
 
