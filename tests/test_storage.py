@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -37,6 +39,26 @@ def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
     assert (tmp_path / "hat" / "a").read_text() == "first"
 
 
+def test_what_killed_processes_began_goes(tmp_path: Path) -> None:
+    holding = (
+        "import sys, time; from pathlib import Path; from hatrack.storage import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as working: print(working, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", holding, str(tmp_path / "hat")]
+    (tmp_path / ".hat.of-mine").mkdir()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        begun = Path(other.stdout.readline().strip())
+        os.utime(begun, (0, 0))
+        with new_folder(tmp_path / "hat"):
+            assert begun.exists()  # its process lives
+        other.kill()
+    (tmp_path / "hat").rmdir()
+    with new_folder(tmp_path / "hat"):
+        assert not begun.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hat.of-mine", "hat"]
+
+
 def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_file(path, "one")
@@ -50,6 +72,7 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path: Path) -> None:
         (errno.ENOSPC, "the disk is full while writing"),
         (errno.EACCES, "is not allowed"),
         (errno.EROFS, "is not allowed"),
+        (errno.ENOLCK, "cannot be written"),
     ],
 )
 def test_a_failing_disk_is_a_failure_of_the_machine(number: int, message: str) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from hatrack.errors import HatrackError, MachineError
 
 SMALLEST_DISK = 2**20
 """A disk with less than a MiB left is full."""
+
+ABANDONED_AFTER = 60
+"""Seconds after which an unfinished folder that nobody holds is a killed process's."""
 
 
 def cache_dir(*parts: str) -> Path:
@@ -45,7 +49,7 @@ def machine_errors(path: Path | str) -> Iterator[None]:
             raise MachineError(
                 f"writing {path} is not allowed", got=os.strerror(number), fix="choose a folder you may write to"
             ) from error
-        if number in (errno.EIO, errno.EFBIG):
+        if number in (errno.EIO, errno.EFBIG, errno.ENOLCK, errno.ENOTSUP):
             raise MachineError(
                 f"{path} cannot be written", got=os.strerror(number), fix="look after that disk, or choose another one"
             ) from error
@@ -94,12 +98,18 @@ def _lock(path: Path, how: int) -> int:
 def new_folder(final: Path) -> Iterator[Path]:
     """Yields an empty folder beside `final`, and renames it to `final` once the block ends without an error.
 
-    `final` therefore never exists half-written. If another process made `final` meanwhile, theirs stays.
+    `final` therefore never exists half-written. If another process made `final` meanwhile, theirs stays. What a killed
+    process had begun of it is removed.
     """
     with machine_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        begun = f".{final.name}.hatrack-"
+        _remove_abandoned(final.parent, begun)
+        working = Path(tempfile.mkdtemp(prefix=begun, dir=final.parent))
+        handle = os.open(working, os.O_RDONLY)
         try:
+            with contextlib.suppress(OSError):  # a network's disk may lock no folders
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield working
             _sync(working)
             working.chmod(0o755)
@@ -111,11 +121,26 @@ def new_folder(final: Path) -> Iterator[Path]:
         except HatrackError:
             raise
         except Exception as error:
-            if shutil.disk_usage(working).free < SMALLEST_DISK:  # torch does not say why it could not write
+            if shutil.disk_usage(final.parent).free < SMALLEST_DISK:  # torch does not say why it could not write
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
         finally:
+            os.close(handle)
             shutil.rmtree(working, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path, begun: str) -> None:
+    """Removes unfinished folders that no living process holds; the newest may not have been locked yet, and stay."""
+    for path in parent.iterdir():
+        if path.name.startswith(begun):
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                        shutil.rmtree(path)
+                finally:
+                    os.close(handle)
 
 
 def move(source: Path, target: Path) -> None:

@@ -98,3 +98,16 @@ def test_what_an_ended_run_left_is_not_taken_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "hat.run/checkpoint-4").mkdir(parents=True)
     with open_run(_recipe(tmp_path / "hat")) as run:
         assert run.last_checkpoint() is None
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    """It only has the name that a run's folder would have."""
+    (tmp_path / "hat.run").mkdir()
+    (tmp_path / "hat.run/thesis.tex").write_text("x")
+    for recipe in (_recipe(tmp_path / "hat"), Recipe.make(output=str(tmp_path / "hat"), resume=True)):
+        with (
+            pytest.raises(RecipeError, match=r"has other files; got thesis.tex; fix: choose another"),
+            open_run(recipe),
+        ):
+            pass
+    assert [path.name for path in (tmp_path / "hat.run").iterdir()] == ["thesis.tex"]

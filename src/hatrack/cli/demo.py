@@ -103,10 +103,11 @@ def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
     from hatrack.adapter import rack
     from hatrack.engine.train import train
 
-    for folder in (output / name, output / f"{name}.run"):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(output / name, ignore_errors=True)
     if any(hat.name == f"demo-{name}" for hat in rack.hats()):
         rack.take_down(f"demo-{name}")
+    if (output / f"{name}.run" / "run.json").exists():
+        options["resume"] = True  # an interrupted demo goes on
     recipe = Recipe.make(output=str(output / name), name=f"demo-{name}", **options)
     return train(recipe).result
 

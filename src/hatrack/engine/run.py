@@ -7,6 +7,7 @@ Knows nothing of models or data.
 import contextlib
 import filecmp
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from hatrack.storage import locked, machine_errors, move, write_file
 MAY_CHANGE = {"resume", "output", "name", "device", "report_to", "memory", "data", "eval_data", "base"}
 """Options that a resumed run may be given anew. Moved files are told apart from changed ones by their digests."""
 
-RUN, LOCK, ADAPTER = "run.json", "lock", "adapter"
+RUN, LOCK, ADAPTER, METRICS = "run.json", "lock", "adapter", "metrics.jsonl"
+OURS = re.compile(r"lock$|\.?(run\.json|metrics\.jsonl|adapter|checkpoint-\d+)($|\.)")
+"""What a run's folder has; anything else in a folder without `run.json` is somebody's, and stays."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Run:
     @property
     def metrics(self) -> Path:
         """One JSON object a line, for every logged step and evaluation."""
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS
 
     @property
     def adapter(self) -> Path:
@@ -184,7 +187,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Finds out before hours of work, not after, that nothing can be written."""
+    """Makes a run's folder, or refuses: before hours of work, not after them, and before touching what is not ours."""
     try:
         with machine_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +196,11 @@ def _make(folder: Path) -> None:
         raise RecipeError(
             "the output cannot be a folder", got=f"{file} is a file", fix="choose another --output"
         ) from error
+    theirs = [] if (folder / RUN).exists() else [path for path in folder.iterdir() if not OURS.match(path.name)]
+    if theirs:
+        raise RecipeError(
+            f"{folder}, where the run would lie, has other files", got=min(theirs).name, fix="choose another --output"
+        )
 
 
 def _check_new(recipe: Recipe, output: Path, folder: Path) -> None:
