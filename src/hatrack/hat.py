@@ -5,6 +5,7 @@ Knows nothing of training or of how answers are shown.
 
 import functools
 import math
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any, cast
 import torch
 from transformers import TextIteratorStreamer
 
-from hatrack.adapter.files import AdapterFiles, attach, detach, read_adapter
+from hatrack.adapter.files import AdapterFiles, attach, detach, is_part_of, read_adapter
 from hatrack.adapter.hatfile import HatFile
+from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import find
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.load import Base, load_base
@@ -39,6 +41,7 @@ class Hat:
         self.base, self.model, self.hats, self.folders = base, model, hats, folders
         self.active: str | None = active
         self.result: dict[str, Any] = {}
+        self.quantize = "none"
         self._first = hats[active]  # what the bare base answers as, whichever adapters come and go
         self.model.eval()
 
@@ -76,15 +79,17 @@ class Hat:
             self.model.set_adapter(name, inference_mode=True)
         self.active = name
 
-    def add(self, adapter: str | Path, name: str | None = None, *, allow_other_base: bool = False) -> str:
+    def add(
+        self, adapter: str | Path, name: str | None = None, *, allow_other_base: bool = False, prove: bool = True
+    ) -> str:
         """Attaches one more adapter (a folder, or a name on the rack) and returns its name. The one in use stays.
 
-        Raises AdapterError where the name is taken or the task differs; WrongBase where it belongs to another base,
-        unless `allow_other_base`.
+        Raises AdapterError where the name is taken, the task differs, or (unless not to `prove` it) the adapter does
+        nothing or not what it did; WrongBase where it belongs to another base, unless `allow_other_base`.
         """
         folder = find(adapter)
         files = read_adapter(folder)
-        name = name or _name_of(files, folder)
+        name = name or _name_of(files, folder, self.model)
         if name in self.hats:
             raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
         hat = _hat_of(files, folder)
@@ -98,7 +103,15 @@ class Hat:
         before = self.active
         self.model = attach(self.model, folder, name, layer_classes=LAYER_CLASSES)
         self.hats[name], self.folders[name] = hat, folder
-        self._restore(before)
+        try:
+            if prove:
+                self._restore(name)
+                check_proof(self.model, files, self.base, self.quantize, same_base=not allow_other_base)
+        except AdapterError:
+            self.drop(name)
+            raise
+        finally:
+            self._restore(before)
         return name
 
     def drop(self, name: str) -> None:
@@ -235,13 +248,15 @@ def load(
     dtype: str = "auto",
     quantize: str | None = None,
     allow_other_base: bool = False,
+    prove: bool = True,
 ) -> Hat:
     """Loads a base once and attaches one or more adapters (folders, or names on the rack) to it; the first is in use.
 
     The base is found from the first adapter unless `base` names where it lies now, and held in as many bits as the
     adapter was trained with unless `quantize` says otherwise. Raises AdapterError where an
     adapter is missing or damaged, WrongBase where it was trained on other weights than these (unless
-    `allow_other_base`), BaseError where the base cannot be found.
+    `allow_other_base`), BaseError where the base cannot be found. Each adapter's proof is run again,
+    which costs two short forward passes, unless not to `prove` it.
     """
     several = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if not several:
@@ -252,6 +267,7 @@ def load(
     source = base or hat.base["source"]
     found = find_base(source, None if base else hat.base.get("revision"))
     check_base(folder, hat.base, found, allow_other=allow_other_base)
+    quantize = quantize or hat.recipe.get("quantize", "none")
     loaded = load_base(
         found,
         task=cast(Task, hat.task),
@@ -259,14 +275,17 @@ def load(
         multi_label=hat.multi_label,
         device=device,
         dtype=dtype,
-        quantize=quantize or hat.recipe.get("quantize", "none"),
+        quantize=quantize,
         seed=hat.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
-    name = _name_of(files, folder)
+    name = _name_of(files, folder, loaded.model)
     model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
+    ready.quantize = quantize
+    if prove:
+        check_proof(model, files, loaded, quantize, same_base=not allow_other_base)
     for other in several[1:]:
-        ready.add(other, allow_other_base=allow_other_base)
+        ready.add(other, allow_other_base=allow_other_base, prove=prove)
     return ready
 
 
@@ -275,8 +294,8 @@ def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:
     if files.hat is not None:
         return files.hat
     task = {"SEQ_CLS": "classify", "CAUSAL_LM": "chat"}.get(str(files.config.get("task_type")))
-    base = files.config.get("base_model_name_or_path")
-    if task is None or not base:
+    base, revision = files.config.get("base_model_name_or_path"), files.config.get("revision")
+    if task is None or not (isinstance(base, str) and base) or not isinstance(revision, str | None):
         raise AdapterError(
             f"{folder} was not made by hatrack and does not tell its task and base",
             got=f"task_type {files.config.get('task_type')!r}, base {base!r}",
@@ -284,15 +303,14 @@ def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:
         )
     heads = [shape[0] for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name]
     labels = [f"LABEL_{index}" for index in range(min(heads, default=0))] if task == "classify" else []
-    return HatFile(
-        name="", base={"source": str(base), "revision": files.config.get("revision")}, task=task, labels=labels
-    )
+    return HatFile(name="", base={"source": base, "revision": revision}, task=task, labels=labels)
 
 
-def _name_of(files: AdapterFiles, folder: Path) -> str:
-    """The adapter's own name, or its folder's; peft allows no dots in it."""
+def _name_of(files: AdapterFiles, folder: Path, model: Any) -> str:
+    """The adapter's own name, or its folder's, as peft can take it: no dots, and no part of the model's own names."""
     name = files.hat.name if files.hat is not None and files.hat.name else folder.resolve().name
-    return name.replace(".", "-")
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", name)[:60] or "hat"
+    return f"{name}-hat" if is_part_of(model, name) else name
 
 
 def _answer(text: str, probabilities: list[float], labels: list[str], several: bool) -> dict[str, Any]:

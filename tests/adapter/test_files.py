@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ def test_a_classifier_is_refused_on_a_base_that_generates(tmp_path: Path) -> Non
 
 def test_an_adapter_of_a_deeper_base_is_refused(tmp_path: Path) -> None:
     deep = tiny.model("Llama", "causal", num_hidden_layers=3)
-    save_adapter(place(deep, Recipe.make(r=2), task="chat"), tmp_path / "deep", HAT, base="b")
+    save_adapter(place(deep, Recipe.make(r=2), task="chat"), tmp_path / "deep", replace(HAT, task="chat"), base="b")
     with pytest.raises(AdapterError, match=r"14 tensors do not fit in .*layers.2.*: no place in the model; and 9 more"):
         attach(_base(kind="Llama"), tmp_path / "deep", "deep")
 
@@ -317,7 +318,7 @@ def test_later_versions_of_hatrack_json_are_read(tmp_path: Path) -> None:
     _saved(tmp_path / "hat")
     path = tmp_path / "hat/hatrack.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"format": 9, "proof": {"of": "something"}}))
+    path.write_text(json.dumps(content | {"format": 9, "something": {"of": "later"}}))
     found = read_hat_file(tmp_path / "hat")
     assert found is not None and found.format == 9 and found.labels == ["label 0", "label 1"]
     path.unlink()

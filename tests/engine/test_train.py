@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import hatrack
-import hatrack.engine.proof
+import hatrack.adapter.proof
 import hatrack.plan.fit
 from hatrack.adapter import rack
 from hatrack.errors import HatrackError, MachineError, RecipeError
@@ -217,11 +217,9 @@ def test_an_adapter_that_does_not_reproduce_itself_is_not_hung_up(
     tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other_answers(*args: Any) -> Any:
-        return hatrack.engine.proof.probe(*args).flip(-1)
+        return hatrack.adapter.proof.logits(*args).flip(-1)
 
-    monkeypatch.setattr("hatrack.engine.train.probe", other_answers)
-    with pytest.raises(
-        MachineError, match=r"does not reproduce the trained one; got answers .*% of the probability apart"
-    ):
+    monkeypatch.setattr("hatrack.engine.train.logits", other_answers)
+    with pytest.raises(MachineError, match=r"does not reproduce the trained one; got probabilities .*% apart"):
         _train(tmp_path, tiny_encoder, reviews, epochs=2)
     assert rack.hats() == [] and list((tmp_path / "hat.run").glob("checkpoint-*"))

@@ -4,7 +4,9 @@ Knows nothing of training.
 """
 
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +15,23 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hatrack.adapter.config import CONFIG, check_config, lora_config
 from hatrack.adapter.hatfile import HATRACK_JSON, HatFile, model_card, read_hat_file, read_object
 from hatrack.adapter.place import START, head_modules, heads_of, keep_head_in_float32
 from hatrack.base.header import read_file_header
 from hatrack.errors import AdapterError, BaseError
 from hatrack.storage import new_folder, write_file
 
-CONFIG, WEIGHTS, PICKLE, CARD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""`init_lora_weights` of adapters that belong on the base as it is; others changed the base's weights first."""
+WEIGHTS, PICKLE, CARD = "adapter_model.safetensors", "adapter_model.bin", "README.md"
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What an adapter may be called inside a model: it becomes part of parameter names, where peft allows no dots."""
+LARGEST_HEADER = 16 * 2**20
+"""Bytes: room for 100,000 tensors."""
+FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -84,39 +91,30 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise AdapterError(
             "there is no such adapter folder", got=folder, fix="hatrack list shows the adapters there are"
         )
-    config = read_object(folder / CONFIG)
-    path = folder / CONFIG
-    kind = config.get("peft_type")
-    if kind != "LORA":
+    config, hat = read_object(folder / CONFIG), read_hat_file(folder)
+    check_config(folder / CONFIG, config)
+    if hat is not None and (hat.task == "classify") != (config.get("task_type") == "SEQ_CLS"):
         raise AdapterError(
-            f"{path} is not of a LoRA adapter", got=f"peft_type {kind!r}", fix="hatrack loads LoRA and its variants"
-        )
-    wrong = [
-        f"{field} {config.get(field)!r}"
-        for field, kinds in _CONFIG_KINDS.items()
-        if not isinstance(config.get(field), kinds)
-    ]
-    if wrong or isinstance(config["r"], bool) or config["r"] < 1:
-        raise AdapterError(
-            f"{path} is malformed", got=", ".join(wrong) or f"r {config['r']!r}", fix="copy the adapter again"
-        )
-    if config.get("init_lora_weights") not in PLAIN_STARTS:
-        raise AdapterError(
-            f"{path} belongs on a base whose weights were changed first",
-            got=f"init_lora_weights {config['init_lora_weights']!r}",
-            fix="convert it with peft's path_initial_model_for_weight_conversion",
+            f"{folder / CONFIG} and {HATRACK_JSON} contradict each other",
+            got=f"task_type {config.get('task_type')!r} and task {hat.task}",
+            fix="copy the adapter again",
         )
     _check_weights_file(folder)
     try:
-        header = read_file_header(folder / WEIGHTS)
+        header = read_file_header(folder / WEIGHTS, LARGEST_HEADER)
     except BaseError as error:
         raise AdapterError(
             f"{folder / WEIGHTS} is damaged or no safetensors file", got=error.got, fix="copy the adapter again"
         ) from error
     if not header:
         raise AdapterError(f"{folder / WEIGHTS} holds no tensors", got="0 tensors", fix="train it again")
+    other = [f"{name} {info.dtype}" for name, info in header.items() if info.dtype not in FLOATS]
+    if other:
+        raise AdapterError(
+            f"{folder / WEIGHTS} holds tensors that are no weights", got=", ".join(other[:5]), fix="copy it again"
+        )
     shapes = {name: info.shape for name, info in header.items()}
-    return AdapterFiles(folder, config, read_hat_file(folder), shapes)
+    return AdapterFiles(folder, config, hat, shapes)
 
 
 def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, Any] | None = None) -> PeftModel:
@@ -126,20 +124,22 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
     fit at once, and leaves the model as it was.
     """
     files = read_adapter(folder)
-    config = _lora_config(files)
+    _check_name(model, name)
+    _check_kind(model, files)
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = lora_config(folder / CONFIG, files.config, list(_own_modules(bare)))
     config._register_custom_module(dict(layer_classes or {}))
-    if config.task_type == "SEQ_CLS":
-        _check_head(model, files)
+    _check_saved_modules(bare, files, config)
     wrapped = isinstance(model, PeftModel)
-    if wrapped and name in model.peft_config:
-        raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
     try:
-        if wrapped:
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what peft would warn of is refused, or harmless
+            if wrapped:
+                model.add_adapter(name, config, low_cpu_mem_usage=True)
+            else:
+                model = get_peft_model(model, config, adapter_name=name, low_cpu_mem_usage=True)
         _fill(model, files, name)
-    except (AdapterError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (AdapterError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         _undo(model, name, wrapped)
         if isinstance(error, AdapterError):
             raise
@@ -170,15 +170,6 @@ def detach(model: Any, name: str) -> Any:
     return model.unload()
 
 
-_CONFIG_KINDS: dict[str, tuple[type, ...]] = {
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "target_modules": (list, str),
-    "task_type": (str, type(None)),
-    "modules_to_save": (list, type(None)),
-}
-
-
 def _check_weights_file(folder: Path) -> None:
     if (folder / WEIGHTS).is_file():
         return
@@ -194,42 +185,61 @@ def _check_weights_file(folder: Path) -> None:
     )
 
 
-def _lora_config(files: AdapterFiles) -> LoraConfig:
-    """peft's config from the file, with the fields this version of peft knows and none that names code to run."""
-    known = set(LoraConfig.__dataclass_fields__) - {
-        "auto_mapping",
-        "megatron_config",
-        "megatron_core",
-        "runtime_config",
-    }
-    try:
-        config = LoraConfig(
-            **{key: value for key, value in files.config.items() if key in known and key != "peft_type"}
-        )
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{files.folder / CONFIG} is malformed", got=error, fix="copy the adapter again") from error
-    config.inference_mode = True
-    config.init_lora_weights = True
-    config.base_model_name_or_path = None  # peft takes the name of the base it is put on, and warns of another one
-    config.modules_to_save = sorted(set(config.modules_to_save)) if config.modules_to_save else None
-    return config
+def _check_name(model: Any, name: str) -> None:
+    """A name is a name, free, and no part of the base's own: peft finds an adapter's parameters by it."""
+    if not NAME.fullmatch(name):
+        raise AdapterError("that is no name for an adapter", got=repr(name), fix="letters, digits, '_' and '-'")
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
+    if is_part_of(model, name):
+        raise AdapterError("an adapter cannot be named like a part of its base", got=name, fix="give it another name")
 
 
-def _check_head(model: Any, files: AdapterFiles) -> None:
-    """A classifier's adapter needs a base with a classification head, and one of the same kind."""
+def is_part_of(model: Any, name: str) -> bool:
+    """Whether `name` stands between the dots of a parameter's name, the base's or peft's own."""
+    taken = {"base_model", "lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save", "original_module"}
+    parts = {part for full, _ in model.named_parameters() for part in full.split(".")}
+    attached = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    return name in (parts | taken | {"base_layer"}) - attached
+
+
+def _check_kind(model: Any, files: AdapterFiles) -> None:
+    """A classifier's adapter needs a base with a classification head, and one of the same kind; others a generator."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    if "ForSequenceClassification" not in type(bare).__name__:
-        raise AdapterError(
-            f"{files.folder} is a classifier's adapter",
-            got=f"a base loaded as {type(bare).__name__}",
-            fix="load the base to classify",
-        )
-    if not any(f".{head}." in name for head in head_modules(bare) for name in files.shapes):
+    kind, loaded = files.config.get("task_type"), f"a base loaded as {type(bare).__name__}"
+    classifies = "ForSequenceClassification" in type(bare).__name__
+    if kind == "SEQ_CLS" and not classifies:
+        raise AdapterError(f"{files.folder} is a classifier's adapter", got=loaded, fix="load the base to classify")
+    if kind in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(bare, "prepare_inputs_for_generation"):
+        raise AdapterError(f"{files.folder} is a generator's adapter", got=loaded, fix="load the base to generate")
+    if kind == "SEQ_CLS" and not any(f".{head}." in name for head in head_modules(bare) for name in files.shapes):
         raise AdapterError(
             f"{files.folder / WEIGHTS} has no classification head",
             got=f"no {' or '.join(head_modules(bare))}",
             fix="train it with a task type",
         )
+
+
+def _own_modules(bare: Any) -> dict[str, nn.Module]:
+    """Full name -> module as the base has it, whatever adapters have put round or beside it."""
+    theirs = {"base_layer", "modules_to_save", "original_module"}
+    found: dict[str, nn.Module] = {}
+    for full, module in bare.named_modules():
+        parts = full.split(".")
+        if full and not theirs & set(parts) and not any(part.startswith("lora_") for part in parts):
+            found[full] = getattr(module, "original_module", getattr(module, "base_layer", module))
+    return found
+
+
+def _check_saved_modules(bare: Any, files: AdapterFiles, config: LoraConfig) -> None:
+    """A module is copied for an adapter only where the file has every tensor of that copy."""
+    for leaf in config.modules_to_save or []:
+        for full, module in _own_modules(bare).items():
+            if full == leaf or full.endswith(f".{leaf}"):
+                keys = (f"base_model.model.{full}.{part}" for part, _ in module.named_parameters())
+                missing = [key for key in keys if key not in files.shapes]
+                if missing:
+                    raise _misfit(files, [f"{key}: missing from the file" for key in missing])
 
 
 def _fill(model: Any, files: AdapterFiles, name: str) -> None:
@@ -246,18 +256,26 @@ def _fill(model: Any, files: AdapterFiles, name: str) -> None:
         if key in files.shapes and files.shapes[key] != shape
     ]
     tensors: dict[str, torch.Tensor] = {}
-    if not problems:
-        tensors = load_file(files.weights)
-        problems = [
-            f"{key}: holds numbers that are not finite"
-            for key, tensor in tensors.items()
-            if not tensor.isfinite().all()
-        ]
+    try:
+        with safe_open(files.weights, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key, shape in wanted.items() if files.shapes.get(key) == shape}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{files.weights} is damaged or no safetensors file", got=str(error)[:200], fix="copy the adapter again"
+        ) from error
+    problems += [
+        f"{key}: holds numbers that are not finite" for key, tensor in tensors.items() if not tensor.isfinite().all()
+    ]
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        count = f"{len(problems)} tensors do" if len(problems) > 1 else "a tensor does"
-        raise AdapterError(f"{count} not fit in {files.weights}: {shown}", fix="give it the base it was trained on")
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+        raise _misfit(files, problems)
+    set_peft_model_state_dict(model, tensors, adapter_name=name, low_cpu_mem_usage=True)
+
+
+def _misfit(files: AdapterFiles, problems: Sequence[str]) -> AdapterError:
+    """Everything that does not fit, in one error."""
+    shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    count = f"{len(problems)} tensors do" if len(problems) > 1 else "a tensor does"
+    return AdapterError(f"{count} not fit in {files.weights}: {shown}", fix="give it the base it was trained on")
 
 
 def _shape_head(head: nn.Module, full: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -3,17 +3,23 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hatrack.errors import AdapterError
+from hatrack.errors import AdapterError, RecipeError
+from hatrack.recipe import Recipe
 
 HATRACK_JSON = "hatrack.json"
 FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What an adapter may be called, on the rack and off it."""
+LARGEST = 16 * 2**20
+"""Bytes of JSON read of one file."""
 
 
 def _now() -> str:
@@ -32,7 +38,8 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class HatFile:
-    """What peft's config has no place for. `base` has at least `source`; `metrics` has `before` and `after`."""
+    """What peft's config has no place for. `base` has at least `source`; `metrics` has `before` and `after`;
+    `proof` is what `hatrack.adapter.proof` recorded."""
 
     name: str
     base: dict[str, Any]
@@ -44,6 +51,7 @@ class HatFile:
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    proof: dict[str, Any] | None = None
     created: str = field(default_factory=_now)
     versions: dict[str, str] = field(default_factory=_versions)
     format: int = FORMAT
@@ -64,10 +72,44 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "recipe": dict,
     "data": dict,
     "metrics": dict,
+    "proof": (dict, type(None)),
     "created": str,
     "versions": dict,
     "format": int,
 }
+
+
+def _text_or_none(value: Any) -> bool:
+    return isinstance(value, str | None)
+
+
+def _is_recipe(value: dict[str, Any]) -> bool:
+    """Whether the options this version knows have values it knows."""
+    try:
+        Recipe.make(**{name: option for name, option in value.items() if name in Recipe.model_fields})
+    except RecipeError:
+        return False
+    return True
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda value: value == "" or NAME.fullmatch(value) is not None,
+    "task": lambda value: value in ("classify", "chat", "complete"),
+    "base": lambda value: (
+        isinstance(value.get("source"), str)
+        and value["source"] != ""
+        and all(_text_or_none(value.get(field)) for field in ("revision", "fingerprint", "model_type", "form"))
+    ),
+    "labels": lambda value: all(isinstance(label, str) for label in value) and len(set(value)) == len(value),
+    "max_length": lambda value: value is None or (type(value) is int and value > 0),
+    "recipe": _is_recipe,
+    "data": lambda value: _text_or_none(value.get("source")),
+    "metrics": lambda value: all(
+        isinstance(scores, dict | None) and all(type(number) in (int, float) for number in (scores or {}).values())
+        for scores in (value.get("before"), value.get("after"))
+    ),
+}
+"""What a field must hold beyond its kind: whatever is later used as a name, a path, an option or a number."""
 
 
 def read_hat_file(folder: Path) -> HatFile | None:
@@ -76,15 +118,13 @@ def read_hat_file(folder: Path) -> HatFile | None:
     Raises AdapterError naming the file where it is malformed.
     """
     path = folder / HATRACK_JSON
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
     content = read_object(path)
     wrong = [name for name, kind in KINDS.items() if name in content and not isinstance(content[name], kind)]
     wrong += [name for name in ("name", "base", "task") if name not in content]
-    if not wrong and (
-        content["task"] not in ("classify", "chat", "complete") or not isinstance(content["base"].get("source"), str)
-    ):
-        wrong = ["task" if content["task"] not in ("classify", "chat", "complete") else "base"]
+    if not wrong:
+        wrong = [name for name, fits in _FITS.items() if name in content and not fits(content[name])]
     if wrong:
         raise AdapterError(f"{path} is malformed", got=f"no valid {', '.join(wrong)}", fix="copy the adapter again")
     return HatFile(**{name: value for name, value in content.items() if name in KINDS})
@@ -93,12 +133,18 @@ def read_hat_file(folder: Path) -> HatFile | None:
 def read_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object. Raises AdapterError naming it."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe or a device could wait for ever
+            raise AdapterError(f"{path} is no file", fix="copy the adapter again")
+        if path.exists() and path.stat().st_size > LARGEST:
+            raise AdapterError(f"{path} is too large", got=f"{path.stat().st_size:,} bytes", fix="copy it again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent} has no {path.name}", fix="give the folder of an adapter") from error
     except OSError as error:
         raise AdapterError(f"{path} cannot be read", got=error.strerror, fix="check its permissions") from error
     except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
         raise AdapterError(f"{path} is not valid JSON", got=error, fix="copy the adapter again") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path} must hold one object", got=type(content).__name__, fix="copy the adapter again")

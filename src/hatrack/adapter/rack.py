@@ -6,19 +6,17 @@ It lies in `$HATRACK_HOME/rack` (default `~/.hatrack/rack`). Knows nothing of we
 import contextlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hatrack.adapter.hatfile import HatFile, read_hat_file, read_object
+from hatrack.adapter.hatfile import NAME, HatFile, read_hat_file, read_object
 from hatrack.errors import AdapterError
 from hatrack.recipe import nearest
 from hatrack.storage import folder_size, locked, machine_errors, write_file
 
 CONFIG = "adapter_config.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def find(adapter: str | Path) -> Path:
     if (path / CONFIG).is_file():
         return path
     name = str(adapter)
-    if _NAME.fullmatch(name) and _pointer(name).exists():
+    if NAME.fullmatch(name) and _pointer(name).exists():
         folder = Path(str(read_object(_pointer(name)).get("folder")))
         if not (folder / CONFIG).is_file():
             raise AdapterError(
@@ -121,7 +119,7 @@ def _check_free(name: str, folder: Path) -> None:
 
 
 def _pointer(name: str) -> Path:
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise AdapterError("that is no name", got=repr(name), fix="letters, digits, '.', '_' and '-', at most 64")
     return _rack() / f"{name}.json"
 

@@ -131,8 +131,11 @@ def read_parameters(folder: Path) -> dict[str, TensorInfo]:
     return {name: info for name, info in named.items() if name.startswith(own) or not name.startswith(OTHER_HEADS)}
 
 
-def read_file_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, checked against the file's real size. Raises BaseError naming it."""
+def read_file_header(path: Path, largest: int = LARGEST_HEADER) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, checked against the file's real size. Raises BaseError naming it.
+
+    A header of more than `largest` bytes is refused unread.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -140,7 +143,7 @@ def read_file_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
                 raise _damaged(path, f"{size:,} bytes, shorter than its own header")
-            if length > LARGEST_HEADER:
+            if length > largest:
                 raise _damaged(path, f"a header of {length:,} bytes")
             content = json.loads(file.read(length))
     except OSError as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hatrack.cli.options import Json
-from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, OtherBase
+from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, NoProof, OtherBase
 
 
 def compare(
@@ -14,6 +14,7 @@ def compare(
     data: Annotated[str | None, typer.Option("--data", help="Rows to compare on. Default: those held out.")] = None,
     base: BaseOption = None,
     allow_other_base: OtherBase = False,
+    no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -25,7 +26,7 @@ def compare(
     from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base)
+    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base, prove=not no_proof)
     rows = held_out(hat, data)
     say(f"comparing on {len(rows):,} rows")
     found = run(hat, rows)

@@ -22,6 +22,7 @@ BaseOption = Annotated[str | None, typer.Option("--base", help="Where the base l
 OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Go on although the adapter was trained on other weights.")
 ]
+NoProof = Annotated[bool, typer.Option("--no-proof", help="Do not run the adapter's proof first: for huge bases.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or xpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Bare = Annotated[bool, typer.Option("--without-adapter", help="Answer with the bare base instead.")]
@@ -42,6 +43,7 @@ def predict(
     text: Annotated[str | None, typer.Option("--text", help="The column of --file that holds the text.")] = None,
     base: BaseOption = None,
     allow_other_base: OtherBase = False,
+    no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     without_adapter: Bare = False,
@@ -55,7 +57,7 @@ def predict(
     batches = _batches(texts, file, text)
     from hatrack.hat import load
 
-    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base)
+    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base, prove=not no_proof)
     if without_adapter:
         hat.use(None)
     for batch in batches:
@@ -73,6 +75,7 @@ def chat(
     adapter: Adapter,
     base: BaseOption = None,
     allow_other_base: OtherBase = False,
+    no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_new_tokens: Length = 256,
@@ -83,7 +86,7 @@ def chat(
     from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base)
+    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base, prove=not no_proof)
     if hat.task == "classify":
         raise RecipeError(f"{adapter} is a classifier and does not talk", fix=f'use hatrack predict {adapter} "a text"')
     name = hat.active

@@ -1,57 +1,42 @@
-"""Proof that what was saved is what was trained: the same rows through the adapter as read back from disk."""
+"""What was saved is what was trained: the probe through the adapter as read back from disk, and the record of it."""
 
-from typing import Any
+import dataclasses
+from pathlib import Path
 
 import torch
 
-from hatrack.base.load import Base
-from hatrack.data.batch import collate
-from hatrack.data.render import TokenRows
+from hatrack.adapter.files import read_adapter
+from hatrack.adapter.hatfile import HATRACK_JSON
+from hatrack.adapter.proof import distance, logits, probabilities, probe_of, record
+from hatrack.engine.fast_base import speed_up
 from hatrack.errors import MachineError
-from hatrack.hat import Hat
+from hatrack.hat import Hat, load
+from hatrack.recipe import Recipe
 from hatrack.say import say
-
-PROBE_ROWS = 4
-
-
-@torch.no_grad()
-def probe(model: Any, rows: TokenRows, base: Base, task: str) -> torch.Tensor:
-    """Probabilities (float32) for the shortest few rows: (rows, labels), or at the last position (rows, vocabulary)."""
-    model.eval()
-    chosen = rows.lengths.argsort(kind="stable")[:PROBE_ROWS]
-    outputs = []
-    for index in chosen:
-        batch = collate([rows.row(int(index))], 0, task)  # one row at a time: no padding to depend on
-        logits = model(
-            input_ids=batch["input_ids"].to(base.device), attention_mask=batch["attention_mask"].to(base.device)
-        ).logits
-        outputs.append(logits[0].float() if task == "classify" else logits[0, -1].float())
-    return torch.stack(outputs).softmax(-1).cpu()
+from hatrack.storage import write_file
 
 
-def prove(hat: Hat, expected: torch.Tensor, rows: TokenRows) -> None:
-    """Holds the re-loaded `hat` to `expected`, and says how far the adapter moves the base's answers.
+def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
+    """Loads the adapter just saved, holds it to the logits of the `trained` one, and records its proof beside it.
 
-    Raises MachineError where it does not reproduce what was trained: then the file is not to be trusted.
+    Raises AdapterError where it changes nothing, MachineError where it does not reproduce what was trained: then the
+    file is not to be trusted.
     """
-    name = hat.active
-    again = probe(hat.model, rows, hat.base, hat.task)
+    hat = load(output, device=recipe.device, dtype=recipe.dtype, prove=False)
+    files = read_adapter(output)
+    proof = record(hat.model, files, hat.base, recipe.quantize)  # by the arithmetic that later loads have
+    speed_up(hat.base.model)  # and by that of training: what differs then is the adapter
+    again = logits(hat.model, probe_of(hat.base), hat.base)
+    several = hat.hats[str(hat.active)].multi_label
+    apart = distance(probabilities(again, several), probabilities(trained, several))
     tolerance = 1e-4 if hat.base.dtype == torch.float32 else 0.02  # bf16 keeps 8 bits; kernels may sum in another order
-    apart = _distance(again, expected)
     if not apart <= tolerance:
         raise MachineError(
             "the saved adapter does not reproduce the trained one",
-            got=f"answers {apart:.2%} of the probability apart, more than {tolerance:.2%}",
+            got=f"probabilities {apart:.2%} apart, more than {tolerance:.2%}",
             fix="train again; if it happens twice, please report it",
         )
-    hat.use(None)
-    moved = _distance(probe(hat.model, rows, hat.base, hat.task), expected)
-    hat.use(name)
-    say(f"proof: read back from disk it gives the same answers; it moves {moved:.1%} of the base's probability")
-    if moved < 1e-6:
-        say("the adapter changes nothing: train longer, or with a higher --lr")
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Total variation: the share of probability that would have to move to turn one into the other, mean over rows."""
-    return float((one - other).abs().sum(-1).mean() / 2)
+    assert files.hat is not None
+    write_file(output / HATRACK_JSON, dataclasses.replace(files.hat, proof=proof.to_json()).to_json())
+    say(f"proof: read back from disk it gives the same answers; it moves {proof.moved:.1%} of the base's probability")
+    return hat

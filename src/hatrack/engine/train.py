@@ -18,6 +18,7 @@ from hatrack.adapter.count import line
 from hatrack.adapter.files import save_adapter
 from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.place import place
+from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base
@@ -28,12 +29,12 @@ from hatrack.engine.callbacks import GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
-from hatrack.engine.proof import probe, prove
+from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
 from hatrack.engine.trainer import BEST, HatTrainer
 from hatrack.errors import RecipeError
 from hatrack.evaluate.score import Score
-from hatrack.hat import Hat, load
+from hatrack.hat import Hat
 from hatrack.plan.derive import Schedule, batch_rows, derive
 from hatrack.plan.fit import Plan, plan_run
 from hatrack.plan.memory import shape_of
@@ -74,12 +75,10 @@ def _train(run: Run) -> Hat:
     save_adapter(
         model, run.adapter, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()}
     )
-    expected = probe(model, tokens.held_out, base, examples.task)
+    answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trained
-    ready = load(run.adapter, device=recipe.device, dtype=recipe.dtype)
-    speed_up(ready.base.model)  # the same arithmetic as in training: what differs then is the adapter
-    prove(ready, expected, tokens.held_out)
+    ready = read_back(run.adapter, answers, recipe)
     run.finish()
     ready.folders = dict.fromkeys(ready.folders, run.output)
     say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
