@@ -29,13 +29,20 @@ HERE = Path(__file__).parent
 class Worker:
     """A side in its own process, which computes only while it is asked."""
 
-    def __init__(self, work: str, side: str, threads: int) -> None:
-        asked = json.dumps({"work": work, "side": side, "threads": threads})
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
+    def __init__(
+        self,
+        work: str,
+        side: str,
+        threads: int,
+        program: tuple[str, ...] = (sys.executable, str(HERE / "sides.py")),
+        **more: Any,
+    ) -> None:
+        asked = json.dumps({"work": work, "side": side, "threads": threads, **more})
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads))
         if side == "hatrack":
             environment.setdefault("GOMP_SPINCOUNT", "3000")  # as hatrack's command line sets it
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "sides.py"), asked],
+            [*program, asked],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
