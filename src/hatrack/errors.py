@@ -7,6 +7,7 @@ HatrackError                  exit 2: the input was wrong, or was refused
 ├── TargetError(ValueError)     layer names that match nothing
 ├── AdapterError(ValueError)    an adapter folder that is missing, damaged or does not fit
 │   └── WrongBase                 ... because it belongs to another base
+├── Diverged(ArithmeticError)    a run whose loss is lost: not a number, or growing; its last good checkpoint stays
 ├── MachineError(RuntimeError)  exit 1: the machine failed: disk full, out of memory, no network
 └── Interrupted                 exit 130: stopped by the person, with a checkpoint saved
 """
@@ -77,6 +78,10 @@ class AdapterError(HatrackError, ValueError):
 
 class WrongBase(AdapterError):
     """An adapter was asked onto a base it was not trained on."""
+
+
+class Diverged(HatrackError, ArithmeticError):
+    """A run was stopped because its loss is lost: not a number, or growing. The last good checkpoint stays."""
 
 
 class MachineError(HatrackError, RuntimeError):

@@ -49,6 +49,19 @@ def _finite(value: float) -> float:
     return value
 
 
+def _rate(value: object) -> object:
+    """A learning rate: a number above 0, or `auto`."""
+    if value is None or value == "auto":
+        return value
+    try:
+        number = float(str(value))
+    except ValueError as error:
+        raise ValueError("must be a number, or auto") from error
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError("must be greater than 0" if math.isfinite(number) else "must be a finite number")
+    return number
+
+
 def _name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise ValueError("must be letters, digits, '.', '_' or '-', starting with a letter or digit, at most 64")
@@ -146,12 +159,11 @@ class Recipe(BaseModel):
     steps: int | None = option(
         None, "Optimizer steps, instead of epochs.", group="Training", word="N", ge=1, fix="try 100, or use --epochs"
     )
-    lr: Annotated[float, AfterValidator(_finite)] | None = option(
+    lr: Annotated[float | Literal["auto"] | None, BeforeValidator(_rate)] = option(
         None,
-        "Peak learning rate. Default: derived from the size of the model.",
+        "Peak learning rate, or auto to measure it in 20 steps. Default: derived from the size of the model.",
         group="Training",
-        word="NUMBER",
-        gt=0,
+        word="NUMBER|auto",
         fix="try 1e-3",
     )
     batch_size: int | None = option(
@@ -272,10 +284,10 @@ def flag(name: str) -> str:
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The words a field accepts, where it accepts only some; also inside `Optional`."""
-    annotation = field.annotation
-    options = get_args(annotation)
+    options = get_args(field.annotation)
     if options and not all(isinstance(word, str) for word in options):
-        options = next((get_args(part) for part in options if get_args(part)), ())
+        kinds = [part for part in options if part is not type(None)]
+        options = get_args(kinds[0]) if len(kinds) == 1 else ()
     return tuple(word for word in options if isinstance(word, str))
 
 

@@ -106,7 +106,7 @@ def load_base(
     Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
     """
-    read_header(files.folder)  # a damaged file is named here; the library that maps it would not
+    check_bare(files)  # a damaged file is named here; the library that maps it would not
     chosen, _ = choose_device(device)
     number_format, _ = choose_dtype(dtype, chosen)
     config = load_config(files, task=task, labels=labels, multi_label=multi_label)
@@ -125,6 +125,18 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     return Base(files, model, tokenizer, chosen, number_format)
+
+
+def check_bare(files: BaseFiles) -> None:
+    """Reads the headers of a base's weights. Raises BaseError where they are damaged, or hold an adapter's tensors:
+    a model that was saved with its adapters unmerged, whose adapted layers transformers would make anew."""
+    carried = [name for name in read_header(files.folder) if ".lora_" in name or ".base_layer." in name]
+    if carried:
+        raise BaseError(
+            f"{files.source} carries an adapter already",
+            got=f"{len(carried):,} tensors such as {carried[0]}",
+            fix="merge it first, or start from the bare base",
+        )
 
 
 def _devices() -> list[str]:

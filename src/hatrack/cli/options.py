@@ -19,13 +19,21 @@ from hatrack.storage import write_file
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
-def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+def with_recipe(
+    command: Callable[..., None] | None = None, *, adapter: Callable[..., None] | None = None
+) -> Callable[..., Any]:
     """Gives `command(recipe, **rest)` the flags of every recipe option, and a recipe file as its argument.
 
-    The values stay text until the recipe checks them, so that each complaint is made in one place, in one form.
+    With `adapter` the argument may also be an adapter, which goes to `adapter(argument, flags, **rest)`. The values
+    stay text until the recipe checks them, so that each complaint is made in one place, in one form.
     """
+    if command is None:
+        return functools.partial(with_recipe, adapter=adapter)
     own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "recipe"]
-    file = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe file; flags win over it.")]
+    metavar, help = "[RECIPE.yaml]", "A recipe file; flags win over it."
+    if adapter is not None:
+        metavar, help = "[RECIPE.yaml|ADAPTER]", f"{help} Or an adapter: its folder, or its name on the rack."
+    file = Annotated[Path | None, typer.Argument(metavar=metavar, help=help)]
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("recipe_file", kind, default=None, annotation=file)]
     parameters += [inspect.Parameter(name, kind, default=None, annotation=_flag(name)) for name in Recipe.model_fields]
@@ -36,6 +44,9 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
         rest = {parameter.name: values.pop(parameter.name) for parameter in own}
         path = values.pop("recipe_file")
         given = {name: value for name, value in values.items() if value is not None}
+        if adapter is not None and path is not None and not (path.is_file() or path.suffix in (".yaml", ".yml")):
+            adapter(str(path), given, **rest)
+            return
         recipe = Recipe.read(path, **given) if path else Recipe.make(**given)
         command(recipe, **rest)
 

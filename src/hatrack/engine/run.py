@@ -87,6 +87,11 @@ class Run:
     def _go_on(self) -> str:
         return f"hatrack train --resume --output {self.output}"
 
+    def recall(self, fact: str) -> Any:
+        """What the interrupted run remembered under this name; None where none is resumed."""
+        path = self.folder / RUN
+        return json.loads(path.read_text())["facts"].get(fact) if self.recipe.resume and path.exists() else None
+
     def finish(self) -> None:
         """Moves the proven adapter to its place, hangs it on the rack and removes the checkpoints.
 

@@ -1,9 +1,10 @@
 """The main path: from a recipe to a finished adapter, read from top to bottom."""
 
+import itertools
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,15 +24,20 @@ from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base
 from hatrack.base.sources import BaseFiles, find_base
+from hatrack.check.checks import advise
+from hatrack.check.facts import Facts
+from hatrack.data.batch import LengthBatches, collate
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine.callbacks import GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
+from hatrack.engine.lr_range import find_learning_rate
 from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
 from hatrack.engine.trainer import BEST, HatTrainer
+from hatrack.engine.watch import Watch
 from hatrack.errors import RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.hat import Hat
@@ -58,18 +64,23 @@ def _train(run: Run) -> Hat:
     trackers = _trackers(recipe)
     examples = read_examples(recipe)
     files = find_base(str(recipe.base), recipe.revision)
-    base = _load(recipe, files, examples)
+    base = load_for(recipe, files, examples)
     tokens = tokenise(recipe, examples, base.tokenizer, base.model.config)
     plan = _plan(recipe, base, examples, tokens)
     schedule = _schedule(recipe, base, examples, tokens, plan)
+    facts = Facts(recipe, examples, files, base.tokenizer, tokens, plan, schedule, _name_of(base.dtype))
+    advise(facts)
 
     set_seed(recipe.seed)
     speed_up(base.model)
     model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
+    if recipe.lr == "auto":
+        resumed = run.recall("schedule")
+        schedule = replace(schedule, lr=resumed["lr"]) if resumed else measured(base, model, facts)
     made_on = lineage(files, recipe.quantize)
     run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
-    trained = _fit(run, base, model, tokens, schedule, examples.task, trackers)
+    trained = _fit(run, base, model, facts, schedule, trackers)
 
     hat = _describe(run, made_on, examples, tokens, trained)
     save_adapter(
@@ -99,10 +110,11 @@ class Trained:
     train_loss: float
 
 
-def _load(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
+def load_for(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
+    """The base, for the task and labels of the examples, as the recipe says. Says on which device, in which format."""
     device, why_device = choose_device(recipe.device)
     dtype, why_dtype = choose_dtype(recipe.dtype, device)
-    say(f"device: {device} ({why_device}); base in {str(dtype).removeprefix('torch.')} ({why_dtype})")
+    say(f"device: {device} ({why_device}); base in {_name_of(dtype)} ({why_dtype})")
     return load_base(
         files,
         task=cast(Task, examples.task),
@@ -123,7 +135,7 @@ def _plan(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens) -> Pla
         labels=len(examples.labels),
         longest=int(tokens.learn.lengths.max()),
         batch_size=batch_rows(recipe, task=examples.task, rows=len(tokens.learn)),
-        dtype=str(base.dtype).removeprefix("torch."),
+        dtype=_name_of(base.dtype),
     )
 
 
@@ -139,9 +151,22 @@ def _schedule(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens, pl
         f"{len(tokens.learn):,} rows to learn from, {len(tokens.held_out):,} held out; "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows{accumulation}"
     )
-    say(f"learning rate: up to {schedule.lr:g} in {schedule.warmup_steps} steps, then down to 0 in a straight line")
+    rate = "the rate that is measured below" if recipe.lr == "auto" else f"{schedule.lr:g}"
+    say(f"learning rate: up to {rate} in {schedule.warmup_steps} steps, then down to 0 in a straight line")
     say(f"expected peak memory: {size(plan.peak_memory_bytes)}")
     return schedule
+
+
+def measured(base: Base, model: Any, facts: Facts) -> Schedule:
+    """The schedule with a learning rate found by a range test on the rows of one step."""
+    schedule, learn = facts.schedule, facts.tokens.learn
+    order = LengthBatches(learn.lengths, schedule.micro_batch, facts.recipe.seed, by_tokens=facts.task != "classify")
+    micro_batches = [
+        collate([learn.row(index) for index in rows], base.tokenizer.pad_token_id, facts.task)
+        for rows in itertools.islice(order, schedule.accumulation)
+    ]
+    on_device = [{name: tensor.to(base.device) for name, tensor in batch.items()} for batch in micro_batches]
+    return replace(schedule, lr=find_learning_rate(model, on_device, facts.task, facts.usual_lr))
 
 
 def _trackers(recipe: Recipe) -> list[str]:
@@ -160,26 +185,26 @@ def _trackers(recipe: Recipe) -> list[str]:
     return asked
 
 
-def _fit(
-    run: Run, base: Base, model: Any, tokens: Tokens, schedule: Schedule, task: str, trackers: list[str]
-) -> Trained:
+def _fit(run: Run, base: Base, model: Any, facts: Facts, schedule: Schedule, trackers: list[str]) -> Trained:
     """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
     transformers_logging.set_verbosity_error()
     stop, bar = GracefulStop(), ProgressBar()
-    pad_id = base.tokenizer.pad_token_id
+    watch = Watch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
     trainer = HatTrainer(
         model=model,
         args=_arguments(run, base, schedule, trackers),
-        rows=tokens.learn,
-        held_out=tokens.held_out,
-        task=task,
-        pad_id=base.tokenizer.eos_token_id if pad_id is None else pad_id,
-        callbacks=[bar, MetricsFile(run.metrics), stop],
+        rows=facts.tokens.learn,
+        held_out=facts.tokens.held_out,
+        task=facts.task,
+        pad_id=base.tokenizer.pad_token_id,
+        watch=watch.step,
+        callbacks=[bar, MetricsFile(run.metrics), stop, watch],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     before = trainer.score_held_out()
     say(f"before training: held-out {shown(before.metrics)}")
+    watch.before = before.metrics["loss"]
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
@@ -287,6 +312,11 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def shown(metrics: dict[str, float]) -> str:

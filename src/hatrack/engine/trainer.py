@@ -4,6 +4,7 @@ Everything else (optimizer, schedule, clipping, checkpoints, trackers, several p
 Knows nothing of recipes, files of data or how adapters are placed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hatrack.engine import checkpoint
 from hatrack.evaluate.loss import items, losses
 from hatrack.evaluate.score import Score, score
 
+Watcher = Callable[[int, float, float, Callable[[], list[int]]], None]
 BEST = "goodness"
 """The metric that decides which epoch is kept; higher is better."""
 
@@ -24,19 +26,34 @@ BEST = "goodness"
 class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Trains the adapter of `model` on `rows` and scores it on `held_out`.
 
-    `task` is classify, chat or complete; `pad_id` fills short rows up. Further keywords go to `Trainer`.
+    `task` is classify, chat or complete; `pad_id` fills short rows up. `watch(step, loss, norm, rows)` is told of each
+    step before it is taken, and may raise. Further keywords go to `Trainer`.
     """
 
-    def __init__(self, *, rows: TokenRows, held_out: TokenRows, task: str, pad_id: int, **options: Any) -> None:
+    def __init__(
+        self, *, rows: TokenRows, held_out: TokenRows, task: str, pad_id: int, watch: Watcher, **options: Any
+    ) -> None:
         super().__init__(train_dataset=RowsDataset(rows), eval_dataset=RowsDataset(held_out), **options)
-        self.rows, self.held_out, self.task, self.pad_id = rows, held_out, task, pad_id
+        self.rows, self.held_out, self.task, self.pad_id, self.watch = rows, held_out, task, pad_id, watch
+        self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        size, by_tokens = self.args.per_device_train_batch_size, self.task != "classify"
-        batches = LengthBatches(self.rows.lengths, size, self.args.seed, by_tokens=by_tokens)
-        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self._collate)
+        loader = DataLoader(self.train_dataset, batch_sampler=self._batches(), collate_fn=self._collate)
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def _batches(self) -> LengthBatches:
+        size, by_tokens = self.args.per_device_train_batch_size, self.task != "classify"
+        return LengthBatches(self.rows.lengths, size, self.args.seed, by_tokens=by_tokens)
+
+    def rows_of_step(self, number: int) -> list[int]:
+        """The row numbers that optimizer step `number`, counted from 1, learns from, on all processes together."""
+        batches = self._batches()
+        several = self.args.gradient_accumulation_steps * self.args.world_size
+        epoch, index = divmod(number - 1, -(-len(batches) // several))
+        batches.set_epoch(epoch)
+        chosen = list(batches)[index * several : (index + 1) * several]
+        return [int(self.rows.rows[row]) for batch in chosen for row in batch]
 
     def compute_loss(
         self,
@@ -48,6 +65,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         """The sum of this micro-batch's losses over the number of items in the whole step."""
         values, _, logits = losses(model, inputs, self.task)
         loss = values.sum() / (len(values) if num_items_in_batch is None else num_items_in_batch)
+        self.step_loss += loss.detach()
         loss = loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
         return (loss, logits) if return_outputs else loss
 
@@ -95,6 +113,14 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
             self._save_rng_state(str(folder))
             self.state.save_to_json(str(folder / checkpoint.STATE))
         checkpoint.prune(self._run, self.state.best_global_step)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Asked for between a step's gradients and the step itself, when a bad one can still be stopped."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss, self.step_loss = float(self.step_loss), 0.0
+        number = self.state.global_step + 1
+        self.watch(number, loss, float(norm), lambda: self.rows_of_step(number))
+        return norm
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
         counted = torch.tensor(sum(items(batch, self.task) for batch in batch_samples), device=device)

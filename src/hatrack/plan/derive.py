@@ -42,7 +42,8 @@ def batch_rows(recipe: Recipe, *, task: str, rows: int) -> int:
 def derive(recipe: Recipe, *, task: str, rows: int, hidden_size: int, micro_batch: int) -> Schedule:
     """The schedule of a run over `rows` training rows, for a model `hidden_size` wide.
 
-    `micro_batch`, a divisor of the batch, is how many rows fit in memory at a time.
+    `micro_batch`, a divisor of the batch, is how many rows fit in memory at a time. Where the learning rate is to be
+    measured (`auto`), the usual one stands in for it.
     """
     reasons = []
     batch_size = batch_rows(recipe, task=task, rows=rows)
@@ -60,9 +61,8 @@ def derive(recipe: Recipe, *, task: str, rows: int, hidden_size: int, micro_batc
     if steps is None:
         steps = max(1, math.ceil(epochs * per_epoch))
 
-    lr = recipe.lr
-    if lr is None:
-        lr = learning_rate(hidden_size)
+    lr = learning_rate(hidden_size) if recipe.lr is None or recipe.lr == "auto" else recipe.lr
+    if recipe.lr is None:
         reasons.append(f"learning rate {lr:g} (for a model {hidden_size:,} wide)")
     return Schedule(lr, batch_size, micro_batch, epochs, steps, max(1, round(0.06 * steps)), tuple(reasons))
 

@@ -1,0 +1,1 @@
+"""Looks for what goes wrong in silence: one function per gotcha."""

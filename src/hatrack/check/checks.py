@@ -1,0 +1,124 @@
+"""Every check of a run, in the order a run would meet what they look for.
+
+What another room refuses by itself (a wrong target, rows without labels) is found by calling that room: there is no
+second mechanism. docs/gotchas.md has a heading for each. Knows nothing of training.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from hatrack.adapter.count import linears_from_shapes
+from hatrack.adapter.targets import Choice, check_rank, choose
+from hatrack.base.header import head_shapes, model_shapes, read_config
+from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer
+from hatrack.base.sources import BaseFiles, find_base
+from hatrack.check import base, rows, settings
+from hatrack.check.facts import Facts
+from hatrack.check.finding import Finding, Looking
+from hatrack.data.examples import Examples, read_examples
+from hatrack.data.tokens import tokenise
+from hatrack.errors import RecipeError
+from hatrack.plan.derive import batch_rows, derive
+from hatrack.plan.fit import plan_run
+from hatrack.plan.memory import shape_of
+from hatrack.recipe import Recipe, Task
+from hatrack.say import say
+
+BEFORE_TRAINING = (
+    settings.learning_rate_timid,
+    settings.learning_rate_wild,
+    settings.alpha_far_from_2r,
+    settings.rank_before_data,
+    settings.float16_overflow,
+    rows.class_imbalance,
+    rows.near_duplicates,
+    rows.answers_cut,
+    rows.template_twice,
+    rows.end_never_learned,
+    base.wrong_chat_template,
+)
+"""Fast, and not said by anything else: each run begins with them."""
+
+ON_DEMAND = (base.no_chat_template, base.label_count, base.base_already_tuned)
+"""What a run says in passing, or what is true of many a good run."""
+
+
+def advise(facts: Facts) -> None:
+    """Says what the fast checks find in a run that is about to begin."""
+    for gotcha in BEFORE_TRAINING:
+        found = gotcha(facts)
+        if found is not None:
+            say(f"advice: {found}")
+
+
+def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
+    """All that is wrong or doubtful with a run of `recipe`, and its facts where it could begin.
+
+    Reads rows, headers and the tokenizer, no weights.
+    """
+    looking = Looking()
+    look = looking.at
+    recipe = recipe.changed(resume=False)
+    examples = look("rows-refused", _rows, recipe)
+    files = look("base-refused", _base, recipe)
+    look("base-with-adapters", check_bare, files)
+    task = recipe.task or (examples.task if examples else None)
+    labels = examples.labels if examples else ["", ""]  # how many matters to the head alone
+    config = look("task-and-base", load_config, files, task=cast(Task, task), labels=labels) if task else None
+    tokenizer = look("tokenizer-refused", load_tokenizer, files)
+    linears = look("base-refused", _linears, files, config, task=task, labels=len(labels))
+    choice = look("target-names", _targets, recipe, files, config, linears, task=task)
+    look("rank-too-large", check_rank, recipe.r, choice, linears)
+    tokens = look("nothing-to-learn", tokenise, recipe, examples, tokenizer, config)
+    dtype = look("device-not-there", _dtype, recipe)
+    if looking.found or not (examples and files and tokens and dtype and task):
+        return looking.found, None
+    plan = look(
+        "does-not-fit",
+        plan_run,
+        recipe,
+        files.folder,
+        task=task,
+        labels=len(examples.labels),
+        longest=int(tokens.learn.lengths.max()),
+        batch_size=batch_rows(recipe, task=task, rows=len(tokens.learn)),
+        dtype=dtype,
+    )
+    if plan is None:
+        return looking.found, None
+    width = shape_of(read_config(files.folder)).hidden
+    schedule = derive(recipe, task=task, rows=len(tokens.learn), hidden_size=width, micro_batch=plan.micro_batch)
+    facts = Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, dtype)
+    return [found for gotcha in (*BEFORE_TRAINING, *ON_DEMAND) if (found := gotcha(facts)) is not None], facts
+
+
+def _rows(recipe: Recipe) -> Examples:
+    if recipe.data is None:
+        raise RecipeError("--data is missing", fix="add --data or a line 'data:' to the recipe")
+    return read_examples(recipe)
+
+
+def _base(recipe: Recipe) -> BaseFiles:
+    if recipe.base is None:
+        raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
+    return find_base(recipe.base, recipe.revision)
+
+
+def _linears(files: BaseFiles, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, int]]:
+    """Full name -> (d_in, d_out) of the layers that could be adapted."""
+    return linears_from_shapes(model_shapes(files.folder, task, labels), str(config.model_type))
+
+
+def _targets(
+    recipe: Recipe, files: BaseFiles, config: Any, linears: dict[str, tuple[int, int]], *, task: str
+) -> Choice:
+    heads: Sequence[str] = ()
+    if task == "classify":
+        heads = sorted({name.rpartition(".")[0] for name in head_shapes(read_config(files.folder), 1)})
+    return choose(linears, recipe.targets, recipe.top_layers, heads=heads)
+
+
+def _dtype(recipe: Recipe) -> str:
+    """The base's number format on the device asked for."""
+    device, _ = choose_device(recipe.device)
+    return str(choose_dtype(recipe.dtype, device)[0]).removeprefix("torch.")

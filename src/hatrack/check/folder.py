@@ -1,0 +1,149 @@
+"""Gotchas in an adapter's folder: what its files tell before it is put on its base."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from hatrack.adapter.files import AdapterFiles, read_adapter
+from hatrack.adapter.rack import find
+from hatrack.base.sources import find_base
+from hatrack.check.finding import Finding, Looking
+
+Tensors = dict[str, torch.Tensor]
+EMBEDDINGS = ("embed_tokens", "word_embeddings", ".wte.", "lm_head")
+
+
+def check_adapter(adapter: str | Path, base: str | None = None) -> list[Finding]:
+    """All that its files tell is wrong or doubtful with an adapter; `base` names where its base lies now."""
+    looking = Looking()
+    folder = looking.at("adapter-refused", find, adapter)
+    files = looking.at("adapter-refused", read_adapter, folder)
+    if files is None:
+        return looking.found
+    hat = files.hat.base if files.hat else {}
+    source = base or hat.get("source") or files.config.get("base_model_name_or_path")
+    looking.at("base-lost", find_base, str(source or ""), None if base else hat.get("revision"))
+    tensors = load_file(files.weights)
+    return looking.found + [found for gotcha in GOTCHAS if (found := gotcha(files, tensors)) is not None]
+
+
+def inert_adapter(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """The tuned model answers like its base: B is zero, so B A adds nothing."""
+    ups = [name for name in tensors if ".lora_B." in name]
+    zero = [name for name in ups if not tensors[name].any()]
+    if not zero:
+        return None
+    everything = len(zero) == len(ups) and len(ups) == sum(".lora_A." in name for name in tensors)
+    return Finding(
+        "inert-adapter",
+        "the adapter adds nothing to its base" if everything else "a part of the adapter adds nothing",
+        f"{len(zero)} of {len(ups)} lora_B tensors are zero, the first {zero[0]}",
+        "train again, with a higher --lr; or --targets whose output reaches the loss",
+    )
+
+
+def modules_to_save_unknown(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """peft: no word. A name in modules_to_save that matches nothing is trained nowhere and saved nowhere."""
+    wanted = files.config.get("modules_to_save") or []
+    missing = [name for name in wanted if not any(f".{name}." in f".{tensor}" for tensor in tensors)]
+    if not missing:
+        return None
+    return Finding(
+        "modules-to-save-unknown",
+        f"{files.folder} names modules to save that it does not hold",
+        f"{', '.join(missing)} in modules_to_save, no such tensors",
+        "correct the name and train again: what it was meant for was never saved",
+        refused=True,
+    )
+
+
+def head_not_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """A classifier answers at random after loading: without a task type its head was neither trained nor saved."""
+    if files.config.get("task_type") is not None or files.hat is not None:
+        return None
+    return Finding(
+        "head-not-saved",
+        f"{files.folder} has no task type: for a classifier, peft then leaves the head untrained and unsaved",
+        f"task_type None, {len(tensors)} tensors, of which {sum('.lora_' not in name for name in tensors)} of a head",
+        "train it again with a task type (hatrack train sets it); for a generator set CAUSAL_LM in adapter_config.json",
+    )
+
+
+def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """The adapter is hundreds of megabytes: peft saved the embeddings with it, without being asked."""
+    asked = files.config.get("modules_to_save") or []
+    bulky = {
+        name: tensor.numel() * tensor.element_size()
+        for name, tensor in tensors.items()
+        if ".lora_" not in name
+        and any(part in f".{name}." for part in EMBEDDINGS)
+        and not any(f".{module}." in f".{name}" for module in asked)
+    }
+    if not bulky:
+        return None
+    return Finding(
+        "embeddings-saved",
+        "embeddings or an output head came into the adapter by accident",
+        f"{next(iter(bulky))} and {len(bulky) - 1} more, {sum(bulky.values()) / 2**20:.1f} MiB",
+        "save it with save_embedding_layers=False; hatrack does",
+    )
+
+
+def quantised_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """Merged into the full base, the adapter answers otherwise than in training: it was trained on a rounded one."""
+    quantize = (files.hat.recipe if files.hat else {}).get("quantize", "none")
+    if quantize == "none":
+        return None
+    return Finding(
+        "quantised-base",
+        "the adapter was trained on a quantised base, whose errors it has learned to make up for",
+        f"--quantize {quantize}",
+        f"use it on the {quantize} base, or compare before merging it into the full one",
+    )
+
+
+def scale_far_from_2(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """The adapter whispers or shouts: alpha / r is far from 2, or 0."""
+    r, alpha = files.config["r"], files.config["lora_alpha"]
+    scale = alpha / (r**0.5 if files.config.get("use_rslora") else r)
+    if 0.25 <= scale <= 16:
+        return None
+    return Finding(
+        "alpha-far-from-2r",
+        "alpha is 0: the adapter does nothing" if alpha == 0 else "alpha is far from 2r",
+        f"lora_alpha {alpha:g}, r {r}",
+        "train again, with --alpha left out",
+        refused=alpha == 0,
+    )
+
+
+def no_better_than_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """The adapter loads, is what was trained, and does not help: its own held-out score says so."""
+    metrics = files.hat.metrics if files.hat else {}
+    before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    name = "accuracy" if "accuracy" in after else "loss"
+    if name not in before or name not in after:
+        return None
+    gain = (after[name] - before[name]) * (1 if name == "accuracy" else -1)
+    if gain > 0:
+        return None
+    return Finding(
+        "no-better-than-base",
+        "the adapter is no better than its base on the rows held out from its training",
+        f"{name} {before[name]:.4f} before, {after[name]:.4f} after",
+        "hatrack compare shows how sure that is; then --lr, --epochs, more rows, in this order",
+    )
+
+
+GOTCHAS: tuple[Callable[[AdapterFiles, Any], Finding | None], ...] = (
+    modules_to_save_unknown,
+    scale_far_from_2,
+    inert_adapter,
+    head_not_saved,
+    embeddings_saved,
+    quantised_base,
+    no_better_than_base,
+)

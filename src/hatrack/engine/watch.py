@@ -1,0 +1,66 @@
+"""Watches a run as it goes: stops it where the loss is lost, and says once where nothing is learned.
+
+Knows nothing of models; the Trainer tells it losses, gradients and rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hatrack.check.finding import Finding
+from hatrack.check.running import FIRST, Step, loss_barely_moves, loss_explodes, loss_not_a_number, no_gradient
+from hatrack.engine.run import Run
+from hatrack.errors import Diverged
+from hatrack.say import say
+
+SMOOTH = 0.8
+"""Weight of the past in the running mean of the loss: about five steps count."""
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Looks at every step before it is taken: a step that must not be taken never changes the adapter.
+
+    `lr` is the peak learning rate, `usual_lr` the derived one, `before` the held-out loss that training began with,
+    once it is known.
+    """
+
+    def __init__(self, run: Run, *, lr: float, usual_lr: float, dtype: str) -> None:
+        self.run, self.lr, self.usual_lr, self.dtype = run, lr, usual_lr, dtype
+        self.before = 0.0
+        self.first: list[float] = []
+        self.recent: float | None = None
+        self.advised = False
+
+    def step(self, number: int, loss: float, norm: float, rows: Callable[[], list[int]]) -> None:
+        """Raises Diverged where optimizer step `number`, about to be taken, would lose what was learned.
+
+        `rows` gives the row numbers of the step's batch.
+        """
+        self.recent = loss if self.recent is None else SMOOTH * self.recent + (1 - SMOOTH) * loss
+        known = len(self.first) == FIRST
+        if not known:
+            self.first.append(loss)
+        start = sum(self.first) / len(self.first)
+        suspicious = not (abs(self.recent) < float("inf") and abs(norm) < float("inf")) or norm == 0
+        if not suspicious and (not known or self.recent <= start + 1):
+            return
+        step = Step(number, loss, norm, rows(), str(self.run.recipe.data))
+        found = loss_not_a_number(step, self.lr, self.usual_lr, self.dtype)
+        found = found or (no_gradient(step) if not known else None)
+        found = found or (loss_explodes(start, self.recent, step, self.lr, self.usual_lr) if known else None)
+        if found is not None:
+            raise self._diverged(found)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        found = loss_barely_moves(
+            self.before, metrics["eval_loss"], state.global_step, self.lr, self.usual_lr, self.run.recipe.r
+        )
+        if found is not None and not self.advised:
+            self.advised = True
+            say(f"advice: {found}")
+
+    def _diverged(self, found: Finding) -> Diverged:
+        checkpoint = self.run.last_checkpoint()
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+        return Diverged(f"{found.what}; {kept}", got=found.got, fix=f"{found.fix} [{found.gotcha}]")
