@@ -13,6 +13,8 @@ from hatrack.base.sources import find_base
 from hatrack.check.finding import Finding, Looking
 
 Tensors = dict[str, torch.Tensor]
+PEFTS_OWN = ("classifier", "score")
+"""Heads that peft names for every classifier, whichever it has."""
 EMBEDDINGS = ("embed_tokens", "word_embeddings", ".wte.", "lm_head")
 
 
@@ -25,7 +27,7 @@ def check_adapter(adapter: str | Path, base: str | None = None) -> list[Finding]
         return looking.found
     hat = files.hat.base if files.hat else {}
     source = base or hat.get("source") or files.config.get("base_model_name_or_path")
-    looking.at("base-lost", find_base, str(source or ""), None if base else hat.get("revision"))
+    looking.at("base-lost", find_base, str(source or ""), revision=None if base else hat.get("revision"))
     tensors = load_file(files.weights)
     return looking.found + [found for gotcha in GOTCHAS if (found := gotcha(files, tensors)) is not None]
 
@@ -47,8 +49,8 @@ def inert_adapter(files: AdapterFiles, tensors: Tensors) -> Finding | None:
 
 def modules_to_save_unknown(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     """peft: no word. A name in modules_to_save that matches nothing is trained nowhere and saved nowhere."""
-    wanted = files.config.get("modules_to_save") or []
-    missing = [name for name in wanted if not any(f".{name}." in f".{tensor}" for tensor in tensors)]
+    wanted = set(files.config.get("modules_to_save") or []) - set(PEFTS_OWN)
+    missing = [name for name in sorted(wanted) if not any(f".{name}." in f".{tensor}" for tensor in tensors)]
     if not missing:
         return None
     return Finding(

@@ -49,7 +49,7 @@ def _report(what: str, found: "list[Finding]", as_json: bool) -> None:
         print(json.dumps(facts | {"findings": [dataclasses.asdict(finding) for finding in found]}))
     else:
         for finding in found:
-            print(f"{'refused' if finding.refused else 'advice'}  [{finding.gotcha}] {finding.what}")
+            print(f"{'refused' if finding.refused else 'advice':<8} [{finding.gotcha}] {finding.what}")
             for word, text in (("got", finding.got), ("fix", finding.fix)):
                 if text:
                     print(f"         {word}: {text}")
