@@ -17,7 +17,7 @@ from typing import Any
 from hatrack.adapter import rack
 from hatrack.adapter.files import WEIGHTS
 from hatrack.engine import checkpoint
-from hatrack.errors import AdapterError, Interrupted, RecipeError
+from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError
 from hatrack.recipe import Recipe, flag
 from hatrack.say import say
 from hatrack.storage import locked, machine_errors, move, write_file
@@ -145,7 +145,7 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             yield run
         except KeyboardInterrupt:
             raise run.interrupted() from None
-        except Interrupted:
+        except (Interrupted, Diverged):  # these say themselves what is kept
             raise
         except BaseException:
             if kept := run.kept():
