@@ -11,6 +11,8 @@ FIRST = 5
 BARELY = 0.005
 """Of the loss before: less than half a per cent is no movement."""
 KNOWN_ALREADY = 0.02
+FEWEST = 10
+"""Steps before which nobody can tell."""
 ROWS_NAMED = 8
 
 
@@ -88,7 +90,7 @@ def no_gradient(step: Step) -> Finding | None:
 
 def loss_barely_moves(before: float, now: float, step: int, lr: float, usual_lr: float, r: int) -> Finding | None:
     """The held-out loss is where it was: nothing is learned. The rate is to be raised before the rank."""
-    if before < KNOWN_ALREADY or before - now >= BARELY * before or now > before * (1 + BARELY):
+    if step < FEWEST or before < KNOWN_ALREADY or before - now >= BARELY * before or now > before * (1 + BARELY):
         return None
     faster = usual_lr if lr < usual_lr else 3 * lr
     return Finding(
