@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import hatrack
-from hatrack.engine.fast_lora import LAYER_CLASSES, FastLinear, _LoraProduct, fast_layer, reference
+from hatrack.engine import fast_lora
+from hatrack.engine.fast_lora import LAYER_CLASSES, FastLinear, Projection, fast_layer, project, reference
 from hatrack.kernels.drop import KEEP, Mask
 from tests.kernels.test_low_rank import kept
 
@@ -49,13 +50,36 @@ def test_it_is_its_plain_twin(
 ) -> None:
     results: list[list[Any]] = []
     mask = Mask(dropout, 11) if dropout else KEEP
-    for function, last in ((_LoraProduct.apply, mask), (reference, kept(n, d_in, mask, dtype) * mask.scale)):
+    for ours in (True, False):
         x, W, b, A, B = _inputs(n, d_in, d_out, r, dtype, bias)
         assert x is not None and W is not None and A is not None and B is not None
         leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
-        y = function(x, W, b, A, B, 2.0, last)  # type: ignore[arg-type]
+        if ours:
+            (y,) = project(x, [Projection(W, b, A, B, 2.0, mask)])
+        else:
+            y = reference(x, W, b, A, B, 2.0, kept(n, d_in, mask, dtype) * mask.scale)
         (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    _close(results[0], results[1], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_several_projections_of_one_input_are_their_plain_twins(dropout: float, dtype: torch.dtype) -> None:
+    masks = [Mask(dropout, seed) if dropout else KEEP for seed in (3, 4, 5)]
+    results: list[list[Any]] = []
+    for ours in (True, False):
+        x = _inputs(33, 64, 32, 3, dtype, True)[0]
+        assert x is not None
+        parts: list[Any] = [_inputs(33, 64, width, 3, dtype, width == 32)[1:] for width in (32, 96, 40)]
+        leaves = [tensor.requires_grad_() for tensor in (x, *(A for _, _, A, _ in parts), *(B for *_, B in parts))]
+        if ours:
+            ys = project(x, [Projection(*part, 0.5 + number, masks[number]) for number, part in enumerate(parts)])
+        else:
+            kepts = [kept(33, 64, mask, dtype) * mask.scale for mask in masks]
+            ys = tuple(reference(x, *part, 0.5 + number, kepts[number]) for number, part in enumerate(parts))
+        sum((y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in ys).backward()  # type: ignore[union-attr]
+        results.append([*(y.detach() for y in ys), *(leaf.grad for leaf in leaves)])
     _close(results[0], results[1], TOLERANCE[dtype])
 
 
@@ -66,7 +90,8 @@ def test_gradients_are_given_only_where_asked(frozen: str) -> None:
     for name, tensor in tensors.items():
         assert tensor is not None
         tensor.requires_grad_(name != frozen)
-    _LoraProduct.apply(x, W, b, A, B, 1.0, Mask(0.2, 3)).sum().backward()  # type: ignore[no-untyped-call]
+    assert x is not None and W is not None and A is not None and B is not None
+    project(x, [Projection(W, b, A, B, 1.0, Mask(0.2, 3))])[0].sum().backward()  # type: ignore[no-untyped-call]
     assert {name for name, tensor in tensors.items() if tensor is not None and tensor.grad is None} == {frozen}
 
 
@@ -250,3 +275,93 @@ def test_quantised_layers_are_left_to_peft() -> None:
     config = LoraConfig(r=2)
     assert isinstance(fast_layer(nn.Linear(2, 2), "default", config, r=2, lora_alpha=2), FastLinear)
     assert fast_layer(Quantised(2, 2), "default", config, r=2, lora_alpha=2) is None
+
+
+class _Heads(nn.Module):
+    """Three layers of one input, and one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(32, 64), nn.Linear(32, 32), nn.Linear(32, 64)
+        self.out = nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor, only: str = "qkv") -> torch.Tensor:
+        states = [getattr(self, name)(x) for name in only]
+        return self.out(sum(y if y.shape[-1] == 64 else torch.cat([y, y], -1) for y in states))  # type: ignore[no-any-return]
+
+
+def _heads(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[PeftModel, PeftModel, list[int]]:
+    """A model with layers of one input, with hatrack's layers and peft's, and how many projections each call made."""
+    models = []
+    for make in (hatrack.get_peft_model, stock_get_peft_model):
+        torch.manual_seed(5)
+        config = LoraConfig(r=4, target_modules=["q", "k", "v", "out"], init_lora_weights=False, **options)
+        models.append(make(_Heads(), config))
+    models[1].load_state_dict(models[0].state_dict())
+    calls: list[int] = []
+
+    def counted(x: torch.Tensor, projections: list[Projection]) -> tuple[torch.Tensor, ...]:
+        calls.append(len(projections))
+        return project(x, projections)
+
+    monkeypatch.setattr(fast_lora, "project", counted)
+    return models[0], models[1], calls
+
+
+def test_layers_given_the_same_input_are_computed_together_from_the_second_time_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, stock, calls = _heads(monkeypatch)
+    for expected in ([1, 1, 1, 1], [3, 1], [3, 1]):
+        calls.clear()
+        _same(ours, stock)
+        assert calls == expected * 2 if expected == [3, 1] else calls[:4] == expected
+
+
+def test_sharing_an_input_draws_the_masks_that_each_layer_alone_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _, calls = _heads(monkeypatch, lora_dropout=0.4)
+    x = torch.randn(9, 32, requires_grad=True)
+    alone, together = [], []
+    for found in (alone, together):
+        torch.manual_seed(2)
+        found += _results(ours, x)
+    assert calls == [1, 1, 1, 1, 3, 1]
+    _close(together, alone)
+
+
+def test_what_changed_in_between_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _, calls = _heads(monkeypatch)
+    q, k = ours.base_model.model.q, ours.base_model.model.k
+    x = torch.randn(5, 32)
+    ours(x.clone())
+    with torch.no_grad():
+        q(x)
+        k.lora_B["default"].weight.mul_(2)
+        changed = k(x)
+        torch.testing.assert_close(changed, k(x.clone()))
+        other = torch.randn(5, 32)
+        q(other)
+        other.mul_(3)
+        torch.testing.assert_close(k(other), k(other.clone()))
+    q(x)
+    assert k(x).requires_grad
+
+
+def test_what_nobody_asked_for_is_not_computed_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _, calls = _heads(monkeypatch)
+    for only in ("qkv", "q", "q", "qkv", "qkv"):
+        ours(torch.randn(5, 32), only=only)
+    assert calls == [1, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 3, 1]
+
+
+def test_layers_of_other_ranks_or_adapters_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, stock, calls = _heads(monkeypatch, rank_pattern={"k": 6})
+    _same(ours, stock)
+    calls.clear()
+    ours(torch.randn(3, 32))
+    assert calls == [2, 1, 1]
+    for model in (ours, stock):
+        torch.manual_seed(1)
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False))
+        model.set_adapter("second")
+    _same(ours, stock)

@@ -20,11 +20,18 @@ autocast's: then W is cast to it in either pass, and no cast copy of W is kept i
 
 D is made again from its seed in the backward pass (`kernels/drop.py`).
 
+Layers that are given the same x, such as the projections to queries, keys and values, are computed together: one pass
+over x for all of h, one for all of g_A, and one g_x into which each of them adds. Which layers these are is seen from
+what they are given, not from their names: a layer given the very tensor that another was given before it is computed
+with that one from the next time on.
+
 Knows nothing of models, data or training.
 """
 
-from collections.abc import Callable
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -49,17 +56,50 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
     differentiated again. Un-merging gives the base's weight back bit for bit.
     """
 
+    _sharers: tuple["FastLinear", ...] = ()
+    """The layers that are given the same input right after this one."""
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = _compute_dtype(x)
         if args or kwargs or not self._is_plain(dtype):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        name, base = self.active_adapters[0], self.base_layer
-        W = base.weight.t() if type(base) is Conv1D else base.weight  # (d_out, d_in)
-        A, B, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
-        mask = draw(getattr(dropout, "p", 0.0) if dropout.training else 0.0)
+        y = _given.taken(x, self)
+        return self._computed(x, dtype) if y is None else y
+
+    def _computed(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """y for this layer, and with it those of the layers that will be given the same x."""
+        others = [layer for layer in self._sharers if layer._goes_with(self, dtype)] if _given.first(x, self) else []
         flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-        y = _LoraProduct.apply(flat, W, base.bias, A, B, self.scaling[name], mask)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+        found = project(flat, [layer._projection() for layer in (self, *others)])
+        own, *rest = (y.view(*x.shape[:-1], y.shape[-1]) for y in found)
+        for layer, y in zip(others, rest, strict=True):
+            _given.waiting[layer] = layer._state(), y
+        return own
+
+    def _goes_with(self, other: "FastLinear", dtype: torch.dtype) -> bool:
+        """Whether both can share their passes: factors of equal shapes, and equal dropout."""
+        if not self._is_plain(dtype):
+            return False
+        shapes = [layer.lora_A[layer.active_adapters[0]].weight.shape for layer in (self, other)]
+        return shapes[0] == shapes[1] and self._dropout() == other._dropout()
+
+    def _dropout(self) -> float:
+        dropout = self.lora_dropout[self.active_adapters[0]]
+        return getattr(dropout, "p", 0.0) if dropout.training else 0.0
+
+    def _projection(self) -> "Projection":
+        name, base = self.active_adapters[0], self.base_layer
+        W = base.weight.t() if type(base) is Conv1D else base.weight
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        return Projection(W, base.bias, A, B, self.scaling[name], draw(self._dropout()))
+
+    def _state(self) -> tuple[object, ...]:
+        """What y depends on besides x: where it has changed, what was computed before is of no use."""
+        name = self.active_adapters[0]
+        weights = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
+        versions = [(id(weight), weight._version) for weight in weights]
+        modes = self.lora_dropout[name].training, torch.is_grad_enabled()
+        return name, self.scaling[name], *modes, *versions
 
     def _is_plain(self, dtype: torch.dtype) -> bool:
         """Whether the layer, as it stands, is no more than the formulas at the top, for products in `dtype`."""
@@ -95,44 +135,116 @@ def _has_hooks(part: nn.Module) -> bool:
     )
 
 
-class _LoraProduct(torch.autograd.Function):
-    """The products at the top of this file, in the dtype of x (n, d_in), whatever that of W, b, A and B."""
+class _Given(threading.local):
+    """The input that a layer was given last, the first layer that it was given to, and what waits for the others."""
+
+    def __init__(self) -> None:
+        self.x: Callable[[], torch.Tensor | None] = lambda: None
+        self.version = 0
+        self.leader: Callable[[], FastLinear | None] = lambda: None
+        self.waiting: dict[FastLinear, tuple[tuple[object, ...], torch.Tensor]] = {}
+
+    def taken(self, x: torch.Tensor, layer: FastLinear) -> torch.Tensor | None:
+        """The y that was computed for `layer` with the first one given x, if there is one; it is handed out once."""
+        if not self._is(x):
+            return None
+        state, y = self.waiting.pop(layer, (None, None))
+        return y if state == layer._state() else None
+
+    def first(self, x: torch.Tensor, layer: FastLinear) -> bool:
+        """Whether no layer was given x before; if one was, `layer` will be computed with that one the next time."""
+        if x.is_inference() or _what_is_saved_is_watched():  # inference tensors do not tell whether they were changed
+            return False
+        leader = self.leader()
+        if self._is(x):
+            if leader is not None and leader is not layer and layer not in leader._sharers:
+                leader._sharers = (*leader._sharers, layer)
+            return False
+        if leader is not None and self.waiting:  # not asked for this time: not of the same input any more
+            leader._sharers = tuple(each for each in leader._sharers if each not in self.waiting)
+        self.x, self.version, self.leader, self.waiting = weakref.ref(x), x._version, weakref.ref(layer), {}
+        return True
+
+    def _is(self, x: torch.Tensor) -> bool:
+        return self.x() is x and not x.is_inference() and self.version == x._version
+
+
+_given = _Given()
+
+
+def _what_is_saved_is_watched() -> bool:
+    """Whether someone replaces what autograd saves. Gradient checkpointing does, and wants each pass to save the same
+    tensors: layers must not be computed apart in the first and together in the second."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class Projection(NamedTuple):
+    """What an adapted layer does to its input: W (d_out, d_in), b (d_out,) or None, A (r, d_in), B (d_out, r)."""
+
+    W: torch.Tensor
+    b: torch.Tensor | None
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    mask: Mask
+
+
+def project(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
+    """y (n, d_out) of each projection of x (n, d_in), by the products at the top of this file, in the dtype of x.
+
+    W, b, A and B may be of other dtypes. The ranks and dropouts of the projections are alike.
+    """
+    tensors = [tensor for each in projections for tensor in each[:4]]
+    return _LoraProducts.apply(x, [each[4:] for each in projections], *tensors)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _LoraProducts(torch.autograd.Function):
+    """x, the scalings and masks, then W, b, A and B of each projection."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        W: torch.Tensor,
-        b: torch.Tensor | None,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        scaling: float,
-        mask: Mask,
-    ) -> torch.Tensor:
-        h = down(x, rows(A, x.dtype), mask.scale, mask)  # (n, r), r filled up to a multiple of 8
-        y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (n, d_out)
-        up(y, h, rows(B.t(), x.dtype), scaling)
-        ctx.save_for_backward(x, W, A, B, h)
-        ctx.scaling, ctx.mask = scaling, mask
-        return y
+        ctx: Any, x: torch.Tensor, settings: list[tuple[float, Mask]], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        masks = [mask for _, mask in settings]
+        A = torch.cat([rows(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
+        h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
+        outputs = []
+        parts = zip(tensors[::4], tensors[1::4], tensors[3::4], h.chunk(len(masks), 1), settings, strict=True)
+        for W, b, B, own, (scaling, _) in parts:
+            y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (n, d_out)
+            up(y, own, rows(B.t(), x.dtype), scaling)
+            outputs.append(y)
+        ctx.save_for_backward(x, h, *tensors)
+        ctx.settings = settings
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, W, A, B, h = ctx.saved_tensors
-        mask, rank, g = ctx.mask, len(A), g.contiguous()
-        g_h = down(g, rows(B.t(), g.dtype), ctx.scaling * mask.scale)  # (n, r), D's division included
-        g_x = g_b = g_A = g_B = None
-        if ctx.needs_input_grad[4]:
-            g_B = outer(g, h)[:rank].t().to(B.dtype).mul_(ctx.scaling)  # (d_out, r)
-        if ctx.needs_input_grad[3]:
-            g_A = outer(x, g_h, mask)[:rank].to(A.dtype)  # (r, d_in)
-        if ctx.needs_input_grad[2]:
-            g_b = g.sum(0)  # (d_out,)
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h, *tensors = ctx.saved_tensors
+        masks, needed = [mask for _, mask in ctx.settings], ctx.needs_input_grad[2:]
+        found: list[torch.Tensor | None] = [None] * len(tensors)
+        back: list[torch.Tensor] = []
+        gradients = tuple(g.contiguous() for g in gradients)
+        parts = zip(gradients, tensors[3::4], h.chunk(len(masks), 1), ctx.settings, strict=True)
+        for number, (g, B, own, (scaling, mask)) in enumerate(parts):
+            back.append(down(g, rows(B.t(), g.dtype), scaling * mask.scale))  # (n, r), D's division included
+            if needed[4 * number + 1]:
+                found[4 * number + 1] = g.sum(0)  # (d_out,)
+            if needed[4 * number + 3]:
+                found[4 * number + 3] = outer(g, own)[: B.shape[1]].t().to(B.dtype).mul_(scaling)  # (d_out, r)
+        g_h = torch.cat(back, 1)  # (n, ranks of all)
+        if any(needed[2::4]):
+            for number, g_A in enumerate(outer(x, g_h, *masks).chunk(len(masks))):
+                A = tensors[4 * number + 2]
+                found[4 * number + 2] = g_A[: len(A)].to(A.dtype)  # (r, d_in)
+        g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = g @ W.to(g.dtype)  # (n, d_in)
-            up(g_x, g_h, rows(A, g.dtype), 1.0, mask)
-        return g_x, None, g_b, g_A, g_B, None, None
+            g_x = gradients[0] @ tensors[0].to(x.dtype)  # (n, d_in)
+            for g, W in zip(gradients[1:], tensors[4::4], strict=True):
+                g_x.addmm_(g, W.to(x.dtype))
+            up(g_x, g_h, torch.cat([rows(A, x.dtype) for A in tensors[2::4]]), 1.0, *masks)
+        return g_x, None, *found
 
 
 def reference(
@@ -144,7 +256,7 @@ def reference(
     scaling: float,
     kept: torch.Tensor,
 ) -> torch.Tensor:
-    """The plain twin of `_LoraProduct`: the same mathematics, differentiated by autograd. Only tests use it.
+    """The plain twin of `project`: the same mathematics, differentiated by autograd. Only tests use it.
 
     `kept` (n, d_in): what D multiplies x with, 0 or 1 / (1 - p).
     """

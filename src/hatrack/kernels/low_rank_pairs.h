@@ -25,12 +25,12 @@ static inline uint32_t rounded_pair(float first, float second) {
 
 template <bool DROP>
 static void down_in_pairs(const bfloat16* x, const bfloat16* A, float* h, int64_t n, int64_t width, int64_t rank,
-                          float scale, uint32_t threshold, uint64_t seed, int threads) {
+                          int64_t lead, float scale, uint32_t threshold, const uint64_t* seeds, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t two = 0; two < (n + 1) / 2; two++) {
         int64_t i = 2 * two, other = i + 1 < n ? i + 1 : i;
-        uint64_t key = row_key(seed, i), other_key = row_key(seed, other);
         for (int64_t first = 0; first < rank; first += RANK) {
+            uint64_t seed = seeds[first / RANK], key = row_key(seed, i), other_key = row_key(seed, other);
             __m512 a[RANK], b[RANK];
             for (int k = 0; k < RANK; k++) a[k] = b[k] = _mm512_setzero_ps();
             for (int64_t j = 0; j < width; j += BLOCK) {
@@ -43,8 +43,8 @@ static void down_in_pairs(const bfloat16* x, const bfloat16* A, float* h, int64_
                 }
             }
             for (int k = 0; k < RANK; k++) {
-                h[i * rank + first + k] = scale * _mm512_reduce_add_ps(a[k]);
-                h[other * rank + first + k] = scale * _mm512_reduce_add_ps(b[k]);
+                h[i * lead + first + k] = scale * _mm512_reduce_add_ps(a[k]);
+                h[other * lead + first + k] = scale * _mm512_reduce_add_ps(b[k]);
             }
         }
     }
@@ -54,38 +54,40 @@ static inline __m512 widened(__m256i v) { return _mm512_castsi512_ps(_mm512_slli
 
 template <bool DROP>
 static void up_in_pairs(bfloat16* y, const float* h, const bfloat16* A, int64_t n, int64_t width, int64_t rank,
-                        float scale, uint32_t threshold, uint64_t seed, int threads) {
+                        int64_t lead, float scale, uint32_t threshold, const uint64_t* seeds, int threads) {
     uint32_t* pairs = (uint32_t*)malloc(rank / 2 * width * sizeof(uint32_t));  // (rank / 2, width): rows k and k + 1
     for (int64_t k = 0; k < rank; k += 2)
         for (int64_t j = 0; j < width; j++)
             pairs[k / 2 * width + j] = A[k * width + j].bits | (uint32_t)A[(k + 1) * width + j].bits << 16;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        uint64_t key = row_key(seed, i);
-        for (int64_t first = 0; first < rank; first += RANK) {
-            __m512bh factors[RANK / 2];
-            for (int k = 0; k < RANK / 2; k++) {
-                const float* at = h + i * rank + first + 2 * k;
-                factors[k] = as_pairs(_mm512_set1_epi32(rounded_pair(scale * at[0], scale * at[1])));
-            }
-            for (int64_t j = 0; j < width; j += BLOCK) {
+        uint32_t factors[LARGEST_RANK / 2];
+        uint64_t keys[LARGEST_RANK / RANK];
+        for (int64_t k = 0; k < rank / 2; k++)
+            factors[k] = rounded_pair(scale * h[i * lead + 2 * k], scale * h[i * lead + 2 * k + 1]);
+        for (int64_t first = 0; DROP && first < rank; first += RANK) keys[first / RANK] = row_key(seeds[first / RANK], i);
+        for (int64_t j = 0; j < width; j += BLOCK) {
+            bfloat16* at = y + i * width + j;
+            __m512i before = _mm512_loadu_si512(at);
+            __m512 total_low = widened(_mm512_castsi512_si256(before));
+            __m512 total_high = widened(_mm512_extracti64x4_epi64(before, 1));
+            for (int64_t first = 0; first < rank; first += RANK) {
                 __m512 low = _mm512_setzero_ps(), high = low;
-                for (int k = 0; k < RANK / 2; k++) {
-                    const uint32_t* row = pairs + (first / 2 + k) * width + j;
-                    low = _mm512_dpbf16_ps(low, factors[k], as_pairs(_mm512_loadu_si512(row)));
-                    high = _mm512_dpbf16_ps(high, factors[k], as_pairs(_mm512_loadu_si512(row + LANES)));
+                for (int64_t k = first / 2; k < (first + RANK) / 2; k++) {
+                    const uint32_t* row = pairs + k * width + j;
+                    __m512bh factor = as_pairs(_mm512_set1_epi32(factors[k]));
+                    low = _mm512_dpbf16_ps(low, factor, as_pairs(_mm512_loadu_si512(row)));
+                    high = _mm512_dpbf16_ps(high, factor, as_pairs(_mm512_loadu_si512(row + LANES)));
                 }
                 if (DROP) {
-                    __mmask32 keep = kept_bits(key, j, threshold);
+                    __mmask32 keep = kept_bits(keys[first / RANK], j, threshold);
                     low = _mm512_maskz_mov_ps((__mmask16)keep, low);
                     high = _mm512_maskz_mov_ps((__mmask16)(keep >> 16), high);
                 }
-                bfloat16* at = y + i * width + j;
-                __m512i before = _mm512_loadu_si512(at);
-                low = _mm512_add_ps(low, widened(_mm512_castsi512_si256(before)));
-                high = _mm512_add_ps(high, widened(_mm512_extracti64x4_epi64(before, 1)));
-                _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                total_low = _mm512_add_ps(total_low, low);
+                total_high = _mm512_add_ps(total_high, high);
             }
+            _mm512_storeu_si512(at, (__m512i)_mm512_cvtne2ps_pbh(total_high, total_low));
         }
     }
     free(pairs);
@@ -93,7 +95,7 @@ static void up_in_pairs(bfloat16* y, const float* h, const bfloat16* A, int64_t 
 
 template <bool DROP>
 static void outer_in_pairs(const bfloat16* x, const float* h, float* out, float* space, int64_t n, int64_t width,
-                           int64_t rank, uint32_t threshold, uint64_t seed, int threads) {
+                           int64_t rank, int64_t lead, uint32_t threshold, const uint64_t* seeds, int threads) {
     int64_t size = rank * width;
     #pragma omp parallel num_threads(threads)
     {
@@ -101,14 +103,15 @@ static void outer_in_pairs(const bfloat16* x, const float* h, float* out, float*
         memset(mine, 0, size * sizeof(float));
         #pragma omp for schedule(static)
         for (int64_t number = 0; number < tiles(n); number++) {
-            Tile tile = tile_of(number, n, seed);
+            Tile tile = tile_of(number, n);
             int64_t from = tile.from, to = tile.to;
             for (int64_t first = 0; first < rank; first += RANK) {
+                if (DROP) tile.use(seeds[first / RANK]);
                 uint32_t factors[TILE / 2][RANK];  // h of rows i and i + 1
                 for (int64_t i = from; i < to; i += 2)
                     for (int k = 0; k < RANK; k++) {
-                        const float* at = h + i * rank + first + k;
-                        factors[(i - from) / 2][k] = rounded_pair(at[0], i + 1 < to ? at[rank] : 0);
+                        const float* at = h + i * lead + first + k;
+                        factors[(i - from) / 2][k] = rounded_pair(at[0], i + 1 < to ? at[lead] : 0);
                     }
                 for (int64_t j = 0; j < width; j += BLOCK) {
                     __m512 low[RANK], high[RANK];

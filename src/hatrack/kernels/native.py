@@ -27,9 +27,9 @@ INCLUDED = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno")
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SIGNATURES = {
-    "down": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float, c_uint32, c_uint64, c_int),
-    "up": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float, c_uint32, c_uint64, c_int),
-    "outer": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_uint32, c_uint64, c_int),
+    "down": (*[c_void_p] * 3, *[c_int64] * 4, c_float, c_uint32, c_void_p, c_int),
+    "up": (*[c_void_p] * 3, *[c_int64] * 4, c_float, c_uint32, c_void_p, c_int),
+    "outer": (*[c_void_p] * 4, *[c_int64] * 4, c_uint32, c_void_p, c_int),
     "drop": (c_void_p, c_void_p, c_int64, c_int64, c_float, c_uint32, c_uint64, c_int),
     "rms_norm": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int),
     "rms_norm_back": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int),

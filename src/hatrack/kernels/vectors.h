@@ -25,7 +25,7 @@ static const int LANES = 8;
 static const int LANES = 4;
 #endif
 
-static const int BLOCK = 32, RANK = 8, TILE = 32;
+static const int BLOCK = 32, TILE = 32, RANK = 8, LARGEST_RANK = 256;
 static const int PARTS = BLOCK / LANES;  // vectors in a block of columns
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
