@@ -191,7 +191,8 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_pefts(turned: bool, base: str
     x = x if autocast else x.detach().bfloat16().requires_grad_()
     for one, other, true in zip(_results(ours, x, autocast), _results(stock, x, autocast), truth, strict=True):
         assert one.dtype == other.dtype
-        assert (one - true).norm() <= 1.5 * (other - true).norm() <= 0.06 * true.norm()
+        # up to 2.5 times peft's error: where pairs of bfloat16 are multiplied at once, h is rounded to it as well
+        assert (one - true).norm() <= 2.5 * (other - true).norm() <= 0.1 * true.norm()
     assert taken == [True, True]
 
 
