@@ -55,10 +55,10 @@ def test_it_is_its_plain_twin(
         assert x is not None and W is not None and A is not None and B is not None
         leaves = [tensor.requires_grad_() for tensor in (x, A, B)]
         if ours:
-            (y,) = project(x, [Projection(W, b, A, B, 2.0, mask)])
+            y = project(x, [Projection(W, b, A, B, 2.0, mask)])[0]
         else:
             y = reference(x, W, b, A, B, 2.0, kept(n, d_in, mask, dtype) * mask.scale)
-        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()  # type: ignore[no-untyped-call]
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     _close(results[0], results[1], TOLERANCE[dtype])
 
@@ -74,10 +74,12 @@ def test_several_projections_of_one_input_are_their_plain_twins(dropout: float, 
         parts: list[Any] = [_inputs(33, 64, width, 3, dtype, width == 32)[1:] for width in (32, 96, 40)]
         leaves = [tensor.requires_grad_() for tensor in (x, *(A for _, _, A, _ in parts), *(B for *_, B in parts))]
         if ours:
-            ys = project(x, [Projection(*part, 0.5 + number, masks[number]) for number, part in enumerate(parts)])
+            ys = project(
+                x, [Projection(W, b, A, B, 0.5, mask) for (W, b, A, B), mask in zip(parts, masks, strict=True)]
+            )
         else:
             kepts = [kept(33, 64, mask, dtype) * mask.scale for mask in masks]
-            ys = tuple(reference(x, *part, 0.5 + number, kepts[number]) for number, part in enumerate(parts))
+            ys = tuple(reference(x, W, b, A, B, 0.5, each) for (W, b, A, B), each in zip(parts, kepts, strict=True))
         sum((y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in ys).backward()  # type: ignore[union-attr]
         results.append([*(y.detach() for y in ys), *(leaf.grad for leaf in leaves)])
     _close(results[0], results[1], TOLERANCE[dtype])
@@ -322,7 +324,8 @@ def test_layers_given_the_same_input_are_computed_together_from_the_second_time_
 def test_sharing_an_input_draws_the_masks_that_each_layer_alone_would(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _, calls = _heads(monkeypatch, lora_dropout=0.4)
     x = torch.randn(9, 32, requires_grad=True)
-    alone, together = [], []
+    alone: list[torch.Tensor] = []
+    together: list[torch.Tensor] = []
     for found in (alone, together):
         torch.manual_seed(2)
         found += _results(ours, x)
@@ -331,7 +334,7 @@ def test_sharing_an_input_draws_the_masks_that_each_layer_alone_would(monkeypatc
 
 
 def test_what_changed_in_between_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _, calls = _heads(monkeypatch)
+    ours = _heads(monkeypatch)[0]
     q, k = ours.base_model.model.q, ours.base_model.model.k
     x = torch.randn(5, 32)
     ours(x.clone())
