@@ -16,6 +16,7 @@ from peft import get_peft_model as stock
 from transformers import LlamaConfig, LlamaModel
 
 import hatrack
+from hatrack.base.load import choose_dtype
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = [("q,v", ["q_proj", "v_proj"], 0.0), ("q,v", ["q_proj", "v_proj"], 0.05)]
@@ -30,9 +31,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens a row, of 4 rows")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {options.layers} layers, bf16"
-    )
+    dtype = choose_dtype("auto", torch.device("cpu"))[0]
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"{torch.get_num_threads()} threads, {capability}, {options.layers} layers, {dtype}")
     print(f"{'targets':<12}{'dropout':>8}{'peft':>10}{'hatrack':>10}{'ratio':>8}")
     for name, targets, dropout in CASES:
         wrapped = [_wrapped(make, targets, dropout, options.layers) for make in (stock, hatrack.get_peft_model)]
@@ -49,7 +50,9 @@ def main() -> None:
 def _wrapped(make: object, targets: list[str], dropout: float, layers: int) -> torch.nn.Module:
     torch.manual_seed(0)
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    base = LlamaModel(LlamaConfig(vocab_size=49152, num_hidden_layers=layers, **shape)).to(torch.bfloat16)
+    base = LlamaModel(LlamaConfig(vocab_size=49152, num_hidden_layers=layers, **shape)).to(
+        choose_dtype("auto", torch.device("cpu"))[0]
+    )
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets)
     return make(base, config).train()  # type: ignore[operator,no-any-return]
 

@@ -3,8 +3,9 @@
     .venv/bin/python bench/runs.py [--seeds 3] [--textbook-steps 20] [--output DIR]
 
 Training is timed from rows in memory to the last step, tokenising included; a process is timed from its start to its
-end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: a
-bfloat16 base, dynamic padding, rows grouped by length, the same rank, targets, dropout, learning rate, batch and steps.
+end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: the
+number format that the processor is fast at, dynamic padding, rows grouped by length, the same rank, targets, dropout,
+learning rate, batch and steps.
 The textbook's side (float32, padded to 128, q and v) takes minutes, so a few steps of it are timed and multiplied.
 """
 
@@ -61,7 +62,7 @@ def hatrack_side(seed: int, steps: int) -> dict[str, Any]:
     recipe = Recipe.make(
         base=ENCODER, data="-", targets="all-linear", r=R, alpha=float(ALPHA), dropout=DROPOUT, seed=seed
     )
-    base = load_base(find_base(ENCODER, None), task="classify", labels=["rotten", "fresh"], dtype="bfloat16", seed=seed)
+    base = load_base(find_base(ENCODER, None), task="classify", labels=["rotten", "fresh"], seed=seed)
     began = time.perf_counter()
     parts = [
         render(
@@ -98,13 +99,14 @@ def peft_side(seed: int, steps: int, textbook: bool = False) -> dict[str, Any]:
         set_seed,
     )
 
+    from hatrack.base.load import choose_dtype
     from hatrack.base.sources import find_base
 
     learn, held_out = rows()
     folder = find_base(ENCODER, None).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     set_seed(seed)
-    dtype = torch.float32 if textbook else torch.bfloat16
+    dtype = torch.float32 if textbook else choose_dtype("auto", torch.device("cpu"))[0]
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=dtype)
     began = time.perf_counter()
     sizes: dict[str, Any] = {"padding": "max_length", "max_length": 128} if textbook else {"max_length": 256}

@@ -43,7 +43,8 @@ WORKS: dict[str, dict[str, Any]] = {
     "DistilBERT's shape, q,v, 16 rows of 128 tokens": {"targets": ["q_lin", "v_lin"], "rows": 16, "tokens": 128},
 }
 SIDES = ("hatrack", "peft", "textbook", "full", "frozen", "floor")
-"""hatrack; peft 0.21 with a bfloat16 base; peft as the textbook has it, in float32; full fine-tuning in bfloat16; the
+"""hatrack, peft 0.21 and full fine-tuning with a base in the number format that this processor is fast at (bfloat16 or
+float32); peft as the textbook has it, in float32; the
 base alone with nothing to train but its input (for the memory of activations); the products alone."""
 
 
