@@ -22,14 +22,19 @@ UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb":
 UNITS |= {"g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}
 
 
-def _memory(value: object) -> object:
-    """Turns `3GiB` or `800 MB` into bytes."""
-    if value is None or isinstance(value, bool) or not isinstance(value, str | int):
-        return value
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", str(value).strip().lower())
+def parse_size(text: str) -> int:
+    """`3GiB` or `800 MB` in bytes. Raises ValueError for anything else."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in UNITS:
         raise ValueError("must be a size such as 3GiB or 800MB")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def _memory(value: object) -> object:
+    """Turns a size into bytes; what is none is left to the check of its type."""
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int):
+        return value
+    return parse_size(str(value))
 
 
 def _layers(value: str) -> str:
@@ -188,6 +193,7 @@ class Recipe(BaseModel):
     memory: Annotated[int | None, BeforeValidator(_memory)] = option(
         None, "The most memory the run may take, such as 3GiB.", group="Machine", word="SIZE", gt=0, fix="try 4GiB"
     )
+    force: bool = option(False, "Start even where the plan says that memory is too little.", group="Machine")
 
     output: str | None = option(
         None, "Folder of the finished adapter. Default: the name, in the current folder.", group="Output", word="FOLDER"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hatrack.data.batch import LengthBatches, collate, fill, length_order
+from hatrack.data.batch import LengthBatches, collate, fill
+from hatrack.data.order import length_order
 
 LENGTHS = np.random.default_rng(0).lognormal(3.2, 0.5, 1003).astype(int) + 3
 

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 import hatrack
 import hatrack.adapter.proof
-import hatrack.plan.fit
 from hatrack.adapter import rack
 from hatrack.errors import HatrackError, MachineError, RecipeError
-from hatrack.plan.fit import Plan
+from hatrack.plan import fit
+from hatrack.plan.memory import Method
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_size": 8}
 
@@ -104,14 +104,9 @@ def test_variants_reach_peft(tmp_path: Path, tiny_encoder: Path, reviews: Path, 
 def test_micro_batches_learn_what_whole_batches_do(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:
     """Rows weigh by their tokens, so 8 at a time or 1 x 8 give the same adapter."""
     whole = _train(tmp_path, tiny_decoder, questions, name="whole", epochs=1, dropout=0.0)
-    original = hatrack.plan.fit.plan_run
-
-    def one_at_a_time(*args: Any, **kwargs: Any) -> Plan:
-        plan = original(*args, **kwargs)
-        return Plan(plan.trainable, plan.total, 1, plan.memory)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hatrack.engine.train.plan_run", one_at_a_time)
+        original = fit.plan_run
+        patch.setattr(fit, "plan_run", lambda where, method=None, rows=None: original(where, method, 1))
         split = _train(tmp_path, tiny_decoder, questions, name="split", epochs=1, dropout=0.0)
     assert split.result["train_loss"] == pytest.approx(whole.result["train_loss"], rel=0.05)
     assert split.result["steps"] == whole.result["steps"]
@@ -223,3 +218,41 @@ def test_an_adapter_that_does_not_reproduce_itself_is_not_hung_up(
     with pytest.raises(MachineError, match=r"does not reproduce the trained one; got probabilities .*% apart"):
         _train(tmp_path, tiny_encoder, reviews, epochs=2)
     assert rack.hats() == [] and list((tmp_path / "hat.run").glob("checkpoint-*"))
+
+
+def test_a_run_that_does_not_fit_is_refused_unless_forced(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--memory 95.4 MiB is too little even for one row at a time.*or --force"):
+        _train(tmp_path, tiny_encoder, reviews, memory="100MB", epochs=1)
+    forced = _train(tmp_path, tiny_encoder, reviews, memory="100MB", epochs=1, force=True)
+    planned = forced.result["planned"]
+    assert (planned["fits"], planned["micro_batch"], planned["checkpointing"]) == (False, 1, True)
+
+
+@pytest.mark.parametrize("base", ["tiny_encoder", "tiny_decoder"])
+def test_activations_computed_again_give_the_same_adapter(
+    tmp_path: Path, base: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout included: what is drawn is drawn again."""
+    data = request.getfixturevalue("reviews" if base == "tiny_encoder" else "questions")
+    folder = request.getfixturevalue(base)
+    kept = _train(tmp_path, folder, data, name="kept", steps=4)
+    original = fit.plan_run
+
+    def checkpointed(where: fit.Setting, method: Any = None, rows: int | None = None) -> fit.Plan:
+        return original(where, Method(checkpointing=True), rows)
+
+    monkeypatch.setattr(fit, "plan_run", checkpointed)
+    again = _train(tmp_path, folder, data, name="again", steps=4)
+    assert again.result["planned"]["checkpointing"] and not kept.result["planned"]["checkpointing"]
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "again"))
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_plan_and_cost_are_in_the_result_and_the_adapter(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+    result = _train(tmp_path, tiny_encoder, reviews, epochs=1).result
+    cost = json.loads((tmp_path / "hat/hatrack.json").read_text())["cost"]
+    assert cost["planned"]["trainable"] == result["trainable"]
+    assert cost["actual"]["seconds"] == result["seconds"] > 0
+    # Linux counts pages in batches: what it says later may be some pages less
+    assert 2**26 < cost["actual"]["peak_memory_bytes"] < result["peak_memory_bytes"] + 2**22
+    assert sum(cost["planned"]["memory"].values()) == cost["planned"]["peak_memory_bytes"]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hatrack.engine.run import Run
 from hatrack.engine.watch import Watch
 from hatrack.errors import Diverged
 from hatrack.evaluate.loss import losses
-from hatrack.plan.fit import Plan, plan_run
+from hatrack.plan import fit
 from hatrack.recipe import Recipe
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "lr": 0.002}
@@ -78,11 +77,11 @@ def test_the_rows_named_are_those_of_the_step(
         seen.setdefault(number, []).extend(by_text[text] for text in texts)
         return plain(self, model, inputs, *args, **kwargs)
 
-    def two_at_a_time(*args: Any, **kwargs: Any) -> Plan:
-        return replace(plan_run(*args, **kwargs), micro_batch=2)
+    def two_at_a_time(where: fit.Setting, method: Any = None, rows: int | None = None) -> fit.Plan:
+        return plan_run(where, method, 2)
 
-    plain = trainer.HatTrainer.compute_loss
-    monkeypatch.setattr("hatrack.engine.train.plan_run", two_at_a_time)
+    plan_run, plain = fit.plan_run, trainer.HatTrainer.compute_loss
+    monkeypatch.setattr(fit, "plan_run", two_at_a_time)
     monkeypatch.setattr(Watch, "step", step)
     monkeypatch.setattr(trainer.HatTrainer, "compute_loss", compute_loss)
     hatrack.train(

@@ -1,59 +1,141 @@
-"""The plan: terms that add up, the micro-batch that fits, and what it says when none does."""
+"""Whether a run fits, how many rows at a time, and the change that helps when it does not."""
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
+from hatrack.base.header import TensorInfo
+from hatrack.base.peek import Peek
+from hatrack.data.batch import LengthBatches
 from hatrack.errors import RecipeError
-from hatrack.kernels.loss import CHUNK
-from hatrack.plan.fit import fit
-from hatrack.plan.memory import LOGITS, Shape, shape_of, training_bytes
+from hatrack.plan.fit import WAYS, Setting, Work, change, micro_batches, most_rows, plan_run, refuse, setting, settle
+from hatrack.plan.machine import GIB, Machine, named
+from hatrack.plan.memory import Method
+from hatrack.plan.time import Prices
+from hatrack.recipe import Recipe
 
-LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
-SHAPE = Shape(4096, 11008, 32, 32000)
-
-
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        (LLAMA, SHAPE),
-        ({"n_embd": 768, "n_layer": 12, "n_inner": None, "vocab_size": 50257}, Shape(768, 3072, 12, 50257)),
-        ({"dim": 768, "n_layers": 6, "hidden_dim": 3072, "vocab_size": 30522}, Shape(768, 3072, 6, 30522)),
-        ({"d_model": 512, "d_ff": 2048, "num_layers": 6, "vocab_size": 32128}, Shape(512, 2048, 6, 32128)),
-        ({"text_config": LLAMA}, SHAPE),
-    ],
-)
-def test_shapes_under_any_name(config: dict[str, int], shape: Shape) -> None:
-    assert shape_of(config) == shape
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+PRICES = Prices(operation=1e-12, number=1e-10, call=1e-6, disk=1e9, start=10.0, source="probe")
 
 
-def _bytes(tokens: int, **options: str) -> dict[str, int]:
-    settings = {"task": "chat", "dtype": "bfloat16"} | options
-    return training_bytes(SHAPE, parameters=10**9, trainable=10**6, copied_inputs=0, tokens=tokens, **settings)
+def llama(layers: int = 32) -> Peek:
+    """A 7B Llama's headers, in bfloat16."""
+    shapes = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096), "model.norm.weight": (4096,)}
+    for layer in range(layers):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"model.layers.{layer}.self_attn.{name}.weight"] = (4096, 4096)
+        shapes[f"model.layers.{layer}.mlp.gate_proj.weight"] = (11008, 4096)
+        shapes[f"model.layers.{layer}.mlp.up_proj.weight"] = (11008, 4096)
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (4096, 11008)
+        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (4096,)
+        shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (4096,)
+    tensors = {name: TensorInfo(shape, "BF16", Path("x"), 0, 2 * int(np.prod(shape))) for name, shape in shapes.items()}
+    return Peek("seven", Path("seven"), LLAMA | {"num_hidden_layers": layers}, tensors)
 
 
-def test_what_is_frozen_costs_its_format_and_what_is_trained_four_times_four_bytes() -> None:
-    terms = _bytes(100)
-    assert terms["base"] == 2 * 10**9 and _bytes(100, dtype="float32")["base"] == 4 * 10**9
-    assert terms["adapter"] + terms["gradients"] + terms["optimizer"] == 16 * 10**6
-    assert _bytes(100, quantize="4bit")["base"] < 0.6 * 10**9
-
-
-def test_activations_grow_with_tokens_and_logits_until_a_chunk_is_full() -> None:
-    assert _bytes(200)["activations"] == 2 * _bytes(100)["activations"] > 0
-    assert _bytes(200)["logits"] == 2 * _bytes(100)["logits"] > 0
-    assert _bytes(20_000)["logits"] == _bytes(10_000)["logits"] == LOGITS * 10
-    assert LOGITS == CHUNK
-    assert _bytes(100, task="classify")["logits"] == 0
+def where(there: int | str, lengths: Any = (256,) * 64, **options: Any) -> Setting:
+    recipe = Recipe.make(**({"base": "x", "data": "y", "dtype": "bfloat16", "batch_size": 8} | options))
+    rows = np.array(lengths)
+    machine = named(there) if isinstance(there, str) else Machine("m", there, "as asked", "bfloat16", prices=PRICES)
+    return setting(recipe, llama(), Work("chat", 0, rows, rows[:8], 1.0), machine)
 
 
 def test_the_most_rows_that_fit_and_divide_the_batch() -> None:
     def memory(rows: int) -> dict[str, int]:
-        return {"base": 100, "activations": 30 * rows}
+        return {"weights": 100, "activations": 30 * rows}
 
-    def found(limit: int | None) -> int:
-        return fit(memory, batch_size=12, limit=limit, trainable=1, total=2).micro_batch
+    found = [most_rows(memory, 12, limit)[0] for limit in (10**9, 460, 459, 260, 130, 129)]
+    assert found == [12, 12, 6, 4, 1, 1]
 
-    assert [found(limit) for limit in (None, 460, 459, 260, 130)] == [12, 12, 6, 4, 1]
-    with pytest.raises(
-        RecipeError, match=r"too little even for one row at a time; got 130 bytes needed, of which base"
+
+def test_rows_at_a_time_then_checkpointing_then_refusal() -> None:
+    """A 7B in bfloat16 is 12.6 GiB; what is left decides how it is trained."""
+    roomy, tight, tighter, too_small = (plan_run(where(gib * GIB)) for gib in (60, 20, 15, 13))
+    assert (roomy.micro_batch, roomy.method.checkpointing) == (8, False)
+    assert tight.micro_batch < 8 and not tight.method.checkpointing
+    assert tighter.method.checkpointing and tighter.fits
+    assert tighter.memory["activations"] < tight.memory["activations"] / tight.micro_batch
+    assert not too_small.fits and too_small.micro_batch == 1
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_change_that_helps() -> None:
+    small = where(12 * GIB)
+    message = str(refuse(small, plan_run(small)))
+    assert "11.4 GiB of memory (as asked) is too little even for one row at a time" in message
+    assert "of which weights 12.6 GiB; fix: --quantize 8bit (" in message and "or --force" in message
+    with pytest.raises(RecipeError, match="--quantize 8bit"):
+        settle(small.recipe, llama(), small.work, small.machine)
+    forced = settle(small.recipe.changed(force=True), llama(), small.work, small.machine)[1]
+    assert not forced.fits and forced.micro_batch == 1
+    assert "--memory 9.0 GiB is too little" in str(refuse(where(64 * GIB, memory="9GiB"), plan_run(small)))
+
+
+def test_the_change_is_tried_and_fits() -> None:
+    for gib, lengths, fix in (
+        (12, 256, "--quantize 8bit"),
+        (7, 256, "--quantize 4bit"),
+        (18, 32768, "--max-length 4096"),
     ):
-        found(129)
+        one = where(gib * GIB, (lengths,) * 8)
+        plan = plan_run(one)
+        assert not plan.fits
+        told = change(one, plan)
+        assert told is not None and told.startswith(fix)
+    assert change(where(2 * GIB), plan_run(where(2 * GIB))) is None
+
+
+def test_a_limit_is_never_more_than_there_is() -> None:
+    assert where(10 * GIB, memory="64GiB").limit == int(9.5 * GIB)
+    assert where(10 * GIB, memory="4GiB").limit == 4 * GIB
+
+
+@pytest.mark.parametrize("task", ["classify", "chat"])
+def test_the_planned_batches_are_those_that_training_meets(task: str) -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 103)
+    one = where(64 * GIB, lengths, seed=3, epochs=2)
+    one = dataclasses.replace(one, work=dataclasses.replace(one.work, task=task))
+    found = micro_batches(one, 4)
+    loader = LengthBatches(lengths, 4, 3, by_tokens=task != "classify")
+    met = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        met += [(len(batch), int(lengths[batch].max())) for batch in loader]
+    assert [(batch.rows, batch.longest) for batch in found] == met
+    few = dataclasses.replace(one, recipe=one.recipe.changed(epochs=None, steps=3))
+    assert micro_batches(few, 4) == found[:6]  # 3 steps of 2 micro-batches
+
+
+def test_time_grows_with_steps_and_the_ways_are_told_apart() -> None:
+    one, two = (plan_run(where(64 * GIB, steps=steps)) for steps in (2, 4))
+    assert one.seconds is not None and two.seconds is not None and one.whole_seconds is not None
+    assert one.step_seconds == pytest.approx(two.step_seconds)
+    # 4 operations for each of 6.5 billion weights and 2,048 tokens: at least 52 s a step at 1 TFLOP/s
+    assert one.step_seconds is not None and 52 < one.step_seconds < 70
+    assert two.seconds - one.seconds == pytest.approx(2 * one.step_seconds)
+    assert one.whole_seconds > one.seconds + PRICES.start
+    ways = {name: plan_run(where(400 * GIB), method) for name, method in WAYS.items()}
+    assert ways["full"].trainable == 6_738_415_616 and ways["LoRA"].trainable < 25_000_000
+    assert ways["full"].step_seconds > 1.4 * one.step_seconds  # type: ignore[operator]
+    order = ["LoRA, swept", "LoRA, 4-bit base", "LoRA, 8-bit base", "LoRA", "full"]
+    weights = [ways[name].memory["weights"] for name in order]
+    assert weights == sorted(set(weights))
+    assert ways["full"].peak_memory_bytes > ways["LoRA"].peak_memory_bytes > ways["LoRA, swept"].peak_memory_bytes
+
+
+def test_bytes_read_from_disk() -> None:
+    """What fits is read once; what is swept, twice a step; a mapped base that does not fit, twice a micro-batch."""
+    base = 2 * 6_738_415_616
+    assert plan_run(where(64 * GIB)).read == 0
+    assert plan_run(where(6 * GIB), Method(sweep=True)).read == 2 * base
+    assert plan_run(where(6 * GIB)).read == 2 * 8 * base
+    assert plan_run(where(64 * GIB)).disk["base"] == base

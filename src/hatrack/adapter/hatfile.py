@@ -39,7 +39,7 @@ def _versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class HatFile:
     """What peft's config has no place for. `base` has at least `source`; `metrics` has `before` and `after`;
-    `proof` is what `hatrack.adapter.proof` recorded."""
+    `proof` is what `hatrack.adapter.proof` recorded; `cost` has `planned` and `actual`, what the run took."""
 
     name: str
     base: dict[str, Any]
@@ -52,6 +52,7 @@ class HatFile:
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     proof: dict[str, Any] | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=_now)
     versions: dict[str, str] = field(default_factory=_versions)
     format: int = FORMAT
@@ -73,6 +74,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "data": dict,
     "metrics": dict,
     "proof": (dict, type(None)),
+    "cost": dict,
     "created": str,
     "versions": dict,
     "format": int,

@@ -4,12 +4,11 @@ Knows nothing of where a base came from or what it is used for.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hatrack.base.header import INDEX, WEIGHTS, read_json
+from hatrack.base.locate import PICKLE, PICKLE_INDEX, digest, gguf_folder
 from hatrack.base.quiet import quiet
 from hatrack.errors import BaseError, HatrackError, MachineError
 from hatrack.say import say, size
 from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
 
-PICKLE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-GGUF_FORMAT = "1"
-"""Part of the cache's key: raised when the conversion changes."""
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Configuration and tokenizer files, which a converted base takes along."""
 
@@ -39,8 +35,7 @@ def from_gguf(file: Path) -> Path:
     damaged, or holds an architecture that cannot be converted; MachineError where the disk is full.
     """
     _check_magic(file)
-    digest = _digest([file], GGUF_FORMAT)
-    final = cache_dir("bases") / f"{file.stem}-{digest[:16]}"
+    final = gguf_folder(file)
     if final.exists():
         return final
     say(f"converting {file.name} to bfloat16 safetensors, once")
@@ -67,7 +62,7 @@ def from_pickle(folder: Path) -> Path:
     """
     files = _pickles(folder)
     small = sorted(path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.name != PICKLE_INDEX)
-    final = cache_dir("bases") / f"{folder.resolve().name}-{_digest([*files, *small], 'pickle')[:16]}"
+    final = cache_dir("bases") / f"{folder.resolve().name}-{digest([*files, *small], 'pickle')[:16]}"
     if final.exists():
         return final
     say(f"converting {', '.join(file.name for file in files[:2])} in {folder} to safetensors, once")
@@ -153,14 +148,3 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise BaseError(f"{file} is not a checkpoint of named tensors", fix="use a base with safetensors")
     return {str(name): tensor.detach().clone().contiguous() for name, tensor in content.items()}
-
-
-def _digest(files: Sequence[Path], *more: str) -> str:
-    """sha256 over names and contents."""
-    total = hashlib.sha256()
-    for path in files:
-        with machine_errors(path), path.open("rb") as file:
-            total.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    for word in more:
-        total.update(word.encode())
-    return total.hexdigest()

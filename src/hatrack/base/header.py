@@ -227,11 +227,15 @@ def model_shapes(folder: Path, task: str, labels: int = 0) -> dict[str, tuple[in
     or not, and another task's head: the names come out the same. Tied weights are listed once, buffers not at all.
     Experts that transformers joins into one tensor while loading are listed as the checkpoint has them.
     """
-    config = read_config(folder)
+    return task_shapes(read_config(folder), read_header(folder), task, labels)
+
+
+def task_shapes(
+    config: Mapping[str, Any], header: Mapping[str, TensorInfo], task: str, labels: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """`model_shapes` of a config and tensors that were read already."""
     kind, prefix = str(config.get("model_type")), _prefix(config)
-    shapes = {
-        _renamed(name): info.shape for name, info in read_header(folder).items() if not _is_buffer(name, info.shape)
-    }
+    shapes = {_renamed(name): info.shape for name, info in header.items() if not _is_buffer(name, info.shape)}
     if any(name.startswith(prefix) for name in shapes):
         body = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
     else:

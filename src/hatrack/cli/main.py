@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from hatrack import __version__
-from hatrack.cli import check, compare, demo, hats, predict, train
+from hatrack.cli import check, compare, demo, hats, plan, predict, train
 from hatrack.errors import HatrackError
 from hatrack.say import StandardError
 
@@ -45,6 +45,7 @@ def options(
 
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("predict")(predict.predict)
 app.command("chat")(predict.chat)

@@ -7,10 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from hatrack.data.order import epoch_batches
 from hatrack.data.render import TokenRows
-
-WINDOW = 50
-"""Batches that are sorted by length together: long enough to save padding, short enough to stay random."""
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -35,32 +33,8 @@ class LengthBatches(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
-        span = WINDOW * self.batch_size
-        batches: list[np.ndarray] = []
-        for start in range(0, len(order), span):
-            window = order[start : start + span]
-            window = window[np.argsort(self.lengths[window], kind="stable")]
-            rows = np.arange(self.batch_size, len(window), self.batch_size)
-            batches += np.split(window, _cuts(self.lengths[window], len(rows) + 1) if self.by_tokens else rows)
-        for index in random.permutation(len(batches)):
-            yield [int(row) for row in batches[index]]
-
-
-def _cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
-    """Where to cut rows into `parts` of about as many tokens each, with at least a row in each."""
-    number = np.arange(1, parts)
-    tokens = np.cumsum(lengths)
-    cuts = np.searchsorted(tokens, tokens[-1] * number / parts)
-    cuts = np.clip(cuts, number, len(lengths) - parts + number)
-    return np.asarray(np.maximum.accumulate(cuts - number) + number)
-
-
-def length_order(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches for scoring, longest rows first: what does not fit in memory is found out at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for batch in epoch_batches(self.lengths, self.batch_size, self.seed, self.epoch, by_tokens=self.by_tokens):
+            yield [int(row) for row in batch]
 
 
 def fill(lengths: np.ndarray, batches: list[list[int]]) -> float:

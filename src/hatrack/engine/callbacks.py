@@ -16,6 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from hatrack.engine.cost import give_back
 from hatrack.engine.trainer import BEST
 from hatrack.say import console, say, say_in_signal
 from hatrack.storage import machine_errors, write_file
@@ -23,6 +24,8 @@ from hatrack.storage import machine_errors, write_file
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE_EVERY_SECONDS = 600
 SAY_EVERY_SECONDS = 15
+GIVE_BACK_EVERY = 16
+"""Steps."""
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
@@ -151,3 +154,11 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved = time.monotonic()
+
+
+class GiveBack(TrainerCallback):  # type: ignore[misc]
+    """Hands freed memory back to the system now and then: holes between blocks grow with every new shape of batch."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.use_cpu and state.global_step % GIVE_BACK_EVERY == 0:
+            give_back()

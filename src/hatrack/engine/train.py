@@ -1,8 +1,6 @@
 """The main path: from a recipe to a finished adapter, read from top to bottom."""
 
 import itertools
-import resource
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -21,15 +19,15 @@ from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.place import place
 from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
-from hatrack.base.header import read_config
-from hatrack.base.load import Base, choose_device, choose_dtype, load_base
+from hatrack.base.load import Base, choose_device, choose_dtype, load_base, load_config, load_tokenizer
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
-from hatrack.engine.callbacks import GracefulStop, MetricsFile, ProgressBar
+from hatrack.engine import cost
+from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
@@ -41,9 +39,8 @@ from hatrack.engine.watch import Watch
 from hatrack.errors import RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.hat import Hat
-from hatrack.plan.derive import Schedule, batch_rows, derive
-from hatrack.plan.fit import Plan, plan_run
-from hatrack.plan.memory import shape_of
+from hatrack.plan.derive import Schedule
+from hatrack.plan.fit import Plan
 from hatrack.recipe import Recipe, Task, nearest
 from hatrack.say import say, size
 from hatrack.storage import folder_size
@@ -56,44 +53,49 @@ def train(recipe: Recipe) -> Hat:
     MachineError where the machine failed, Interrupted (with a checkpoint saved) on Ctrl-C.
     """
     with open_run(recipe) as run:
-        return _train(run)
+        return _train(run, cost.start_meter())
 
 
-def _train(run: Run) -> Hat:
+def _train(run: Run, meter: cost.Meter) -> Hat:
     recipe = run.recipe
     trackers = _trackers(recipe)
     examples = read_examples(recipe)
     files = find_base(str(recipe.base), recipe.revision)
-    base = load_for(recipe, files, examples)
-    tokens = tokenise(recipe, examples, base.tokenizer, base.model.config)
-    plan = _plan(recipe, base, examples, tokens)
-    schedule = _schedule(recipe, base, examples, tokens, plan)
-    facts = Facts(recipe, examples, files, base.tokenizer, tokens, plan, schedule, _name_of(base.dtype))
+    tokenizer, tokens = _tokenise(recipe, files, examples)
+    device = choose_device(recipe.device)[0]
+    dtype = choose_dtype(recipe.dtype, device)[0]
+    resumed = run.recall("schedule") or {}
+    plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, resumed.get("micro_batch"))
+    facts = Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, _name_of(dtype))
     advise(facts)
+    base = load_for(recipe, files, examples)
 
     set_seed(recipe.seed)
     speed_up(base.model)
     model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
-        resumed = run.recall("schedule")
         schedule = replace(schedule, lr=resumed["lr"]) if resumed else measured(base, model, facts)
     made_on = lineage(files, recipe.quantize)
     run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
     trained = _fit(run, base, model, facts, schedule, trackers)
 
-    hat = _describe(run, made_on, examples, tokens, trained)
+    took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
+    hat = _describe(run, made_on, examples, tokens, trained, took)
     save_adapter(
         model, run.adapter, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()}
     )
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trained
+    cost.give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
     run.finish()
     ready.folders = dict.fromkeys(ready.folders, run.output)
     say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
-    ready.result = result
+    in_all = meter.cost(result["seconds"])
+    say(cost.against(plan, in_all))
+    ready.result = result | in_all
     return ready
 
 
@@ -108,6 +110,14 @@ class Trained:
     tokens_per_second: float
     seconds: float
     train_loss: float
+
+
+def _tokenise(recipe: Recipe, files: BaseFiles, examples: Examples) -> tuple[Any, Tokens]:
+    """The base's tokenizer, and the rows as its tokens."""
+    task = cast(Task, examples.task)
+    config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
+    tokenizer = load_tokenizer(files)
+    return tokenizer, tokenise(recipe, examples, tokenizer, config)
 
 
 def load_for(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
@@ -125,36 +135,6 @@ def load_for(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
         quantize=recipe.quantize,
         seed=recipe.seed,
     )
-
-
-def _plan(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens) -> Plan:
-    return plan_run(
-        recipe,
-        base.files.folder,
-        task=examples.task,
-        labels=len(examples.labels),
-        longest=int(tokens.learn.lengths.max()),
-        batch_size=batch_rows(recipe, task=examples.task, rows=len(tokens.learn)),
-        dtype=_name_of(base.dtype),
-    )
-
-
-def _schedule(recipe: Recipe, base: Base, examples: Examples, tokens: Tokens, plan: Plan) -> Schedule:
-    width = shape_of(read_config(base.files.folder)).hidden
-    schedule = derive(
-        recipe, task=examples.task, rows=len(tokens.learn), hidden_size=width, micro_batch=plan.micro_batch
-    )
-    if schedule.reasons:
-        say(f"derived: {', '.join(schedule.reasons)}")
-    accumulation = f" ({schedule.micro_batch} at a time, to fit)" if schedule.accumulation > 1 else ""
-    say(
-        f"{len(tokens.learn):,} rows to learn from, {len(tokens.held_out):,} held out; "
-        f"{schedule.steps:,} steps of {schedule.batch_size} rows{accumulation}"
-    )
-    rate = "the rate that is measured below" if recipe.lr == "auto" else f"{schedule.lr:g}"
-    say(f"learning rate: up to {rate} in {schedule.warmup_steps} steps, then down to 0 in a straight line")
-    say(f"expected peak memory: {size(plan.peak_memory_bytes)}")
-    return schedule
 
 
 def measured(base: Base, model: Any, facts: Facts) -> Schedule:
@@ -192,13 +172,13 @@ def _fit(run: Run, base: Base, model: Any, facts: Facts, schedule: Schedule, tra
     watch = Watch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
     trainer = HatTrainer(
         model=model,
-        args=_arguments(run, base, schedule, trackers),
+        args=_arguments(run, base, schedule, facts.plan, trackers),
         rows=facts.tokens.learn,
         held_out=facts.tokens.held_out,
         task=facts.task,
         pad_id=base.tokenizer.pad_token_id,
         watch=watch.step,
-        callbacks=[bar, MetricsFile(run.metrics), stop, watch],
+        callbacks=[bar, MetricsFile(run.metrics), stop, watch, GiveBack()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -223,7 +203,7 @@ def _fit(run: Run, base: Base, model: Any, facts: Facts, schedule: Schedule, tra
     return Trained(before, after, state.global_step, seen, (seen - earlier) / max(seconds, 1e-9), seconds, loss)
 
 
-def _arguments(run: Run, base: Base, schedule: Schedule, trackers: list[str]) -> TrainingArguments:
+def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: list[str]) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=schedule.micro_batch,
@@ -245,6 +225,8 @@ def _arguments(run: Run, base: Base, schedule: Schedule, trackers: list[str]) ->
         include_num_input_tokens_seen="non_padding",
         report_to=trackers or "none",
         run_name=run.name,
+        activation_checkpointing=plan.method.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=base.device.type == "cpu",
         dataloader_pin_memory=base.device.type == "cuda",
         disable_tqdm=True,
@@ -262,7 +244,9 @@ def _mean_loss(history: list[dict[str, float]]) -> float:
     return total / max(last, 1)
 
 
-def _describe(run: Run, made_on: dict[str, Any], examples: Examples, tokens: Tokens, trained: Trained) -> HatFile:
+def _describe(
+    run: Run, made_on: dict[str, Any], examples: Examples, tokens: Tokens, trained: Trained, took: dict[str, Any]
+) -> HatFile:
     return HatFile(
         name=run.name,
         base=made_on,
@@ -279,6 +263,7 @@ def _describe(run: Run, made_on: dict[str, Any], examples: Examples, tokens: Tok
             "digest": examples.digest,
         },
         metrics={"before": trained.before.metrics, "after": trained.after.metrics},
+        cost=took,
     )
 
 
@@ -301,17 +286,8 @@ def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, paramete
         "train_loss": trained.train_loss,
         "before": trained.before.metrics,
         "eval": trained.after.metrics,
-        "peak_memory_bytes": peak_memory(),
         "planned": {"steps": schedule.steps, **plan.as_json()},
     }
-
-
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes: on the accelerator if it has one, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hatrack.data.batch import collate, length_order
+from hatrack.data.batch import collate
+from hatrack.data.order import length_order
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.loss import losses
 

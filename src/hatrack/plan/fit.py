@@ -1,99 +1,307 @@
-"""The largest micro-batch that fits a memory limit, and what to change when none does."""
+"""Whether a run fits a machine, with the largest micro-batch that does, and the one change that makes it fit.
 
-from collections.abc import Callable, Mapping
+Knows no torch and reads no weights: a base's headers, the rows' lengths and what the machine has are enough.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from hatrack.adapter.count import count, linears_from_shapes
-from hatrack.adapter.targets import choose
-from hatrack.base.header import head_shapes, model_shapes, read_config
+import numpy as np
+
+from hatrack.base.peek import Peek
+from hatrack.data.order import epoch_batches, length_order
 from hatrack.errors import RecipeError
-from hatrack.plan.memory import shape_of, training_bytes
+from hatrack.plan.derive import Schedule, batch_rows, derive
+from hatrack.plan.machine import Machine
+from hatrack.plan.memory import ITEM_BYTES, Batch, Method, training_bytes
+from hatrack.plan.shape import Anatomy, describe
+from hatrack.plan.time import Effort, forward, step
 from hatrack.recipe import Recipe
 from hatrack.say import size
+
+WAYS = {
+    "full": Method(full=True),
+    "LoRA": Method(),
+    "LoRA, 8-bit base": Method(quantize="8bit"),
+    "LoRA, 4-bit base": Method(quantize="4bit"),
+    "LoRA, swept": Method(sweep=True),
+}
+"""The columns of a plan."""
+SWEEPS = False
+"""Whether `train` can sweep over a base layer by layer."""
+MOST_ROWS = 20_000
+"""Of more rows, so many evenly chosen ones stand for all."""
+MARGIN = 0.95
+"""Share of the available memory that is planned with: the system needs a little of it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to learn: (n,) tokens of each row to learn from and of each held out, and the share of tokens that
+    are supervised (0 to classify). `framework` is what the process holds already, None where it has yet to start."""
+
+    task: str
+    labels: int
+    lengths: np.ndarray
+    held_out: np.ndarray
+    learned: float
+    framework: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is expected to take. `memory` in bytes by term, for `micro_batch` rows at a time."""
+    """What a run is expected to take. `memory` in bytes by term, for `micro_batch` rows at a time.
+
+    `limit` is the memory there is, None where nothing limits it. `seconds` are those of training (as `train --json`
+    counts them), `whole_seconds` those of the process from start to end; None where nothing is known of the machine.
+    `read` is bytes read from disk in a step once the base has been read, `disk` bytes by what lies there.
+    """
 
     trainable: int
     total: int
     micro_batch: int
     memory: dict[str, int]
+    method: Method = dataclasses.field(default_factory=Method)
+    limit: int | None = None
+    seconds: float | None = None
+    whole_seconds: float | None = None
+    step_seconds: float | None = None
+    read: int = 0
+    disk: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def peak_memory_bytes(self) -> int:
         """All terms together."""
         return sum(self.memory.values())
 
-    def as_json(self) -> dict[str, object]:
-        """The plan as `train --json` shows it."""
+    @property
+    def fits(self) -> bool:
+        """Whether what is needed stays below the limit."""
+        return self.limit is None or needed(self.memory) <= self.limit
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as `train --json` and `plan --json` show it."""
         return {
             "trainable": self.trainable,
             "total": self.total,
             "micro_batch": self.micro_batch,
+            "checkpointing": self.method.checkpointing,
+            "fits": self.fits,
+            "limit_bytes": self.limit,
             "peak_memory_bytes": self.peak_memory_bytes,
             "memory": dict(self.memory),
+            "disk": dict(self.disk),
+            "bytes_read_per_step": self.read,
+            "seconds": _rounded(self.seconds),
+            "seconds_per_step": _rounded(self.step_seconds),
+            "whole_seconds": _rounded(self.whole_seconds),
         }
 
 
-def plan_run(
-    recipe: Recipe, folder: Path, *, task: str, labels: int, longest: int, batch_size: int, dtype: str
-) -> Plan:
-    """The plan of a run on the base in `folder`, whose longest row has `longest` tokens. Reads headers only.
+def needed(memory: Mapping[str, int]) -> int:
+    """All terms but the pages of files that are read once while loading, which the system drops where it is short."""
+    return sum(memory.values()) - memory.get("loading", 0)
 
-    Raises TargetError or RecipeError where the recipe does not fit the base, or the run the memory limit.
-    """
-    config = read_config(folder)
-    shapes = model_shapes(folder, task, labels)
-    heads = sorted({name.rpartition(".")[0] for name in head_shapes(config, labels)}) if task == "classify" else []
-    linears = linears_from_shapes(shapes, str(config.get("model_type")))
-    choice = choose(linears, recipe.targets, recipe.top_layers, heads=heads)
-    counted = count(shapes, [linears[name] for name in choice.names], r=recipe.r, variant=recipe.variant, heads=heads)
-    pefts_own = recipe.variant == "dora" or recipe.quantize != "none"
-    copied_inputs = sum(linears[name][0] for name in choice.names) if pefts_own else 0
 
-    def memory_for(rows: int) -> dict[str, int]:
-        return training_bytes(
-            shape_of(config),
-            task=task,
-            parameters=counted.total - counted.lora,
-            trainable=counted.trainable,
-            copied_inputs=copied_inputs,
-            tokens=rows * longest,
-            dtype=dtype,
-            quantize=recipe.quantize,
+@dataclass(frozen=True)
+class Setting:
+    """All that a plan depends on: a base with its adapter, the work, the machine and the recipe."""
+
+    recipe: Recipe
+    anatomy: Anatomy
+    work: Work
+    machine: Machine
+
+    @property
+    def dtype(self) -> str:
+        """The number format of the base."""
+        return self.machine.dtype if self.recipe.dtype == "auto" else self.recipe.dtype
+
+    @property
+    def limit(self) -> int:
+        """Bytes the run may take: as asked, and never more than there are."""
+        there = int(self.machine.memory * MARGIN) + (self.work.framework or 0)
+        return min(there, self.recipe.memory or there)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step."""
+        return batch_rows(self.recipe, task=self.work.task, rows=len(self.work.lengths))
+
+    def schedule(self, micro_batch: int) -> Schedule:
+        """The schedule with so many rows at a time."""
+        return derive(
+            self.recipe,
+            task=self.work.task,
+            rows=len(self.work.lengths),
+            hidden_size=self.anatomy.shape.hidden,
+            micro_batch=micro_batch,
         )
 
-    return fit(
-        memory_for,
-        batch_size=batch_size,
-        limit=recipe.memory,
-        trainable=counted.trainable,
-        total=counted.total,
-    )
+
+def setting(recipe: Recipe, peeked: Peek, work: Work, machine: Machine) -> Setting:
+    """Raises TargetError or RecipeError where the recipe does not fit the base."""
+    return Setting(recipe, describe(peeked, recipe, task=work.task, labels=work.labels), work, machine)
 
 
-def fit(
-    memory_for: Callable[[int], Mapping[str, int]], *, batch_size: int, limit: int | None, trainable: int, total: int
-) -> Plan:
-    """The plan with the most rows at a time that stays under `limit` bytes; `memory_for(rows)` gives bytes by term.
+def settle(recipe: Recipe, peeked: Peek, work: Work, machine: Machine, rows: int | None = None) -> tuple[Setting, Plan]:
+    """The plan that training follows, with `rows` at a time where an interrupted run had so many.
 
-    Raises RecipeError where not even one row at a time fits: what takes the most, and the change that helps.
+    Raises RecipeError where it does not fit, unless the recipe says `force`; TargetError as `setting` does.
     """
+    where = setting(recipe, peeked, work, machine)
+    found = plan_run(where, rows=rows)
+    if not found.fits and not recipe.force:
+        raise refuse(where, found)
+    return where, found
+
+
+def plan_run(where: Setting, method: Method | None = None, rows: int | None = None) -> Plan:
+    """The plan of a run by one method, by default the recipe's: as many rows at a time as fit (or exactly `rows`, where
+    they are given), activations kept.
+
+    Where not even one row fits, activations are computed again in the backward pass; where that does not fit either,
+    the plan is the smallest there is, and `fits` is false.
+    """
+    method = method or Method(quantize=where.recipe.quantize)
+    tries = [method] if method.sweep else [method, dataclasses.replace(method, checkpointing=True)]
+    for tried in tries:
+        memory_for = _memory_of(where, tried)
+        found, memory = (rows, memory_for(rows)) if rows else most_rows(memory_for, where.batch_size, where.limit)
+        if needed(memory) <= where.limit:
+            break
+    return _priced(where, Plan(_trained(where, tried), where.anatomy.counted.total, found, memory, tried, where.limit))
+
+
+def most_rows(memory_for: Callable[[int], dict[str, int]], batch_size: int, limit: int) -> tuple[int, dict[str, int]]:
+    """The most rows at a time that divide the batch and stay under `limit` bytes, else one; and their bytes by term."""
     for rows in range(batch_size, 0, -1):
-        memory = dict(memory_for(rows))
-        if batch_size % rows == 0 and (limit is None or sum(memory.values()) <= limit):
-            return Plan(trainable, total, rows, memory)
-    largest = max(memory, key=lambda term: memory[term])
-    cure = {
-        "base": "--quantize 4bit, or a smaller base",
-        "activations": "a shorter --max-length, or --layers top-4",
-        "logits": "a shorter --max-length",
-    }.get(largest, "more memory")
-    raise RecipeError(
-        f"--memory {size(limit or 0)} is too little even for one row at a time",
-        got=f"{size(sum(memory.values()))} needed, of which {largest} {size(memory[largest])}",
-        fix=cure,
-    )
+        if batch_size % rows == 0:
+            memory = memory_for(rows)
+            if needed(memory) <= limit or rows == 1:
+                return rows, memory
+    raise ValueError("a batch has at least one row")
+
+
+def change(where: Setting, plan: Plan) -> str | None:
+    """The one change that makes a run fit that does not, the one that alters the result least first; None if none."""
+    for words, recipe, method in _changes(where, plan):
+        lengths = np.minimum(where.work.lengths, recipe.max_length or np.iinfo(np.int64).max)
+        other = dataclasses.replace(where, recipe=recipe, work=dataclasses.replace(where.work, lengths=lengths))
+        found = plan_run(other, method)
+        if found.fits:
+            return f"{words} ({size(needed(found.memory))})"
+    return None
+
+
+def refuse(where: Setting, plan: Plan) -> RecipeError:
+    """The complaint about a run that does not fit: what it takes, what there is, and what to change."""
+    largest = max(plan.memory, key=lambda term: plan.memory[term])
+    most = f"{size(needed(plan.memory))} needed, of which {largest} {size(plan.memory[largest])}"
+    asked = where.recipe.memory is not None and where.recipe.memory <= where.limit
+    limit = f"--memory {size(where.limit)}" if asked else f"{size(where.limit)} of memory ({where.machine.why})"
+    cure = change(where, plan) or f"a smaller base, or a machine with {size(needed(plan.memory) / MARGIN)}"
+    return RecipeError(f"{limit} is too little even for one row at a time", got=most, fix=f"{cure}; or --force")
+
+
+def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
+    """What to try, in order: shorter rows first where one row is the trouble, else the base in fewer bits."""
+    method = plan.method
+    longest = int(where.work.lengths.max())
+    shorter = []
+    length = 1 << max(longest - 1, 1).bit_length() - 1
+    while length >= 32:
+        shorter.append((f"--max-length {length}", where.recipe.changed(max_length=length), method))
+        length //= 2
+    fewer = [
+        (f"--quantize {bits}", where.recipe.changed(quantize=bits), dataclasses.replace(method, quantize=bits))
+        for bits in ("8bit", "4bit")
+        if method.quantize == "none"
+    ]
+    swept = [("sweeping over the base layer by layer", where.recipe, Method(sweep=True))] if SWEEPS else []
+    by_rows = plan.memory["activations"] + plan.memory["heap"] > plan.memory["weights"]
+    return [*shorter[:1], *swept, *fewer, *shorter[1:]] if by_rows else [*swept, *fewer, *shorter]
+
+
+def _trained(where: Setting, method: Method) -> int:
+    counted = where.anatomy.counted
+    return counted.total - counted.lora - counted.head if method.full else counted.trainable
+
+
+def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]]:
+    plain = method.quantize == "none" and where.recipe.variant != "dora"
+
+    def memory_for(rows: int) -> dict[str, int]:
+        batches = micro_batches(where, rows)
+        return training_bytes(
+            where.anatomy,
+            method,
+            max(batches, key=lambda batch: batch.tokens),
+            dtype=where.dtype,
+            step_tokens=max(batch.tokens for batch in batches) * (where.batch_size // rows),
+            dropout=where.recipe.dropout,
+            plain=plain,
+            accelerator=where.machine.accelerator,
+            framework=where.work.framework or where.machine.framework,
+        )
+
+    return memory_for
+
+
+def micro_batches(where: Setting, rows: int) -> list[Batch]:
+    """The very micro-batches that training with so many rows at a time will meet, of at most two epochs."""
+    schedule, work = where.schedule(rows), where.work
+    lengths = _thinned(work.lengths)
+    wanted = schedule.steps * schedule.accumulation
+    found: list[Batch] = []
+    for epoch in range(2):
+        order = epoch_batches(lengths, rows, where.recipe.seed, epoch, by_tokens=work.task != "classify")
+        found += _batches(lengths, order, work.learned)
+        if len(found) >= wanted:
+            break
+    return found[:wanted]
+
+
+def _batches(lengths: np.ndarray, order: Sequence[np.ndarray], learned: float) -> list[Batch]:
+    return [Batch(len(b), int(lengths[b].max()), round(learned * int(lengths[b].sum()))) for b in order]
+
+
+def _thinned(lengths: np.ndarray) -> np.ndarray:
+    return lengths if len(lengths) <= MOST_ROWS else np.sort(lengths)[:: -(-len(lengths) // MOST_ROWS)]
+
+
+def _priced(where: Setting, plan: Plan) -> Plan:
+    """The plan with its seconds, bytes on disk and bytes read."""
+    anatomy, method = where.anatomy, plan.method
+    adapter = (4 if not method.full else ITEM_BYTES[where.dtype]) * plan.trainable
+    disk = {"base": anatomy.disk, "adapter": adapter, "checkpoints": 3 * 3 * adapter}
+    mapped = anatomy.stored == where.dtype and method.quantize == "none" and not where.machine.accelerator
+    accumulation = where.batch_size // plan.micro_batch
+    read = 2 * anatomy.disk * (1 if method.sweep else accumulation) if method.sweep or (mapped and not plan.fits) else 0
+    plan = dataclasses.replace(plan, disk=disk, read=read)
+    prices = where.machine.prices
+    if prices is None:
+        return plan
+    schedule = where.schedule(plan.micro_batch)
+    batches = micro_batches(where, plan.micro_batch)
+    steps = [step(anatomy, method, batch) for batch in batches]
+    count = schedule.steps * schedule.accumulation
+    training = sum(steps, Effort(0, 0, 0)) * (count / len(steps))
+    update = Effort(0, 8.0 * plan.trainable, 0.1 * anatomy.adapters)  # clipping and the optimizer, once a step
+    training += update * schedule.steps
+    thin = _thinned(where.work.held_out)
+    scored = _batches(thin, length_order(thin, max(plan.micro_batch, 8)), where.work.learned)
+    scoring = sum((forward(anatomy, batch) for batch in scored), Effort(0, 0, 0))
+    scoring = scoring * (len(where.work.held_out) / max(len(thin), 1))
+    evaluations = max(1, -int(-schedule.epochs // 1))
+    reading = read * schedule.steps / prices.disk
+    seconds = training.seconds(prices) + evaluations * scoring.seconds(prices) + reading
+    whole = seconds + prices.start + 2 * scoring.seconds(prices) + 2 * anatomy.disk / prices.disk
+    per_step = training.seconds(prices) / schedule.steps + read / prices.disk
+    return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,79 +1,155 @@
-"""How many bytes a training run takes, by named term. Knows no torch and reads no weights.
+"""How many bytes a training run takes at its fullest, by named term. Knows no torch and reads no weights.
 
-The terms follow what stays in memory between the forward and the backward pass (Korthikanti et al., "Reducing
-Activation Recomputation in Large Transformer Models", 2022, section 4). For a frozen base that is, in each layer, what
-enters a product that is adapted, an activation function or a norm, and queries, keys and values; hatrack's adapted
-layer adds next to nothing to it, peft's own (DoRA, quantised bases) a float32 copy of its input.
+What is counted is what the system counts: the most memory the process holds resident, anonymous and mapped pages
+together (VmHWM in /proc/self/status; on an accelerator, what torch allocates there).
+
+What a frozen base keeps between the forward and the backward pass (after Korthikanti et al., "Reducing Activation
+Recomputation in Large Transformer Models", 2022, section 4) are, of each token and layer: what enters a norm, an
+activation function or a gate; queries, keys and values; and each distinct input of an adapted product. Checkpointing
+keeps what enters a layer, and all that of one layer at a time. Full fine-tuning is counted with 16 bytes a parameter
+(Rajbhandari et al., "ZeRO", 2020, section 3.1).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from hatrack.plan.shape import Anatomy
 
 MIB = 2**20
-FRAMEWORK = 650 * MIB
-"""Resident memory of torch, transformers and peft once imported, on a CPU."""
+FRAMEWORK = 500 * MIB
+"""torch, transformers and peft once imported, on a processor; `hatrack plan --probe` measures it."""
+RUNTIME = 40 * MIB
+"""What comes once training runs: compiled products, tokens, the trainer, code that is touched for the first time."""
+BITSANDBYTES = 60 * MIB
+ACCELERATOR = 0
+"""torch counts its own allocations there; what the driver takes besides is not in it."""
+HEAP = 0.35
+"""Freed memory between what is kept, as a share of it: glibc before 2.38 cannot use a freed aligned block again for
+one of the same size (docs/log.md)."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGITS = 2**23
 """Logits held at one time (`kernels/loss.py`)."""
-BITS_AS_BYTES = {"8bit": 1.05, "4bit": 0.57}
-"""Bytes a parameter of a quantised layer, its scales included."""
+SCORES = 2**22
+"""Attention probabilities held at one time (`kernels/attention.py`)."""
+PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+"""Bytes a weight of a quantised layer: 4-bit numbers come with a float32 scale for each 64 of them."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The few numbers of a model that its memory depends on."""
+class Method:
+    """One way to train: `full` or with an adapter, the base in how many bits, kept in memory or swept layer by layer,
+    activations kept or computed again."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int
+    full: bool = False
+    quantize: str = "none"
+    sweep: bool = False
+    checkpointing: bool = False
 
 
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """The numbers from a config.json, under whichever name its architecture has for them; 0 where it has none."""
-    config = config.get("text_config", config)
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, padding included: `rows` of `longest` tokens; `learned` of them are supervised."""
 
-    def number(*names: str) -> int:
-        return next((int(config[name]) for name in names if isinstance(config.get(name), int)), 0)
+    rows: int
+    longest: int
+    learned: int = 0
 
-    hidden = number("hidden_size", "n_embd", "dim", "d_model")
-    return Shape(
-        hidden=hidden,
-        intermediate=number("intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim") or 4 * hidden,
-        layers=number("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-        vocabulary=number("vocab_size"),
-    )
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed."""
+        return self.rows * self.longest
 
 
 def training_bytes(
-    shape: Shape,
+    anatomy: Anatomy,
+    method: Method,
+    batch: Batch,
     *,
-    task: str,
-    parameters: int,
-    trainable: int,
-    copied_inputs: int,
-    tokens: int,
     dtype: str,
-    quantize: str = "none",
+    step_tokens: int,
+    dropout: float = 0.0,
+    plain: bool = True,
+    accelerator: bool = False,
+    framework: int | None = None,
+    cache: int = 0,
 ) -> dict[str, int]:
-    """Bytes of one training step at its fullest, by term.
+    """Bytes of a run at its fullest, by term, for the largest micro-batch it meets.
 
-    `tokens` are those of one micro-batch, padding included; `copied_inputs` is the sum of d_in over the adapted layers
-    that keep a float32 copy of their input; the base has `parameters` numbers in `dtype`, of which copies of the head
-    count among the `trainable`.
+    `step_tokens` are those of a whole step, which a sweep keeps at the boundaries of layers; `plain` says that the
+    adapted layers are hatrack's own, not peft's (DoRA, quantised bases); `framework` what the process holds before.
     """
     item = ITEM_BYTES[dtype]
-    per_token = shape.layers * (9 * shape.hidden + 4 * shape.intermediate) * item + copied_inputs * 4
-    held = min(tokens * shape.vocabulary, max(LOGITS, 16 * shape.vocabulary))
-    logits = held * (item + 8) if task != "classify" else 0
-    return {
-        "base": round(parameters * BITS_AS_BYTES.get(quantize, item)),
-        "adapter": 4 * trainable,
+    trained = anatomy.counted.total - anatomy.counted.lora - anatomy.counted.head if method.full else 0
+    trainable = trained or anatomy.counted.trainable
+    weights = 0 if method.full else weight_bytes(anatomy, method, dtype)
+    layer = _kept_in_layer(anatomy, method, item, dropout, plain, accelerator)
+    activations = round(batch.tokens * layer * anatomy.reach)
+    if method.full:
+        activations = round(batch.tokens * layer * anatomy.shape.layers)
+    if method.sweep:
+        boundaries = step_tokens * anatomy.shape.hidden * 2 * (anatomy.shape.layers + 1)
+        activations = boundaries + round(batch.tokens * layer)
+    elif method.checkpointing:
+        activations = batch.tokens * anatomy.shape.hidden * item * anatomy.reach + round(batch.tokens * layer)
+    heap = 0 if accelerator else round(HEAP * activations)
+    held = min(batch.learned * anatomy.shape.vocabulary, max(LOGITS, 16 * anatomy.shape.vocabulary))
+    runtime = ACCELERATOR if accelerator else (FRAMEWORK if framework is None else framework) + RUNTIME
+    packed = method.quantize != "none"
+    terms = {
+        "weights": 4 * trained if method.full else weights,
+        "adapter": 0 if method.full else 4 * trainable,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "activations": tokens * per_token,
-        "logits": logits,
-        "framework": FRAMEWORK,
+        "activations": activations,
+        "logits": 2 * held * item if anatomy.decoder else 0,
+        "workspace": _workspace(anatomy, batch, item) + (item * anatomy.largest if packed else 0),
+        "heap": heap,
+        "cache": cache,
+        "framework": runtime + (BITSANDBYTES if packed and not accelerator else 0),
     }
+    loading = terms["framework"] + _while_loading(anatomy, method, dtype, weights, accelerator)
+    return terms | {"loading": max(0, loading - sum(terms.values()))}
+
+
+def weight_bytes(anatomy: Anatomy, method: Method, dtype: str) -> int:
+    """Bytes of the frozen base that are in memory at a time: all of it, or two of its layers while sweeping."""
+    item = ITEM_BYTES[dtype]
+    layers = anatomy.dense * PACKED.get(method.quantize, item)
+    if method.sweep:
+        layers = layers * 2 / max(anatomy.shape.layers, 1)
+    return round(layers + anatomy.outside * item)
+
+
+def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, accelerator: bool) -> int:
+    """While numbers are converted, the file's pages are in memory beside what is made of them."""
+    if accelerator or method.sweep:
+        return 0
+    made = 4 * anatomy.frozen if method.full else weights
+    converted = anatomy.stored != dtype or method.quantize != "none"
+    return made + (anatomy.disk if converted else 0)
+
+
+def _kept_in_layer(
+    anatomy: Anatomy, method: Method, item: int, dropout: float, plain: bool, accelerator: bool
+) -> float:
+    """Bytes a token that one layer keeps for its backward pass, in the mean over those a gradient passes through."""
+    shape, layers = anatomy.shape, max(anatomy.reach, 1)
+    mlp = shape.intermediate * (3 if shape.gated else 1)
+    numbers = 2 * shape.hidden + shape.query + 2 * shape.key + mlp
+    if method.full:
+        inputs = float(2 * shape.hidden + shape.query + shape.intermediate)
+        return (numbers + inputs) * item
+    kept = (numbers + anatomy.inputs / layers) * item
+    kept += anatomy.adapters / layers * 8 * 4  # the narrow side of each adapter, in float32
+    if not plain:  # peft's own layers: a float32 copy of the input, and of it after dropout with its mask
+        copies = (4 if item < 4 else 0) + (5 if dropout else 0)
+        kept += anatomy.own_copies / layers * copies
+    if accelerator:  # attention's output, and norms computed in float32 with their intermediate results
+        kept += shape.query * item + 4 * shape.hidden * 4
+    return kept
+
+
+def _workspace(anatomy: Anatomy, batch: Batch, item: int) -> int:
+    """What is held for a moment: attention probabilities with their gradients, and gradients of one MLP."""
+    scores = min(SCORES, batch.rows * anatomy.shape.heads * batch.longest**2)
+    return 3 * scores * item + 3 * batch.tokens * anatomy.shape.intermediate * item

@@ -1,0 +1,234 @@
+"""`hatrack plan`: what a run will take, before any weight is read."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hatrack.cli.options import Json, with_recipe
+from hatrack.errors import RecipeError
+from hatrack.recipe import Recipe
+from hatrack.say import say, size
+
+if TYPE_CHECKING:
+    from hatrack.base.peek import Peek
+    from hatrack.plan.fit import Plan, Setting, Work
+
+ASSUMED_ROWS, ASSUMED_LENGTH = 1000, 256
+SAMPLE = 300
+"""Rows that are tokenised to learn how many tokens a letter makes; the others are measured by their letters."""
+TURN = 5
+"""Tokens that a chat template puts around a turn."""
+
+
+@with_recipe
+def plan(
+    recipe: Recipe,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="t4|l4|a100|h100|16GiB|...", help="Another machine than this one.")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine first, once: some seconds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what training will take, and whether it fits, without reading any weight."""
+    from hatrack.plan import fit
+    from hatrack.plan.machine import here, named
+
+    if recipe.base is None:
+        raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
+    if probe:
+        _measure()
+    machine = named(on) if on else here(recipe.device, recipe.dtype)
+    peeked = _peek(recipe)
+    where = fit.setting(recipe, peeked, _work(recipe, peeked), machine)
+    chosen = fit.plan_run(where)
+    ways = {name: fit.plan_run(where, method) for name, method in fit.WAYS.items()}
+    cure = None if chosen.fits else fit.change(where, chosen)
+    if as_json:
+        shown = {name: way.as_json() for name, way in ways.items()}
+        facts = {"machine": machine.name, "memory_bytes": machine.memory, "base": peeked.source, "dtype": where.dtype}
+        facts |= {"rows": len(where.work.lengths), "longest": int(where.work.lengths.max())}
+        time = {"time_from": machine.prices.source if machine.prices else None}
+        schedule = where.schedule(chosen.micro_batch)
+        steps = {"steps": schedule.steps, "batch_size": schedule.batch_size, "to_download": peeked.to_download}
+        print(json.dumps({**facts, **steps, **time, "change": cure, **chosen.as_json(), "ways": shown}))
+        return
+    _show(where, peeked, chosen, ways, cure)
+
+
+def _measure() -> None:
+    """Runs the probe and keeps its result for later plans on the same processor."""
+    import hatrack.engine.train  # noqa: F401  # what a run imports is part of what is measured
+    from hatrack.engine.measure import measure
+    from hatrack.plan.machine import fast_at_bfloat16, keep_probe
+
+    say("measuring this machine: some seconds")
+    found = measure()
+    keep_probe(found)
+    speeds = ", ".join(f"{name} {1e-9 / prices.operation:,.0f}" for name, prices in found.prices.items())
+    prices = found.prices["bfloat16" if fast_at_bfloat16() else "float32"]
+    say(
+        f"products: {speeds} GFLOP/s; beside them {1e9 * prices.number:.2f} s for 10^9 numbers, "
+        f"{1e6 * prices.call:.0f} us a call; disk {prices.disk / 1e6:,.0f} MB/s"
+    )
+    say(f"to start: {prices.start:.1f} s, {size(found.framework)}")
+
+
+def _peek(recipe: Recipe) -> "Peek":
+    from hatrack.base.peek import peek, peek_folder
+
+    found = peek(str(recipe.base), recipe.revision)
+    if found is None:
+        say("this base has to be converted before anything is known of it")
+        from hatrack.base.sources import find_base
+
+        found = peek_folder(find_base(str(recipe.base), recipe.revision).folder, str(recipe.base))
+    return found
+
+
+def _work(recipe: Recipe, peeked: "Peek") -> "Work":
+    """The rows of the data and how long they are; without data, so many of a usual length."""
+    import numpy as np
+
+    from hatrack.base.header import family
+    from hatrack.plan.fit import Work
+
+    if recipe.data is None:
+        task = recipe.task or ("classify" if family(peeked.config) == "encoder" else "chat")
+        length = recipe.max_length or ASSUMED_LENGTH
+        say(f"no --data: {ASSUMED_ROWS:,} rows of {length} tokens are assumed, task {task}")
+        lengths = np.full(ASSUMED_ROWS, length)
+        return Work(task, 2, lengths, lengths[: ASSUMED_ROWS // 10], 0.0 if task == "classify" else 1.0)
+    from hatrack.data.examples import read_examples
+
+    examples = read_examples(recipe)
+    most = recipe.max_length or min(512 if examples.task == "classify" else 2048, _limit(peeked))
+    counted = _Letters(peeked)
+    both = counted.lengths([*examples.train, *examples.held_out])
+    lengths = np.minimum(both[:, 0], most)
+    share = 0.0 if examples.task == "classify" else float(both[:, 1].sum() / max(both[:, 0].sum(), 1))
+    cut = len(examples.train)
+    return Work(examples.task, max(len(examples.labels), 1), lengths[:cut], lengths[cut:], share)
+
+
+def _limit(peeked: "Peek") -> int:
+    most = peeked.config.get("max_position_embeddings")
+    return most if isinstance(most, int) and most > 0 else 2048
+
+
+class _Letters:
+    """How many tokens texts make, by the base's tokenizer.json: without transformers, and so without torch."""
+
+    def __init__(self, peeked: "Peek") -> None:
+        from tokenizers import Tokenizer
+
+        file = peeked.folder / "tokenizer.json"
+        self.tokenizer: Any = Tokenizer.from_file(str(file)) if file.is_file() else None
+        if self.tokenizer is not None:
+            self.tokenizer.no_padding()
+            self.tokenizer.no_truncation()
+
+    def lengths(self, examples: Any) -> Any:
+        """(n, 2): tokens of each example, and of its part that is learned. All of a few, of more by their letters."""
+        import numpy as np
+
+        parts = [self._parts(example) for example in examples]
+        letters = np.array([[len(asked) + len(told), len(told)] for asked, told, _ in parts], dtype=float)
+        around = np.array([turns * TURN for *_, turns in parts], dtype=float)
+        chosen = np.unique(np.linspace(0, len(parts) - 1, min(SAMPLE, len(parts))).astype(int))
+        if len(chosen) < len(parts) or self.tokenizer is None:
+            rate = self._count([" ".join(parts[i][:2]) for i in chosen]).sum() / max(letters[chosen, 0].sum(), 1)
+            tokens = letters * rate
+        else:
+            tokens = np.stack(
+                [self._count([f"{a} {t}".strip() for a, t, _ in parts]), self._count([t for _, t, _ in parts])], axis=1
+            ).astype(float)
+        tokens[:, 0] += around
+        tokens[:, 1] += np.where(letters[:, 1] > 0, 1, 0)
+        return np.maximum(np.rint(tokens), 1).astype(np.int64)
+
+    def _count(self, texts: list[str]) -> Any:
+        import numpy as np
+
+        if self.tokenizer is None:
+            return np.array([len(text) / 4 for text in texts])
+        return np.array([len(found.ids) for found in self.tokenizer.encode_batch_fast(texts)])
+
+    def _parts(self, example: Any) -> tuple[str, str, int]:
+        """What is only read, what is learned, and the turns of a conversation."""
+        if example.messages:
+            asked = " ".join(text for role, text in example.messages if role != "assistant")
+            return (
+                asked,
+                " ".join(text for role, text in example.messages if role == "assistant"),
+                len(example.messages),
+            )
+        if example.completion is not None:
+            return example.text, example.completion, 0
+        return ("", example.text, 0) if example.label is None else (example.text, "", 0)
+
+
+def _show(where: "Setting", peeked: "Peek", chosen: "Plan", ways: dict[str, "Plan"], cure: str | None) -> None:
+    """The verdict first, then the table."""
+    from hatrack.adapter.count import line
+    from hatrack.plan import fit
+
+    machine, schedule = where.machine, where.schedule(chosen.micro_batch)
+    needed, there = size(fit.needed(chosen.memory)), size(where.limit)
+    at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
+    again = ", activations computed again" if chosen.method.checkpointing else ""
+    if chosen.fits:
+        print(f"fits: {needed} of {there} ({at_a_time}{again})")
+    else:
+        print(f"does not fit: {needed} needed, {there} there ({machine.why})")
+        print(f"to change: {cure}" if cure else "to change: a smaller base; no option makes it fit")
+    print(f"machine    {machine.name}, base in {where.dtype}")
+    print(f"params     {line(chosen.trainable, chosen.total)}")
+    print(
+        f"work       {len(where.work.lengths):,} rows of up to {int(where.work.lengths.max())} tokens, "
+        f"{schedule.steps:,} steps of {schedule.batch_size} rows"
+    )
+    if machine.prices is not None and chosen.seconds is not None and chosen.whole_seconds is not None:
+        print(
+            f"time       {_duration(chosen.seconds)} of training, {_duration(chosen.whole_seconds)} in all "
+            f"({machine.prices.source}{'' if machine.prices.source == 'probe' else '; --probe measures this machine'})"
+        )
+    else:
+        print("time       unknown for this machine")
+    download = f", {size(peeked.to_download)} to download" if peeked.to_download else ""
+    print(f"disk       base {size(chosen.disk['base'])}{download}; adapter {size(chosen.disk['adapter'])}\n")
+    _table(ways)
+
+
+def _table(ways: dict[str, "Plan"]) -> None:
+    """Ways to train beside each other, memory by term."""
+    terms = [term for term in next(iter(ways.values())).memory if any(way.memory[term] for way in ways.values())]
+    rows = [["", *ways]]
+    rows += [["fits", *("yes" if way.fits else "no" for way in ways.values())]]
+    rows += [["trainable", *(f"{way.trainable:,}" for way in ways.values())]]
+    rows += [["rows at a time", *(f"{way.micro_batch}" + ("*" * way.method.checkpointing) for way in ways.values())]]
+    rows += [["memory", *(size(way.peak_memory_bytes) for way in ways.values())]]
+    rows += [[f"  {term}", *(size(way.memory[term]) for way in ways.values())] for term in terms]
+    rows += [["read a step", *(size(way.read) for way in ways.values())]]
+    rows += [["time a step", *(_duration(way.step_seconds) for way in ways.values())]]
+    rows += [["time in all", *(_duration(way.whole_seconds) for way in ways.values())]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(cells))
+    if any(way.method.checkpointing for way in ways.values()):
+        print("* activations are computed again in the backward pass: less memory, more time")
+
+
+def _duration(seconds: float | None) -> str:
+    """Seconds for people: `0.21 s`, `45 s`, `3.5 min`, `2.1 h`.
+
+    >>> _duration(210.0)
+    '3.5 min'
+    """
+    if seconds is None:
+        return "?"
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2f} s"

@@ -1,0 +1,155 @@
+"""What a run is expected to take, before it loads its base, and what it took in the end.
+
+Memory is the most that the process holds resident, anonymous and mapped pages together; on an accelerator, what torch
+allocates there. Knows nothing of how a run trains.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from hatrack.base.peek import peek_folder
+from hatrack.base.sources import BaseFiles
+from hatrack.data.examples import Examples
+from hatrack.data.tokens import Tokens
+from hatrack.plan import fit
+from hatrack.plan.derive import Schedule
+from hatrack.plan.fit import Plan, Setting, Work
+from hatrack.plan.machine import Machine, here
+from hatrack.recipe import Recipe
+from hatrack.say import say, size
+
+STATUS, CLEAR, IO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/io")
+
+
+def plan(
+    recipe: Recipe,
+    files: BaseFiles,
+    examples: Examples,
+    tokens: Tokens,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch: int | None = None,
+) -> tuple[Plan, Schedule]:
+    """The plan of a run and the schedule that follows from it; `micro_batch` is that of an interrupted run.
+
+    Raises RecipeError where the run does not fit this machine's memory, unless the recipe says `force`.
+    """
+    work = Work(
+        task=examples.task,
+        labels=len(examples.labels),
+        lengths=tokens.learn.lengths,
+        held_out=tokens.held_out.lengths,
+        learned=float(tokens.learn.learn.sum() / max(len(tokens.learn.ids), 1)),
+        framework=None if device.type == "cuda" else resident(),
+    )
+    where, found = fit.settle(recipe, peek_folder(files.folder), work, _machine(device, dtype), micro_batch)
+    if not found.fits:
+        say(f"this does not fit: {size(found.peak_memory_bytes)} for {size(where.limit)}; started all the same")
+    return found, _tell(where, found)
+
+
+def _tell(where: Setting, found: Plan) -> Schedule:
+    """Says what was derived, and what the run will take."""
+    schedule, work = where.schedule(found.micro_batch), where.work
+    if schedule.reasons:
+        say(f"derived: {', '.join(schedule.reasons)}")
+    accumulation = f" ({schedule.micro_batch} at a time, to fit)" if schedule.accumulation > 1 else ""
+    say(
+        f"{len(work.lengths):,} rows to learn from, {len(work.held_out):,} held out; "
+        f"{schedule.steps:,} steps of {schedule.batch_size} rows{accumulation}"
+    )
+    if found.method.checkpointing:
+        say("activations are computed again in the backward pass, to fit")
+    rate = "the rate that is measured below" if where.recipe.lr == "auto" else f"{schedule.lr:g}"
+    say(f"learning rate: up to {rate} in {schedule.warmup_steps} steps, then down to 0 in a straight line")
+    price = where.machine.prices
+    measured = found.seconds is not None and price is not None and price.source == "probe"
+    time = f", about {found.seconds:,.0f} s of training" if measured else ""
+    say(f"expected peak memory: {size(found.peak_memory_bytes)}{time}")
+    return schedule
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """This machine, as its memory is at this moment."""
+    name = str(dtype).removeprefix("torch.")
+    found = dataclasses.replace(here("auto" if device.type == "cuda" else "cpu", name), dtype=name)
+    if device.type == "cuda":
+        return dataclasses.replace(found, memory=torch.cuda.mem_get_info(device)[0], accelerator=True)
+    return found if device.type == "cpu" else dataclasses.replace(found, accelerator=True, prices=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meter:
+    """What was counted when a run began."""
+
+    read: int
+
+    def cost(self, seconds: float) -> dict[str, Any]:
+        """What the run took since: `peak_memory_bytes`, `bytes_read` from disk, and the `seconds` of its training."""
+        return {
+            "peak_memory_bytes": peak_memory(),
+            "seconds": round(seconds, 3),
+            "bytes_read": max(0, _bytes_read() - self.read),
+        }
+
+
+def start_meter() -> Meter:
+    """Begins to count; the most that the process held before is forgotten, where the system can forget it."""
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+    return Meter(_bytes_read())
+
+
+def against(found: Plan, cost: dict[str, Any]) -> str:
+    """Plan and cost beside each other, in one line."""
+    peak = cost["peak_memory_bytes"]
+    parts = [f"peak memory {size(peak)} (planned {size(found.peak_memory_bytes)})"]
+    seconds = f"{cost['seconds']:,.1f} s of training"
+    parts.append(seconds + (f" (planned {found.seconds:,.1f})" if found.seconds is not None else ""))
+    parts.append(f"{size(cost['bytes_read'])} read from disk")
+    return "took: " + ", ".join(parts)
+
+
+def resident() -> int:
+    """Bytes this process holds in memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes: on the accelerator if it has one, else resident.
+
+    From VmHWM: what getrusage tells of a process begins with what its parent held when it was started.
+    """
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        return int(next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back() -> None:
+    """Drops what nobody refers to any more, and hands memory that is free back to the system (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _bytes_read() -> int:
+    """Bytes this process has caused to be read from a disk."""
+    try:
+        return int(next(line.split()[1] for line in IO.read_text().splitlines() if line.startswith("read_bytes")))
+    except (OSError, StopIteration):
+        return 0

@@ -1,0 +1,143 @@
+"""Measures this machine for plans: how fast its products are, what a step costs beside them, how fast its disk is.
+
+Small models of the two makes there are take real training steps with hatrack's own layers and kernels, so what is
+measured gets better when these do. Takes some seconds; knows nothing of any base or data.
+"""
+
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from peft import LoraConfig
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from hatrack.base.header import TensorInfo
+from hatrack.base.peek import Peek
+from hatrack.engine.fast_base import speed_up
+from hatrack.engine.fast_lora import get_peft_model
+from hatrack.evaluate.loss import losses
+from hatrack.plan.machine import Probe, fast_at_bfloat16, processor
+from hatrack.plan.memory import Batch, Method
+from hatrack.plan.shape import Anatomy, describe
+from hatrack.plan.time import Prices, step
+from hatrack.recipe import Recipe
+from hatrack.storage import cache_dir
+
+ENOUGH = 0.25
+"""Seconds that one thing is timed for at least."""
+DISK_BYTES = 2**27
+SIZES = ((1, 16), (4, 64), (8, 128))
+"""Rows and tokens of the steps that are timed: from nearly all calls to nearly all products."""
+
+
+def measure() -> Probe:
+    """This machine's prices in each number format. To be called in a process that has just imported all of training."""
+    memory = psutil.Process().memory_info().rss
+    start = time.time() - psutil.Process().create_time()
+    disk = _disk_speed()
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    operation = {name: _seconds_per_operation(dtype) for name, dtype in dtypes.items()}
+    fast = "bfloat16" if fast_at_bfloat16() else "float32"
+    number, call = _beside_products(dtypes[fast], operation[fast])
+    prices = {name: Prices(operation[name], number, call, disk, start, "probe") for name in dtypes}
+    return Probe(processor(), prices, memory)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The fastest of several runs, after one that is not counted: what disturbs only ever adds."""
+    run()
+    times: list[float] = []
+    while sum(times) < ENOUGH or len(times) < 3:
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _seconds_per_operation(dtype: torch.dtype) -> float:
+    """Of the products of a layer of middling size, there and back."""
+    x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (768, 2048), (2048, 768)))
+    return _seconds(lambda: (x @ W) @ V) / (2 * 2 * 512 * 768 * 2048)
+
+
+def _beside_products(dtype: torch.dtype, operation: float) -> tuple[float, float]:
+    """Seconds for a number passed over and for a call: what is left of steps of several sizes, by least squares."""
+    rows, left = [], []
+    for model, anatomy, task in (_decoder(dtype), _encoder(dtype)):
+        for size in SIZES:
+            batch = _batch(*size, task)
+            effort = step(anatomy, Method(), Batch(*size, size[0] * (size[1] - 1) if task == "chat" else 0))
+            seconds = _seconds(functools.partial(_step, model, batch, task))
+            rows.append([effort.numbers / seconds, effort.calls / seconds])  # relative errors weigh alike
+            left.append((seconds - effort.operations * operation) / seconds)
+    number, call = np.linalg.lstsq(np.array(rows), np.array(left), rcond=None)[0]
+    return max(float(number), 0.0), max(float(call), 0.0)
+
+
+def _step(model: Any, batch: dict[str, torch.Tensor], task: str) -> None:
+    losses(model, batch, task)[0].mean().backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+
+
+def _decoder(dtype: torch.dtype) -> tuple[Any, Anatomy, str]:
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8192,
+        tie_word_embeddings=True,
+    )
+    return _adapted(LlamaForCausalLM(config), dtype, "chat")
+
+
+def _encoder(dtype: torch.dtype) -> tuple[Any, Anatomy, str]:
+    config = BertConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=12, vocab_size=2048
+    )
+    return _adapted(BertForSequenceClassification(config), dtype, "classify")
+
+
+def _adapted(model: Any, dtype: torch.dtype, task: str) -> tuple[Any, Anatomy, str]:
+    model = model.to(dtype).requires_grad_(False)
+    shapes = {
+        name: TensorInfo(tuple(tensor.shape), "F32", Path(), 0, 4 * tensor.numel())
+        for name, tensor in model.named_parameters()
+    }
+    recipe = Recipe.make(dropout=0.05)
+    peeked = Peek("", Path(), model.config.to_dict(), shapes)
+    anatomy = describe(peeked, recipe, task=task, labels=2)
+    speed_up(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layer" in name]
+    adapted = get_peft_model(model, LoraConfig(r=recipe.r, lora_dropout=recipe.dropout, target_modules=names))
+    return adapted.train(), anatomy, task
+
+
+def _batch(rows: int, tokens: int, task: str) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 2000, (rows, tokens))
+    labels = ids if task == "chat" else torch.randint(2, (rows,))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _disk_speed() -> float:
+    """Bytes a second that a file in the cache is read at, from the disk and not from memory."""
+    with tempfile.NamedTemporaryFile(dir=cache_dir("probe")) as file:
+        for _ in range(DISK_BYTES // 2**20):
+            file.write(os.urandom(2**20))
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        began = time.perf_counter()
+        while file.read(2**22):
+            pass
+        return DISK_BYTES / max(time.perf_counter() - began, 1e-6)

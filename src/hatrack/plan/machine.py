@@ -1,0 +1,237 @@
+"""What a machine has: memory that is really available, and what a run's parts cost it in time. Knows no torch.
+
+This machine tells by itself: the system, its control groups (a container's limit is below the machine's), and a
+probe's result in the cache. Others are known by name from their makers' data sheets, or are just so much memory.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from hatrack.errors import RecipeError
+from hatrack.plan.time import Prices
+from hatrack.recipe import nearest, parse_size
+from hatrack.say import size
+from hatrack.storage import cache_dir, write_file
+
+GIB = 2**30
+DRIVER = 0.07
+"""Share of an accelerator's memory that its driver and libraries take before torch gets any."""
+USED = 0.35
+"""Share of an accelerator's products a second that training reaches: 0.3 to 0.5 are usual."""
+ACCELERATORS = {
+    "t4": (16, 65, 320, "float16"),
+    "v100": (16, 112, 900, "float16"),
+    "rtx3090": (24, 71, 936, "bfloat16"),
+    "rtx4090": (24, 165, 1008, "bfloat16"),
+    "l4": (24, 121, 300, "bfloat16"),
+    "a10": (24, 125, 600, "bfloat16"),
+    "l40s": (48, 362, 864, "bfloat16"),
+    "a100": (80, 312, 2039, "bfloat16"),
+    "a100-40gb": (40, 312, 1555, "bfloat16"),
+    "h100": (80, 989, 3350, "bfloat16"),
+    "h200": (141, 989, 4800, "bfloat16"),
+    "b200": (180, 2250, 8000, "bfloat16"),
+}
+"""Name -> memory (GiB), dense 16-bit products (TFLOP/s) and memory bandwidth (GB/s) of the data sheet, and the number
+format to train in."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to take place. `memory` in bytes is what the run may take; `why` says what sets it.
+
+    `prices` is None where nothing is known of its speed; `framework` is what importing takes, where it was measured.
+    """
+
+    name: str
+    memory: int
+    why: str
+    dtype: str
+    accelerator: bool = False
+    prices: Prices | None = None
+    framework: int | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured of this machine: prices by number format, and bytes in memory once everything is imported."""
+
+    processor: str
+    prices: dict[str, Prices]
+    framework: int
+
+
+def named(name: str) -> Machine:
+    """A machine that is not this one: an accelerator by name, or a processor with so much memory (`16GiB`).
+
+    Raises RecipeError for a name that is neither.
+    """
+    key = name.strip().lower().replace(" ", "-").removeprefix("nvidia-")
+    if key in ACCELERATORS:
+        gib, teraflops, bandwidth, dtype = ACCELERATORS[key]
+        memory = int(gib * GIB * (1 - DRIVER))
+        number = 6 / (bandwidth * 1e9)  # a number is read and written, often in float32
+        prices = Prices(1 / (teraflops * 1e12 * USED), number, 8e-6, 2e9, 15.0, "data sheet, a rough guess")
+        return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, prices=prices)
+    try:
+        memory = parse_size(key)
+    except ValueError:
+        guess = nearest(key, ACCELERATORS)
+        hint = f"did you mean {guess}?" if guess else f"use {', '.join(ACCELERATORS)}, or a size such as 16GiB"
+        raise RecipeError(f"--on does not know {name}", fix=hint) from None
+    return Machine(f"a machine with {size(memory)}", memory, "as asked", "float32")
+
+
+def here(device: str = "auto", dtype: str = "auto") -> Machine:
+    """This machine: its accelerator where it has one and `device` does not ask for the processor, else its processor.
+
+    `dtype`: the number format whose prices are wanted; auto is the one it is fast at.
+    """
+    if device in ("auto", "cuda") and (found := _accelerator()) is not None:
+        return found
+    fast = "bfloat16" if fast_at_bfloat16() else "float32"
+    memory, why = available_memory()
+    probe = read_probe()
+    prices = probe.prices.get(fast if dtype == "auto" else dtype) if probe else None
+    return Machine(
+        processor(), memory, why, fast, prices=prices or _guess(), framework=probe.framework if probe else None
+    )
+
+
+def available_memory(root: Path = Path("/")) -> tuple[int, str]:
+    """Bytes a process can still get, and what sets the limit: the system, or a control group (version 1 or 2).
+
+    What a group's limit leaves is the limit less what is in use, of which cached files that can be dropped do not
+    count. `root` is where the file systems lie.
+    """
+    found = [(psutil.virtual_memory().available, "free on this machine")]
+    for group in _groups(root):
+        for limit_file, used_file, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = _number(group / limit_file), _number(group / used_file)
+            if limit is None or limit >= 2**60:
+                continue
+            droppable = _stat(group / "memory.stat").get(cached, 0)
+            left = max(0, limit - max(0, (used or 0) - droppable))
+            found.append((left, f"left of the control group's {size(limit)}"))
+    return min(found)
+
+
+def fast_at_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: AMX, AVX512-BF16, or Arm's bf16 instructions."""
+    return bool(_features() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's own name, and how many of them this process may use: `AMD EPYC x 2`."""
+    models = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()} x {processors()}"
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_probe() -> Probe | None:
+    """What was measured of this processor with as many threads; None where nothing was, or the file is damaged."""
+    try:
+        content = json.loads(_probe_file().read_text())
+        prices = {dtype: Prices(**values) for dtype, values in content["prices"].items()}
+        return Probe(content["processor"], prices, int(content["framework"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def keep_probe(probe: Probe) -> None:
+    """Keeps a measurement for later plans on the same processor."""
+    write_file(_probe_file(), json.dumps(dataclasses.asdict(probe), indent=1))
+
+
+def _probe_file() -> Path:
+    safe = "".join(letter if letter.isalnum() else "-" for letter in processor())
+    return cache_dir("probe") / f"{safe}-{os.environ.get('OMP_NUM_THREADS', 'all')}.json"
+
+
+def _guess() -> Prices:
+    """Prices of a processor nobody measured: by its number of cores and its widest instructions."""
+    lanes = 32 if "avx512f" in _features() else 16 if "avx2" in _features() else 8
+    operation = 1 / (processors() * 2.5e9 * lanes * 0.8)
+    return Prices(operation, 1.2e-9 / processors(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured")
+
+
+def _accelerator() -> Machine | None:
+    """The first accelerator that NVIDIA's own tool tells of."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0]
+        name, _, free = (part.strip() for part in told.split(","))
+        memory = int(free) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    words = name.lower().replace("-", " ").split()
+    known = next((key for key in ACCELERATORS if key in words), None)
+    base = named(known) if known else Machine(name, memory, "", "bfloat16", accelerator=True)
+    return dataclasses.replace(base, name=name, memory=int(memory * 0.97), why="free on this accelerator")
+
+
+def _groups(root: Path) -> list[Path]:
+    """The folders of this process's memory control groups, up to the top, of version 1 and 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        place = PurePosixPath(path)
+        folders += [mount / part.relative_to("/") for part in (place, *place.parents)]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None for `max`, or where there is none."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(file: Path) -> dict[str, int]:
+    try:
+        pairs = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+@functools.cache
+def _features() -> frozenset[str]:
+    """The processor's instructions in Linux's words; none where they are not told."""
+    lines = [line.partition(":")[2] for line in _cpuinfo() if line.startswith(("flags", "Features"))]
+    return frozenset(lines[0].split()) if lines else frozenset()
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []

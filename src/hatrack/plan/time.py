@@ -1,0 +1,79 @@
+"""How long a run takes: its products at the speed the machine reaches, the passes between them, and each call's cost.
+
+    seconds = operations / speed + numbers x pass + calls x call
+
+The three prices come from a probe of the machine (`engine/measure.py`): it times products, and a small model of the
+same make taking real training steps, so whatever a step costs beside its products is measured, not assumed. For a named
+accelerator they come from its data sheet. Knows no torch.
+"""
+
+from dataclasses import dataclass
+
+from hatrack.plan.memory import Batch, Method
+from hatrack.plan.shape import Anatomy
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a machine takes, in seconds: for an operation of a product, for a number passed over, for a call.
+
+    `disk` is bytes a second, `start` seconds until training's imports are done; `source` says where it is known from.
+    """
+
+    operation: float
+    number: float
+    call: float
+    disk: float
+    start: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a pass consists of: operations of products (a multiplication and an addition are two), numbers, calls."""
+
+    operations: float
+    numbers: float
+    calls: float
+
+    def __add__(self, other: "Effort") -> "Effort":
+        return Effort(self.operations + other.operations, self.numbers + other.numbers, self.calls + other.calls)
+
+    def __mul__(self, times: float) -> "Effort":
+        return Effort(self.operations * times, self.numbers * times, self.calls * times)
+
+    def seconds(self, prices: Prices) -> float:
+        """How long it takes."""
+        return self.operations * prices.operation + self.numbers * prices.number + self.calls * prices.call
+
+
+def forward(anatomy: Anatomy, batch: Batch) -> Effort:
+    """The forward pass of a micro-batch, its loss included.
+
+    Of a weight 2 operations a token; scores and their use 4 T operations a token and number of a query.
+    """
+    shape, tokens = anatomy.shape, batch.tokens
+    attention = 4 * batch.longest * shape.query * shape.layers * tokens
+    width = 4 * shape.hidden + shape.query + 2 * shape.key + (3 if shape.gated else 2) * shape.intermediate
+    numbers = tokens * (width * shape.layers + anatomy.adapted) + batch.learned * shape.vocabulary
+    calls = 2 * anatomy.linears + 8 * shape.layers + 3 * anatomy.adapters
+    return Effort(2 * anatomy.dense * tokens + attention + 2 * anatomy.head * batch.learned, numbers, calls)
+
+
+def step(anatomy: Anatomy, method: Method, batch: Batch) -> Effort:
+    """Forward and backward pass of a micro-batch.
+
+    The backward pass has as many products as the forward pass, for the gradient of the inputs, in the layers above the
+    lowest adapter; twice as many where weights are trained. Attention computes its scores again.
+    """
+    share = anatomy.reach / max(anatomy.shape.layers, 1)
+    once, shape = forward(anatomy, batch), anatomy.shape
+    attention = 6 * batch.longest * shape.query * shape.layers * batch.tokens
+    back = Effort(once.operations + attention, 1.5 * once.numbers, 1.5 * once.calls) * share
+    effort = once + back
+    if method.full:
+        trained = anatomy.frozen
+        effort += Effort(2 * anatomy.dense * batch.tokens, 6 * trained, 0)
+    if method.checkpointing or method.sweep:
+        effort += once * share
+    return effort

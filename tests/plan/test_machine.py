@@ -1,0 +1,68 @@
+"""The memory that is really there, other machines by name, and what a probe leaves behind."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hatrack.errors import RecipeError
+from hatrack.plan import machine
+from hatrack.plan.machine import ACCELERATORS, GIB, Probe, available_memory, here, keep_probe, named, read_probe
+from hatrack.plan.time import Prices
+
+PRICES = Prices(operation=1e-11, number=1e-9, call=1e-5, disk=1e9, start=5.0, source="probe")
+
+
+def group(root: Path, line: str, folder: str, **files: str) -> None:
+    """A control group as the kernel shows it under `root`."""
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    (root / "proc/self/cgroup").write_text(line)
+    place = root / "sys/fs/cgroup" / folder
+    place.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (place / name.replace("__", ".")).write_text(content)
+
+
+def test_without_control_groups_the_system_decides(tmp_path: Path) -> None:
+    free, why = available_memory(tmp_path)
+    assert why == "free on this machine" and 0 < free <= psutil.virtual_memory().total
+
+
+def test_a_limit_of_version_2_less_what_is_used(tmp_path: Path) -> None:
+    """Cached files that can be dropped do not count as used."""
+    used = {"memory__current": "40000000", "memory__stat": "anon 10000000\ninactive_file 30000000\n"}
+    group(tmp_path, "0::/box/job\n", "box/job", memory__max="max", **used)
+    group(tmp_path, "0::/box/job\n", "box", memory__max="64000000", **used)
+    assert available_memory(tmp_path) == (54_000_000, "left of the control group's 61.0 MiB")
+
+
+def test_a_limit_of_version_1(tmp_path: Path) -> None:
+    files = {"memory__limit_in_bytes": "50000000", "memory__usage_in_bytes": "20000000"}
+    group(tmp_path, "4:memory:/job\n0::/\n", "memory/job", memory__stat="total_inactive_file 5000000\n", **files)
+    assert available_memory(tmp_path)[0] == 35_000_000
+    group(tmp_path, "4:memory:/job\n", "memory/job", memory__limit_in_bytes="9223372036854771712")
+    assert available_memory(tmp_path)[1] == "free on this machine"
+
+
+def test_machines_by_name() -> None:
+    assert named("T4").memory < 16 * GIB and named("T4").dtype == "float16"
+    assert named("NVIDIA A100").name == "a100" and named("h100").accelerator
+    assert named("16GiB").memory == 16 * GIB and named("16GiB").prices is None and not named("16GiB").accelerator
+    assert all(named(name).prices is not None for name in ACCELERATORS)
+    with pytest.raises(RecipeError, match=r"--on does not know a10O; fix: did you mean a10"):
+        named("a10O")
+    with pytest.raises(RecipeError, match="or a size such as 16GiB"):
+        named("?")
+
+
+def test_a_probe_is_kept_for_this_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path))
+    assert read_probe() is None
+    guessed = here("cpu").prices
+    assert guessed is not None and "not measured" in guessed.source
+    keep_probe(Probe(machine.processor(), {"float32": PRICES, "bfloat16": PRICES}, 600 * 2**20))
+    assert here("cpu").prices == PRICES and here("cpu").framework == 600 * 2**20
+    (file,) = (tmp_path / "probe").iterdir()
+    for damaged in ("", "[]", '{"prices": {"float32": {}}}', '{"prices": 3}'):
+        file.write_text(damaged)
+        assert read_probe() is None
