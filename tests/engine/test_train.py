@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -245,7 +246,8 @@ def test_activations_computed_again_give_the_same_adapter(
     again = _train(tmp_path, folder, data, name="again", steps=4)
     assert again.result["planned"]["checkpointing"] and not kept.result["planned"]["checkpointing"]
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "again"))
-    assert all((one[name] == other[name]).all() for name in one)
+    # layers of one input add their gradients in another order when they are computed apart, as they are then
+    assert all(np.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
 def test_plan_and_cost_are_in_the_result_and_the_adapter(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
