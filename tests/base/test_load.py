@@ -136,6 +136,7 @@ def test_a_pooler_that_is_not_in_the_checkpoint_is_said(tmp_path: Path, capsys: 
 
 
 def test_transformers_speaks_again_afterwards(tmp_path: Path) -> None:
+    transformers.logging.set_verbosity_warning()  # a run in this process may have quietened it
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     load_tiny(tiny.save(tmp_path, "Bert"))
     assert transformers.logging.get_verbosity() == level != python_logging.ERROR

@@ -41,6 +41,7 @@ def _logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_21_times_leave_the_base_bit_for_bit(dtype: torch.dtype, safe: bool) -> None:
     model = _wrapped(hatrack.get_peft_model, tiny.model("Llama", "causal").to(dtype))
+    _logits(model)  # from the second pass on, layers of one input are computed together, which rounds otherwise
     digest, alone = _digest(model), _logits(model)
     for _ in range(21):
         model.merge_adapter(safe_merge=safe)

@@ -127,7 +127,7 @@ def _stop_in(module: str, function: str, number: int) -> None:
         ("hatrack.engine.train", "HatTrainer.training_step", signal.SIGHUP, True),
         ("hatrack.engine.train", "HatTrainer.save_model", signal.SIGTERM, True),
         ("hatrack.engine.train", "save_adapter", signal.SIGINT, True),
-        ("hatrack.engine.train", "prove", signal.SIGTERM, True),
+        ("hatrack.engine.train", "read_back", signal.SIGTERM, True),
     ],
 )
 def test_a_stopped_run_says_so_and_goes_on_the_same(
