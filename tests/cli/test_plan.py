@@ -1,0 +1,68 @@
+"""`hatrack plan` as a person or a script would use it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Ran
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured of this machine before does not matter here."""
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_plan_is_of_the_run_that_follows(hatrack: Run, tiny_encoder: Path, reviews: Path) -> None:
+    options = ("--base", tiny_encoder, "--data", reviews, "--device", "cpu", "--dtype", "float32", "--batch-size", 8)
+    planned = hatrack("plan", *options, "--epochs", 2, "--json").json
+    trained = hatrack("train", *options, "--epochs", 2, "--json").json
+    for fact in ("trainable", "total", "steps"):
+        assert planned[fact] == trained[fact], fact
+    assert planned["micro_batch"] == trained["planned"]["micro_batch"] == 8
+    assert planned["memory"]["activations"] == trained["planned"]["memory"]["activations"]  # the same tokens
+    assert planned["fits"] is True and planned["change"] is None
+    ways = planned["ways"]
+    assert list(ways) == ["full", "LoRA", "LoRA, 8-bit base", "LoRA, 4-bit base", "LoRA, swept"]
+    assert ways["full"]["trainable"] == planned["total"] - planned["trainable"]
+    assert "not measured" in planned["time_from"]
+
+
+def test_the_verdict_comes_first_with_the_one_change(hatrack: Run, tiny_decoder: Path, questions: Path) -> None:
+    fits = hatrack("plan", "--base", tiny_decoder, "--data", questions, "--on", "t4").out.splitlines()
+    assert fits[0].startswith("fits: ") and "rows at a time" in fits[0]
+    assert fits[1].startswith("machine    t4, base in float16")
+    small = hatrack("plan", "--base", tiny_decoder, "--on", "600MiB").out.splitlines()
+    assert small[0].startswith("fits: ") and "time       unknown for this machine" in small
+    none = hatrack("plan", "--base", tiny_decoder, "--on", "200MiB")
+    assert none.code == 0 and none.out.splitlines()[0].startswith("does not fit: 5")
+    assert none.out.splitlines()[1].startswith("to change: ")
+    assert "1,000 rows of 256 tokens are assumed, task chat" in none.err
+
+
+def test_what_is_asked_wrongly(hatrack: Run, tiny_encoder: Path) -> None:
+    for arguments, what in (
+        ((), "--base is missing"),
+        (("--base", tiny_encoder, "--on", "rtx4080"), "--on does not know rtx4080; fix: did you mean rtx4090?"),
+        (("--base", "nowhere/at/all"), "there is no base at nowhere/at/all"),
+        (("--base", tiny_encoder, "--targets", "q_porj"), "'q_porj' matches no layer"),
+    ):
+        ran = hatrack("plan", *arguments)
+        assert ran.code == 2 and what in ran.complaint and ran.out == ""
+
+
+def test_torch_is_not_imported(tiny_encoder: Path, reviews: Path) -> None:
+    script = (
+        "import sys; from hatrack.cli.main import app\n"
+        f"app(['plan', '--base', {str(tiny_encoder)!r}, '--data', {str(reviews)!r}, '--json'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trainable"] > 0
