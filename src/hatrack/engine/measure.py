@@ -77,8 +77,17 @@ def _beside_products(dtype: torch.dtype, operation: float) -> tuple[float, float
             seconds = _seconds(functools.partial(_step, model, batch, task))
             rows.append([effort.numbers / seconds, effort.calls / seconds])  # relative errors weigh alike
             left.append((seconds - effort.operations * operation) / seconds)
-    number, call = np.linalg.lstsq(np.array(rows), np.array(left), rcond=None)[0]
-    return max(float(number), 0.0), max(float(call), 0.0)
+    return not_negative(np.array(rows), np.array(left))
+
+
+def not_negative(parts: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """The two prices p >= 0 for which `parts` (n, 2) times p come closest to `wanted` (n,)."""
+    both = np.linalg.lstsq(parts, wanted, rcond=None)[0]
+    alone = [max(float(part @ wanted / (part @ part)), 0.0) for part in parts.T]
+    tried = [(alone[0], 0.0), (0.0, alone[1])]
+    if (both >= 0).all():
+        tried.append((float(both[0]), float(both[1])))
+    return min(tried, key=lambda prices: float(np.square(parts @ np.array(prices) - wanted).sum()))
 
 
 def _step(model: Any, batch: dict[str, torch.Tensor], task: str) -> None:

@@ -15,7 +15,7 @@ from hatrack.data.order import epoch_batches, length_order
 from hatrack.errors import RecipeError
 from hatrack.plan.derive import Schedule, batch_rows, derive
 from hatrack.plan.machine import Machine
-from hatrack.plan.memory import ITEM_BYTES, Batch, Method, training_bytes
+from hatrack.plan.memory import BITSANDBYTES_IMPORTED, FRAMEWORK, ITEM_BYTES, Batch, Method, training_bytes
 from hatrack.plan.shape import Anatomy, describe
 from hatrack.plan.time import Effort, forward, step
 from hatrack.recipe import Recipe
@@ -232,6 +232,7 @@ def _trained(where: Setting, method: Method) -> int:
 
 def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]]:
     plain = method.quantize == "none" and where.recipe.variant != "dora"
+    imported = BITSANDBYTES_IMPORTED if method.quantize != "none" else 0
 
     def memory_for(rows: int) -> dict[str, int]:
         batches = micro_batches(where, rows)
@@ -244,7 +245,7 @@ def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]
             dropout=where.recipe.dropout,
             plain=plain,
             accelerator=where.machine.accelerator,
-            framework=where.work.framework or where.machine.framework,
+            framework=where.work.framework or (where.machine.framework or FRAMEWORK) + imported,
         )
 
     return memory_for

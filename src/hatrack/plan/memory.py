@@ -20,6 +20,8 @@ FRAMEWORK = 500 * MIB
 RUNTIME = 40 * MIB
 """What comes once training runs: compiled products, tokens, the trainer, code that is touched for the first time."""
 BITSANDBYTES = 60 * MIB
+BITSANDBYTES_IMPORTED = 185 * MIB
+"""What importing it takes, in a process that has yet to start."""
 ACCELERATOR = 0
 """torch counts its own allocations there; what the driver takes besides is not in it."""
 HEAP = 0.35
@@ -30,7 +32,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGITS = 2**23
 """Logits held at one time (`kernels/loss.py`)."""
 SCORES = 2**22
-"""Attention probabilities held at one time (`kernels/attention.py`)."""
+"""Attention probabilities held at one time in 16-bit formats (`kernels/attention.py`); in float32 none are."""
 PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes a weight of a quantised layer: 4-bit numbers come with a float32 scale for each 64 of them."""
 
@@ -151,5 +153,5 @@ def _kept_in_layer(
 
 def _workspace(anatomy: Anatomy, batch: Batch, item: int) -> int:
     """What is held for a moment: attention probabilities with their gradients, and gradients of one MLP."""
-    scores = min(SCORES, batch.rows * anatomy.shape.heads * batch.longest**2)
+    scores = min(SCORES, batch.rows * anatomy.shape.heads * batch.longest**2) if item < 4 else 0
     return 3 * scores * item + 3 * batch.tokens * anatomy.shape.intermediate * item
