@@ -1,10 +1,10 @@
 """Plan against actual: `hatrack plan`, then `hatrack train`, on real models and text; memory, seconds, parameters.
 
-    .venv/bin/python bench/plan.py [--only WORD] [--steps 17] [--output DIR]
+    .venv/bin/python bench/plan.py [--probe] [--only WORD | --exact NAME] [--steps 17] [--output DIR]
 
 Each run is planned and trained in processes of its own, from the command line alone. The peak is the kernel's VmHWM of
 the training process: resident anonymous and mapped pages together. Seconds are those of training. Results of earlier
-calls are kept in DIR/plan.json, so the runs can be measured in pieces (`--only`), and the table shows all of them.
+calls are kept in DIR/plan.json, so the runs can be measured in pieces, and the table shows all of them.
 """
 
 import argparse
@@ -104,6 +104,7 @@ def main() -> None:
     """Measures, prints the table of all that was measured, writes it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", default="", help="runs whose name holds this")
+    parser.add_argument("--exact", default="", help="the first run whose name begins so, alone")
     parser.add_argument("--steps", type=int, default=17)
     parser.add_argument("--probe", action="store_true", help="measure the machine first")
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
@@ -116,11 +117,11 @@ def main() -> None:
         write_data(folder)
         if options.probe:
             command(folder, "plan", "--base", ENCODER, "--probe")
-        for work in RUNS:
-            if options.only in work:
-                found[work] = run(folder, work, options.steps)
-                print(" | ".join(row(found[work])), flush=True)
-                path.write_text(json.dumps(found, indent=1))
+        chosen = [work for work in RUNS if options.only in work and work.startswith(options.exact)]
+        for work in chosen[:1] if options.exact else chosen:
+            found[work] = run(folder, work, options.steps)
+            print(" | ".join(row(found[work])), flush=True)
+            path.write_text(json.dumps(found, indent=1))
     print("\n".join("| " + " | ".join(line) + " |" for line in [HEADER, ["---"] * 8, *map(row, found.values())]))
 
 

@@ -26,11 +26,11 @@ from hatrack.evaluate.loss import losses
 from hatrack.plan.machine import Probe, fast_at_bfloat16, processor
 from hatrack.plan.memory import Batch, Method
 from hatrack.plan.shape import Anatomy, describe
-from hatrack.plan.time import Prices, step
+from hatrack.plan.time import Effort, Prices, step
 from hatrack.recipe import Recipe
 from hatrack.storage import cache_dir
 
-ENOUGH = 0.25
+ENOUGH = 0.4
 """Seconds that one thing is timed for at least."""
 DISK_BYTES = 2**27
 SIZES = ((1, 16), (4, 64), (8, 128))
@@ -45,7 +45,9 @@ def measure() -> Probe:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     operation = {name: _seconds_per_operation(dtype) for name, dtype in dtypes.items()}
     fast = "bfloat16" if fast_at_bfloat16() else "float32"
-    number, call = _beside_products(dtypes[fast], operation[fast])
+    steps = _timed_steps(dtypes[fast])
+    operation[fast] = min(operation[fast], _seconds_per_operation(dtypes[fast]))  # again: others may use the machine
+    number, call = _beside_products(steps, operation[fast])
     prices = {name: Prices(operation[name], number, call, disk, start, "probe") for name in dtypes}
     return Probe(processor(), prices, memory)
 
@@ -67,17 +69,22 @@ def _seconds_per_operation(dtype: torch.dtype) -> float:
     return _seconds(lambda: (x @ W) @ V) / (2 * 2 * 512 * 768 * 2048)
 
 
-def _beside_products(dtype: torch.dtype, operation: float) -> tuple[float, float]:
-    """Seconds for a number passed over and for a call: what is left of steps of several sizes, by least squares."""
-    rows, left = [], []
+def _timed_steps(dtype: torch.dtype) -> list[tuple[Effort, float]]:
+    """What steps of several sizes consist of, and the seconds each took."""
+    found = []
     for model, anatomy, task in (_decoder(dtype), _encoder(dtype)):
-        for size in SIZES:
-            batch = _batch(*size, task)
-            effort = step(anatomy, Method(), Batch(*size, size[0] * (size[1] - 1) if task == "chat" else 0))
-            seconds = _seconds(functools.partial(_step, model, batch, task))
-            rows.append([effort.numbers / seconds, effort.calls / seconds])  # relative errors weigh alike
-            left.append((seconds - effort.operations * operation) / seconds)
-    return not_negative(np.array(rows), np.array(left))
+        for rows, tokens in SIZES:
+            batch = _batch(rows, tokens, task)
+            effort = step(anatomy, Method(), Batch(rows, tokens, rows * (tokens - 1) if task == "chat" else 0))
+            found.append((effort, _seconds(functools.partial(_step, model, batch, task))))
+    return found
+
+
+def _beside_products(steps: list[tuple[Effort, float]], operation: float) -> tuple[float, float]:
+    """Seconds for a number passed over and for a call: what is left of the steps, by least squares."""
+    parts = [[effort.numbers / seconds, effort.calls / seconds] for effort, seconds in steps]  # relative errors
+    left = [1 - effort.operations * operation / seconds for effort, seconds in steps]
+    return not_negative(np.array(parts), np.array(left))
 
 
 def not_negative(parts: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:

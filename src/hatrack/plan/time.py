@@ -55,6 +55,7 @@ def forward(anatomy: Anatomy, batch: Batch) -> Effort:
     shape, tokens = anatomy.shape, batch.tokens
     attention = 4 * batch.longest * shape.query * shape.layers * tokens
     width = 4 * shape.hidden + shape.query + 2 * shape.key + (3 if shape.gated else 2) * shape.intermediate
+    width += shape.heads * batch.longest  # the softmax
     numbers = tokens * (width * shape.layers + anatomy.adapted) + batch.learned * shape.vocabulary
     calls = 2 * anatomy.linears + 8 * shape.layers + 3 * anatomy.adapters
     return Effort(2 * anatomy.dense * tokens + attention + 2 * anatomy.head * batch.learned, numbers, calls)
