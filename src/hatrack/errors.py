@@ -15,6 +15,8 @@ HatrackError                  exit 2: the input was wrong, or was refused
 from collections.abc import Sequence
 
 SHOWN_COMPLAINTS = 10
+ONE_LINE = dict.fromkeys([*range(32), 127], " ")
+"""Control characters, as in names from strangers' files: none reaches a terminal."""
 
 
 class HatrackError(Exception):
@@ -33,7 +35,7 @@ class HatrackError(Exception):
             parts.append(f"got {got}")
         if fix is not None:
             parts.append(f"fix: {fix}")
-        super().__init__("; ".join(parts))
+        super().__init__("; ".join(parts).translate(ONE_LINE))
 
 
 class RecipeError(HatrackError, ValueError):

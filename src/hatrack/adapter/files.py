@@ -129,6 +129,7 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     config = lora_config(folder / CONFIG, files.config, list(_own_modules(bare)))
     config._register_custom_module(dict(layer_classes or {}))
+    _check_ranks(files, config)
     _check_saved_modules(bare, files, config)
     wrapped = isinstance(model, PeftModel)
     try:
@@ -229,6 +230,19 @@ def _own_modules(bare: Any) -> dict[str, nn.Module]:
         if full and not theirs & set(parts) and not any(part.startswith("lora_") for part in parts):
             found[full] = getattr(module, "original_module", getattr(module, "base_layer", module))
     return found
+
+
+def _check_ranks(files: AdapterFiles, config: LoraConfig) -> None:
+    """No rank is larger than the file's own, before peft makes matrices of that size."""
+    pairs = (shape for name, shape in files.shapes.items() if ".lora_A" in name or ".lora_embedding_A" in name)
+    largest = max((shape[0] for shape in pairs if shape), default=0)
+    asked = max([config.r, *config.rank_pattern.values()])
+    if asked > largest:
+        raise AdapterError(
+            f"{files.folder / CONFIG} asks for a larger rank than {files.weights.name} has",
+            got=f"{asked} and {largest}",
+            fix="copy the adapter again",
+        )
 
 
 def _check_saved_modules(bare: Any, files: AdapterFiles, config: LoraConfig) -> None:
