@@ -108,7 +108,7 @@ def test_a_gradient_that_never_arrives_stops_at_the_first_step(
 
     monkeypatch.setattr(trainer, "losses", _losing(1, cut_off))
     error = _run(tmp_path, tiny_encoder, reviews, epochs=1)
-    assert error.what == "no gradient reaches the adapter at step 1; no checkpoint had been saved yet"
+    assert error.what == "no gradient reaches the adapter at step 1; no checkpoint had been saved before it"
 
 
 def test_a_loss_that_stays_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,3 +127,12 @@ def test_single_wild_batches_are_no_explosion(tmp_path: Path) -> None:
     watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
     for number in range(1, 100):
         watch.step(number, 4.0 if number % 10 == 0 else 0.7, 1.0, lambda: [1])
+
+
+def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wild from the first step, it is lost before the first epoch's checkpoint, which is no good one."""
+    monkeypatch.setattr(trainer, "losses", _losing(2, lambda values: values * 30))
+    error = _run(tmp_path, tiny_encoder, reviews, epochs=3)
+    assert error.what.endswith("by step 6; no checkpoint had been saved before it")

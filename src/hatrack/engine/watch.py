@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from hatrack.check.finding import Finding
 from hatrack.check.running import FIRST, Step, loss_barely_moves, loss_explodes, loss_not_a_number, no_gradient
+from hatrack.engine import checkpoint
 from hatrack.engine.run import Run
 from hatrack.errors import Diverged
 from hatrack.say import say
@@ -30,6 +31,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.before = 0.0
         self.first: list[float] = []
         self.recent: float | None = None
+        self.good = 0  # the newest step whose checkpoint a sound loss came after
         self.advised = False
 
     def step(self, number: int, loss: float, norm: float, rows: Callable[[], list[int]]) -> None:
@@ -41,8 +43,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         known = len(self.first) == FIRST
         if not known:
             self.first.append(loss)
-        start = sum(self.first) / len(self.first)
+        start = min(sum(self.first) / len(self.first), self.before or float("inf"))  # a wild rate is lost at once
         suspicious = not (abs(self.recent) < float("inf") and abs(norm) < float("inf")) or norm == 0
+        if not suspicious and self.recent <= start + 1:
+            self.good = number - 1
         if not suspicious and (not known or self.recent <= start + 1):
             return
         step = Step(number, loss, norm, rows(), str(self.run.recipe.data))
@@ -61,6 +65,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             say(f"advice: {found}")
 
     def _diverged(self, found: Finding) -> Diverged:
-        checkpoint = self.run.last_checkpoint()
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved yet"
+        step = next((step for step in checkpoint.steps(self.run.folder) if step <= self.good), None)
+        kept = "no checkpoint had been saved before it"
+        if step is not None:
+            kept = f"the last good checkpoint is {checkpoint.folder_of(self.run.folder, step)}"
         return Diverged(f"{found.what}; {kept}", got=found.got, fix=f"{found.fix} [{found.gotcha}]")
