@@ -33,6 +33,8 @@ SWEEPS = False
 """Whether `train` can sweep over a base layer by layer."""
 MOST_ROWS = 20_000
 """Of more rows, so many evenly chosen ones stand for all."""
+SET_UP, SAVE = 0.05, 0.02
+"""Setting the trainer up and saving a checkpoint, as shares of the seconds that a start takes."""
 MARGIN = 0.95
 """Share of the available memory that is planned with: the system needs a little of it."""
 
@@ -290,7 +292,7 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     steps = [step(anatomy, method, batch) for batch in batches]
     count = schedule.steps * schedule.accumulation
     training = sum(steps, Effort(0, 0, 0)) * (count / len(steps))
-    update = Effort(0, 8.0 * plan.trainable, 0.1 * anatomy.adapters)  # clipping and the optimizer, once a step
+    update = Effort(0, 8.0 * plan.trainable, anatomy.adapters)  # clipping and the optimizer, once a step
     training += update * schedule.steps
     thin = _thinned(where.work.held_out)
     scored = _batches(thin, length_order(thin, max(plan.micro_batch, 8)), where.work.learned)
@@ -298,7 +300,8 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     scoring = scoring * (len(where.work.held_out) / max(len(thin), 1))
     evaluations = max(1, -int(-schedule.epochs // 1))
     reading = read * schedule.steps / prices.disk
-    seconds = training.seconds(prices) + evaluations * scoring.seconds(prices) + reading
+    around = (SET_UP + SAVE * evaluations) * prices.start
+    seconds = training.seconds(prices) + evaluations * scoring.seconds(prices) + reading + around
     whole = seconds + prices.start + 2 * scoring.seconds(prices) + 2 * anatomy.disk / prices.disk
     per_step = training.seconds(prices) / schedule.steps + read / prices.disk
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)

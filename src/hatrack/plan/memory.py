@@ -145,7 +145,7 @@ def _kept_in_layer(
     kept += anatomy.adapters / layers * 8 * 4  # the narrow side of each adapter, in float32
     if not plain:  # peft's own layers: a float32 copy of the input, and of it after dropout with its mask
         copies = (4 if item < 4 else 0) + (5 if dropout else 0)
-        kept += anatomy.own_copies / layers * copies
+        kept += anatomy.own_copies / layers * copies + anatomy.scaled / layers * item
     if accelerator:  # attention's output, and norms computed in float32 with their intermediate results
         kept += shape.query * item + 4 * shape.hidden * 4
     return kept

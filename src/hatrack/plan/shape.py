@@ -44,8 +44,8 @@ class Anatomy:
     `dense` are the weights multiplied with every token, `largest` the most of them in one layer; `head` is the output
     head's, `outside` all that is in no product within the layers (embeddings, norms, heads). `inputs` is what is kept
     of each token for the adapted layers, `own_copies` what peft's own layers would keep besides; `adapted` sums d_in
-    and d_out of the adapted layers, `reach` the layers that a gradient passes through. `stored` is the checkpoint's
-    number format, `disk` its bytes.
+    and d_out of the adapted layers, `again` the weights that DoRA multiplies with twice and `scaled` the outputs it
+    scales by what it learns, `reach` the layers that a gradient passes through. `stored` is the checkpoint's number format, `disk` its bytes.
     """
 
     shape: Shape
@@ -60,6 +60,8 @@ class Anatomy:
     own_copies: int
     adapted: int
     adapters: int
+    again: int
+    scaled: int
     reach: int
     stored: str
     disk: int
@@ -111,6 +113,7 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
     shape = shape_of(config, linears)
     inside = _inside(linears)
     dense = sum(d_in * d_out for d_in, d_out in inside.values())
+    dora = recipe.variant == "dora"
     formats: dict[str, int] = defaultdict(int)
     for info in peeked.tensors.values():
         formats[info.dtype] += info.bytes
@@ -128,6 +131,8 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
         own_copies=sum(d_in for d_in, _ in adapted),
         adapted=sum(d_in + d_out for d_in, d_out in adapted),
         adapters=len(adapted),
+        again=sum(d_in * d_out for d_in, d_out in adapted) if dora else 0,
+        scaled=2 * sum(d_out for _, d_out in adapted) if dora else 0,
         reach=_reach(choice, linears),
         stored=STORED.get(stored, "other"),
         disk=sum(formats.values()),

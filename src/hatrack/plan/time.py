@@ -65,16 +65,22 @@ def step(anatomy: Anatomy, method: Method, batch: Batch) -> Effort:
     """Forward and backward pass of a micro-batch.
 
     The backward pass has as many products as the forward pass, for the gradient of the inputs, in the layers above the
-    lowest adapter; twice as many where weights are trained. Attention computes its scores again.
+    lowest adapter; twice as many where weights are trained. Attention computes its scores again. DoRA multiplies with
+    the adapted weights a second time and takes their norms; a quantised base is unpacked in each pass.
     """
-    share = anatomy.reach / max(anatomy.shape.layers, 1)
-    once, shape = forward(anatomy, batch), anatomy.shape
-    attention = 6 * batch.longest * shape.query * shape.layers * batch.tokens
-    back = Effort(once.operations + attention, 1.5 * once.numbers, 1.5 * once.calls) * share
-    effort = once + back
+    shape, share = anatomy.shape, anatomy.reach / max(anatomy.shape.layers, 1)
+    once = forward(anatomy, batch)
+    head = Effort(2 * anatomy.head * batch.learned, batch.learned * shape.vocabulary, 0)
+    layers = once + head * -1
+    attention = Effort(6 * batch.longest * shape.query * shape.layers * batch.tokens, 0, 0)
+    effort = once + head + (layers + attention) * share
     if method.full:
-        trained = anatomy.frozen
-        effort += Effort(2 * anatomy.dense * batch.tokens, 6 * trained, 0)
+        effort += Effort(2 * anatomy.dense * batch.tokens, 6 * anatomy.frozen, 0)
+    else:
+        again = anatomy.again
+        effort += Effort(4 * again * batch.tokens, 6 * again, 3 * anatomy.adapters if again else 0)
+    if method.quantize != "none":
+        effort += Effort(0, 3 * anatomy.dense * (1 + share), 0)
     if method.checkpointing or method.sweep:
-        effort += once * share
+        effort += layers * share
     return effort
