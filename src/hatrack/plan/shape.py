@@ -45,7 +45,8 @@ class Anatomy:
     head's, `outside` all that is in no product within the layers (embeddings, norms, heads). `inputs` is what is kept
     of each token for the adapted layers, `own_copies` what peft's own layers would keep besides; `adapted` sums d_in
     and d_out of the adapted layers, `again` the weights that DoRA multiplies with twice and `scaled` the outputs it
-    scales by what it learns, `reach` the layers that a gradient passes through. `stored` is the checkpoint's number format, `disk` its bytes.
+    scales by what it learns, `reach` the layers that a gradient passes through. `stored` is the checkpoint's number
+    format, `disk` its bytes.
     """
 
     shape: Shape
