@@ -115,7 +115,8 @@ def test_changed_bytes(made: tuple[Path, Any], tmp_path: Path, data: st.DataObje
         place = data.draw(st.integers(0, min(len(content), 3000) - 1) | st.integers(0, len(content) - 1))
         content[place : place + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=12))
         if data.draw(st.integers(0, 9)) == 0:
-            content = content[:place] or bytearray(b"x")
+            content = content[:place]
+        content = content or bytearray(b"x")
     path.write_bytes(bytes(content))
     _refused_or_proven(folder, made[1])
 

@@ -1,0 +1,252 @@
+"""Adapters and bases that the stack below hatrack takes in silence, or fails on without saying what is wrong.
+
+Each is fed to `hatrack.load` as a person would, and refused with what, got and fix.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hatrack
+from hatrack.adapter.files import save_adapter
+from hatrack.adapter.hatfile import HatFile
+from hatrack.adapter.place import place
+from hatrack.base.fingerprint import lineage
+from hatrack.base.load import load_base
+from hatrack.base.sources import find_base
+from hatrack.errors import AdapterError, HatrackError, WrongBase
+from hatrack.recipe import Recipe
+from tests.base import tiny
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _make(folder: Path, base: Path, task: str = "chat") -> Path:
+    """An adapter with random numbers, as hatrack saves it."""
+    files = find_base(str(base))
+    labels = ["no", "yes"] if task == "classify" else []
+    loaded = load_base(files, task=task, labels=labels, device="cpu", dtype="float32")  # type: ignore[arg-type]
+    model = place(loaded.model, Recipe.make(r=2), task=task)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    hat = HatFile(name=folder.name, base=lineage(files), task=task, labels=labels)
+    save_adapter(model, folder, hat, base=str(base))
+    return folder
+
+
+@pytest.fixture
+def hat(tmp_path: Path, tiny_decoder: Path) -> Path:
+    """A generator's adapter, to damage."""
+    return _make(tmp_path / "hat", tiny_decoder)
+
+
+def _refused(adapter: Path, **options: Any) -> HatrackError:
+    with pytest.raises(HatrackError) as caught:
+        hatrack.load(adapter, dtype="float32", **options)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def _set(folder: Path, **fields: Any) -> None:
+    path = folder / CONFIG
+    content = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in content.items() if value != "GONE"}))
+
+
+def _tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def test_the_good_one_is_loaded(hat: Path) -> None:
+    assert hatrack.load(hat, dtype="float32").active == "hat"
+
+
+def test_a_base_of_the_same_shapes_with_other_weights(hat: Path, tiny_decoder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_decoder, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    error = _refused(hat, base=str(other))
+    assert isinstance(error, WrongBase) and error.what.startswith(f"{hat} was trained on other weights: {tiny_decoder}")
+    assert str(error.got).startswith(f"{other}, ") and "--allow-other-base" in str(error.fix)
+
+
+def test_another_bases_name(hat: Path, tiny_decoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_decoder, tmp_path / "other")
+    (hat / "hatrack.json").unlink()
+    error = _refused(hat, base=str(tmp_path / "other"))
+    assert isinstance(error, WrongBase) and error.what == f"{hat} names another base: {tiny_decoder}"
+    assert error.got == str(tmp_path / "other") and "--allow-other-base" in str(error.fix)
+
+
+def test_a_base_with_fewer_layers(tmp_path: Path) -> None:
+    tiny.save(tmp_path / "deep/base", "Llama", "causal", num_hidden_layers=3)
+    tiny.save(tmp_path / "flat/base", "Llama", "causal")
+    adapter = _make(tmp_path / "hat", tmp_path / "deep/base")
+    error = _refused(adapter, base=str(tmp_path / "flat/base"), allow_other_base=True)
+    assert error.what.startswith(f"14 tensors do not fit in {adapter / WEIGHTS}: base_model.model.model.layers.2.")
+    assert "no place in the model" in error.what and error.fix == "give it the base it was trained on"
+
+
+def test_a_classifiers_adapter_on_a_causal_base_and_the_other_way_round(
+    tmp_path: Path, hat: Path, tiny_encoder: Path, tiny_decoder: Path
+) -> None:
+    classifier = _make(tmp_path / "classifier", tiny_encoder, "classify")
+    with pytest.raises(AdapterError) as caught:
+        hatrack.load(hat, dtype="float32").add(classifier)
+    assert caught.value.what.startswith("classifier cannot share this base in memory, whose output is made for chat")
+    assert caught.value.got == "task classify" and caught.value.fix == "load it by itself with hatrack.load"
+    _set(hat, task_type="SEQ_CLS")
+    error = _refused(hat)
+    assert error.what == f"{hat / CONFIG} and hatrack.json contradict each other"
+    assert error.got == "task_type 'SEQ_CLS' and task chat" and error.fix == "copy the adapter again"
+
+
+def test_missing_keys(hat: Path) -> None:
+    _tensors(hat, lambda t: {name: tensor for name, tensor in t.items() if "layers.0.self_attn.q_proj" not in name})
+    error = _refused(hat)
+    assert error.what.startswith(f"2 tensors do not fit in {hat / WEIGHTS}: ")
+    assert error.what.count("q_proj.lora_") == 2 and "missing from the file" in error.what and error.fix
+
+
+def test_no_weights_file(hat: Path) -> None:
+    (hat / WEIGHTS).unlink()
+    error = _refused(hat)
+    assert (
+        error.what == f"{hat} has no {WEIGHTS}" and CONFIG in str(error.got) and error.fix == "copy the adapter again"
+    )
+
+
+def test_a_pickle(hat: Path) -> None:
+    (hat / WEIGHTS).rename(hat / "adapter_model.bin")
+    error = _refused(hat)
+    assert error.what == f"{hat / 'adapter_model.bin'} is a pickle, which can run code when it is opened"
+    assert "torch.load(weights_only=True)" in str(error.fix)
+
+
+@pytest.mark.parametrize("length", [0, 5, 400, -1])
+def test_a_cut_or_empty_weights_file(hat: Path, length: int) -> None:
+    (hat / WEIGHTS).write_bytes((hat / WEIGHTS).read_bytes()[:length])
+    error = _refused(hat)
+    assert error.what == f"{hat / WEIGHTS} is damaged or no safetensors file"
+    assert "bytes" in str(error.got) and error.fix == "copy the adapter again"
+
+
+def test_a_malformed_config(hat: Path) -> None:
+    path, good = hat / CONFIG, (hat / CONFIG).read_text()
+    path.write_text(good[:50])
+    assert _refused(hat).what == f"{path} is not valid JSON"
+    path.write_text(good)
+    _set(hat, peft_type="GONE")
+    assert (_refused(hat).what, _refused(hat).got) == (f"{path} is not of a LoRA adapter", "peft_type None")
+    path.write_text(good)
+    _set(hat, r="4")
+    error = _refused(hat)
+    assert (error.what, error.got, error.fix) == (f"{path} is malformed", "r '4'", "copy the adapter again")
+    path.write_text(good)
+    _set(hat, lora_alpha=0)
+    error = _refused(hat)
+    assert (error.what, error.got) == (f"{path} turns its adapter off", "lora_alpha 0") and "--alpha" in str(error.fix)
+
+
+def test_numbers_that_are_none(hat: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = next(name for name in tensors if "q_proj.lora_A" in name)
+        return tensors | {name: tensors[name] * float("nan")}
+
+    _tensors(hat, change)
+    error = _refused(hat)
+    assert error.what.startswith(f"a tensor does not fit in {hat / WEIGHTS}: ") and error.fix
+    assert error.what.endswith("q_proj.lora_A.weight: holds numbers that are not finite")
+
+
+@pytest.mark.parametrize("name", ["../A", "/abs/path", "a/b", "", "x" * 99])
+def test_names_and_paths_that_lead_out_of_the_folder(hat: Path, name: str) -> None:
+    content = json.loads((hat / "hatrack.json").read_text())
+    if name:
+        (hat / "hatrack.json").write_text(json.dumps(content | {"name": name}))
+        error = _refused(hat)
+        assert (error.what, error.got) == (f"{hat / 'hatrack.json'} is malformed", "no valid name") and error.fix
+        (hat / "hatrack.json").write_text(json.dumps(content))
+    ready = hatrack.load(hat, dtype="float32")
+    if name:
+        with pytest.raises(AdapterError) as caught:
+            ready.add(hat, name=name)
+        assert caught.value.what == "that is no name for an adapter" and caught.value.got == repr(name)
+
+
+def test_a_name_that_is_a_part_of_the_base(hat: Path) -> None:
+    content = json.loads((hat / "hatrack.json").read_text())
+    (hat / "hatrack.json").write_text(json.dumps(content | {"name": "layers"}))
+    assert hatrack.load(hat, dtype="float32").active == "layers-hat"
+
+
+@pytest.mark.parametrize("pattern", ["(([a-z._0-9]*)*)*X", "(.*)*(.*)*(.*)*X"])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_regular_expression_without_end(hat: Path, field: str, pattern: str) -> None:
+    _set(hat, **{field: {pattern: 4} if field.endswith("pattern") else pattern})
+    began = time.monotonic()
+    error = _refused(hat)
+    assert time.monotonic() - began < 20
+    assert error.what == f"{hat / CONFIG} has a regular expression that does not come to an end"
+    assert "after 2 s" in str(error.got) and error.fix == "name the layers in full"
+
+
+def test_a_harmless_regular_expression_is_followed(hat: Path) -> None:
+    expected = hatrack.load(hat, dtype="float32").predict("what film ?", max_new_tokens=4)
+    _set(hat, target_modules=r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj")
+    assert hatrack.load(hat, dtype="float32").predict("what film ?", max_new_tokens=4) == expected
+
+
+def test_a_huge_rank_is_refused_before_anything_is_allocated(hat: Path) -> None:
+    _set(hat, r=2**30)  # 2 TiB on this small base
+    error = _refused(hat)
+    assert error.what == f"{hat / CONFIG} asks for a larger rank than {WEIGHTS} has"
+    assert error.got == "1073741824 and 2" and error.fix == "copy the adapter again"
+    _set(hat, r=2, rank_pattern={"q_proj": 2**30})
+    assert _refused(hat).got == "1073741824 and 2"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layer_replication": [[0, 2], [0, 2]]},
+        {"trainable_token_indices": [0]},
+        {"of_a_later_peft": True},
+        {"bias": "all"},
+        {"modules_to_save": ["model"]},
+        {"layers_pattern": "(a+)+$", "layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+def test_fields_that_would_change_the_base_or_are_unknown(hat: Path, fields: dict[str, Any]) -> None:
+    _set(hat, **fields)
+    error = _refused(hat)
+    assert str(hat) in error.what and error.fix
+
+
+def test_fields_that_name_code_run_none(hat: Path, tmp_path: Path) -> None:
+    expected = hatrack.load(hat, dtype="float32").predict("what film ?", max_new_tokens=4)
+    _set(
+        hat,
+        auto_mapping={"base_model_class": "run", "parent_library": "evil_module"},
+        megatron_config={"x": 1},
+        megatron_core="evil_module",
+    )
+    assert hatrack.load(hat, dtype="float32").predict("what film ?", max_new_tokens=4) == expected
+
+
+def test_a_foreign_adapter_with_an_impossible_field_says_so(hat: Path) -> None:
+    content = json.loads((hat / "hatrack.json").read_text())
+    (hat / "hatrack.json").write_text(json.dumps(content | {"recipe": {"quantize": {"a": 1}}}))
+    error = _refused(hat)
+    assert (error.what, error.got) == (f"{hat / 'hatrack.json'} is malformed", "no valid recipe")
