@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 MANY = settings(
     max_examples=int(os.environ.get("HATRACK_FUZZ", "40")),
     deadline=None,
     derandomize="HATRACK_FUZZ" not in os.environ,
     database=None,
+    phases=[Phase.explicit, Phase.generate],  # shrinking what waits for patterns takes minutes
     suppress_health_check=list(HealthCheck),
 )
 SECONDS, PATIENCE = 2.0, 20.0
