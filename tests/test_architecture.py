@@ -17,14 +17,14 @@ MAY_IMPORT = {
     "kernels": set(),
     "data": set(),
     "adapter": {"base"},
-    "plan": {"base.header", "base.peek", "data.order", "adapter.count", "adapter.targets"},
+    "plan": {"base.header", "base.peek", "base.room", "data.order", "adapter.count", "adapter.targets"},
     "hat": {"base", "adapter", "data", "engine.fast_lora"},
     "evaluate": {"base", "adapter", "data", "kernels", "hat"},
     "check": {"base", "adapter", "data", "plan"},
     "engine": {"base", "adapter", "data", "plan", "check", "evaluate", "kernels", "hat"},
 }
 WITHOUT_TORCH = ["errors", "recipe", "say", "storage", "wheels", "base/header", "adapter/count", "adapter/targets"]
-WITHOUT_TORCH += ["base/locate", "base/peek", "data/order"]
+WITHOUT_TORCH += ["base/locate", "base/peek", "base/room", "data/order"]
 WITHOUT_TORCH += [f"plan/{name}" for name in ("derive", "fit", "machine", "memory", "shape", "time")]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 

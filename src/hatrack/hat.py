@@ -20,12 +20,17 @@ from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import find
 from hatrack.base.fingerprint import check_base, fingerprint
-from hatrack.base.load import Base, load_base
+from hatrack.base.header import read_header
+from hatrack.base.load import Base, choose_device, choose_dtype, load_base
+from hatrack.base.room import holds
 from hatrack.base.sources import find_base
+from hatrack.base.trunk import find_trunk
+from hatrack.base.window import Window
 from hatrack.data.template import chat_prompt
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.errors import AdapterError
 from hatrack.recipe import Task
+from hatrack.say import say
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -41,6 +46,7 @@ class Hat:
         self.base, self.model, self.hats, self.folders = base, model, hats, folders
         self.active: str | None = active
         self.result: dict[str, Any] = {}
+        self.window: Window | None = None  # through which a base larger than memory is read
         self.quantize = "none"
         self._first = hats[active]  # what the bare base answers as, whichever adapters come and go
         self.model.eval()
@@ -247,16 +253,17 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    memory: int | None = None,
     allow_other_base: bool = False,
     prove: bool = True,
 ) -> Hat:
     """Loads a base once and attaches one or more adapters (folders, or names on the rack) to it; the first is in use.
 
     The base is found from the first adapter unless `base` names where it lies now, and held in as many bits as the
-    adapter was trained with unless `quantize` says otherwise. Raises AdapterError where an
-    adapter is missing or damaged, WrongBase where it was trained on other weights than these (unless
-    `allow_other_base`), BaseError where the base cannot be found. Each adapter's proof is run again,
-    which costs two short forward passes, unless not to `prove` it.
+    adapter was trained with unless `quantize` says otherwise. A base that does not fit in `memory` bytes (or in what is
+    free) stays on disk, and every pass reads it once. Raises AdapterError where an adapter is missing or damaged,
+    WrongBase where it was trained on other weights than these (unless `allow_other_base`), BaseError where the base
+    cannot be found. Each adapter's proof is run again, which costs two short forward passes, unless not to `prove` it.
     """
     several = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if not several:
@@ -268,6 +275,7 @@ def load(
     found = find_base(source, None if base else hat.base.get("revision"))
     check_base(folder, hat.base, found, allow_other=allow_other_base)
     quantize = quantize or hat.recipe.get("quantize", "none")
+    number_format = str(choose_dtype(dtype, choose_device(device)[0])[0]).removeprefix("torch.")
     loaded = load_base(
         found,
         task=cast(Task, hat.task),
@@ -276,11 +284,16 @@ def load(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        mapped=quantize == "none" and not holds(read_header(found.folder), number_format, memory),
         seed=hat.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
     name = _name_of(files, folder, loaded.model)
     model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
+    if loaded.mapped:
+        say("the base is larger than memory: it stays on disk, and every pass reads it once")
+        ready.window = Window(loaded.model, find_trunk(loaded.model), loaded.dtype)
+        ready.window.stream()
     ready.quantize = quantize
     if prove:
         check_proof(model, files, loaded, quantize, same_base=not allow_other_base)

@@ -37,6 +37,15 @@ def _memory(value: object) -> object:
     return parse_size(str(value))
 
 
+def parse_memory(value: str | None) -> int | None:
+    """The bytes of a size such as `3GiB`, as --memory takes it where there is no recipe. Raises RecipeError."""
+    try:
+        found = _memory(value)
+    except ValueError as error:
+        raise RecipeError(f"--memory {error}", got=repr(value), fix="try 4GiB") from error
+    return found if isinstance(found, int) else None
+
+
 def _layers(value: str) -> str:
     if value != "all" and not re.fullmatch(r"top-[1-9][0-9]*", value):
         raise ValueError("must be all, or top-N such as top-4")

@@ -41,7 +41,7 @@ def test_the_parts_give_what_the_whole_gives(kind: str, training: bool) -> None:
     assert len(calls) == 3
     for index, call in enumerate(calls):
         hidden = trunk.layer(index, hidden, call)
-    with trunk.after(hidden):
+    with trunk.after(lambda: hidden):
         parts = made(**batch).logits
     assert torch.equal(parts, whole)
     parts.square().sum().backward()

@@ -11,7 +11,19 @@ from hatrack.base.header import TensorInfo
 from hatrack.base.peek import Peek
 from hatrack.data.batch import LengthBatches
 from hatrack.errors import RecipeError
-from hatrack.plan.fit import WAYS, Setting, Work, change, micro_batches, most_rows, plan_run, refuse, setting, settle
+from hatrack.plan.fit import (
+    WAYS,
+    Setting,
+    Work,
+    change,
+    choose,
+    micro_batches,
+    most_rows,
+    plan_run,
+    refuse,
+    setting,
+    settle,
+)
 from hatrack.plan.machine import GIB, Machine, named
 from hatrack.plan.memory import Method
 from hatrack.plan.time import Prices
@@ -73,11 +85,23 @@ def test_a_run_that_cannot_fit_is_refused_with_the_change_that_helps() -> None:
     message = str(refuse(small, plan_run(small)))
     assert "11.4 GiB of memory (as asked) is too little even for one row at a time" in message
     assert "of which weights 12.6 GiB; fix: --quantize 8bit (" in message and "or --force" in message
-    with pytest.raises(RecipeError, match="--quantize 8bit"):
-        settle(small.recipe, llama(), small.work, small.machine)
-    forced = settle(small.recipe.changed(force=True), llama(), small.work, small.machine)[1]
+    tiny = where(GIB)
+    with pytest.raises(RecipeError, match="is too little even for one row at a time"):
+        settle(tiny.recipe, llama(), tiny.work, tiny.machine)
+    forced = settle(tiny.recipe.changed(force=True), llama(), tiny.work, tiny.machine)[1]
     assert not forced.fits and forced.micro_batch == 1
     assert "--memory 9.0 GiB is too little" in str(refuse(where(64 * GIB, memory="9GiB"), plan_run(small)))
+
+
+def test_a_base_without_room_is_swept_unless_it_is_needed_as_a_whole() -> None:
+    one = where(3 * GIB)
+    plan = settle(one.recipe, llama(), one.work, one.machine)[1]
+    assert plan.method.sweep and plan.fits and plan.micro_batch == 8
+    dora = where(3 * GIB, variant="dora")
+    with pytest.raises(RecipeError, match="fix: --variant lora, and the base swept layer by layer"):
+        settle(dora.recipe, llama(), dora.work, dora.machine)
+    gpu = dataclasses.replace(one.machine, accelerator=True)
+    assert not choose(dataclasses.replace(one, machine=gpu)).method.sweep
 
 
 def test_the_change_is_tried_and_fits() -> None:

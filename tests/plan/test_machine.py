@@ -5,9 +5,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hatrack.base.room import available_memory
 from hatrack.errors import RecipeError
 from hatrack.plan import machine
-from hatrack.plan.machine import ACCELERATORS, GIB, Probe, available_memory, here, keep_probe, named, read_probe
+from hatrack.plan.machine import ACCELERATORS, GIB, Probe, here, keep_probe, named, read_probe
 from hatrack.plan.time import Prices
 
 PRICES = Prices(operation=1e-11, number=1e-9, call=1e-5, disk=1e9, start=5.0, source="probe")

@@ -204,7 +204,7 @@ def _slow_steps() -> None:
         time.sleep(0.3)
         return original(*arguments, **options)
 
-    HatTrainer.training_step = slow
+    HatTrainer.training_step = slow  # type: ignore[method-assign]
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(straight: Any, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def _fill_after_a_step(disk: Path) -> None:
                     file.write(bytes(4096))
         return original(*arguments, **options)
 
-    HatTrainer.training_step = filling
+    HatTrainer.training_step = filling  # type: ignore[method-assign]
 
 
 def test_a_read_only_folder_is_refused_at_once(straight: Any, tmp_path: Path, disk: Path) -> None:

@@ -5,7 +5,8 @@ Knows nothing of adapters, rows or training.
 
 import importlib.util
 import platform
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +20,16 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from hatrack.base.header import family, head_modules, read_config, read_header, read_json
+from hatrack.base.header import TensorInfo, family, head_modules, read_config, read_header, read_json
 from hatrack.base.quiet import quiet
 from hatrack.base.sources import BaseFiles
 from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
 from hatrack.say import say
 
 Task = Literal["classify", "chat", "complete"]
+
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""torch's formats under the names that safetensors gives them."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes", "*.model", "*.tiktoken")
 """Files of which a tokenizer needs at least one, unless it splits text into bytes or characters."""
@@ -36,7 +40,8 @@ WITHOUT_VOCABULARY = ("ByT5", "Canine", "Perceiver")
 class Base:
     """A frozen model, ready to run: no parameter requires a gradient, dropout is off.
 
-    `device` and `dtype` are those of its floating-point weights (of the computation, where they are quantised).
+    `device` and `dtype` are those of its floating-point weights (of the computation, where they are quantised or
+    `mapped`: left in the files' own format, to be shown part by part).
     """
 
     files: BaseFiles
@@ -44,6 +49,7 @@ class Base:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    mapped: bool = False
 
     @property
     def chat_template(self) -> str | None:
@@ -95,13 +101,15 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str = "none",
+    mapped: bool = False,
     seed: int = 0,
 ) -> Base:
     """Loads a base for a task, frozen and in evaluation mode.
 
     classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
     is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
-    Weights are mapped from the files, not copied, where device and format allow it. No code of the base is run.
+    Weights are mapped from the files, not copied, where device and format allow it; `mapped` keeps the files' format so
+    that they are. No code of the base is run.
 
     Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
@@ -111,7 +119,14 @@ def load_base(
     number_format, _ = choose_dtype(dtype, chosen)
     config = load_config(files, task=task, labels=labels, multi_label=multi_label)
     tokenizer = load_tokenizer(files)
-    options: dict[str, Any] = {"config": config, "dtype": number_format, "trust_remote_code": False}
+    if mapped and (chosen.type != "cpu" or quantize != "none"):
+        raise RecipeError(
+            "a base larger than memory is swept on the processor, in its own format",
+            got=f"--device {chosen}, --quantize {quantize}",
+            fix="use --device cpu and --quantize none, or give it more --memory",
+        )
+    loaded_as = _stored_format(read_header(files.folder)) if mapped else number_format
+    options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": False}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     if quantize != "none":
@@ -124,7 +139,15 @@ def load_base(
     _keep_gradients(model)
     model.requires_grad_(False)
     model.eval()
-    return Base(files, model, tokenizer, chosen, number_format)
+    return Base(files, model, tokenizer, chosen, number_format, mapped)
+
+
+def _stored_format(header: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The format that most of a base's bytes are in."""
+    sizes = Counter[str]()
+    for info in header.values():
+        sizes[info.dtype] += info.bytes
+    return STORED.get(sizes.most_common(1)[0][0], torch.float32)
 
 
 def check_bare(files: BaseFiles) -> None:

@@ -79,17 +79,29 @@ class Trunk:
         return _states(self.layers[index](*args, **kwargs))  # type: ignore[no-any-return]
 
     @contextmanager
-    def after(self, hidden: torch.Tensor) -> Iterator[None]:
-        """While the block runs, the model's layers compute nothing and the last one gives `hidden` (B, T, d)."""
+    def after(self, give: Callable[[], torch.Tensor]) -> Iterator[None]:
+        """While the block runs, the model's layers compute nothing; the last one gives what `give` does (B, T, d)."""
         last = len(self.layers) - 1
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._as_output(hidden if index == last else _hidden(args, kwargs, None)[1])
+                return self._as_output(give() if index == last else _hidden(args, kwargs, None)[1])
 
             return forward
 
         with self._played_by(stand_in):
+            yield
+
+    @contextmanager
+    def shortened(self, layers: int = 1) -> Iterator[None]:
+        """While the block runs, only the last `layers` compute: enough to learn about a model without reading it."""
+        own = [layer.forward for layer in self.layers]
+        first = len(own) - layers
+
+        def hand_on(*args: Any, **kwargs: Any) -> Any:
+            return self._as_output(_hidden(args, kwargs, None)[1])
+
+        with self._played_by(lambda index: own[index] if index >= first else hand_on):
             yield
 
     def _as_output(self, hidden: torch.Tensor) -> Any:

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from hatrack.cli.options import Json
-from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, NoProof, OtherBase
+from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, Memory, NoProof, OtherBase
+from hatrack.recipe import parse_memory
 
 
 def compare(
@@ -17,6 +18,7 @@ def compare(
     no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Score the base and the adapter on the same held-out rows: which is better, and how sure that is."""
@@ -26,7 +28,15 @@ def compare(
     from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base, prove=not no_proof)
+    hat = load(
+        adapter,
+        base=base,
+        device=device,
+        dtype=dtype,
+        memory=parse_memory(memory),
+        allow_other_base=allow_other_base,
+        prove=not no_proof,
+    )
     rows = held_out(hat, data)
     say(f"comparing on {len(rows):,} rows")
     found = run(hat, rows)

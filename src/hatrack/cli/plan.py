@@ -41,8 +41,12 @@ def plan(
     machine = named(on) if on else here(recipe.device, recipe.dtype)
     peeked = _peek(recipe)
     where = fit.setting(recipe, peeked, _work(recipe, peeked), machine)
-    chosen = fit.plan_run(where)
-    ways = {name: fit.plan_run(where, method) for name, method in fit.WAYS.items()}
+    chosen = fit.choose(where)
+    ways = {
+        name: fit.plan_run(where, method)
+        for name, method in fit.WAYS.items()
+        if not (method.sweep and machine.accelerator)  # a base is swept on a processor
+    }
     cure = None if chosen.fits else fit.change(where, chosen)
     if as_json:
         shown = {name: way.as_json() for name, way in ways.items()}
@@ -177,6 +181,7 @@ def _show(where: "Setting", peeked: "Peek", chosen: "Plan", ways: dict[str, "Pla
     needed, there = size(fit.needed(chosen.memory)), size(where.limit)
     at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
     again = ", activations computed again" if chosen.method.checkpointing else ""
+    again = ", the base left on disk and swept layer by layer" if chosen.method.sweep else again
     if chosen.fits:
         print(f"fits: {needed} of {there} ({at_a_time}{again})")
     else:

@@ -13,6 +13,7 @@ import typer
 
 from hatrack.cli.options import Json
 from hatrack.errors import DataError, RecipeError
+from hatrack.recipe import parse_memory
 
 if TYPE_CHECKING:
     from hatrack.hat import Hat
@@ -25,6 +26,9 @@ OtherBase = Annotated[
 NoProof = Annotated[bool, typer.Option("--no-proof", help="Do not run the adapter's proof first: for huge bases.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or xpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="The most memory to take, such as 3GiB. A larger base stays on disk.")
+]
 Bare = Annotated[bool, typer.Option("--without-adapter", help="Answer with the bare base instead.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest words.")]
@@ -46,6 +50,7 @@ def predict(
     no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory: Memory = None,
     without_adapter: Bare = False,
     max_new_tokens: Length = 128,
     temperature: Temperature = 0.0,
@@ -57,7 +62,15 @@ def predict(
     batches = _batches(texts, file, text)
     from hatrack.hat import load
 
-    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base, prove=not no_proof)
+    hat = load(
+        adapter,
+        base=base,
+        device=device,
+        dtype=dtype,
+        memory=parse_memory(memory),
+        allow_other_base=allow_other_base,
+        prove=not no_proof,
+    )
     if without_adapter:
         hat.use(None)
     for batch in batches:
@@ -78,6 +91,7 @@ def chat(
     no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    memory: Memory = None,
     max_new_tokens: Length = 256,
     temperature: Temperature = 0.0,
     as_json: Json = False,
@@ -86,7 +100,15 @@ def chat(
     from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(adapter, base=base, device=device, dtype=dtype, allow_other_base=allow_other_base, prove=not no_proof)
+    hat = load(
+        adapter,
+        base=base,
+        device=device,
+        dtype=dtype,
+        memory=parse_memory(memory),
+        allow_other_base=allow_other_base,
+        prove=not no_proof,
+    )
     if hat.task == "classify":
         raise RecipeError(f"{adapter} is a classifier and does not talk", fix=f'use hatrack predict {adapter} "a text"')
     name = hat.active

@@ -7,6 +7,7 @@ Only for processors: accelerators have fused kernels of their own.
 
 import ctypes
 import platform
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from hatrack.base.trunk import Trunk
 from hatrack.kernels import drop
 from hatrack.kernels.attention import attention
 from hatrack.kernels.norm import rms_norm
@@ -24,17 +26,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers (malloc.h) for: give memory back to the system above this; take single blocks from it above that."""
 
 
-def speed_up(base: PreTrainedModel) -> None:
+def speed_up(base: PreTrainedModel, trunk: Trunk | None = None) -> None:
     """Has a frozen base compute with hatrack's kernels wherever they give the same. Before or after it gets an adapter.
 
     Outputs and gradients stay as they were, but for rounding; the masks of dropout are drawn otherwise. Weights, their
     names and saved files do not change. Freed memory stays with the process from then on (glibc). Does nothing for a
-    base on an accelerator.
+    base on an accelerator. With the `trunk` of a base larger than memory, only its last layer is asked for answers.
     """
     if base.device.type != "cpu":
         return
     _keep_freed_memory()
-    _use_attention(base)
+    with trunk.shortened() if trunk else nullcontext():
+        _use_attention(base)
     for parent in list(base.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Dropout and not layer.inplace and 0 < layer.p < 1:

@@ -22,10 +22,11 @@ def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
     Raises AdapterError where it changes nothing, MachineError where it does not reproduce what was trained: then the
     file is not to be trusted.
     """
-    hat = load(output, device=recipe.device, dtype=recipe.dtype, prove=False)
+    hat = load(output, device=recipe.device, dtype=recipe.dtype, memory=recipe.memory, prove=False)
     files = read_adapter(output)
     proof = record(hat.model, files, hat.base, recipe.quantize)  # by the arithmetic that later loads have
-    speed_up(hat.base.model)  # and by that of training: what differs then is the adapter
+    # and by that of training: what differs then is the adapter
+    speed_up(hat.base.model, hat.window.trunk if hat.window else None)
     again = logits(hat.model, probe_of(hat.base), hat.base)
     several = hat.hats[str(hat.active)].multi_label
     apart = distance(probabilities(again, several), probabilities(trained, several))

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base, load_config, load_tokenizer
 from hatrack.base.sources import BaseFiles, find_base
+from hatrack.base.trunk import Trunk, find_trunk
+from hatrack.base.window import Window, as_if
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
 from hatrack.data.batch import LengthBatches, collate
@@ -34,6 +37,7 @@ from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.lr_range import find_learning_rate
 from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
+from hatrack.engine.sweep import Sweep
 from hatrack.engine.trainer import BEST, HatTrainer
 from hatrack.engine.watch import Watch
 from hatrack.errors import RecipeError
@@ -68,17 +72,20 @@ def _train(run: Run, meter: cost.Meter) -> Hat:
     plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, resumed.get("micro_batch"))
     facts = Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, _name_of(dtype))
     advise(facts)
-    base = load_for(recipe, files, examples)
+    base = load_for(recipe, files, examples, mapped=plan.method.sweep)
 
     set_seed(recipe.seed)
-    speed_up(base.model)
-    model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
+    trunk = find_trunk(base.model) if base.mapped else None
+    speed_up(base.model, trunk)
+    with as_if(base.model.base_model, base.dtype) if base.mapped else nullcontext():
+        model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
         schedule = replace(schedule, lr=resumed["lr"]) if resumed else measured(base, model, facts)
     made_on = lineage(files, recipe.quantize)
     run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
-    trained = _fit(run, base, model, facts, schedule, trackers)
+    sweep = _sweep(run, base, model, trunk, examples.task) if trunk else None
+    trained = _fit(run, base, model, facts, schedule, trackers, sweep)
 
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
     hat = _describe(run, made_on, examples, tokens, trained, took)
@@ -87,7 +94,7 @@ def _train(run: Run, meter: cost.Meter) -> Hat:
     )
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
-    del model, base, trained
+    del model, base, trained, sweep
     cost.give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
     run.finish()
@@ -120,11 +127,13 @@ def _tokenise(recipe: Recipe, files: BaseFiles, examples: Examples) -> tuple[Any
     return tokenizer, tokenise(recipe, examples, tokenizer, config)
 
 
-def load_for(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
+def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bool) -> Base:
     """The base, for the task and labels of the examples, as the recipe says. Says on which device, in which format."""
     device, why_device = choose_device(recipe.device)
     dtype, why_dtype = choose_dtype(recipe.dtype, device)
     say(f"device: {device} ({why_device}); base in {_name_of(dtype)} ({why_dtype})")
+    if mapped:
+        say("the base is larger than memory: it stays on disk, and each step reads every layer twice")
     return load_base(
         files,
         task=cast(Task, examples.task),
@@ -133,8 +142,16 @@ def load_for(recipe: Recipe, files: BaseFiles, examples: Examples) -> Base:
         device=recipe.device,
         dtype=recipe.dtype,
         quantize=recipe.quantize,
+        mapped=mapped,
         seed=recipe.seed,
     )
+
+
+def _sweep(run: Run, base: Base, model: Any, trunk: Trunk, task: str) -> Sweep:
+    window = Window(base.model, trunk, base.dtype)
+    sweep = Sweep(model, window, task=task, folder=run.folder)
+    window.stream()
+    return sweep
 
 
 def measured(base: Base, model: Any, facts: Facts) -> Schedule:
@@ -165,7 +182,9 @@ def _trackers(recipe: Recipe) -> list[str]:
     return asked
 
 
-def _fit(run: Run, base: Base, model: Any, facts: Facts, schedule: Schedule, trackers: list[str]) -> Trained:
+def _fit(
+    run: Run, base: Base, model: Any, facts: Facts, schedule: Schedule, trackers: list[str], sweep: Sweep | None
+) -> Trained:
     """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
     transformers_logging.set_verbosity_error()
     stop, bar = GracefulStop(), ProgressBar()
@@ -176,6 +195,7 @@ def _fit(run: Run, base: Base, model: Any, facts: Facts, schedule: Schedule, tra
         rows=facts.tokens.learn,
         held_out=facts.tokens.held_out,
         task=facts.task,
+        sweep=sweep,
         pad_id=base.tokenizer.pad_token_id,
         watch=watch.step,
         callbacks=[bar, MetricsFile(run.metrics), stop, watch, GiveBack()],

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -15,7 +16,8 @@ from transformers import Trainer
 from hatrack.data.batch import LengthBatches, RowsDataset, collate
 from hatrack.data.render import TokenRows
 from hatrack.engine import checkpoint
-from hatrack.evaluate.loss import items, losses
+from hatrack.engine.sweep import Sweep
+from hatrack.evaluate.loss import Batch, items, losses
 from hatrack.evaluate.score import Score, score
 
 Watcher = Callable[[int, float, float, Callable[[], list[int]]], None]
@@ -27,16 +29,27 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Trains the adapter of `model` on `rows` and scores it on `held_out`.
 
     `task` is classify, chat or complete; `pad_id` fills short rows up. `watch(step, loss, norm, rows)` is told of each
-    step before it is taken, and may raise. Further keywords go to `Trainer`.
+    step before it is taken, and may raise. `sweep` takes the steps and scores of a base that is larger than memory.
+    Further keywords go to `Trainer`.
     """
 
     def __init__(
-        self, *, rows: TokenRows, held_out: TokenRows, task: str, pad_id: int, watch: Watcher, **options: Any
+        self,
+        *,
+        rows: TokenRows,
+        held_out: TokenRows,
+        task: str,
+        pad_id: int,
+        watch: Watcher,
+        sweep: Sweep | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(train_dataset=RowsDataset(rows), eval_dataset=RowsDataset(held_out), **options)
         self.rows, self.held_out, self.task, self.pad_id, self.watch = rows, held_out, task, pad_id, watch
+        self.sweep = sweep
         self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
+        self._waiting: list[Batch] = []  # this step's micro-batches so far
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(self.train_dataset, batch_sampler=self._batches(), collate_fn=self._collate)
@@ -55,10 +68,33 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         chosen = list(batches)[index * several : (index + 1) * several]
         return [int(self.rows.rows[row]) for batch in chosen for row in batch]
 
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+        """Gradients of one micro-batch, whose random numbers depend on the seed, the step and its place in it alone.
+
+        A sweep waits for the step's last micro-batch, and then does them all.
+        """
+        self._waiting.append(inputs if self.sweep is None else self._prepare_inputs(inputs))
+        seeds = [_seed(self.args.seed, self.state.global_step, place) for place in range(len(self._waiting))]
+        if self.sweep is None:
+            torch.manual_seed(seeds[-1])
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        elif not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        else:
+            model.train()
+            loss = self.sweep.step(
+                self._waiting,
+                seeds,
+                lambda batch: self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch),
+            )
+        if self.accelerator.sync_gradients:
+            self._waiting = []
+        return loss
+
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -89,6 +125,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
             batch_size=self.args.per_device_eval_batch_size,
             pad_id=self.pad_id,
             device=self.args.device,
+            run=self.sweep.losses if self.sweep else None,
         )
 
     def load_best(self) -> None:
@@ -122,7 +159,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.watch(number, loss, float(norm), lambda: self.rows_of_step(number))
         return norm
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         counted = torch.tensor(sum(items(batch, self.task) for batch in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counted = self.accelerator.gather(counted).sum()
@@ -130,6 +167,11 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
 
     def _collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         return collate(rows, self.pad_id, self.task)
+
+
+def _seed(*path: int) -> int:
+    """A seed for torch from whole numbers, each combination with its own."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0])
 
 
 def _goodness(score: Score, task: str) -> float:

@@ -20,7 +20,7 @@ def one_step(facts: Facts) -> list[Finding]:
 
     Raises HatrackError where the base cannot be loaded after all.
     """
-    base = load_for(facts.recipe, facts.files, facts.examples)
+    base = load_for(facts.recipe, facts.files, facts.examples, mapped=facts.plan.method.sweep)
     set_seed(facts.recipe.seed)
     model = place(base.model, facts.recipe, task=facts.task, layer_classes=LAYER_CLASSES)
     learn = facts.tokens.learn

@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 from hatrack.kernels.loss import next_token_losses
 
+Batch = dict[str, torch.Tensor]
+"""`input_ids`, `attention_mask` and `labels`, as `data.batch.collate` makes them."""
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""What `losses` gives."""
 
-def losses(
-    model: Any, batch: dict[str, torch.Tensor], task: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+
+def losses(model: Any, batch: Batch, task: str) -> Losses:
     """Runs `model` on a batch of B rows of T tokens.
 
     Returns (values, rows, logits): `values` (n,) float32 losses, one for each row (classify) or supervised token
@@ -35,7 +38,7 @@ def losses(
     return values, supervised.nonzero()[:, 0], None
 
 
-def items(batch: dict[str, torch.Tensor], task: str) -> int:
+def items(batch: Batch, task: str) -> int:
     """How many losses `losses` gives for this batch: its rows, or its supervised tokens."""
     labels = batch["labels"]
     return len(labels) if task == "classify" else int((labels[:, 1:] != -100).sum())

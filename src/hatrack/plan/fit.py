@@ -15,7 +15,16 @@ from hatrack.data.order import epoch_batches, length_order
 from hatrack.errors import RecipeError
 from hatrack.plan.derive import Schedule, batch_rows, derive
 from hatrack.plan.machine import Machine
-from hatrack.plan.memory import BITSANDBYTES_IMPORTED, FRAMEWORK, ITEM_BYTES, Batch, Method, training_bytes
+from hatrack.plan.memory import (
+    BITSANDBYTES_IMPORTED,
+    FRAMEWORK,
+    ITEM_BYTES,
+    STATES,
+    Batch,
+    Method,
+    state_bytes,
+    training_bytes,
+)
 from hatrack.plan.shape import Anatomy, describe
 from hatrack.plan.time import Effort, forward, step
 from hatrack.recipe import Recipe
@@ -29,8 +38,6 @@ WAYS = {
     "LoRA, swept": Method(sweep=True),
 }
 """The columns of a plan."""
-SWEEPS = False
-"""Whether `train` can sweep over a base layer by layer."""
 MOST_ROWS = 20_000
 """Of more rows, so many evenly chosen ones stand for all."""
 SET_UP, SAVE = 0.05, 0.02
@@ -149,15 +156,33 @@ def setting(recipe: Recipe, peeked: Peek, work: Work, machine: Machine) -> Setti
 
 
 def settle(recipe: Recipe, peeked: Peek, work: Work, machine: Machine, rows: int | None = None) -> tuple[Setting, Plan]:
-    """The plan that training follows, with `rows` at a time where an interrupted run had so many.
+    """The plan that training follows, with `rows` at a time where an interrupted run had so many. Where the base has no
+    room in memory it stays on disk, and each step sweeps over it.
 
     Raises RecipeError where it does not fit, unless the recipe says `force`; TargetError as `setting` does.
     """
     where = setting(recipe, peeked, work, machine)
-    found = plan_run(where, rows=rows)
+    found = choose(where, rows)
     if not found.fits and not recipe.force:
         raise refuse(where, found)
     return where, found
+
+
+def choose(where: Setting, rows: int | None = None) -> Plan:
+    """The recipe's own way where that fits, else a sweep where that does and can be."""
+    found = plan_run(where, rows=rows)
+    if not found.fits and not _needs_whole_base(where):
+        swept = plan_run(where, Method(sweep=True), rows)
+        found = swept if swept.fits else found
+    return found
+
+
+def _needs_whole_base(where: Setting) -> str | None:
+    """The option that a base cannot be swept with, one layer after the other on a processor; None where it can."""
+    recipe = where.recipe
+    options = {"quantize": recipe.quantize != "none", "variant": recipe.variant in ("dora", "pissa")}
+    options |= {"lr": recipe.lr == "auto", "device": where.machine.accelerator}
+    return next((f"--{name} {getattr(recipe, name)}" for name, needs in options.items() if needs), None)
 
 
 def plan_run(where: Setting, method: Method | None = None, rows: int | None = None) -> Plan:
@@ -222,7 +247,11 @@ def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
         for bits in ("8bit", "4bit")
         if method.quantize == "none"
     ]
-    swept = [("sweeping over the base layer by layer", where.recipe, Method(sweep=True))] if SWEEPS else []
+    swept = [
+        (f"{words}, and the base swept layer by layer", where.recipe.changed(**{name: value}), Method(sweep=True))
+        for words, name, value in (("--variant lora", "variant", "lora"), ("no --lr auto", "lr", None))
+        if _needs_whole_base(where) == f"--{name} {getattr(where.recipe, name)}"
+    ]
     by_rows = plan.memory["activations"] + plan.memory["heap"] > plan.memory["weights"]
     return [*shorter[:1], *swept, *fewer, *shorter[1:]] if by_rows else [*swept, *fewer, *shorter]
 
@@ -280,6 +309,10 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     anatomy, method = where.anatomy, plan.method
     adapter = (4 if not method.full else ITEM_BYTES[where.dtype]) * plan.trainable
     disk = {"base": anatomy.disk, "adapter": adapter, "checkpoints": 3 * 3 * adapter}
+    if method.sweep:
+        batches = micro_batches(where, plan.micro_batch)
+        tokens = max(batch.tokens for batch in batches) * (where.batch_size // plan.micro_batch)
+        disk["states"] = max(0, state_bytes(anatomy, tokens, ITEM_BYTES[where.dtype]) - STATES)
     mapped = anatomy.stored == where.dtype and method.quantize == "none" and not where.machine.accelerator
     accumulation = where.batch_size // plan.micro_batch
     read = 2 * anatomy.disk * (1 if method.sweep else accumulation) if method.sweep or (mapped and not plan.fits) else 0

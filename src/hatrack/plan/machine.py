@@ -12,10 +12,9 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import psutil
-
+from hatrack.base.room import available_memory
 from hatrack.errors import RecipeError
 from hatrack.plan.time import Prices
 from hatrack.recipe import nearest, parse_size
@@ -107,27 +106,6 @@ def here(device: str = "auto", dtype: str = "auto") -> Machine:
     )
 
 
-def available_memory(root: Path = Path("/")) -> tuple[int, str]:
-    """Bytes a process can still get, and what sets the limit: the system, or a control group (version 1 or 2).
-
-    What a group's limit leaves is the limit less what is in use, of which cached files that can be dropped do not
-    count. `root` is where the file systems lie.
-    """
-    found = [(psutil.virtual_memory().available, "free on this machine")]
-    for group in _groups(root):
-        for limit_file, used_file, cached in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            limit, used = _number(group / limit_file), _number(group / used_file)
-            if limit is None or limit >= 2**60:
-                continue
-            droppable = _stat(group / "memory.stat").get(cached, 0)
-            left = max(0, limit - max(0, (used or 0) - droppable))
-            found.append((left, f"left of the control group's {size(limit)}"))
-    return min(found)
-
-
 def fast_at_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself: AMX, AVX512-BF16, or Arm's bf16 instructions."""
     return bool(_features() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
@@ -188,39 +166,6 @@ def _accelerator() -> Machine | None:
     known = next((key for key in ACCELERATORS if key in words), None)
     base = named(known) if known else Machine(name, memory, "", "bfloat16", accelerator=True)
     return dataclasses.replace(base, name=name, memory=int(memory * 0.97), why="free on this accelerator")
-
-
-def _groups(root: Path) -> list[Path]:
-    """The folders of this process's memory control groups, up to the top, of version 1 and 2."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    folders = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        place = PurePosixPath(path)
-        folders += [mount / part.relative_to("/") for part in (place, *place.parents)]
-    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
-
-
-def _number(file: Path) -> int | None:
-    """The number in a file; None for `max`, or where there is none."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _stat(file: Path) -> dict[str, int]:
-    try:
-        pairs = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return {}
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 @functools.cache

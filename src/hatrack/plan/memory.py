@@ -33,6 +33,8 @@ LOGITS = 2**23
 """Logits held at one time (`kernels/loss.py`)."""
 SCORES = 2**22
 """Attention probabilities held at one time in 16-bit formats (`kernels/attention.py`); in float32 none are."""
+STATES = 2**27
+"""Bytes of hidden states that a sweep holds in memory (`engine/sweep.py`); those beyond go to a file."""
 PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes a weight of a quantised layer: 4-bit numbers come with a float32 scale for each 64 of them."""
 
@@ -89,8 +91,8 @@ def training_bytes(
     if method.full:
         activations = round(batch.tokens * layer * anatomy.shape.layers)
     if method.sweep:
-        boundaries = step_tokens * anatomy.shape.hidden * 2 * (anatomy.shape.layers + 1)
-        activations = boundaries + round(batch.tokens * layer)
+        passed = step_tokens * anatomy.shape.hidden * item  # from one layer to the next, and their gradients
+        activations = min(STATES, state_bytes(anatomy, step_tokens, item)) + 2 * passed + round(batch.tokens * layer)
     elif method.checkpointing:
         activations = batch.tokens * anatomy.shape.hidden * item * anatomy.reach + round(batch.tokens * layer)
     heap = 0 if accelerator else round(HEAP * activations)
@@ -113,13 +115,20 @@ def training_bytes(
     return terms | {"loading": max(0, loading - sum(terms.values()))}
 
 
+def state_bytes(anatomy: Anatomy, step_tokens: int, item: int) -> int:
+    """Bytes of the hidden states that a sweep keeps of a step: of each token, what goes into each layer with a
+    gradient."""
+    return step_tokens * anatomy.shape.hidden * item * anatomy.reach
+
+
 def weight_bytes(anatomy: Anatomy, method: Method, dtype: str) -> int:
-    """Bytes of the frozen base that are in memory at a time: all of it, or two of its layers while sweeping."""
+    """Bytes of the frozen base that are in memory at a time: all of it, or while sweeping the largest part as it lies
+    in its file, and a copy in `dtype` where that is another format."""
     item = ITEM_BYTES[dtype]
-    layers = anatomy.dense * PACKED.get(method.quantize, item)
     if method.sweep:
-        layers = layers * 2 / max(anatomy.shape.layers, 1)
-    return round(layers + anatomy.outside * item)
+        part = max(anatomy.dense // max(anatomy.shape.layers, 1), anatomy.head)
+        return part * (ITEM_BYTES.get(anatomy.stored, 4) + (item if anatomy.stored != dtype else 0))
+    return round(anatomy.dense * PACKED.get(method.quantize, item) + anatomy.outside * item)
 
 
 def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, accelerator: bool) -> int:

@@ -1,0 +1,74 @@
+"""How much memory there is for a base, and whether it fits in there. Knows no torch and reads no weights."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from hatrack.base.header import TensorInfo
+from hatrack.say import size
+
+BESIDE = 640 * 2**20
+"""Bytes for all but the base where answers are given: torch itself, an adapter, a few rows."""
+
+
+def holds(header: Mapping[str, TensorInfo], dtype: str, limit: int | None) -> bool:
+    """Whether a base in `dtype` can be in memory as a whole: in `limit` bytes, and in what is free."""
+    weights = sum(math.prod(info.shape) for info in header.values()) * (4 if dtype == "float32" else 2)
+    free = available_memory()[0]
+    return weights <= free and (limit is None or weights + BESIDE <= limit)
+
+
+def available_memory(root: Path = Path("/")) -> tuple[int, str]:
+    """Bytes a process can still get, and what sets the limit: the system, or a control group (version 1 or 2).
+
+    What a group's limit leaves is the limit less what is in use, of which cached files that can be dropped do not
+    count. `root` is where the file systems lie.
+    """
+    found = [(psutil.virtual_memory().available, "free on this machine")]
+    for group in _groups(root):
+        for limit_file, used_file, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = _number(group / limit_file), _number(group / used_file)
+            if limit is None or limit >= 2**60:
+                continue
+            droppable = _stat(group / "memory.stat").get(cached, 0)
+            left = max(0, limit - max(0, (used or 0) - droppable))
+            found.append((left, f"left of the control group's {size(limit)}"))
+    return min(found)
+
+
+def _groups(root: Path) -> list[Path]:
+    """The folders of this process's memory control groups, up to the top, of version 1 and 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        place = PurePosixPath(path)
+        folders += [mount / part.relative_to("/") for part in (place, *place.parents)]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None for `max`, or where there is none."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(file: Path) -> dict[str, int]:
+    try:
+        pairs = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
