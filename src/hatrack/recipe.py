@@ -202,6 +202,15 @@ class Recipe(BaseModel):
     memory: Annotated[int | None, BeforeValidator(_memory)] = option(
         None, "The most memory the run may take, such as 3GiB.", group="Machine", word="SIZE", gt=0, fix="try 4GiB"
     )
+    cache_limit: Annotated[int | None, BeforeValidator(_memory)] = option(
+        None,
+        "With --layers top-N: the most disk that results of the layers below may take, such as 10GiB; 0 keeps none. "
+        "Default: half of what is free.",
+        group="Machine",
+        word="SIZE",
+        ge=0,
+        fix="try 10GiB",
+    )
     force: bool = option(False, "Start even where the plan says that memory is too little.", group="Machine")
 
     output: str | None = option(

@@ -79,15 +79,17 @@ class Trunk:
         return _states(self.layers[index](*args, **kwargs))  # type: ignore[no-any-return]
 
     @contextmanager
-    def after(self, give: Callable[[], torch.Tensor]) -> Iterator[None]:
-        """While the block runs, the model's layers compute nothing; the last one gives what `give` does (B, T, d)."""
-        last = len(self.layers) - 1
+    def after(self, give: Callable[[], torch.Tensor], layers: int | None = None) -> Iterator[None]:
+        """While the block runs, the first `layers` of the model (by default all) compute nothing; the last of these
+        gives what `give` does (B, T, d)."""
+        own = [layer.forward for layer in self.layers]
+        past = len(own) if layers is None else layers
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._as_output(give() if index == last else _hidden(args, kwargs, None)[1])
+                return self._as_output(give() if index == past - 1 else _hidden(args, kwargs, None)[1])
 
-            return forward
+            return forward if index < past else own[index]
 
         with self._played_by(stand_in):
             yield

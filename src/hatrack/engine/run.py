@@ -23,6 +23,7 @@ from hatrack.say import say
 from hatrack.storage import locked, machine_errors, move, write_file
 
 MAY_CHANGE = {"resume", "output", "name", "device", "report_to", "memory", "force", "data", "eval_data", "base"}
+MAY_CHANGE |= {"cache_limit"}
 """Options that a resumed run may be given anew. Moved files are told apart from changed ones by their digests."""
 
 RUN, LOCK, ADAPTER, METRICS = "run.json", "lock", "adapter", "metrics.jsonl"

@@ -1,12 +1,15 @@
 """The main path: from a recipe to a finished adapter, read from top to bottom."""
 
+import hashlib
 import itertools
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
+import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -30,6 +33,7 @@ from hatrack.data.batch import LengthBatches, collate
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
+from hatrack.engine.cache import Prefix
 from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import speed_up
@@ -37,10 +41,11 @@ from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.lr_range import find_learning_rate
 from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
+from hatrack.engine.states import States, open_states
 from hatrack.engine.sweep import Sweep
 from hatrack.engine.trainer import BEST, HatTrainer
 from hatrack.engine.watch import Watch
-from hatrack.errors import RecipeError
+from hatrack.errors import BaseError, RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.hat import Hat
 from hatrack.plan.derive import Schedule
@@ -85,7 +90,8 @@ def _train(run: Run, meter: cost.Meter) -> Hat:
     made_on = lineage(files, recipe.quantize)
     run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
     sweep = _sweep(run, base, model, trunk, examples.task) if trunk else None
-    trained = _fit(run, base, model, facts, schedule, trackers, sweep)
+    with _prefix(base, model, facts, made_on) as prefix:
+        trained = _fit(run, base, model, facts, schedule, trackers, sweep, prefix)
 
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
     hat = _describe(run, made_on, examples, tokens, trained, took)
@@ -94,7 +100,7 @@ def _train(run: Run, meter: cost.Meter) -> Hat:
     )
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
-    del model, base, trained, sweep
+    del model, base, trained, sweep, prefix
     cost.give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
     run.finish()
@@ -154,6 +160,55 @@ def _sweep(run: Run, base: Base, model: Any, trunk: Trunk, task: str) -> Sweep:
     return sweep
 
 
+@contextmanager
+def _prefix(base: Base, model: Any, facts: Facts, made_on: dict[str, Any]) -> Iterator[Prefix | None]:
+    """The layers below the adapters, while the block runs; None where there are none, or where they are swept over."""
+    top = facts.recipe.top_layers
+    if top is None or base.mapped:
+        yield None
+        return
+    with ExitStack() as stack:
+        prefix = None
+        try:
+            trunk = find_trunk(base.model)
+            if depth := len(trunk.layers) - top:
+                states = _states(base, facts, made_on, depth)
+                if states is not None:
+                    stack.callback(states.close)
+                prefix = Prefix(model, trunk, depth, task=facts.task, states=states)
+                _tell(prefix, facts.tokens)
+        except (BaseError, ValueError) as error:
+            say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        yield prefix
+
+
+def _states(base: Base, facts: Facts, made_on: dict[str, Any], depth: int) -> States | None:
+    """What is kept of the first `depth` layers. All that their results depend on, besides a row's tokens, is named."""
+    if facts.recipe.cache_limit == 0:
+        return None
+    made_by = {
+        "fingerprint": made_on["fingerprint"],
+        "config": hashlib.sha256((base.files.folder / "config.json").read_bytes()).hexdigest()[:16],
+        "model": type(base.model).__name__,
+        "pad": base.model.config.pad_token_id,
+        "layers": depth,
+        "dtype": _name_of(base.dtype),
+        "quantize": facts.recipe.quantize,
+        "device": base.device.type,
+        "transformers": transformers.__version__,
+    }
+    return open_states(made_by, made_on["source"], facts.recipe.cache_limit)
+
+
+def _tell(prefix: Prefix, tokens: Tokens) -> None:
+    """Says what is computed once, and how much of it an earlier run has done."""
+    known, rows = prefix.known(tokens.learn, tokens.held_out), len(tokens.learn) + len(tokens.held_out)
+    depth, layers = prefix.depth, len(prefix.trunk.layers)
+    once = "" if prefix.states is None else " and are computed once for each row"
+    earlier = f"; {known:,} of {rows:,} rows were kept by an earlier run" if known else ""
+    say(f"the first {depth} of {layers} layers stay as they are, run without dropout{once}{earlier}")
+
+
 def measured(base: Base, model: Any, facts: Facts) -> Schedule:
     """The schedule with a learning rate found by a range test on the rows of one step."""
     schedule, learn = facts.schedule, facts.tokens.learn
@@ -183,7 +238,14 @@ def _trackers(recipe: Recipe) -> list[str]:
 
 
 def _fit(
-    run: Run, base: Base, model: Any, facts: Facts, schedule: Schedule, trackers: list[str], sweep: Sweep | None
+    run: Run,
+    base: Base,
+    model: Any,
+    facts: Facts,
+    schedule: Schedule,
+    trackers: list[str],
+    sweep: Sweep | None,
+    prefix: Prefix | None,
 ) -> Trained:
     """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
     transformers_logging.set_verbosity_error()
@@ -196,6 +258,7 @@ def _fit(
         held_out=facts.tokens.held_out,
         task=facts.task,
         sweep=sweep,
+        prefix=prefix,
         pad_id=base.tokenizer.pad_token_id,
         watch=watch.step,
         callbacks=[bar, MetricsFile(run.metrics), stop, watch, GiveBack()],

@@ -5,6 +5,7 @@ Knows nothing of recipes, files of data or how adapters are placed.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import Trainer
 from hatrack.data.batch import LengthBatches, RowsDataset, collate
 from hatrack.data.render import TokenRows
 from hatrack.engine import checkpoint
+from hatrack.engine.cache import Prefix
 from hatrack.engine.sweep import Sweep
 from hatrack.evaluate.loss import Batch, items, losses
 from hatrack.evaluate.score import Score, score
@@ -29,8 +31,8 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Trains the adapter of `model` on `rows` and scores it on `held_out`.
 
     `task` is classify, chat or complete; `pad_id` fills short rows up. `watch(step, loss, norm, rows)` is told of each
-    step before it is taken, and may raise. `sweep` takes the steps and scores of a base that is larger than memory.
-    Further keywords go to `Trainer`.
+    step before it is taken, and may raise. `sweep` takes the steps and scores of a base that is larger than memory;
+    `prefix` stands for the layers below all adapters. Further keywords go to `Trainer`.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         pad_id: int,
         watch: Watcher,
         sweep: Sweep | None = None,
+        prefix: Prefix | None = None,
         **options: Any,
     ) -> None:
         super().__init__(train_dataset=RowsDataset(rows), eval_dataset=RowsDataset(held_out), **options)
         self.rows, self.held_out, self.task, self.pad_id, self.watch = rows, held_out, task, pad_id, watch
-        self.sweep = sweep
+        self.sweep, self.prefix = sweep, prefix
         self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
         self._waiting: list[Batch] = []  # this step's micro-batches so far
@@ -99,7 +102,8 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The sum of this micro-batch's losses over the number of items in the whole step."""
-        values, _, logits = losses(model, inputs, self.task)
+        with self.prefix.given(inputs) if self.prefix else nullcontext():
+            values, _, logits = losses(model, inputs, self.task)
         loss = values.sum() / (len(values) if num_items_in_batch is None else num_items_in_batch)
         self.step_loss += loss.detach()
         loss = loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
@@ -118,6 +122,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
 
     def score_held_out(self) -> Score:
         """The held-out rows' score with the model as it is now, logged nowhere."""
+        part = self.sweep or self.prefix
         return score(
             self.model,
             self.held_out,
@@ -125,7 +130,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
             batch_size=self.args.per_device_eval_batch_size,
             pad_id=self.pad_id,
             device=self.args.device,
-            run=self.sweep.losses if self.sweep else None,
+            run=part.losses if part else None,
         )
 
     def load_best(self) -> None:
@@ -143,6 +148,8 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         The order of the data is a function of the seed and the step, and needs no file.
         """
         self.store_flos()
+        if self.prefix:
+            self.prefix.flush()  # a resumed run reads what this one would: the same bits
         with checkpoint.writing(self._run, self.state.global_step) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))

@@ -38,6 +38,13 @@ def losses(model: Any, batch: Batch, task: str) -> Losses:
     return values, supervised.nonzero()[:, 0], None
 
 
+def get_to_know(model: Any, task: str) -> None:
+    """Finds out what `losses` would find out about a model when it first meets it, by a pass of its own."""
+    whole = _inside(model)
+    if task != "classify" and _is_plain(whole.get_output_embeddings()):
+        _ends_with_head(whole, whole.get_output_embeddings())
+
+
 def items(batch: Batch, task: str) -> int:
     """How many losses `losses` gives for this batch: its rows, or its supervised tokens."""
     labels = batch["labels"]

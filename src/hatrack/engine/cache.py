@@ -1,0 +1,137 @@
+"""The layers below the first adapted one: computed once for each row, ever, and read back from then on.
+
+With adapters in the top layers only, nothing below them changes while training, and no gradient goes there. What comes
+out of the last layer below, for the real tokens of a row, is a function of the base and the row alone: it is kept on
+disk (`states.py`), for later epochs and for later runs with whatever rank, learning rate, seed or order of rows.
+Embeddings, masks and position tables are made by the model's own code each time, as they cost nothing.
+
+The layers below run without dropout, whether anything is kept or not: a mask drawn once would be no dropout.
+
+Knows nothing of recipes, files of data or how adapters are placed.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hatrack.base.trunk import Trunk
+from hatrack.data.render import TokenRows
+from hatrack.engine.states import States, row_key
+from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
+
+PROBE_TOKENS = 4
+
+
+class Prefix:
+    """The first `depth` layers of `model`, none of which is trained, and what of their results is kept in `states`.
+
+    Raises ValueError where their results would not be a function of the row alone: something is trained below them, or
+    random numbers are drawn there all the same.
+    """
+
+    def __init__(self, model: Any, trunk: Trunk, depth: int, *, task: str, states: States | None) -> None:
+        self.model, self.trunk, self.depth, self.task, self.states = model, trunk, depth, task, states
+        self.device = next(model.parameters()).device
+        with trunk.shortened(0):
+            get_to_know(model, task)  # it would ask by a pass of its own while states are given
+        self._still = [module for layer in trunk.layers[:depth] for module in layer.modules()]
+        self._still += self._called_before()
+        trained = any(p.requires_grad for layer in trunk.layers[:depth] for p in layer.parameters())
+        first, again = self._enter(), self._enter()
+        if trained or first.requires_grad or not torch.equal(first, again):
+            raise ValueError("what is below the adapters is not the same each time")
+        self.width, self.dtype = first.shape[-1], first.dtype
+
+    @contextmanager
+    def given(self, batch: Batch) -> Iterator[None]:
+        """While the block runs the model on `batch`, its first layers give what they gave before, without computing."""
+        self._hush()
+        hidden = self._states_of(batch)
+        with self.trunk.after(lambda: hidden, self.depth):
+            yield
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[Losses]:
+        """What `evaluate.loss.losses` gives for each batch."""
+        for batch in batches:
+            with self.given(batch):
+                found = losses(self.model, batch, self.task)
+            yield found
+
+    def known(self, *parts: TokenRows) -> int:
+        """How many of the rows are kept already."""
+        states = self.states
+        if not states:
+            return 0
+        return sum(row_key(rows.row(index)[0]) in states for rows in parts for index in range(len(rows)))
+
+    def flush(self) -> None:
+        """Makes what is kept so far outlast this process."""
+        if self.states is not None:
+            self.states.flush()
+
+    @torch.no_grad()
+    def _states_of(self, batch: Batch) -> torch.Tensor:
+        """What the layers below give for a batch (B, T, d): read where it is kept, else computed, and kept. Zero at
+        padding, which nothing real looks at."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = mask.sum(1).tolist()
+        rows = ids.cpu().numpy()
+        keys = [row_key(rows[row, :length]) for row, length in enumerate(lengths)]
+        hidden = torch.zeros(*ids.shape, self.width, dtype=self.dtype)
+        missing = [
+            row
+            for row, length in enumerate(lengths)
+            if self.states is None or not self.states.read(keys[row], _bytes(hidden[row, :length]))
+        ]
+        if missing:
+            computed = self._compute(ids[missing], mask[missing]).cpu()
+            for found, row in zip(computed, missing, strict=True):
+                hidden[row, : lengths[row]] = found[: lengths[row]]
+                if self.states is not None:
+                    self.states.add(keys[row], _bytes(hidden[row, : lengths[row]]))
+        return hidden.to(self.device)
+
+    def _compute(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden, calls = self.trunk.before(lambda: self.model(input_ids=ids, attention_mask=mask))
+        for number in range(self.depth):
+            hidden = self.trunk.layer(number, hidden, calls[number])
+        return hidden
+
+    def _hush(self) -> None:
+        """Puts everything below the adapters into evaluation mode: `model.train()` reaches it each time."""
+        for module in self._still:
+            module.training = False
+
+    def _enter(self) -> torch.Tensor:
+        """What goes into the first layer for a few tokens, in training mode."""
+        ids = torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        was_training = self.model.training
+        self.model.train()
+        self._hush()
+        devices = [self.device] if self.device.type in ("cuda", "xpu") else []
+        try:
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                return self.trunk.before(lambda: self.model(input_ids=ids, attention_mask=ids))[0]
+        finally:
+            self.model.train(was_training)
+
+    def _called_before(self) -> list[nn.Module]:
+        """The modules that are done before the first layer is called: embeddings, their norm, their dropout."""
+        layers = {module for layer in self.trunk.layers for module in layer.modules()}
+        done: list[nn.Module] = []
+        others = [module for module in self.model.modules() if module not in layers]
+        hooks = [other.register_forward_hook(lambda module, *_: done.append(module)) for other in others]
+        try:
+            self._enter()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return done
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
