@@ -71,7 +71,7 @@ def entries() -> list[Entry]:
         about = folder / ABOUT
         with contextlib.suppress(OSError):
             used = (about if about.exists() else folder).stat().st_mtime
-            rows = sum(max(0, path.stat().st_size // RECORD.itemsize - 1) for path in folder.glob(f"*{INDEX}"))
+            rows = sum(len(_told(index)) for index in folder.glob(f"*{INDEX}"))
             found.append(Entry(folder, _read(about) or {}, rows, folder_size(folder), used))
     return sorted(found, key=lambda entry: -entry.used)
 
@@ -124,8 +124,8 @@ class States:
         about = self._open.enter_context((folder / ABOUT).open("rb"))
         alone = _locked(about, fcntl.LOCK_EX)
         self._places: dict[bytes, _Place] = {}
-        for index in folder.glob(f"*{INDEX}"):
-            self._take(index)
+        for index in sorted(folder.glob(f"*{INDEX}"), key=lambda path: path.stat().st_mtime_ns):
+            self._take(index)  # the newest last: it has the rows anew that were found damaged
         if alone:
             self._tidy()
         _locked(about, fcntl.LOCK_SH)
@@ -224,14 +224,11 @@ class States:
     def _take(self, index: Path) -> None:
         """Adds the rows of one writer's files, but for those that its states are too short for."""
         try:
-            told = np.load(io.BytesIO(index.read_bytes()), allow_pickle=False)
             file = self._open.enter_context(index.with_suffix(STATES).open("rb", buffering=0))
-        except (OSError, ValueError, EOFError):
-            return
-        if told.dtype != RECORD or told.ndim != 1:
+        except OSError:
             return
         there = os.fstat(file.fileno()).st_size
-        for row, start, count, check in told.tolist():
+        for row, start, count, check in _told(index).tolist():
             if 0 <= start <= start + count <= there:
                 self._places[bytes(row)] = _Place(file, start, count, check)
 
@@ -247,6 +244,15 @@ class States:
                     path.unlink()
                 elif path.suffix == STATES and path.stat().st_size > ends[str(path)]:
                     os.truncate(path, ends[str(path)])
+
+
+def _told(index: Path) -> np.ndarray:
+    """What an index says, (rows,) records; none where it is damaged."""
+    try:
+        told = np.load(io.BytesIO(index.read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return np.empty(0, RECORD)
+    return told if told.dtype == RECORD and told.ndim == 1 else np.empty(0, RECORD)
 
 
 def _check(key: bytes, states: memoryview) -> int:
