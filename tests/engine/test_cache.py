@@ -25,6 +25,7 @@ from hatrack.engine.states import States, open_states
 from hatrack.errors import Interrupted
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.recipe import Recipe
+from hatrack.say import say_once
 from tests.base.tiny import DECODERS, save
 
 LAYERS = {"DistilBert": "n_layers", "GPT2": "n_layer"}
@@ -36,7 +37,7 @@ DEPTH = 2
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
-    states.say_once.cache_clear()
+    say_once.cache_clear()
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def _plain(made: Any, kind: str, batch: Batch) -> tuple[torch.Tensor, dict[str, 
     made.eval()
     made.zero_grad()
     values = losses(made, batch, _task(kind))[0]
-    values.sum().backward()
+    torch.autograd.backward(values.sum())
     return values.detach(), {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
 
 
@@ -168,7 +169,7 @@ def test_dropout_is_off_below_the_adapters_and_on_above(tmp_path: Path, kind: st
         else:
             with prefix.given(batch):
                 values = losses(made, batch, _task(kind))[0]
-        values.sum().backward()
+        torch.autograd.backward(values.sum())
         drawn.append((values.detach(), {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}))
     computed, read, wanted = drawn
     assert torch.equal(computed[0], read[0])

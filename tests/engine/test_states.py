@@ -13,6 +13,7 @@ import pytest
 from hatrack import storage
 from hatrack.engine import states
 from hatrack.engine.states import ABOUT, INDEX, STATES, States, entries, open_states, remove, row_key
+from hatrack.say import say_once
 
 MADE_BY: dict[str, Any] = {"fingerprint": "abc", "layers": 4, "dtype": "float32"}
 PLENTY = 2**20
@@ -21,7 +22,7 @@ PLENTY = 2**20
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
-    states.say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def _open(limit: int | None = PLENTY, **made_by: Any) -> States:
@@ -66,7 +67,8 @@ def test_runs_at_the_same_time_keep_rows_side_by_side() -> None:
     one, other = _open(), _open()
     one.add(_key(1), _data(1))
     other.add(_key(2), _data(2))
-    one.close(), other.close()
+    one.close()
+    other.close()
     later = _open()
     assert [_read(later, number) for number in (1, 2)] == [bytes(_data(1)), bytes(_data(2))]
     later.close()
@@ -166,7 +168,7 @@ def test_the_limit_holds_for_all_entries_together(capsys: pytest.CaptureFixture[
 
 
 def test_by_default_half_of_the_disk_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 700, 300))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 700, 300))
     kept = _open(limit=None)
     assert kept.room == 150
     kept.close()

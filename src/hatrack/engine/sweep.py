@@ -22,12 +22,10 @@ import torch
 
 from hatrack.base.trunk import Call
 from hatrack.base.window import OUTSIDE, Window
-from hatrack.evaluate.loss import Batch, Losses, losses
+from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
 from hatrack.plan.memory import STATES
 from hatrack.storage import machine_errors
 
-_IDS = torch.ones(1, 4, dtype=torch.long)
-_PROBE = {"input_ids": _IDS, "attention_mask": _IDS, "labels": _IDS}
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Sweep:
         if task != "classify":
             window.show(OUTSIDE)
             with torch.no_grad(), self.trunk.shortened(0):
-                losses(model, _PROBE, task)  # what the loss finds out about a model once, it would ask all layers for
+                get_to_know(model, task)  # it would ask all layers for it
         trained = (any(p.requires_grad for p in layer.parameters()) for layer in self.trunk.layers)
         self.first = next((number for number, adapted in enumerate(trained) if adapted), len(self.trunk.layers))
 
