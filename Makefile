@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check fuzz kills bench format clean
 
 demo: $(READY)
 	$(BIN)/hatrack demo
@@ -16,6 +16,12 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -q
+
+fuzz: $(READY)
+	HF_HUB_OFFLINE=1 HATRACK_FUZZ=$${HATRACK_FUZZ:-750} $(BIN)/python -m pytest -q tests/fuzz
+
+kills: $(READY)
+	$(BIN)/python tests/reliability/kill.py --kills 30
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

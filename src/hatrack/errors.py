@@ -12,11 +12,31 @@ HatrackError                  exit 2: the input was wrong, or was refused
 └── Interrupted                 exit 130: stopped by the person, with a checkpoint saved
 """
 
+import reprlib
 from collections.abc import Sequence
 
 SHOWN_COMPLAINTS = 10
+LONGEST = 2000
+"""Characters of a part of a message: names and values in it come from files, and may be of any length."""
 ONE_LINE = dict.fromkeys([*range(32), 127], " ")
 """Control characters, as in names from strangers' files: none reaches a terminal."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
+
+
+def short(value: object) -> str:
+    """A value of any size in a few words: a few lines of YAML can stand for a list of gigabytes.
+
+    >>> short("x" * 1000) == f"'{'x' * 37}...{'x' * 38}'"
+    True
+    """
+    return _SHORT.repr(value)
+
+
+def cut(text: str) -> str:
+    """A text of at most `LONGEST` characters, the middle of a longer one left out."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class HatrackError(Exception):
@@ -29,10 +49,10 @@ class HatrackError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, got: object = None, fix: str | None = None) -> None:
-        self.what, self.got, self.fix = what, got, fix
-        parts = [what]
+        self.what, self.got, self.fix = cut(what), got, fix
+        parts = [self.what]
         if got is not None:
-            parts.append(f"got {got}")
+            parts.append(f"got {cut(str(got))}")
         if fix is not None:
             parts.append(f"fix: {fix}")
         super().__init__("; ".join(parts).translate(ONE_LINE))
@@ -56,7 +76,7 @@ class DataError(HatrackError, ValueError):
     def __init__(
         self, what: str, *, got: object = None, fix: str | None = None, complaints: Sequence[str] = ()
     ) -> None:
-        self.complaints = list(complaints)
+        self.complaints = [cut(complaint) for complaint in complaints]
         shown = self.complaints[:SHOWN_COMPLAINTS]
         more = len(self.complaints) - len(shown)
         if len(shown) == 1:

@@ -14,9 +14,12 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from hatrack.errors import RecipeError
+from hatrack.errors import RecipeError, short
 
 Task = Literal["classify", "chat", "complete"]
+
+DEEPEST = 3
+"""Options, their lists, and one more, so that a wrong value is told with the option's name."""
 
 UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb": 10**6, "mib": 2**20}
 UNITS |= {"g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}
@@ -68,7 +71,7 @@ def _rate(value: object) -> object:
     if value is None or value == "auto":
         return value
     try:
-        number = float(str(value))
+        number = float(str(value) if isinstance(value, str | int | float) else "")
     except ValueError as error:
         raise ValueError("must be a number, or auto") from error
     if not math.isfinite(number) or number <= 0:
@@ -243,13 +246,13 @@ class Recipe(BaseModel):
         """A recipe from a YAML file; `flags` win over what the file says."""
         path = Path(path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = _flat_yaml(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RecipeError("there is no such recipe file", got=path, fix="check the path") from error
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError("the recipe file cannot be read", got=f"{path}: {error}") from error
-        except yaml.YAMLError as error:
-            problem = " ".join(str(error).split())
+        except Exception as error:  # of a date or a number that is none, the library raises whatever it met
+            problem = " ".join(str(error).split())[:300]
             raise RecipeError(
                 "the recipe is not valid YAML", got=f"{path}: {problem}", fix="one 'name: value' a line"
             ) from error
@@ -301,6 +304,16 @@ class Recipe(BaseModel):
             )
 
 
+def _flat_yaml(text: str) -> Any:
+    """The content of YAML without deep nesting, which no recipe has, and which takes the library quadratic time."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
+    return yaml.safe_load(text)
+
+
 def flag(name: str) -> str:
     """The option as it is typed: `eval_data` is `--eval-data`."""
     return "--" + name.replace("_", "-")
@@ -336,10 +349,10 @@ def _unknown(name: str, known: Any) -> str:
 def _wrong(problem: Any, fields: dict[str, FieldInfo]) -> str:
     name = str(problem["loc"][0])
     reason = problem["msg"].removeprefix("Value error, ")
-    words = choices(fields[name])
+    words, value = choices(fields[name]), problem["input"]
     if words:
-        guess = nearest(str(problem["input"]), words)
+        guess = nearest(value, words) if isinstance(value, str) else None
         reason = f"must be one of {', '.join(words)}" + (f"; did you mean {guess}?" if guess else "")
     fix = about(fields[name], "fix")
     reason = reason.replace("Input should", "must").replace("String should match", "must match")
-    return str(RecipeError(f"{flag(name)} {reason}", got=repr(problem["input"]), fix=fix or None))
+    return str(RecipeError(f"{flag(name)} {reason}", got=short(value), fix=fix or None))

@@ -89,7 +89,7 @@ BAD: list[tuple[str, bytes, str]] = [
     ("object.json", b'{"a": 1}', "object.json must hold one array of objects; got dict"),
     ("broken.json", b"[{]", "broken.json is not valid JSON"),
     ("empty.jsonl", b"\n", "empty.jsonl has no rows"),
-    ("no.parquet", b"PAR1", "no.parquet is not a Parquet file"),
+    ("no.parquet", b"PAR1", "no.parquet cannot be read as Parquet"),
     ("rows.xlsx", b"PK", "cannot tell what kind of file this is"),
 ]
 

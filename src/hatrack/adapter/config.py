@@ -15,7 +15,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from hatrack.errors import AdapterError
+from hatrack.errors import AdapterError, short
 
 CONFIG = "adapter_config.json"
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -87,7 +87,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         )
     must = list(USED)[:3]
     wrong = [
-        f"{field} {_short(config.get(field))}"
+        f"{field} {short(config.get(field))}"
         for field, fits in USED.items()
         if (field in must or config.get(field) is not None) and not fits(config.get(field))
     ]
@@ -99,14 +99,14 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     if not any(start is plain or (isinstance(plain, str) and start == plain) for plain in PLAIN_STARTS):
         raise AdapterError(
             f"{path} belongs on a base whose weights were changed first",
-            got=f"init_lora_weights {_short(start)}",
+            got=f"init_lora_weights {short(start)}",
             fix="convert it with peft's path_initial_model_for_weight_conversion",
         )
     if config.get("bias") not in (None, "none"):
         raise AdapterError(
-            f"{path} replaces biases of the base itself", got=f"bias {_short(config['bias'])}", fix="train without bias"
+            f"{path} replaces biases of the base itself", got=f"bias {short(config['bias'])}", fix="train without bias"
         )
-    more = [f"{field} {_short(value)}" for field, value in config.items() if _unknown(field, value)]
+    more = [f"{field} {short(value)}" for field, value in config.items() if _unknown(field, value)]
     if more:
         raise AdapterError(
             f"{path} needs what hatrack does not load", got=", ".join(sorted(more)[:5]), fix="use it with peft itself"
@@ -128,7 +128,7 @@ def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) ->
     if not given["target_modules"]:
         raise AdapterError(
             f"{path} names no layer of this base",
-            got=f"target_modules {_short(config['target_modules'])}",
+            got=f"target_modules {short(config['target_modules'])}",
             fix="give it the base it was trained on",
         )
     for table in ("rank_pattern", "alpha_pattern"):
@@ -173,13 +173,13 @@ def matching(path: Path, patterns: Sequence[str], names: Iterable[str]) -> list[
     except subprocess.TimeoutExpired as error:
         raise AdapterError(
             f"{path} has a regular expression that does not come to an end",
-            got=f"{_short(longest)} after {PATTERN_SECONDS:g} s",
+            got=f"{short(longest)} after {PATTERN_SECONDS:g} s",
             fix="name the layers in full",
         ) from error
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it failed"])[-1][:200]
         raise AdapterError(
-            f"{path} has a malformed regular expression", got=f"{_short(longest)}: {reason}", fix="name the layers"
+            f"{path} has a malformed regular expression", got=f"{short(longest)}: {reason}", fix="name the layers"
         )
     found: list[list[str]] = json.loads(done.stdout)
     return found
@@ -193,9 +193,3 @@ def _unknown(field: str, value: Any) -> bool:
     """Whether a field is none of those above and is not at rest."""
     empty: Collection[Any] = (None, False, 0, "")
     return field not in USED and field not in PASSED_OVER and value not in empty and value not in ([], {})
-
-
-def _short(value: Any) -> str:
-    """A value of any size on one short line."""
-    text = repr(value) if not isinstance(value, dict | list) or len(value) < 20 else f"{len(value):,} entries"
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,6 +6,7 @@ from collections import Counter
 from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
 from hatrack.data.examples import Example
+from hatrack.errors import short
 
 LOPSIDED = 0.8
 MANY_CUT = 0.05
@@ -22,7 +23,7 @@ def class_imbalance(facts: Facts) -> Finding | None:
         return None
     return Finding(
         "class-imbalance",
-        f"always answering {examples.labels[label]!r} would already be {share:.0%} accurate",
+        f"always answering {short(examples.labels[label])} would already be {share:.0%} accurate",
         f"{count:,} of {len(examples.train):,} rows with one label",
         "go by f1, which is shown beside accuracy, or give it more rows of the other labels",
     )

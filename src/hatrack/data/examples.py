@@ -16,7 +16,7 @@ from typing import Any
 from hatrack.data.columns import find_columns
 from hatrack.data.read import Rows, read_rows
 from hatrack.data.values import Bad, Label, read_example
-from hatrack.errors import DataError
+from hatrack.errors import DataError, short
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
@@ -147,7 +147,7 @@ def _with_one_type(part: _Part) -> _Part:
         usual = next((kind for kind in ranked if kind.startswith("a list of")), EMPTY_LIST)
     fits = {usual, EMPTY_LIST} if usual.startswith("a list") else {usual}
     odd = [
-        Bad(example.row, f"mixed types in the labels: {name!r} is {kind}, most are {usual}", part.label_column)
+        Bad(example.row, f"mixed types in the labels: {short(name)} is {kind}, most are {usual}", part.label_column)
         for example, name, kind in zip(part.examples, part.names, kinds, strict=True)
         if kind not in fits
     ]
@@ -193,7 +193,11 @@ def _without_lone_labels(part: _Part) -> _Part:
         counts = Counter(item for name in part.names for item in set(_items(name)))
         lone = [next((item for item in _items(name) if counts[item] == 1), None) for name in part.names]
         bad = [
-            Bad(example.row, f"label {item!r} is seen only once, so it cannot be learned and scored", part.label_column)
+            Bad(
+                example.row,
+                f"label {short(item)} is seen only once, so it cannot be learned and scored",
+                part.label_column,
+            )
             for example, item in zip(part.examples, lone, strict=True)
             if item is not None
         ]
@@ -215,7 +219,7 @@ def _indexed(part: _Part, labels: list[str], multi_label: bool) -> _Part:
         unknown = [item for item in _items(name) if item not in index]
         problem = ""
         if unknown:
-            problem = f"label {unknown[0]!r} does not occur in the training rows"
+            problem = f"label {short(unknown[0])} does not occur in the training rows"
         elif isinstance(name, list) and not multi_label:
             problem = f"several labels ({len(name)}), where the training rows have one each"
         if problem:
@@ -296,7 +300,7 @@ def _without_leaks(train: _Part, held_out: _Part, labels: list[str]) -> list[Exa
     gone = [name for index, name in enumerate(labels) if index not in left]
     if gone and kept:
         raise DataError(
-            f"every training row of label {gone[0]!r} is also in {held_out.source}",
+            f"every training row of label {short(gone[0])} is also in {held_out.source}",
             got=f"{len(train.examples) - len(kept):,} rows in both",
             fix="give other rows to one of the two",
         )

@@ -252,13 +252,15 @@ def _records(source: str, values: Iterator[Any]) -> Rows:
 def _parquet(source: str, path: Path) -> Rows:
     try:
         table = parquet.ParquetFile(path).read()  # read_table refuses a column name that stands twice, obscurely
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{source} is not a Parquet file", got=str(error).splitlines()[0], fix="check the file"
-        ) from error
-    _check_header(source, table.column_names)
+        _check_header(source, table.column_names)
+        values = table.to_pylist()
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+        raise DataError(f"{source} cannot be read as Parquet", got=reason, fix="check the file") from error
     rows = [
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
-        for row in table.to_pylist()
+        for row in values
     ]
     return Rows(source, tuple(table.column_names), rows, list(range(1, len(rows) + 1)))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hatrack.errors import short
+
 Label = str | int | float | bool | list[Any]
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -113,7 +115,7 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...] | str:
         content = message.get("content", message.get("value"))
         role = ROLE_NAMES.get(str(role), role)
         if role not in ROLES:
-            return f"message {index} has the role {role!r}, not one of {', '.join(ROLES)}"
+            return f"message {index} has the role {short(role)}, not one of {', '.join(ROLES)}"
         if not isinstance(content, str):
             return f"message {index} has no text as its content"
         if not _encodable(content):
