@@ -18,7 +18,7 @@ check:
 	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -q
 
 fuzz: $(READY)
-	HF_HUB_OFFLINE=1 HATRACK_FUZZ=$${HATRACK_FUZZ:-750} $(BIN)/python -m pytest -q tests/fuzz
+	HF_HUB_OFFLINE=1 HATRACK_FUZZ=$${HATRACK_FUZZ:-1500} $(BIN)/python -m pytest -q tests/fuzz
 
 kills: $(READY)
 	$(BIN)/python tests/reliability/kill.py --kills 30

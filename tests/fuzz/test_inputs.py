@@ -169,7 +169,8 @@ def test_a_data_files_bytes(here: Path, tiny_decoder: Path, data: st.DataObject)
 @given(data=st.data())
 def test_a_data_files_cells(here: Path, tiny_decoder: Path, data: st.DataObject) -> None:
     task, kind = data.draw(st.sampled_from(sorted(GOOD))), data.draw(st.sampled_from(KINDS))
-    path, rows = here / f"rows.{kind}", [dict(row) for row in GOOD[task]]
+    path = here / f"rows.{kind}"
+    rows: list[Any] = [dict(row) for row in GOOD[task]]
     if kind == "parquet":
         names = [*GOOD[task][0], *data.draw(st.lists(st.sampled_from(("id", "text", "messages")), max_size=1))]
         columns = [data.draw(st.sampled_from(COLUMNS)) for _ in names]
