@@ -255,6 +255,7 @@ def load(
     quantize: str | None = None,
     memory: int | None = None,
     allow_other_base: bool = False,
+    trust_remote_code: str | None = None,
     prove: bool = True,
 ) -> Hat:
     """Loads a base once and attaches one or more adapters (folders, or names on the rack) to it; the first is in use.
@@ -263,7 +264,8 @@ def load(
     adapter was trained with unless `quantize` says otherwise. A base that does not fit in `memory` bytes (or in what is
     free) stays on disk, and every pass reads it once. Raises AdapterError where an adapter is missing or damaged,
     WrongBase where it was trained on other weights than these (unless `allow_other_base`), BaseError where the base
-    cannot be found. Each adapter's proof is run again, which costs two short forward passes, unless not to `prove` it.
+    cannot be found, or needs code of its own and is not named by `trust_remote_code`. Each adapter's proof is run
+    again, which costs two short forward passes, unless not to `prove` it.
     """
     several = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if not several:
@@ -272,7 +274,7 @@ def load(
     files = read_adapter(folder)
     hat = _hat_of(files, folder)
     source = base or hat.base["source"]
-    found = find_base(source, None if base else hat.base.get("revision"))
+    found = find_base(source, None if base else hat.base.get("revision"), trust=trust_remote_code)
     check_base(folder, hat.base, found, allow_other=allow_other_base)
     quantize = quantize or hat.recipe.get("quantize", "none")
     number_format = str(choose_dtype(dtype, choose_device(device)[0])[0]).removeprefix("torch.")

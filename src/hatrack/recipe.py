@@ -106,6 +106,13 @@ class Recipe(BaseModel):
         word="MODEL",
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub base.", group="Base", word="NAME")
+    trust_remote_code: str | None = option(
+        None,
+        "Name of the base once more, where it needs code of its own and may run it. Never kept, and never taken "
+        "from a file of the base or an adapter.",
+        group="Base",
+        word="MODEL",
+    )
     task: Task | None = option(
         None,
         "What to learn. Without it, the columns of the data decide.",
@@ -266,8 +273,8 @@ class Recipe(BaseModel):
         return self.make(**(self.model_dump(exclude_unset=True) | options))
 
     def set_options(self) -> dict[str, Any]:
-        """The options a person set, without the defaults."""
-        return self.model_dump(exclude_unset=True, exclude_none=True)
+        """The options a person set, without the defaults, to be kept; trust is not: it is asked for each time."""
+        return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"trust_remote_code"})
 
     @property
     def scale_numerator(self) -> float:

@@ -240,18 +240,6 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(kind: str, task: str,
     assert "fix: copy or download the base again" in said
 
 
-def test_a_base_that_brings_its_own_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path, "Bert")
-    config = json.loads((folder / "config.json").read_text())
-    auto = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "brand-new", "auto_map": auto}))
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert "some/base (brand-new) needs code of its own, which hatrack does not run; fix: use another base" in refused(
-        folder
-    )
-    assert not (tmp_path / "ran").exists()
-
-
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path, "Bert")
     (folder / "config.json").write_text('{"model_type": "brand-new"}')

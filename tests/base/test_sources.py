@@ -435,3 +435,5 @@ def test_only_what_a_base_needs_is_asked_of_the_hub(tmp_path: Path, monkeypatch:
     assert asked[0]["revision"] == "v1"
     assert not any("bin" in pattern or ".py" in pattern for pattern in asked[0]["allow_patterns"])
     assert "*/*" in asked[0]["ignore_patterns"]
+    assert find_base("org/tiny", "v1", trust="org/tiny").trusted
+    assert "*.py" in asked[1]["allow_patterns"]

@@ -26,6 +26,8 @@ from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Configuration and tokenizer files, which a converted base takes along."""
+CODE = "*.py"
+"""Fetched from a hub only where it may run."""
 
 
 def from_gguf(file: Path) -> Path:
@@ -61,7 +63,9 @@ def from_pickle(folder: Path) -> Path:
     holds anything else, MachineError where the disk is full.
     """
     files = _pickles(folder)
-    small = sorted(path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.name != PICKLE_INDEX)
+    small = sorted(
+        path for pattern in (*SMALL_FILES, CODE) for path in folder.glob(pattern) if path.name != PICKLE_INDEX
+    )
     final = cache_dir("bases") / f"{folder.resolve().name}-{digest([*files, *small], 'pickle')[:16]}"
     if final.exists():
         return final

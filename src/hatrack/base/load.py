@@ -20,6 +20,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from hatrack.base.code import check_code
 from hatrack.base.header import TensorInfo, family, head_modules, read_config, read_header, read_json
 from hatrack.base.quiet import quiet
 from hatrack.base.sources import BaseFiles
@@ -109,7 +110,7 @@ def load_base(
     classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
     is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
     Weights are mapped from the files, not copied, where device and format allow it; `mapped` keeps the files' format so
-    that they are. No code of the base is run.
+    that they are. No code of the base is run, unless its files are trusted.
 
     Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
@@ -126,7 +127,7 @@ def load_base(
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
     loaded_as = _stored_format(read_header(files.folder)) if mapped else number_format
-    options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": False}
+    options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": files.trusted}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     if quantize != "none":
@@ -185,8 +186,9 @@ def _cpu_is_fast_at_bf16() -> bool:
 
 
 def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
-    """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task."""
-    written = read_config(files.folder)
+    """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task, or
+    needs code that may not run."""
+    written = read_config(check_code(files).folder)
     kind = family(written)
     described = f"{files.source} ({written.get('model_type', 'unknown type')})"
     if task != "classify" and kind == "encoder":
@@ -207,12 +209,9 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
         extra["problem_type"] = "multi_label_classification" if multi_label else "single_label_classification"
     try:
         with quiet():
-            return AutoConfig.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True, **extra)
+            trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
+            return AutoConfig.from_pretrained(files.folder, **trusted, **extra)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        if "auto_map" in written:
-            raise BaseError(
-                f"{described} needs code of its own, which hatrack does not run", fix="use another base"
-            ) from error
         raise BaseError(
             f"{described}: this version of transformers cannot read its config.json",
             got=_first_line(error),
@@ -223,8 +222,10 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
 def load_tokenizer(files: BaseFiles) -> Any:
     """The base's tokenizer, with a padding token; bases that only generate often bring none.
 
-    Raises BaseError where there is no tokenizer, a damaged one, or no token to pad with.
+    Raises BaseError where there is no tokenizer, a damaged one, one that needs code that may not run, or no token to
+    pad with.
     """
+    check_code(files)
     settings = files.folder / "tokenizer_config.json"
     named = str(read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
     if not any(any(files.folder.glob(pattern)) for pattern in VOCABULARIES) and not named.startswith(
@@ -235,7 +236,8 @@ def load_tokenizer(files: BaseFiles) -> Any:
         )
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False, local_files_only=True)
+            trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, **trusted)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise BaseError(
             f"the tokenizer of {files.source} cannot be loaded",

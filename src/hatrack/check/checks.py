@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from hatrack.adapter.count import linears_from_shapes
 from hatrack.adapter.targets import Choice, check_rank, choose
+from hatrack.base.code import check_code
 from hatrack.base.header import head_shapes, model_shapes, read_config
 from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer
 from hatrack.base.peek import peek_folder
@@ -61,6 +62,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
     recipe = recipe.changed(resume=False)
     examples = look("rows-refused", _rows, recipe)
     files = look("base-refused", _base, recipe)
+    files = look("base-code", check_code, files)
     look("base-with-adapters", check_bare, files)
     task = recipe.task or (examples.task if examples else None)
     labels = examples.labels if examples else ["", ""]  # how many matters to the head alone
@@ -94,7 +96,7 @@ def _rows(recipe: Recipe) -> Examples:
 def _base(recipe: Recipe) -> BaseFiles:
     if recipe.base is None:
         raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
-    return find_base(recipe.base, recipe.revision)
+    return find_base(recipe.base, recipe.revision, trust=recipe.trust_remote_code)
 
 
 def _linears(files: BaseFiles, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, int]]:

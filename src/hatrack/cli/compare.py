@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hatrack.cli.options import Json
-from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, Memory, NoProof, OtherBase
+from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, Memory, NoProof, OtherBase, Trust
 from hatrack.recipe import parse_memory
 
 
@@ -15,6 +15,7 @@ def compare(
     data: Annotated[str | None, typer.Option("--data", help="Rows to compare on. Default: those held out.")] = None,
     base: BaseOption = None,
     allow_other_base: OtherBase = False,
+    trust_remote_code: Trust = None,
     no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -35,6 +36,7 @@ def compare(
         dtype=dtype,
         memory=parse_memory(memory),
         allow_other_base=allow_other_base,
+        trust_remote_code=trust_remote_code,
         prove=not no_proof,
     )
     rows = held_out(hat, data)

@@ -23,6 +23,7 @@ BaseOption = Annotated[str | None, typer.Option("--base", help="Where the base l
 OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Go on although the adapter was trained on other weights.")
 ]
+Trust = Annotated[str | None, typer.Option("--trust-remote-code", help="The base's name, where its own code may run.")]
 NoProof = Annotated[bool, typer.Option("--no-proof", help="Do not run the adapter's proof first: for huge bases.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or xpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -47,6 +48,7 @@ def predict(
     text: Annotated[str | None, typer.Option("--text", help="The column of --file that holds the text.")] = None,
     base: BaseOption = None,
     allow_other_base: OtherBase = False,
+    trust_remote_code: Trust = None,
     no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -69,6 +71,7 @@ def predict(
         dtype=dtype,
         memory=parse_memory(memory),
         allow_other_base=allow_other_base,
+        trust_remote_code=trust_remote_code,
         prove=not no_proof,
     )
     if without_adapter:
@@ -88,6 +91,7 @@ def chat(
     adapter: Adapter,
     base: BaseOption = None,
     allow_other_base: OtherBase = False,
+    trust_remote_code: Trust = None,
     no_proof: NoProof = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -107,6 +111,7 @@ def chat(
         dtype=dtype,
         memory=parse_memory(memory),
         allow_other_base=allow_other_base,
+        trust_remote_code=trust_remote_code,
         prove=not no_proof,
     )
     if hat.task == "classify":

@@ -22,7 +22,14 @@ def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
     Raises AdapterError where it changes nothing, MachineError where it does not reproduce what was trained: then the
     file is not to be trusted.
     """
-    hat = load(output, device=recipe.device, dtype=recipe.dtype, memory=recipe.memory, prove=False)
+    hat = load(
+        output,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        memory=recipe.memory,
+        trust_remote_code=recipe.trust_remote_code,
+        prove=False,
+    )
     files = read_adapter(output)
     proof = record(hat.model, files, hat.base, recipe.quantize)  # by the arithmetic that later loads have
     # and by that of training: what differs then is the adapter

@@ -244,7 +244,7 @@ def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
                 got=f"{value} (then: {before.get(name)})",
                 fix="leave it out",
             )
-    return Recipe.make(**(before | given))
+    return Recipe.make(**(before | given | {"trust_remote_code": recipe.trust_remote_code}))
 
 
 def _derived_name(recipe: Recipe) -> str:

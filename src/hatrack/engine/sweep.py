@@ -27,7 +27,6 @@ from hatrack.plan.memory import STATES
 from hatrack.storage import machine_errors
 
 
-
 @dataclass
 class _Micro:
     """A micro-batch on its way: its hidden states (B, T, d) at the layer's door, or on the way back their gradient."""

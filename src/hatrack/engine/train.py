@@ -69,7 +69,7 @@ def _train(run: Run, meter: cost.Meter) -> Hat:
     recipe = run.recipe
     trackers = _trackers(recipe)
     examples = read_examples(recipe)
-    files = find_base(str(recipe.base), recipe.revision)
+    files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
     tokenizer, tokens = _tokenise(recipe, files, examples)
     device = choose_device(recipe.device)[0]
     dtype = choose_dtype(recipe.dtype, device)[0]
