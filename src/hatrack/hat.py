@@ -294,7 +294,7 @@ def load(
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
     if loaded.mapped:
         say("the base is larger than memory: it stays on disk, and every pass reads it once")
-        ready.window = Window(loaded.model, find_trunk(loaded.model), loaded.dtype)
+        ready.window = Window(loaded.model, find_trunk(loaded.model), loaded.dtype, found.folder)
         ready.window.stream()
     ready.quantize = quantize
     if prove:

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,12 @@ import hatrack
 import hatrack.plan.fit
 from hatrack.adapter.place import place
 from hatrack.base.trunk import find_trunk
-from hatrack.base.window import Window, as_if
+from hatrack.base.window import Window, _read_ahead, as_if
 from hatrack.engine.callbacks import GracefulStop
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.sweep import Doors, Sweep
-from hatrack.errors import BaseError, Interrupted, RecipeError
+from hatrack.errors import BaseError, Interrupted, MachineError, RecipeError
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.recipe import Recipe
 from tests.base.tiny import DECODERS, save
@@ -82,7 +85,9 @@ def _batches(kind: str) -> list[Batch]:
 
 def _sweep(made: Any, kind: str, tmp_path: Path, dtype: torch.dtype, **options: Any) -> Sweep:
     base = made.get_base_model()
-    return Sweep(made, Window(base, find_trunk(base), dtype), task=_task(kind), folder=tmp_path, **options)
+    return Sweep(
+        made, Window(base, find_trunk(base), dtype, tmp_path / "base"), task=_task(kind), folder=tmp_path, **options
+    )
 
 
 def _ordinary(made: Any, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
@@ -294,3 +299,47 @@ def test_what_needs_the_whole_base_is_refused(
     run, fix = FAST | option, "--variant lora" if "variant" in option else "no --lr auto"
     with too_large(), pytest.raises(RecipeError, match=f"{fix}, and the base swept layer by layer"):
         hatrack.train(base=str(half_decoder), data=str(questions), output=str(tmp_path / "hat"), **run)
+
+
+def _bad_disk(*_: Any) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_file_that_was_cut_short_is_found_before_its_pages_are_touched(tmp_path: Path) -> None:
+    base = _adapted(_saved(tmp_path / "base", "Llama"), "Llama", torch.float32).get_base_model()
+    window = Window(base, find_trunk(base), torch.float32, tmp_path / "base")
+    assert len(window.files) == 1 and all(window.spans.values())
+    _read_ahead(window.spans[1])
+    os.truncate(window.files[0].path, 4096)
+    with pytest.raises(MachineError, match="cannot be read; got it is shorter than it was"):
+        _read_ahead(window.spans[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files are read ahead on Linux")
+@pytest.mark.parametrize("harm", ["gone", "changed", "cut short", "unreadable"])
+def test_a_base_that_changes_in_a_run_is_told(tmp_path: Path, half_decoder: Path, questions: Path, harm: str) -> None:
+    """The run ends with the file's name; the last checkpoint is there, and goes on once the base is back."""
+    file, whole = half_decoder / "model.safetensors", (half_decoder / "model.safetensors").read_bytes()
+    run = {"base": str(half_decoder), "data": str(questions), "epochs": 2} | FAST
+    with too_large(), pytest.MonkeyPatch.context() as patch:
+        real = Sweep.step
+
+        def harmed(sweep: Sweep, *args: Any) -> Any:
+            if len(list((tmp_path / "hat.run").glob("checkpoint-*"))) == 1:
+                if harm == "gone":
+                    file.unlink()
+                elif harm == "changed":
+                    os.utime(file, (0, 0))
+                elif harm == "cut short":
+                    os.truncate(file, 8192)
+                else:
+                    patch.setattr(os, "sendfile", _bad_disk)
+            return real(sweep, *args)
+
+        patch.setattr(Sweep, "step", harmed)
+        said = {"gone": "is gone", "unreadable": "cannot be read; got Input/output error"}.get(harm, "was changed")
+        with pytest.raises(MachineError, match=rf"model.safetensors {said}.*fix: put the base back"):
+            hatrack.train(output=str(tmp_path / "hat"), name="hat", **run)
+    file.write_bytes(whole)
+    with too_large():
+        assert hatrack.train(output=str(tmp_path / "hat"), name="hat", resume=True).result["steps"]

@@ -5,22 +5,29 @@ is first touched. What is added here is when. While a part is shown the next one
 before is unmapped; its pages stay in the system's cache for as long as there is room. A part whose format is not the
 products' (a bfloat16 base on a processor that is slow at it) is copied into one buffer, which all parts share.
 
-Reading ahead and unmapping need Linux; elsewhere the system does as it likes. Knows nothing of what the parts compute.
+Files are read ahead by calls that can fail, rather than by advice: where a disk gives an error, or a file was cut
+short, the run ends with a message; touching such a page would end the process without one. Reading ahead and unmapping
+need Linux; elsewhere the system does as it likes. Knows nothing of what the parts compute.
 """
 
 import contextlib
 import ctypes
+import errno
 import functools
 import mmap
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from hatrack.base.trunk import Trunk
+from hatrack.errors import MachineError
 
 OUTSIDE = -1
 """The part that is all but the layers; the others go by the number of their layer."""
@@ -30,26 +37,51 @@ CHUNK = 2**24
 """Bytes read ahead at a time."""
 
 
+PUT_BACK = "put the base back as it was; hatrack resume goes on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """Where a file is mapped: addresses from `start` up to `end`, beginning `offset` bytes into it."""
+
+    path: Path
+    start: int
+    end: int
+    offset: int
+    stamp: tuple[int, int, int]
+    """Inode, size and time of change, when it was found."""
+
+    def check(self) -> None:
+        """Raises MachineError where it is another file by now, or none."""
+        try:
+            now = _stamp(self.path)
+        except OSError as error:
+            raise MachineError(f"{self.path} is gone from under the run", got=error.strerror, fix=PUT_BACK) from error
+        if now != self.stamp:
+            raise MachineError(f"{self.path} was changed while the run reads it", fix=PUT_BACK)
+
+
 class Span(NamedTuple):
-    """Addresses of mapped memory, from `start` up to `end`."""
+    """Addresses of mapped memory, from `start` up to `end`, in `file`."""
 
     start: int
     end: int
+    file: MappedFile
 
 
 class Window:
-    """Shows one part of a frozen `model` at a time: layer by its number, or OUTSIDE for everything else.
+    """Shows one part of a frozen `model` from `folder` at a time: layer by its number, or OUTSIDE for everything else.
 
     While a part is shown its floating-point weights are in `dtype`; at other times they are as they lie in their files,
     and touching them reads them from there. What is trained, and what is not mapped from a file, is left alone, but for
     its format. Tables of embeddings stay as they are, and what is looked up in them is cast.
     """
 
-    def __init__(self, model: Any, trunk: Trunk, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, trunk: Trunk, dtype: torch.dtype, folder: Path) -> None:
         self.model, self.trunk, self.dtype = model, trunk, dtype
         self.parts = dict(enumerate(_frozen(layer) for layer in trunk.layers)) | {OUTSIDE: _outside(model, trunk)}
-        mapped = _mapped_files()
-        self.spans = {part: _spans(weights, mapped) for part, weights in self.parts.items()}
+        self.files = _mapped_files({file.resolve() for file in folder.glob("*.safetensors")})
+        self.spans = {part: _spans(weights, self.files) for part, weights in self.parts.items()}
         self.shown: int | None = None
         self._stored: list[tuple[nn.Parameter, torch.Tensor]] = []
         wanted = max(sum(_padded(w) for w in weights if self._foreign(w)) for weights in self.parts.values())
@@ -61,9 +93,14 @@ class Window:
                 module.register_forward_hook(lambda _module, _ids, found: found.to(dtype))
 
     def show(self, part: int, then: int | None = None) -> None:
-        """Shows a part in place of the one before, and begins to read the one that comes `then`."""
+        """Shows a part in place of the one before, and begins to read the one that comes `then`.
+
+        Raises MachineError where a file of the base cannot be read, or is not the one that was mapped.
+        """
         if part != self.shown:
             self.close()
+            for file in {span.file for span in self.spans[part]} if part != OUTSIDE else self.files:
+                file.check()
             if (reading := self._ahead.pop(part, None)) is not None:
                 reading.result()
             self._copy(part)
@@ -79,7 +116,7 @@ class Window:
             weight.data = stored
         self._stored.clear()
         for span in self.spans[self.shown]:
-            _advise(span, DO_NOT_NEED)
+            _advise(span.start, span.end - span.start, DO_NOT_NEED)
         self.shown = None
 
     def _copy(self, part: int) -> None:
@@ -152,47 +189,85 @@ def _padded(weight: nn.Parameter) -> int:
     return -(-weight.numel() // 32) * 32
 
 
-def _mapped_files() -> list[Span]:
-    """Where this process has files mapped of which nothing was written to: a page that was would be lost unmapped."""
+def _mapped_files(files: Collection[Path]) -> list[MappedFile]:
+    """Where this process has `files` mapped of which nothing was written to: a page that was would be lost unmapped."""
     if not sys.platform.startswith("linux"):
         return []
-    found, span = [], None
+    found, file = [], None
     with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
         for line in lines:
             first, _, rest = line.partition(" ")
             if not first.endswith(":"):
-                start, _, end = first.partition("-")
-                span = Span(int(start, 16), int(end, 16)) if rest.strip().endswith(".safetensors") else None
-            elif span is not None and first == "Anonymous:" and rest.split()[0] == "0":
-                found.append(span)
+                file = _mapped_file(files, *line.rstrip("\n").split(maxsplit=5))
+            elif file is not None and first == "Anonymous:" and rest.split()[0] == "0":
+                found.append(file)
     return found
 
 
-def _spans(weights: Iterable[torch.Tensor], mapped: Sequence[Span]) -> list[Span]:
+def _mapped_file(
+    files: Collection[Path], span: str, _: str, offset: str, __: str, inode: str, path: str = ""
+) -> MappedFile | None:
+    """A line of /proc/PID/smaps (proc(5)), where it tells of one of `files` that still lies where it was mapped."""
+    file = Path(path)
+    if file not in files or file.stat().st_ino != int(inode):
+        return None
+    start, _, end = span.partition("-")
+    return MappedFile(file, int(start, 16), int(end, 16), int(offset, 16), _stamp(file))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _spans(weights: Iterable[torch.Tensor], mapped: Sequence[MappedFile]) -> list[Span]:
     """The whole pages that mapped weights lie in, neighbours joined."""
     found: list[Span] = []
     page = mmap.PAGESIZE
     for start, end in sorted((w.data_ptr(), w.data_ptr() + w.nbytes) for w in weights):
-        if not any(span.start <= start and end <= span.end for span in mapped):
+        file = next((file for file in mapped if file.start <= start and end <= file.end), None)
+        if file is None:
             continue
         first, past = start // page * page, -(-end // page) * page
-        if found and first <= found[-1].end + CHUNK // 16:
-            found[-1] = Span(found[-1].start, max(past, found[-1].end))
+        if found and found[-1].file is file and first <= found[-1].end + CHUNK // 16:
+            found[-1] = Span(found[-1].start, max(past, found[-1].end), file)
         else:
-            found.append(Span(first, past))
+            found.append(Span(first, past, file))
     return found
 
 
 def _read_ahead(spans: Sequence[Span]) -> None:
-    for span in spans:
-        for start in range(span.start, span.end, CHUNK):
-            _advise(Span(start, min(start + CHUNK, span.end)), WILL_NEED)
+    """Has the system read what lies in `spans` into its cache; returns when it is there."""
+    with open(os.devnull, "wb") as nowhere:
+        for start, end, file in spans:
+            with _readable(file), open(file.path, "rb") as source:
+                for place in range(start, end, CHUNK):
+                    _advise(place, min(2 * CHUNK, end - place), WILL_NEED)
+                    _read(source.fileno(), nowhere.fileno(), file.offset + place - file.start, min(CHUNK, end - place))
 
 
-def _advise(span: Span, advice: int) -> None:
+def _read(source: int, nowhere: int, place: int, count: int) -> None:
+    """Reads `count` bytes of a file without copying them anywhere (sendfile(2)); the last page may be a part of one."""
+    while count > 0:
+        done = os.sendfile(nowhere, source, place, count)
+        if done == 0 and count >= mmap.PAGESIZE:
+            raise OSError(errno.EIO, "it is shorter than it was")
+        place, count = place + done, count - (done or count)
+
+
+@contextlib.contextmanager
+def _readable(file: MappedFile) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{file.path} cannot be read", got=error.strerror, fix=PUT_BACK) from error
+
+
+def _advise(start: int, count: int, advice: int) -> None:
     """Tells the system what is to come; what it makes of it changes no value."""
-    _libc().madvise(ctypes.c_void_p(span.start), ctypes.c_size_t(span.end - span.start), advice)
+    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(count), advice)
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)

@@ -154,7 +154,7 @@ def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bo
 
 
 def _sweep(run: Run, base: Base, model: Any, trunk: Trunk, task: str) -> Sweep:
-    window = Window(base.model, trunk, base.dtype)
+    window = Window(base.model, trunk, base.dtype, base.files.folder)
     sweep = Sweep(model, window, task=task, folder=run.folder)
     window.stream()
     return sweep
