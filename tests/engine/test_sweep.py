@@ -301,6 +301,18 @@ def test_what_needs_the_whole_base_is_refused(
         hatrack.train(base=str(half_decoder), data=str(questions), output=str(tmp_path / "hat"), **run)
 
 
+def test_the_system_is_told_to_forget_what_cannot_all_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = _adapted(_saved(tmp_path / "base", "Llama"), "Llama", torch.float32).get_base_model()
+    told: list[Any] = []
+    monkeypatch.setattr("hatrack.base.window._forget", told.append)
+    for free, forgotten in ((2**40, False), (0, True)):
+        monkeypatch.setattr("hatrack.base.window.available_memory", lambda free=free: (free, ""))
+        window = Window(base, find_trunk(base), torch.float32, tmp_path / "base")
+        window.show(0, then=1)
+        window.show(1)
+        assert (told == window.spans[0]) is forgotten
+
+
 def _bad_disk(*_: Any) -> int:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -2,8 +2,8 @@
 
 The weights are where transformers left them: mapped from the safetensors files, so that the system reads a page when it
 is first touched. What is added here is when. While a part is shown the next one is read ahead by a thread, and the one
-before is unmapped; its pages stay in the system's cache for as long as there is room. A part whose format is not the
-products' (a bfloat16 base on a processor that is slow at it) is copied into one buffer, which all parts share.
+before is unmapped; its pages stay in the system's cache where there is room for all of them. A part whose format is not
+the products' (a bfloat16 base on a processor that is slow at it) is copied into one buffer, which all parts share.
 
 Files are read ahead by calls that can fail, rather than by advice: where a disk gives an error, or a file was cut
 short, the run ends with a message; touching such a page would end the process without one. Reading ahead and unmapping
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hatrack.base.room import available_memory
 from hatrack.base.trunk import Trunk
 from hatrack.errors import MachineError
 
@@ -83,6 +84,8 @@ class Window:
         self.files = _mapped_files({file.resolve() for file in folder.glob("*.safetensors")})
         self.spans = {part: _spans(weights, self.files) for part, weights in self.parts.items()}
         self.shown: int | None = None
+        every = sum(span.end - span.start for spans in self.spans.values() for span in spans)
+        self._crowded = every > available_memory()[0]
         self._stored: list[tuple[nn.Parameter, torch.Tensor]] = []
         wanted = max(sum(_padded(w) for w in weights if self._foreign(w)) for weights in self.parts.values())
         self._buffer = torch.empty(wanted, dtype=dtype)
@@ -105,6 +108,8 @@ class Window:
                 reading.result()
             self._copy(part)
             self.shown = part
+            if self._stored:  # what was copied is not looked at again
+                self._unmap()
         if then is not None and then != part and then not in self._ahead:
             self._ahead = {then: self._reader.submit(_read_ahead, self.spans[then])}
 
@@ -115,9 +120,15 @@ class Window:
         for weight, stored in self._stored:
             weight.data = stored
         self._stored.clear()
+        self._unmap()
+        self.shown = None
+
+    def _unmap(self) -> None:
+        assert self.shown is not None
         for span in self.spans[self.shown]:
             _advise(span.start, span.end - span.start, DO_NOT_NEED)
-        self.shown = None
+            if self._crowded:
+                _forget(span)
 
     def _copy(self, part: int) -> None:
         """Weights of another format, cast into the buffer one behind the other."""
@@ -261,6 +272,13 @@ def _readable(file: MappedFile) -> Iterator[None]:
         yield
     except OSError as error:
         raise MachineError(f"{file.path} cannot be read", got=error.strerror, fix=PUT_BACK) from error
+
+
+def _forget(span: Span) -> None:
+    """Has the system's cache drop a span: left to itself it keeps what was used and drops what was read ahead."""
+    start, end, file = span
+    with contextlib.suppress(OSError), open(file.path, "rb") as source:
+        os.posix_fadvise(source.fileno(), file.offset + start - file.start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def _advise(start: int, count: int, advice: int) -> None:
