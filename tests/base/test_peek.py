@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from hatrack.base.peek import peek
+from hatrack.base.hub import peek_hub
+from hatrack.base.peek import is_on_hub, peek
 from hatrack.errors import BaseError, RecipeError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -24,12 +25,13 @@ def test_a_folder(tiny_decoder: Path) -> None:
     assert found.tensors["model.embed_tokens.weight"].shape[1] == 32
     with pytest.raises(RecipeError, match="--revision is for bases on the hub"):
         peek(str(tiny_decoder), "main")
-    assert peek("./nowhere/at.all") is None  # `find_base` says why
+    assert not is_on_hub("./nowhere/at.all") and peek("./nowhere/at.all") is None  # `find_base` says why
+    assert is_on_hub("org/tiny") and not is_on_hub(str(tiny_decoder)) and not is_on_hub("pypi:some-wheel")
 
 
 def test_a_hub_that_cannot_be_asked() -> None:
     with pytest.raises(BaseError, match="there is no folder org/nothing here, and the hub cannot be asked for it"):
-        peek("org/nothing")
+        peek_hub("org/nothing")
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from huggingface_hub import snapshot_download
 from hatrack import wheels
 from hatrack.base.convert import CODE, SMALL_FILES, from_gguf, from_pickle, has_pickle
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
+from hatrack.base.hub import hub_errors
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
-from hatrack.base.peek import hub_errors
 from hatrack.errors import BaseError, RecipeError
 
 HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)

@@ -79,8 +79,12 @@ def _measure() -> None:
 
 
 def _peek(recipe: Recipe) -> "Peek":
-    from hatrack.base.peek import peek, peek_folder
+    from hatrack.base.peek import is_on_hub, peek, peek_folder
 
+    if is_on_hub(str(recipe.base)):
+        from hatrack.base.hub import peek_hub
+
+        return peek_hub(str(recipe.base), recipe.revision)
     found = peek(str(recipe.base), recipe.revision)
     if found is None:
         say("this base has to be converted before anything is known of it")

@@ -1,0 +1,116 @@
+"""A hub base's config.json and tensor headers, without its weights; and what can go wrong on the way. Knows no torch.
+
+config.json is downloaded and the headers of the safetensors files are read by HTTP range requests, unless the weights
+are in the hub's cache already. Apart from `peek.py`, as importing what talks to the hub takes a quarter of a second.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever HTTP library it uses
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, read_config, read_json, weight_bytes
+from hatrack.base.locate import ADAPTER_CONFIG
+from hatrack.base.peek import Peek, peek_folder
+from hatrack.errors import BaseError, HatrackError, MachineError
+from hatrack.storage import machine_errors
+
+SMALL = ("*.json", "tokenizer.model")
+"""What is fetched of a hub base: everything about it but its weights."""
+
+
+def peek_hub(source: str, revision: str | None = None) -> Peek:
+    """The hub base of a name, from the hub's cache or over the network.
+
+    Raises BaseError where there is no such base, MachineError where the hub does not answer.
+    """
+    cached = _cached(source, revision)
+    if cached is not None:
+        return peek_folder(cached, source)
+    disable_progress_bars()
+    with hub_errors(source, revision):
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(SMALL), ignore_patterns="*/*"))
+        if not (folder / CONFIG).is_file():
+            raise _no_base(source, folder)
+        found = HfApi().get_safetensors_metadata(source, revision=folder.name)
+    tensors = {
+        name: TensorInfo(
+            tuple(info.shape), info.dtype, Path(file), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
+        )
+        for file, part in found.files_metadata.items()
+        for name, info in part.tensors.items()
+    }
+    return Peek(source, folder, read_config(folder), tensors, weight_bytes(tensors))
+
+
+def _cached(source: str, revision: str | None) -> Path | None:
+    """The snapshot of a base whose weights are in the hub's cache already."""
+    try:
+        folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except Exception:  # nothing of it is there: whatever the reason, the hub will tell
+        return None
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).exists():
+        return folder
+    if not (folder / CONFIG).is_file() or not (folder / INDEX).is_file():
+        return None
+    names = read_json(folder / INDEX).get("weight_map")
+    whole = isinstance(names, dict) and all((folder / str(file)).exists() for file in set(names.values()))
+    return folder if whole else None
+
+
+def _no_base(source: str, folder: Path) -> BaseError:
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return BaseError(f"{source} is an adapter, not a base", fix=f"use its base: {base}" if base else "use its base")
+    return BaseError(f"{source} on the hub has no {CONFIG}", fix="use another repository")
+
+
+@contextlib.contextmanager
+def hub_errors(source: str, revision: str | None) -> Iterator[None]:
+    """Says in one line whatever stands between this machine and a base on the hub."""
+    try:
+        with machine_errors("the hub's cache"):
+            yield
+    except HFValidationError as error:
+        raise BaseError("neither a folder nor a hub id", got=source, fix="check the name") from error
+    except GatedRepoError as error:
+        raise BaseError(f"{source} is gated", fix="accept its terms on the hub, then: hf auth login") from error
+    except RevisionNotFoundError as error:
+        raise BaseError(f"{source} has no such revision", got=revision, fix="check --revision") from error
+    except RepositoryNotFoundError as error:
+        raise BaseError(
+            f"there is no folder {source} here and no public model {source} on the hub",
+            fix="check the spelling; for a private model: hf auth login",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise BaseError(
+            f"there is no folder {source} here, and the hub cannot be asked for it",
+            got="no answer, and nothing in its cache",
+            fix="check the name and the network (and HF_HUB_OFFLINE), or give a folder",
+        ) from error
+    except (NotASafetensorsRepoError, SafetensorsParsingError, EntryNotFoundError) as error:
+        raise BaseError(
+            f"{source} on the hub has no safetensors weights whose headers could be read",
+            fix="use another repository, or download it and give its folder",
+        ) from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        if isinstance(error, HatrackError):
+            raise
+        raise MachineError(
+            f"the download of {source} broke off",
+            got=str(error).split("\n")[0][:160],
+            fix="run the same again: it goes on",
+        ) from error
