@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from hatrack import __version__
-from hatrack.cli import check, compare, demo, hats, plan, predict, train
+from hatrack.cli import cache, check, compare, demo, hats, plan, predict, train
 from hatrack.errors import HatrackError
 from hatrack.say import StandardError
 
@@ -55,6 +55,7 @@ app.command("show")(hats.show)
 app.command("add")(hats.add)
 app.command("rename")(hats.rename)
 app.command("remove")(hats.remove)
+app.command("cache")(cache.cache)
 
 INTERRUPTED = 130
 
