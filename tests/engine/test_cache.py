@@ -243,7 +243,7 @@ def test_a_cached_run_makes_the_adapter_of_an_uncached_one(
     _equal(tmp_path / "first", tmp_path / "plain", bits=False)
     said = capsys.readouterr().err
     assert said.count("the first 1 of 2 layers stay as they are, run without dropout") == 3
-    assert said.count("rows were kept by an earlier run") == 1
+    assert said.count("(100% of the rows were, by earlier runs)") == 1
 
 
 def test_layers_below_are_not_computed_from_the_second_epoch_on(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,9 +146,13 @@ class Window:
         """From now on any pass through the model, generation included, shows each part as it comes to it, unless it is
         shown already."""
         last = len(self.trunk.layers) - 1
-        self.model.get_input_embeddings().register_forward_pre_hook(lambda *_: self.show(OUTSIDE, then=0))
+        self.model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._begin())
         for number, layer in enumerate(self.trunk.layers):
             layer.forward = self._shown_first(layer.forward, number, number + 1 if number < last else OUTSIDE)
+
+    def _begin(self) -> None:
+        if self.shown != OUTSIDE:
+            self.show(OUTSIDE, then=0)
 
     def _shown_first(self, forward: Callable[..., Any], number: int, after: int) -> Callable[..., Any]:
         @functools.wraps(forward)

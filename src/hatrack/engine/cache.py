@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from hatrack.base.trunk import Trunk
-from hatrack.data.render import TokenRows
 from hatrack.engine.states import States, row_key
 from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
 
@@ -48,8 +47,13 @@ class Prefix:
     @contextmanager
     def given(self, batch: Batch) -> Iterator[None]:
         """While the block runs the model on `batch`, its first layers give what they gave before, without computing."""
-        self._hush()
-        hidden = self._states_of(batch)
+        self.hush()
+        hidden, missing = self._read(batch)
+        if missing:
+            rows = torch.tensor(missing)
+            hidden[rows] = self._compute(batch["input_ids"][missing], batch["attention_mask"][missing]).cpu()
+            hidden = self.keep(batch, hidden)
+        hidden = hidden.to(self.device)
         with self.trunk.after(lambda: hidden, self.depth):
             yield
 
@@ -60,12 +64,26 @@ class Prefix:
                 found = losses(self.model, batch, self.task)
             yield found
 
-    def known(self, *parts: TokenRows) -> int:
-        """How many of the rows are kept already."""
-        states = self.states
-        if not states:
-            return 0
-        return sum(row_key(rows.row(index)[0]) in states for rows in parts for index in range(len(rows)))
+    def hush(self) -> None:
+        """Puts everything below the adapters into evaluation mode: `model.train()` reaches it each time."""
+        for module in self._still:
+            module.training = False
+
+    def read(self, batch: Batch) -> torch.Tensor | None:
+        """What the layers below gave for a batch (B, T, d), where all of it is kept."""
+        hidden, missing = self._read(batch)
+        return None if missing else hidden.to(self.device)
+
+    def keep(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Keeps what the layers below gave for a batch (B, T, d), and returns it as `read` will: zero at padding, which
+        nothing real looks at."""
+        real = batch["attention_mask"].bool()
+        hidden = hidden.detach().masked_fill(~real[..., None].to(hidden.device), 0)
+        if self.states is not None:
+            on_cpu = hidden.cpu()
+            for row, (key, length) in enumerate(_keys(batch)):
+                self.states.add(key, _bytes(on_cpu[row, :length]))
+        return hidden
 
     def flush(self) -> None:
         """Makes what is kept so far outlast this process."""
@@ -73,44 +91,27 @@ class Prefix:
             self.states.flush()
 
     @torch.no_grad()
-    def _states_of(self, batch: Batch) -> torch.Tensor:
-        """What the layers below give for a batch (B, T, d): read where it is kept, else computed, and kept. Zero at
-        padding, which nothing real looks at."""
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        lengths = mask.sum(1).tolist()
-        rows = ids.cpu().numpy()
-        keys = [row_key(rows[row, :length]) for row, length in enumerate(lengths)]
-        hidden = torch.zeros(*ids.shape, self.width, dtype=self.dtype)
-        missing = [
-            row
-            for row, length in enumerate(lengths)
-            if self.states is None or not self.states.read(keys[row], _bytes(hidden[row, :length]))
-        ]
-        if missing:
-            computed = self._compute(ids[missing], mask[missing]).cpu()
-            for found, row in zip(computed, missing, strict=True):
-                hidden[row, : lengths[row]] = found[: lengths[row]]
-                if self.states is not None:
-                    self.states.add(keys[row], _bytes(hidden[row, : lengths[row]]))
-        return hidden.to(self.device)
-
     def _compute(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden, calls = self.trunk.before(lambda: self.model(input_ids=ids, attention_mask=mask))
         for number in range(self.depth):
             hidden = self.trunk.layer(number, hidden, calls[number])
         return hidden
 
-    def _hush(self) -> None:
-        """Puts everything below the adapters into evaluation mode: `model.train()` reaches it each time."""
-        for module in self._still:
-            module.training = False
+    def _read(self, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+        """What is kept for a batch (B, T, d), on the processor, zero elsewhere; and the rows that are not."""
+        hidden = torch.zeros(*batch["input_ids"].shape, self.width, dtype=self.dtype)
+        return hidden, [
+            row
+            for row, (key, length) in enumerate(_keys(batch))
+            if self.states is None or not self.states.read(key, _bytes(hidden[row, :length]))
+        ]
 
     def _enter(self) -> torch.Tensor:
         """What goes into the first layer for a few tokens, in training mode."""
         ids = torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         was_training = self.model.training
         self.model.train()
-        self._hush()
+        self.hush()
         devices = [self.device] if self.device.type in ("cuda", "xpu") else []
         try:
             with torch.random.fork_rng(devices), torch.enable_grad():
@@ -130,6 +131,12 @@ class Prefix:
             for hook in hooks:
                 hook.remove()
         return done
+
+
+def _keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
+    """The key and the length of each row."""
+    for ids, length in zip(batch["input_ids"].cpu().numpy(), batch["attention_mask"].sum(1).tolist(), strict=True):
+        yield row_key(ids[:length]), length
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

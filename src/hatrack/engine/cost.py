@@ -38,9 +38,11 @@ def plan(
     tokens: Tokens,
     device: torch.device,
     dtype: torch.dtype,
+    known: float = 0.0,
     micro_batch: int | None = None,
 ) -> tuple[Plan, Schedule]:
-    """The plan of a run and the schedule that follows from it; `micro_batch` is that of an interrupted run.
+    """The plan of a run and the schedule that follows from it; `micro_batch` is that of an interrupted run, `known` the
+    share of rows whose way through the layers below the adapters is kept.
 
     Raises RecipeError where the run does not fit this machine's memory, unless the recipe says `force`.
     """
@@ -51,6 +53,7 @@ def plan(
         held_out=tokens.held_out.lengths,
         learned=float(tokens.learn.learn.sum() / max(len(tokens.learn.ids), 1)),
         framework=None if device.type == "cuda" else resident(),
+        known=known,
     )
     where, found = fit.settle(recipe, peek_folder(files.folder), work, _machine(device, dtype), micro_batch)
     if not found.fits:

@@ -22,6 +22,7 @@ import torch
 
 from hatrack.base.trunk import Call
 from hatrack.base.window import OUTSIDE, Window
+from hatrack.engine.cache import Prefix
 from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
 from hatrack.plan.memory import STATES
 from hatrack.storage import machine_errors
@@ -35,17 +36,29 @@ class _Micro:
     hidden: torch.Tensor
     calls: list[Call]
     random: torch.Tensor  # the generator's state that goes with `hidden`
+    layer: int = 0  # whose door it is at when it enters: above those whose results are kept
 
 
 class Sweep:
     """Takes steps and scores for `model`, whose frozen base is shown through `window`.
 
-    `folder` is where hidden states go that are more than `budget` bytes.
+    `folder` is where hidden states go that are more than `budget` bytes. `prefix` stands for layers below all adapters:
+    rows whose results it has kept do not go through them, and where these are all rows, those layers are not read.
     """
 
-    def __init__(self, model: Any, window: Window, *, task: str, folder: Path, budget: int = STATES) -> None:
+    def __init__(
+        self,
+        model: Any,
+        window: Window,
+        *,
+        task: str,
+        folder: Path,
+        budget: int = STATES,
+        prefix: Prefix | None = None,
+    ) -> None:
         self.model, self.window, self.task, self.folder, self.budget = model, window, task, folder, budget
-        self.trunk = window.trunk
+        self.trunk, self.prefix = window.trunk, prefix
+        self.entry = None if prefix else 0  # the layer that surely comes next
         if task != "classify":
             window.show(OUTSIDE)
             with torch.no_grad(), self.trunk.shortened(0):
@@ -61,7 +74,7 @@ class Sweep:
         `loss_of` must run the model once. Raises MachineError where the disk is full.
         """
         last = len(self.trunk.layers) - 1
-        self.window.show(OUTSIDE, then=0)
+        self.window.show(OUTSIDE, then=self.entry)
         with torch.enable_grad():
             micros = [self._enter(batch, loss_of, seed) for batch, seed in zip(batches, seeds, strict=True)]
         trained_below = any(micro.hidden.requires_grad for micro in micros)
@@ -89,7 +102,7 @@ class Sweep:
         waiting = iter(batches)
         more = True
         while more:
-            self.window.show(OUTSIDE, then=0)
+            self.window.show(OUTSIDE, then=self.entry)
             group: list[_Micro] = []
             while more and (not group or sum(micro.hidden.nbytes for micro in group) < self.budget):
                 batch = next(waiting, None)
@@ -97,7 +110,7 @@ class Sweep:
                 if batch is not None:
                     group.append(self._enter(batch, self._score, None))
             self._up(group, None, 0)
-            self.window.show(OUTSIDE, then=0)
+            self.window.show(OUTSIDE, then=self.entry)
             for micro in group:
                 with self.trunk.after(partial(getattr, micro, "hidden")):
                     yield losses(self.model, micro.batch, self.task)
@@ -107,24 +120,33 @@ class Sweep:
         return losses(self.model, batch, self.task)
 
     def _enter(self, batch: Batch, run: Callable[[Batch], Any], seed: int | None) -> _Micro:
-        """A micro-batch at the door of the first layer."""
+        """A micro-batch at the door of the first layer that it has to go through."""
         if seed is not None:
             torch.manual_seed(seed)
+        if self.prefix:
+            self.prefix.hush()
         hidden, calls = self.trunk.before(lambda: run(batch))
-        return _Micro(batch, hidden, calls, torch.get_rng_state())
+        found = _Micro(batch, hidden, calls, torch.get_rng_state())
+        if self.prefix and (kept := self.prefix.read(batch)) is not None:
+            found.hidden, found.layer = kept, self.prefix.depth
+        return found
 
     @torch.no_grad()
     def _up(self, micros: Sequence[_Micro], doors: "Doors | None", first: int) -> None:
         """All micro-batches through all layers; from layer `first` on, what goes in is kept in `doors`."""
         last = len(self.trunk.layers) - 1
-        for number in range(last + 1):
+        for number in range(min((micro.layer for micro in micros), default=0), last + 1):
             self.window.show(number, then=number + 1 if number < last else OUTSIDE)
             for index, micro in enumerate(micros):
+                if number < micro.layer:
+                    continue
                 if doors is not None and number >= first:
                     doors.keep((number, index), micro.hidden, micro.random)
                 torch.set_rng_state(micro.random)
                 micro.hidden = self.trunk.layer(number, micro.hidden, micro.calls[number])
                 micro.random = torch.get_rng_state()
+                if self.prefix and number == self.prefix.depth - 1:
+                    micro.hidden = self.prefix.keep(micro.batch, micro.hidden)
 
     def _top(self, micro: _Micro, loss_of: Callable[[Batch], torch.Tensor], goes_on: bool) -> torch.Tensor:
         """The loss of a micro-batch that is through all layers, and its gradient for the last layer's output."""

@@ -2,9 +2,10 @@
 
 import hashlib
 import itertools
+import json
+import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -23,10 +24,11 @@ from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.place import place
 from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
+from hatrack.base.header import read_config
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base, load_config, load_tokenizer
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.base.trunk import Trunk, find_trunk
-from hatrack.base.window import Window, as_if
+from hatrack.base.window import OUTSIDE, Window, as_if
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
 from hatrack.data.batch import LengthBatches, collate
@@ -41,7 +43,7 @@ from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.lr_range import find_learning_rate
 from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
-from hatrack.engine.states import States, open_states
+from hatrack.engine.states import States, open_states, row_key
 from hatrack.engine.sweep import Sweep
 from hatrack.engine.trainer import BEST, HatTrainer
 from hatrack.engine.watch import Watch
@@ -50,6 +52,7 @@ from hatrack.evaluate.score import Score
 from hatrack.hat import Hat
 from hatrack.plan.derive import Schedule
 from hatrack.plan.fit import Plan
+from hatrack.plan.shape import shape_of
 from hatrack.recipe import Recipe, Task, nearest
 from hatrack.say import say, size
 from hatrack.storage import folder_size
@@ -61,11 +64,11 @@ def train(recipe: Recipe) -> Hat:
     `Hat.result` holds what `hatrack train --json` prints. Raises a HatrackError for anything the input caused,
     MachineError where the machine failed, Interrupted (with a checkpoint saved) on Ctrl-C.
     """
-    with open_run(recipe) as run:
-        return _train(run, cost.start_meter())
+    with ExitStack() as opened:
+        return _train(opened.enter_context(open_run(recipe)), cost.start_meter(), opened)
 
 
-def _train(run: Run, meter: cost.Meter) -> Hat:
+def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     recipe = run.recipe
     trackers = _trackers(recipe)
     examples = read_examples(recipe)
@@ -74,24 +77,27 @@ def _train(run: Run, meter: cost.Meter) -> Hat:
     device = choose_device(recipe.device)[0]
     dtype = choose_dtype(recipe.dtype, device)[0]
     resumed = run.recall("schedule") or {}
-    plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, resumed.get("micro_batch"))
+    made_on = lineage(files, recipe.quantize)
+    states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, _name_of(dtype))
+    if states is not None:
+        opened.callback(states.close)
+    known = _known(states, tokens)
+    plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, known, resumed.get("micro_batch"))
     facts = Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, _name_of(dtype))
     advise(facts)
     base = load_for(recipe, files, examples, mapped=plan.method.sweep)
 
     set_seed(recipe.seed)
-    trunk = find_trunk(base.model) if base.mapped else None
-    speed_up(base.model, trunk)
+    trunk = _trunk(base, recipe)
+    speed_up(base.model, trunk if base.mapped or known == 1 else None)
     with as_if(base.model.base_model, base.dtype) if base.mapped else nullcontext():
         model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
         schedule = replace(schedule, lr=resumed["lr"]) if resumed else measured(base, model, facts)
-    made_on = lineage(files, recipe.quantize)
     run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
-    sweep = _sweep(run, base, model, trunk, examples.task) if trunk else None
-    with _prefix(base, model, facts, made_on) as prefix:
-        trained = _fit(run, base, model, facts, schedule, trackers, sweep, prefix)
+    sweep, prefix = _parts(run, base, model, trunk, facts, states, known)
+    trained = _fit(run, base, model, facts, schedule, trackers, sweep, prefix)
 
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
     hat = _describe(run, made_on, examples, tokens, trained, took)
@@ -153,60 +159,77 @@ def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bo
     )
 
 
-def _sweep(run: Run, base: Base, model: Any, trunk: Trunk, task: str) -> Sweep:
-    window = Window(base.model, trunk, base.dtype, base.files.folder)
-    sweep = Sweep(model, window, task=task, folder=run.folder)
-    window.stream()
-    return sweep
-
-
-@contextmanager
-def _prefix(base: Base, model: Any, facts: Facts, made_on: dict[str, Any]) -> Iterator[Prefix | None]:
-    """The layers below the adapters, while the block runs; None where there are none, or where they are swept over."""
-    top = facts.recipe.top_layers
-    if top is None or base.mapped:
-        yield None
-        return
-    with ExitStack() as stack:
-        prefix = None
-        try:
-            trunk = find_trunk(base.model)
-            if depth := len(trunk.layers) - top:
-                states = _states(base, facts, made_on, depth)
-                if states is not None:
-                    stack.callback(states.close)
-                prefix = Prefix(model, trunk, depth, task=facts.task, states=states)
-                _tell(prefix, facts.tokens)
-        except (BaseError, ValueError) as error:
-            say(f"the layers below the adapters are computed anew in each epoch: {error}")
-        yield prefix
-
-
-def _states(base: Base, facts: Facts, made_on: dict[str, Any], depth: int) -> States | None:
-    """What is kept of the first `depth` layers. All that their results depend on, besides a row's tokens, is named."""
-    if facts.recipe.cache_limit == 0:
+def _states(
+    recipe: Recipe, files: BaseFiles, made_on: dict[str, Any], tokenizer: Any, task: str, device: str, dtype: str
+) -> States | None:
+    """What is kept of the layers below the adapters. All that it depends on, besides a row's tokens, is named."""
+    config = read_config(files.folder)
+    below = shape_of(config).layers - (recipe.top_layers or math.inf)
+    if below <= 0 or recipe.cache_limit == 0:
         return None
     made_by = {
         "fingerprint": made_on["fingerprint"],
-        "config": hashlib.sha256((base.files.folder / "config.json").read_bytes()).hexdigest()[:16],
-        "model": type(base.model).__name__,
-        "pad": base.model.config.pad_token_id,
-        "layers": depth,
-        "dtype": _name_of(base.dtype),
-        "quantize": facts.recipe.quantize,
-        "device": base.device.type,
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        "task": "classify" if task == "classify" else "generate",
+        "pad": tokenizer.pad_token_id,
+        "layers": below,
+        "dtype": dtype,
+        "quantize": recipe.quantize,
+        "device": device,
         "transformers": transformers.__version__,
     }
-    return open_states(made_by, made_on["source"], facts.recipe.cache_limit)
+    return open_states(made_by, made_on["source"], recipe.cache_limit)
 
 
-def _tell(prefix: Prefix, tokens: Tokens) -> None:
-    """Says what is computed once, and how much of it an earlier run has done."""
-    known, rows = prefix.known(tokens.learn, tokens.held_out), len(tokens.learn) + len(tokens.held_out)
-    depth, layers = prefix.depth, len(prefix.trunk.layers)
-    once = "" if prefix.states is None else " and are computed once for each row"
-    earlier = f"; {known:,} of {rows:,} rows were kept by an earlier run" if known else ""
-    say(f"the first {depth} of {layers} layers stay as they are, run without dropout{once}{earlier}")
+def _known(states: States | None, tokens: Tokens) -> float:
+    """The share of all rows whose states an earlier run has kept."""
+    if not states:
+        return 0.0
+    keys = [row_key(rows.row(index)[0]) for rows in (tokens.learn, tokens.held_out) for index in range(len(rows))]
+    return sum(key in states for key in keys) / len(keys)
+
+
+def _parts(
+    run: Run, base: Base, model: Any, trunk: Trunk | None, facts: Facts, states: States | None, known: float
+) -> tuple[Sweep | None, Prefix | None]:
+    """What takes the steps over a base larger than memory, and what stands for the layers below the adapters."""
+    if trunk is None or not base.mapped:
+        return None, _prefix(model, trunk, facts, states, known)
+    window = Window(base.model, trunk, base.dtype, base.files.folder)
+    window.show(OUTSIDE)
+    prefix = _prefix(model, trunk, facts, states, known)
+    sweep = Sweep(model, window, task=facts.task, folder=run.folder, prefix=prefix)
+    window.stream()
+    return sweep, prefix
+
+
+def _trunk(base: Base, recipe: Recipe) -> Trunk | None:
+    """The stack of layers, where a run needs to know it. Raises BaseError where a base larger than memory has none."""
+    if not base.mapped and recipe.top_layers is None:
+        return None
+    try:
+        return find_trunk(base.model)
+    except BaseError as error:
+        if base.mapped:
+            raise
+        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        return None
+
+
+def _prefix(model: Any, trunk: Trunk | None, facts: Facts, states: States | None, known: float) -> Prefix | None:
+    """The layers below the adapters, where there are any and what they give is the same each time."""
+    top = facts.recipe.top_layers
+    if trunk is None or top is None or len(trunk.layers) == top:
+        return None
+    try:
+        prefix = Prefix(model, trunk, len(trunk.layers) - top, task=facts.task, states=states)
+    except ValueError as error:
+        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        return None
+    once = "" if states is None else " and are computed once for each row"
+    earlier = f" ({known:.0%} of the rows were, by earlier runs)" if known else ""
+    say(f"the first {prefix.depth} of {len(trunk.layers)} layers stay as they are, run without dropout{once}{earlier}")
+    return prefix
 
 
 def measured(base: Base, model: Any, facts: Facts) -> Schedule:

@@ -102,7 +102,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The sum of this micro-batch's losses over the number of items in the whole step."""
-        with self.prefix.given(inputs) if self.prefix else nullcontext():
+        with self.prefix.given(inputs) if self.prefix and not self.sweep else nullcontext():
             values, _, logits = losses(model, inputs, self.task)
         loss = values.sum() / (len(values) if num_items_in_batch is None else num_items_in_batch)
         self.step_loss += loss.detach()

@@ -4,6 +4,7 @@ Knows no torch and reads no weights: a base's headers, the rows' lengths and wha
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from hatrack.plan.memory import (
     training_bytes,
 )
 from hatrack.plan.shape import Anatomy, describe
-from hatrack.plan.time import Effort, forward, step
+from hatrack.plan.time import Effort, forward, lower, step
 from hatrack.recipe import Recipe
 from hatrack.say import size
 
@@ -49,7 +50,8 @@ MARGIN = 0.95
 @dataclass(frozen=True)
 class Work:
     """What there is to learn: (n,) tokens of each row to learn from and of each held out, and the share of tokens that
-    are supervised (0 to classify). `framework` is what the process holds already, None where it has yet to start."""
+    are supervised (0 to classify). `framework` is what the process holds already, None where it has yet to start;
+    `known` the share of rows whose way through the layers below all adapters is kept."""
 
     task: str
     labels: int
@@ -57,6 +59,7 @@ class Work:
     held_out: np.ndarray
     learned: float
     framework: int | None = None
+    known: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,7 @@ def _trained(where: Setting, method: Method) -> int:
 
 def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]]:
     plain = method.quantize == "none" and where.recipe.variant != "dora"
+    unread = where.anatomy.below if where.work.known == 1 and _mapped(where, method) else 0
     imported = BITSANDBYTES_IMPORTED if method.quantize != "none" else 0
 
     def memory_for(rows: int) -> dict[str, int]:
@@ -277,6 +281,7 @@ def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]
             plain=plain,
             accelerator=where.machine.accelerator,
             framework=where.work.framework or (where.machine.framework or FRAMEWORK) + imported,
+            unread=0 if method.full or method.sweep else unread,
         )
 
     return memory_for
@@ -313,23 +318,28 @@ def _priced(where: Setting, plan: Plan) -> Plan:
         batches = micro_batches(where, plan.micro_batch)
         tokens = max(batch.tokens for batch in batches) * (where.batch_size // plan.micro_batch)
         disk["states"] = max(0, state_bytes(anatomy, tokens, ITEM_BYTES[where.dtype]) - STATES)
-    mapped = anatomy.stored == where.dtype and method.quantize == "none" and not where.machine.accelerator
+    kept = kept_bytes(where, method)
+    if kept:
+        disk["kept"] = kept
     accumulation = where.batch_size // plan.micro_batch
-    read = 2 * anatomy.disk * (1 if method.sweep else accumulation) if method.sweep or (mapped and not plan.fits) else 0
+    read = 2 * anatomy.disk * (1 if method.sweep else accumulation)
+    read = read if method.sweep or (_mapped(where, method) and not plan.fits) else 0
     plan = dataclasses.replace(plan, disk=disk, read=read)
     prices = where.machine.prices
     if prices is None:
         return plan
     schedule = where.schedule(plan.micro_batch)
     batches = micro_batches(where, plan.micro_batch)
-    steps = [step(anatomy, method, batch) for batch in batches]
+    spared = _spared(where, method, schedule.epochs)
+    steps = [step(anatomy, method, batch) + lower(anatomy, method, batch) * -spared for batch in batches]
     count = schedule.steps * schedule.accumulation
     training = sum(steps, Effort(0, 0, 0)) * (count / len(steps))
     update = Effort(0, 8.0 * plan.trainable, anatomy.adapters)  # clipping and the optimizer, once a step
     training += update * schedule.steps
     thin = _thinned(where.work.held_out)
     scored = _batches(thin, length_order(thin, max(plan.micro_batch, 8)), where.work.learned)
-    scoring = sum((forward(anatomy, batch) for batch in scored), Effort(0, 0, 0))
+    again = _spared(where, method, math.inf)  # the first of all scores computes what the later ones read
+    scoring = sum((forward(anatomy, b) + lower(anatomy, method, b) * -again for b in scored), Effort(0, 0, 0))
     scoring = scoring * (len(where.work.held_out) / max(len(thin), 1))
     evaluations = max(1, -int(-schedule.epochs // 1))
     reading = read * schedule.steps / prices.disk
@@ -338,6 +348,31 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     whole = seconds + prices.start + 2 * scoring.seconds(prices) + 2 * anatomy.disk / prices.disk
     per_step = training.seconds(prices) / schedule.steps + read / prices.disk
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
+
+
+def _mapped(where: Setting, method: Method) -> bool:
+    """Whether the base's weights are the pages of its files."""
+    return where.anatomy.stored == where.dtype and method.quantize == "none" and not where.machine.accelerator
+
+
+def kept_bytes(where: Setting, method: Method) -> int:
+    """Bytes on disk of what the layers below all adapters give: of each token a hidden state, up to --cache-limit."""
+    if method.full or not where.anatomy.below:
+        return 0
+    whole = _state_bytes(where)
+    return min(whole, where.recipe.cache_limit or whole)
+
+
+def _state_bytes(where: Setting) -> int:
+    """Bytes of one hidden state for each token of all rows."""
+    tokens = int(where.work.lengths.sum() + where.work.held_out.sum())
+    return tokens * where.anatomy.shape.hidden * ITEM_BYTES[where.dtype]
+
+
+def _spared(where: Setting, method: Method, epochs: float) -> float:
+    """The share of all rows' visits in which the layers below all adapters need not be computed."""
+    share = kept_bytes(where, method) / max(_state_bytes(where), 1)
+    return share * (1 - (1 - where.work.known) / max(epochs, 1))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -75,12 +75,13 @@ def training_bytes(
     plain: bool = True,
     accelerator: bool = False,
     framework: int | None = None,
-    cache: int = 0,
+    unread: int = 0,
 ) -> dict[str, int]:
     """Bytes of a run at its fullest, by term, for the largest micro-batch it meets.
 
     `step_tokens` are those of a whole step, which a sweep keeps at the boundaries of layers; `plain` says that the
-    adapted layers are hatrack's own, not peft's (DoRA, quantised bases); `framework` what the process holds before.
+    adapted layers are hatrack's own, not peft's (DoRA, quantised bases); `framework` what the process holds before;
+    `unread` how many layers are left in their file until the finished adapter is proven.
     """
     item = ITEM_BYTES[dtype]
     trained = anatomy.counted.total - anatomy.counted.lora - anatomy.counted.head if method.full else 0
@@ -99,8 +100,9 @@ def training_bytes(
     held = min(batch.learned * anatomy.shape.vocabulary, max(LOGITS, 16 * anatomy.shape.vocabulary))
     runtime = ACCELERATOR if accelerator else (FRAMEWORK if framework is None else framework) + RUNTIME
     packed = method.quantize != "none"
+    left = round(anatomy.dense * item * unread / max(anatomy.shape.layers, 1))
     terms = {
-        "weights": 4 * trained if method.full else weights,
+        "weights": 4 * trained if method.full else weights - left,
         "adapter": 0 if method.full else 4 * trainable,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
@@ -108,7 +110,6 @@ def training_bytes(
         "logits": 2 * held * item if anatomy.decoder else 0,
         "workspace": _workspace(anatomy, batch, item) + (item * anatomy.largest if packed else 0),
         "heap": heap,
-        "cache": cache,
         "framework": runtime + (BITSANDBYTES if packed and not accelerator else 0),
     }
     loading = terms["framework"] + _while_loading(anatomy, method, dtype, weights, accelerator)

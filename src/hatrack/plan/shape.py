@@ -45,8 +45,8 @@ class Anatomy:
     head's, `outside` all that is in no product within the layers (embeddings, norms, heads). `inputs` is what is kept
     of each token for the adapted layers, `own_copies` what peft's own layers would keep besides; `adapted` sums d_in
     and d_out of the adapted layers, `again` the weights that DoRA multiplies with twice and `scaled` the outputs it
-    scales by what it learns, `reach` the layers that a gradient passes through. `stored` is the checkpoint's number
-    format, `disk` its bytes.
+    scales by what it learns, `reach` the layers that a gradient passes through, `below` those below all adapters whose
+    results are kept. `stored` is the checkpoint's number format, `disk` its bytes.
     """
 
     shape: Shape
@@ -64,6 +64,7 @@ class Anatomy:
     again: int
     scaled: int
     reach: int
+    below: int
     stored: str
     disk: int
 
@@ -135,6 +136,7 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
         again=sum(d_in * d_out for d_in, d_out in adapted) if dora else 0,
         scaled=2 * sum(d_out for _, d_out in adapted) if dora else 0,
         reach=_reach(choice, linears),
+        below=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
         stored=STORED.get(stored, "other"),
         disk=sum(formats.values()),
     )

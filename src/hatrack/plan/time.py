@@ -61,6 +61,14 @@ def forward(anatomy: Anatomy, batch: Batch) -> Effort:
     return Effort(2 * anatomy.dense * tokens + attention + 2 * anatomy.head * batch.learned, numbers, calls)
 
 
+def lower(anatomy: Anatomy, method: Method, batch: Batch) -> Effort:
+    """The part of the forward pass of a micro-batch that is computed once for each row: layers below all adapters."""
+    share = 0.0 if method.full else anatomy.below / max(anatomy.shape.layers, 1)
+    head = Effort(2 * anatomy.head * batch.learned, batch.learned * anatomy.shape.vocabulary, 0)
+    effort = (forward(anatomy, batch) + head * -1) * share
+    return effort + Effort(0, 3 * anatomy.dense * share, 0) if method.quantize != "none" else effort
+
+
 def step(anatomy: Anatomy, method: Method, batch: Batch) -> Effort:
     """Forward and backward pass of a micro-batch.
 
