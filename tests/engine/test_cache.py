@@ -16,17 +16,20 @@ from transformers.pytorch_utils import Conv1D
 import hatrack
 from hatrack.adapter.place import place
 from hatrack.base.trunk import Trunk, find_trunk
+from hatrack.base.window import Window
 from hatrack.engine import states
 from hatrack.engine.cache import Prefix
 from hatrack.engine.callbacks import GracefulStop
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.states import States, open_states
+from hatrack.engine.trainer import HatTrainer as Trainer
 from hatrack.errors import Interrupted
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.recipe import Recipe
 from hatrack.say import say_once
 from tests.base.tiny import DECODERS, save
+from tests.engine.test_sweep import too_large
 
 LAYERS = {"DistilBert": "n_layers", "GPT2": "n_layer"}
 KINDS = ["Bert", "Roberta", "DistilBert", "Electra", "DebertaV2", "ModernBert", "GPT2", "Llama", "Qwen3", "Gemma2"]
@@ -346,3 +349,48 @@ def test_the_limit_holds_and_is_said(train: Any, capsys: pytest.CaptureFixture[s
     train("small", cache_limit="16KiB")
     assert states.entries()[0].bytes <= 20 * 2**10
     assert "the cache of hidden states is full" in capsys.readouterr().err
+
+
+@pytest.fixture
+def half_decoder(tmp_path: Path, tiny_decoder: Path) -> Path:
+    """The tiny decoder with its weights in bfloat16, so that its pages are widened when they are shown."""
+    folder = tmp_path / "half"
+    shutil.copytree(tiny_decoder, folder)
+    AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_a_sweep_leaves_out_layers_whose_results_are_kept(
+    tmp_path: Path, train: Any, half_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep's adapter is the ordinary run's, and it keeps for others what others keep for it."""
+    shown: list[int] = []
+    show = Window.show
+
+    def watched(window: Window, part: int, then: int | None = None) -> None:
+        shown.extend(number for number in (part, then) if number is not None)
+        show(window, part, then)
+
+    monkeypatch.setattr(Window, "show", watched)
+    train("plain", "chat", base=str(half_decoder), cache_limit=0)
+    with too_large():
+        train("swept", "chat", base=str(half_decoder))
+    assert 0 in shown and states.entries()[0].rows == 32
+    finished = Trainer.score_held_out
+    after: list[int] = []
+
+    def scored(trainer: Trainer) -> Any:
+        found = finished(trainer)
+        after.append(len(shown))
+        return found
+
+    monkeypatch.setattr(Trainer, "score_held_out", scored)
+    shown.clear()
+    with too_large():
+        train("again", "chat", base=str(half_decoder))
+    assert 0 not in shown[: after[-1]] and 1 in shown[: after[-1]]  # but for the proof at the end
+    train("ordinary", "chat", base=str(half_decoder))
+    _equal(tmp_path / "swept", tmp_path / "again")
+    for name in ("swept", "ordinary"):
+        _equal(tmp_path / "plain", tmp_path / name, bits=False)
+    assert len(states.entries()) == 1

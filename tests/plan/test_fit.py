@@ -25,8 +25,8 @@ from hatrack.plan.fit import (
     settle,
 )
 from hatrack.plan.machine import GIB, Machine, named
-from hatrack.plan.memory import Method
-from hatrack.plan.time import Prices
+from hatrack.plan.memory import Batch, Method
+from hatrack.plan.time import Prices, lower
 from hatrack.recipe import Recipe
 
 LLAMA = {
@@ -102,6 +102,28 @@ def test_a_base_without_room_is_swept_unless_it_is_needed_as_a_whole() -> None:
         settle(dora.recipe, llama(), dora.work, dora.machine)
     gpu = dataclasses.replace(one.machine, accelerator=True)
     assert not choose(dataclasses.replace(one, machine=gpu)).method.sweep
+
+
+def test_layers_below_the_adapters_are_paid_for_once() -> None:
+    """64 rows of 256 tokens to learn from, 8 of them scored too; 24 of 32 layers below; 4 epochs of 8 steps."""
+    plain, kept, few = (where(60 * GIB, layers="top-8", epochs=4, cache_limit=limit) for limit in (0, None, "100MB"))
+    known = dataclasses.replace(kept, work=dataclasses.replace(kept.work, known=1.0))
+    never, once, partly, read = (plan_run(setting) for setting in (plain, kept, few, known))
+    below = lower(kept.anatomy, Method(), Batch(8, 256, 2048))
+    tokens, layer = 8 * 256, 4 * 4096**2 + 3 * 4096 * 11008
+    assert below.operations == 24 * (2 * layer * tokens + 4 * 256 * 4096 * tokens)
+    each = below.seconds(PRICES)
+    assert never.step_seconds is not None
+    for plan, share in ((once, 3 / 4), (read, 1), (partly, 3 / 4 * 100e6 / (72 * 256 * 4096 * 2))):
+        assert plan.step_seconds == pytest.approx(never.step_seconds - share * each)
+    assert never.whole_seconds is not None and once.whole_seconds is not None
+    assert never.whole_seconds - once.whole_seconds == pytest.approx((24 + 4 + 2) * each)  # and 6 scores of 8 rows
+    assert "kept" not in never.disk
+    assert once.disk["kept"] == read.disk["kept"] == 72 * 256 * 4096 * 2 and partly.disk["kept"] == 100 * 10**6
+    assert never.memory["weights"] - read.memory["weights"] == 24 * layer * 2  # left in the file while training
+    assert once.memory == never.memory and read.memory["loading"] > 0
+    full = plan_run(kept, Method(full=True))
+    assert "kept" not in full.disk and full.seconds == plan_run(plain, Method(full=True)).seconds
 
 
 def test_the_change_is_tried_and_fits() -> None:
