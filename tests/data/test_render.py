@@ -30,6 +30,14 @@ def test_classified_rows_are_whole_texts() -> None:
     assert tiny_tokenizer(chat=False).decode(ids) == "the film was so very bad !" and label == 1
 
 
+def test_the_first_rows_stand_by_themselves() -> None:
+    rows = render(TEXTS, tiny_tokenizer(chat=False), task="classify", max_length=64, labels=2)
+    one, all_ = rows.first(1), rows.first(9)
+    assert len(one) == 1 and one.lengths.tolist() == [3] and len(one.ids) == len(one.learn) == 3
+    assert one.row(0)[0].tolist() == rows.row(0)[0].tolist() and one.labels.tolist() == [0]
+    assert len(all_) == 2 and all_.ids.tolist() == rows.ids.tolist()
+
+
 def test_several_labels_are_a_row_of_zeros_and_ones() -> None:
     examples = [Example(1, text="red", label=(0, 2)), Example(2, text="it", label=())]
     rows = render(examples, tiny_tokenizer(chat=False), task="classify", max_length=8, labels=3, multi_label=True)

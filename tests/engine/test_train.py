@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import hatrack
 import hatrack.adapter.proof
 from hatrack.adapter import rack
+from hatrack.engine.trainer import HatTrainer
 from hatrack.errors import HatrackError, MachineError, RecipeError
 from hatrack.plan import fit
 from hatrack.plan.memory import Method
@@ -207,6 +208,28 @@ def test_the_best_epoch_is_the_one_that_stays(tmp_path: Path, tiny_encoder: Path
     assert len(epochs) == 8
     kept = hat.result["eval"]
     assert (kept["accuracy"], -kept["loss"]) == pytest.approx(max(epochs))
+
+
+@pytest.mark.parametrize("variant", ["lora", "pissa"])
+def test_what_training_began_with_is_scored_later_and_once(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    train, scored = HatTrainer.train, HatTrainer.score_held_out
+    at_once, asked = [], []
+
+    def first_scored(trainer: HatTrainer, **options: Any) -> Any:
+        at_once.append(scored(trainer).metrics)
+        return train(trainer, **options)
+
+    def counted(trainer: HatTrainer, rows: int | None = None) -> Any:
+        asked.append(rows)
+        return scored(trainer, rows)
+
+    monkeypatch.setattr(HatTrainer, "train", first_scored)
+    monkeypatch.setattr(HatTrainer, "score_held_out", counted)
+    result = _train(tmp_path, tiny_encoder, reviews, epochs=2, variant=variant).result
+    assert result["before"] == at_once[0] != result["eval"]
+    assert asked == [32, None, None, None]  # a few rows; later those of the beginning, and of each epoch once
 
 
 def test_an_adapter_that_does_not_reproduce_itself_is_not_hung_up(

@@ -16,6 +16,7 @@ import typer
 import yaml
 
 from hatrack.cli.options import Json
+from hatrack.cli.spare import leave_out
 from hatrack.recipe import Recipe
 from hatrack.say import say, size
 from hatrack.storage import folder_size, write_file
@@ -100,6 +101,8 @@ def _write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
 
 
 def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
+    recipe = Recipe.make(output=str(output / name), name=f"demo-{name}", **options)
+    leave_out(recipe)
     from hatrack.adapter import rack
     from hatrack.engine.train import train
 
@@ -107,8 +110,7 @@ def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
     if any(hat.name == f"demo-{name}" for hat in rack.hats()):
         rack.take_down(f"demo-{name}")
     if (output / f"{name}.run" / "run.json").exists():
-        options["resume"] = True  # an interrupted demo goes on
-    recipe = Recipe.make(output=str(output / name), name=f"demo-{name}", **options)
+        recipe = recipe.changed(resume=True)  # an interrupted demo goes on
     return train(recipe).result
 
 

@@ -1,18 +1,16 @@
 """`hatrack train`: from a data file to an adapter."""
 
 import json
-import sys
 
 from hatrack.cli.options import Json, with_recipe
+from hatrack.cli.spare import leave_out
 from hatrack.recipe import Recipe
 
 
 @with_recipe
 def train(recipe: Recipe, as_json: Json = False) -> None:
     """Train an adapter: hatrack train --base MODEL --data FILE."""
-    if recipe.quantize == "none" and "peft" not in sys.modules:
-        # peft imports it wherever it is installed: a second of every start
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+    leave_out(recipe)
     from hatrack.engine.train import shown
     from hatrack.engine.train import train as run
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ class TokenRows:
     def lengths(self) -> np.ndarray:
         """(n,) tokens of each row."""
         return np.diff(self.offsets)
+
+    def first(self, count: int) -> "TokenRows":
+        """The first `count` rows, or all where there are fewer."""
+        end = self.offsets[min(count, len(self))]
+        offsets, labels, rows = self.offsets[: count + 1], self.labels[:count], self.rows[:count]
+        return replace(self, ids=self.ids[:end], offsets=offsets, learn=self.learn[:end], labels=labels, rows=rows)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, Any]:
         """ids, learn and label of one row."""

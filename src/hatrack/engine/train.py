@@ -57,6 +57,9 @@ from hatrack.recipe import Recipe, Task, nearest
 from hatrack.say import say, size
 from hatrack.storage import folder_size
 
+FEW = 32
+"""Rows that tell about what loss the base begins with."""
+
 
 def train(recipe: Recipe) -> Hat:
     """Trains an adapter as `recipe` says, saves it, proves that the saved one works, and returns it ready to use.
@@ -274,6 +277,11 @@ def _fit(
     transformers_logging.set_verbosity_error()
     stop, bar = GracefulStop(), ProgressBar()
     watch = Watch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
+
+    def tell_before(found: Score) -> None:
+        watch.before = found.metrics["loss"]
+        say(f"before training: held-out {shown(found.metrics)}")
+
     trainer = HatTrainer(
         model=model,
         args=_arguments(run, base, schedule, facts.plan, trackers),
@@ -284,13 +292,13 @@ def _fit(
         prefix=prefix,
         pad_id=base.tokenizer.pad_token_id,
         watch=watch.step,
+        tell_before=tell_before,
         callbacks=[bar, MetricsFile(run.metrics), stop, watch, GiveBack()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    before = trainer.score_held_out()
-    say(f"before training: held-out {shown(before.metrics)}")
-    watch.before = before.metrics["loss"]
+    if sweep is None:  # which would read all of the base for it
+        watch.before = trainer.score_held_out(FEW).metrics["loss"]
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
@@ -302,8 +310,7 @@ def _fit(
     seconds, state = time.monotonic() - began, trainer.state
     if stop.stopped and state.global_step < schedule.steps:
         raise run.interrupted()
-    trainer.load_best()
-    after = trainer.score_held_out()
+    before, after = trainer.score_before(), trainer.score_best()
     say(f"after training: held-out {shown(after.metrics)}")
     seen, loss = int(state.num_input_tokens_seen), _mean_loss(state.log_history)
     return Trained(before, after, state.global_step, seen, (seen - earlier) / max(seconds, 1e-9), seconds, loss)

@@ -31,8 +31,10 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     """Trains the adapter of `model` on `rows` and scores it on `held_out`.
 
     `task` is classify, chat or complete; `pad_id` fills short rows up. `watch(step, loss, norm, rows)` is told of each
-    step before it is taken, and may raise. `sweep` takes the steps and scores of a base that is larger than memory;
-    `prefix` stands for the layers below all adapters. Further keywords go to `Trainer`.
+    step before it is taken, and may raise. `tell_before` is told at the first evaluation how the model scored that
+    training began with: its few tensors are kept, so that nobody waits for that score before the first step. `sweep`
+    takes the steps and scores of a base that is larger than memory; `prefix` stands for the layers below all adapters.
+    Further keywords go to `Trainer`.
     """
 
     def __init__(
@@ -43,13 +45,17 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         task: str,
         pad_id: int,
         watch: Watcher,
+        tell_before: Callable[[Score], None] = lambda score: None,
         sweep: Sweep | None = None,
         prefix: Prefix | None = None,
         **options: Any,
     ) -> None:
         super().__init__(train_dataset=RowsDataset(rows), eval_dataset=RowsDataset(held_out), **options)
         self.rows, self.held_out, self.task, self.pad_id, self.watch = rows, held_out, task, pad_id, watch
-        self.sweep, self.prefix = sweep, prefix
+        self.sweep, self.prefix, self.tell_before = sweep, prefix, tell_before
+        self.scores: dict[int, Score] = {}  # of this process, by their steps
+        self._before: Score | None = None
+        self._untrained = [parameter.detach().clone() for parameter in self._trained()]
         self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
         self._waiting: list[Batch] = []  # this step's micro-batches so far
@@ -113,19 +119,43 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Scores the held-out rows; `metric_key_prefix` stands before each metric's name, as transformers does."""
-        found = self.score_held_out()
+        self.score_before()
+        found = self.scores[self.state.global_step] = self.score_held_out()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
         self.log(dict(metrics))
         metrics[f"{metric_key_prefix}_{BEST}"] = _goodness(found, self.task)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def score_held_out(self) -> Score:
-        """The held-out rows' score with the model as it is now, logged nowhere."""
+    @torch.no_grad()
+    def score_before(self) -> Score:
+        """The held-out rows' score with the adapter and head that training began with, measured once."""
+        if self._before is None:
+            now = [parameter.detach().clone() for parameter in self._trained()]
+            try:
+                torch._foreach_copy_(self._trained(), self._untrained)
+                self._before = self.score_held_out()
+            finally:
+                torch._foreach_copy_(self._trained(), now)
+            self._untrained = []
+            self.tell_before(self._before)
+        return self._before
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def score_best(self) -> Score:
+        """Takes the best epoch's adapter, and its score: measured already, unless that was before a resume."""
+        self.load_best()
+        best = self.state.best_global_step
+        return self.scores[best] if best in self.scores else self.score_held_out()
+
+    def score_held_out(self, rows: int | None = None) -> Score:
+        """The score of the held-out rows, or of the first few, with the model as it is now; logged nowhere."""
         part = self.sweep or self.prefix
         return score(
             self.model,
-            self.held_out,
+            self.held_out if rows is None else self.held_out.first(rows),
             task=self.task,
             batch_size=self.args.per_device_eval_batch_size,
             pad_id=self.pad_id,

@@ -22,8 +22,8 @@ SMOOTH = 0.8
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Looks at every step before it is taken: a step that must not be taken never changes the adapter.
 
-    `lr` is the peak learning rate, `usual_lr` the derived one, `before` the held-out loss that training began with,
-    once it is known.
+    `lr` is the peak learning rate, `usual_lr` the derived one, `before` the held-out loss that training began with: of
+    a few rows, then, from the first evaluation on, of all; 0 where it is not known.
     """
 
     def __init__(self, run: Run, *, lr: float, usual_lr: float, dtype: str) -> None:
