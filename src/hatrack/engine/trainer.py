@@ -141,7 +141,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
             self.tell_before(self._before)
         return self._before
 
-    def _trained(self) -> list[torch.nn.Parameter]:
+    def _trained(self) -> list[torch.Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def score_best(self) -> Score:

@@ -43,7 +43,7 @@ class _NextToken(torch.autograd.Function):
         rows = max(16, CHUNK // (states.shape[-1] if W is None else len(W)))
         for start in range(0, len(wanted), rows):
             part = slice(start, start + rows)
-            logits = states[part].clone() if W is None else F.linear(states[part], W, b)
+            logits = states[part].clone() if W is None else _logits(states[part], W, b)
             values[part], slope = _softmax_loss(logits, wanted[part], gradient is not None)
             if slope is not None and gradient is not None:
                 gradient[part] = slope if W is None else slope @ W
@@ -55,6 +55,18 @@ class _NextToken(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * g[:, None].to(gradient.dtype), None, None, None
+
+
+def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """states (n, d) W^T + b, (n, V). In float32 on a processor by oneDNN: for a W that no cache holds and few states,
+    it is 1.4 times as fast as MKL, which torch takes otherwise (docs/log.md)."""
+    if (
+        states.device.type == "cpu"
+        and states.dtype == W.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(states, W, b, "none", [], "")  # type: ignore[no-any-return]
+    return F.linear(states, W, b)
 
 
 def _softmax_loss(

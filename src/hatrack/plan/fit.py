@@ -344,8 +344,9 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     evaluations = max(1, -int(-schedule.epochs // 1))
     reading = read * schedule.steps / prices.disk
     around = (SET_UP + SAVE * evaluations) * prices.start
-    seconds = training.seconds(prices) + evaluations * scoring.seconds(prices) + reading + around
-    whole = seconds + prices.start + 2 * scoring.seconds(prices) + 2 * anatomy.disk / prices.disk
+    scores = evaluations + 1  # the base's is taken with the first epoch's
+    seconds = training.seconds(prices) + scores * scoring.seconds(prices) + reading + around
+    whole = seconds + prices.start + 2 * anatomy.disk / prices.disk
     per_step = training.seconds(prices) / schedule.steps + read / prices.disk
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
 
