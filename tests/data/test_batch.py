@@ -1,11 +1,21 @@
 """Batches of like length: an order that can be had again, and rows that do not depend on their neighbours."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from hatrack.base.load import load_config, load_tokenizer
+from hatrack.base.sources import find_base
+from hatrack.cli import demo
+from hatrack.cli.demo import CHAT_MODEL, ENCODER
 from hatrack.data.batch import LengthBatches, collate, fill
+from hatrack.data.examples import read_examples
 from hatrack.data.order import length_order
+from hatrack.data.tokens import tokenise
+from hatrack.plan.derive import batch_rows
+from hatrack.recipe import Recipe
 
 LENGTHS = np.random.default_rng(0).lognormal(3.2, 0.5, 1003).astype(int) + 3
 
@@ -68,6 +78,20 @@ def test_batches_are_sized_by_tokens_where_asked() -> None:
 def test_little_is_padding() -> None:
     assert fill(LENGTHS, _epoch(0)) > 0.93 and fill(LENGTHS, _epoch(0, by_tokens=True)) > 0.95
     assert fill(np.array([4, 2]), [[0, 1]]) == pytest.approx(6 / 8)
+
+
+def test_nine_tenths_of_what_the_demo_computes_are_real_tokens(tmp_path: Path) -> None:
+    reviews, kinds, questions = demo._write_data(tmp_path, lambda text: None)
+    for data, base, length in ((reviews, ENCODER, None), (kinds, ENCODER, 128), (questions, CHAT_MODEL, 256)):
+        recipe = Recipe.make(base=base, data=str(data), max_length=length)
+        examples, files = read_examples(recipe), find_base(base)
+        config = load_config(files, task=examples.task, labels=examples.labels)
+        lengths = tokenise(recipe, examples, load_tokenizer(files), config).learn.lengths
+        rows = batch_rows(recipe, task=examples.task, rows=len(lengths))
+        batches = LengthBatches(lengths, rows, recipe.seed, by_tokens=examples.task != "classify")
+        for epoch in range(2):
+            batches.set_epoch(epoch)
+            assert fill(lengths, list(batches)) >= 0.9, data.name
 
 
 def test_scoring_begins_with_the_longest() -> None:

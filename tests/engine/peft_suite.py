@@ -54,6 +54,7 @@ OPT = {**SMALL, "word_embed_proj_dim": 32}
 BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 1024}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 1024}
+T5 |= {"decoder_start_token_id": 0}
 STAND_INS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", OPT),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", GPT),
@@ -175,8 +176,16 @@ def pytest_configure(config: pytest.Config) -> None:
     setattr(FastLinear, "_is_plain", is_plain)  # noqa: B010
 
 
+class _All(Counter[str]):
+    """The models that were fetched before, as the tests keep account of them: for those they do not go to the hub."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
-    """Keeps the tests that are about LoRA."""
+    """Keeps the tests that are about LoRA, and the hub out of all."""
+    sys.modules["tests.testing_utils"]._HUB_MODEL_ACCESSES = _All()  # type: ignore[attr-defined]
     kept = [item for item in items if _is_about_lora(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
