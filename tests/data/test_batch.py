@@ -1,6 +1,7 @@
 """Batches of like length: an order that can be had again, and rows that do not depend on their neighbours."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hatrack.data.examples import read_examples
 from hatrack.data.order import length_order
 from hatrack.data.tokens import tokenise
 from hatrack.plan.derive import batch_rows
-from hatrack.recipe import Recipe
+from hatrack.recipe import Recipe, Task
 
 LENGTHS = np.random.default_rng(0).lognormal(3.2, 0.5, 1003).astype(int) + 3
 
@@ -85,7 +86,7 @@ def test_nine_tenths_of_what_the_demo_computes_are_real_tokens(tmp_path: Path) -
     for data, base, length in ((reviews, ENCODER, None), (kinds, ENCODER, 128), (questions, CHAT_MODEL, 256)):
         recipe = Recipe.make(base=base, data=str(data), max_length=length)
         examples, files = read_examples(recipe), find_base(base)
-        config = load_config(files, task=examples.task, labels=examples.labels)
+        config = load_config(files, task=cast(Task, examples.task), labels=examples.labels)
         lengths = tokenise(recipe, examples, load_tokenizer(files), config).learn.lengths
         rows = batch_rows(recipe, task=examples.task, rows=len(lengths))
         batches = LengthBatches(lengths, rows, recipe.seed, by_tokens=examples.task != "classify")
