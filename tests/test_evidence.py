@@ -93,7 +93,7 @@ def test_a_generators_task_on_a_classifier(tmp_path: Path, tiny_encoder: Path, q
         )
     error = _refused(BaseError, tmp_path, tiny_encoder, questions, task="chat")
     assert error.what == f"{tiny_encoder} (bert) is an encoder: it cannot generate text"
-    assert error.fix == "use --task classify, or a causal base such as a Llama"
+    assert (error.got, error.fix) == ("--task chat", "use --task classify, or a causal base such as a Llama")
 
 
 def test_a_classifier_always_has_a_task_type(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
@@ -150,10 +150,12 @@ def test_an_adapter_loaded_for_use_is_not_trained(tmp_path: Path, tiny_encoder: 
     assert not any(parameter.requires_grad for parameter in hat.model.parameters())
     with pytest.raises(AdapterError) as placed:
         place(hat.model, Recipe.make(base=str(tiny_encoder), data=str(reviews)), task="classify")
-    assert placed.value.what == "the base already carries an adapter" and placed.value.fix == "start from the bare base"
+    what, got, fix = _parts(placed.value)
+    assert what == "the base already carries an adapter" and got == "PeftModelForSequenceClassification"
+    assert fix == "start from the bare base"
     error = _refused(BaseError, tmp_path, tmp_path / "hat", reviews, name="again")
     assert error.what == f"{tmp_path / 'hat'} is an adapter, not a base"
-    assert str(tiny_encoder) in str(error.fix)
+    assert error.got == "adapter_config.json" and error.fix == f"use its base: {tiny_encoder}"
 
 
 def test_padding_that_is_the_end_token_is_masked_by_place() -> None:

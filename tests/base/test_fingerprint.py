@@ -178,3 +178,17 @@ def test_an_adapter_made_elsewhere_is_held_to_its_bases_name(
         return
     with pytest.raises(WrongBase, match=r"names another base: .*Llama.*; got .*Llama.*; fix: .*--allow-other-base"):
         check_base(name, {"source": source, "revision": revision}, files)
+
+
+def test_a_fingerprint_of_another_version_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That it differs says nothing of the weights: the name decides, and what cannot be known is said."""
+    files = BaseFiles(str(tmp_path / "base"), tiny.save(tmp_path / "base", "Llama", "causal"))
+    older = lineage(files) | {"fingerprint": "0" * DIGITS}
+    del older["fingerprint_kind"]
+    check_base("old-hat", older, files)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "old-hat has a fingerprint of another version of hatrack, which cannot be compared: it fits" in said
+    with pytest.raises(WrongBase, match="old-hat names another base"):
+        check_base("old-hat", older | {"source": "some/other"}, files)
+    with pytest.raises(WrongBase, match="was trained on other weights"):
+        check_base("hat", lineage(files) | {"fingerprint": "0" * DIGITS}, files)

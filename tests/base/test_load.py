@@ -195,7 +195,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_an_encoder_cannot_generate(kind: str, tmp_path: Path) -> None:
     said = refused(tiny.save(tmp_path, kind), "chat")
     assert said.startswith(
-        f"some/base ({tiny.config(kind).model_type}) is an encoder: it cannot generate text; fix: use "
+        f"some/base ({tiny.config(kind).model_type}) is an encoder: it cannot generate text; got --task "
     )
     assert "--task classify" in said
 

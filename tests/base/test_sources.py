@@ -101,7 +101,7 @@ def test_a_misspelt_path_shows_what_is_beside_it(tmp_path: Path) -> None:
 def test_an_adapter_given_as_base_names_its_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert "is an adapter, not a base; fix: use its base: some/base" in refused(tmp_path)
+    assert "is an adapter, not a base; got adapter_config.json; fix: use its base: some/base" in refused(tmp_path)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_an_adapter_on_the_hub_names_its_base(hub: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
-    assert "is an adapter, not a base; fix: use its base: some/base" in refused("org/tiny")
+    assert "is an adapter, not a base; got adapter_config.json; fix: use its base: some/base" in refused("org/tiny")
 
 
 def test_a_base_that_is_neither_here_nor_in_the_hub_cache_is_one_line(hub: Path) -> None:

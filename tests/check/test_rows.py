@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForSequenceClassification
+
 from hatrack.check import base, rows
 from tests.check.conftest import Make
 from tests.conftest import tiny_tokenizer
@@ -77,6 +80,33 @@ def test_an_instruct_base_for_plain_text(facts: Make) -> None:
     found = base.base_already_tuned(facts("complete"))
     assert found is not None and "makes it forget" in found.what and "--task chat" in found.fix
     assert base.base_already_tuned(facts("chat")) is None and base.base_already_tuned(facts()) is None
+
+
+def _classifier(tiny_encoder: Path, tmp_path: Path, labels: int) -> str:
+    """The tiny encoder with a classification head of its own."""
+    torch.manual_seed(0)
+    named = {index: f"mood {index}" for index in range(labels)}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, id2label=named, num_labels=labels)
+    folder = tmp_path / f"classifier-{labels}"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_encoder / name).read_bytes())
+    return str(folder)
+
+
+def test_a_base_with_a_head_of_another_size(facts: Make, tiny_encoder: Path, tmp_path: Path) -> None:
+    assert base.label_count(facts()) is None
+    assert base.label_count(facts(base=_classifier(tiny_encoder, tmp_path, 2))) is None
+    found = base.label_count(facts(base=_classifier(tiny_encoder, tmp_path, 5)))
+    assert found is not None and found.what.endswith("another number of labels: a fresh head takes its place")
+    assert found.got == "5 in the base, 2 in the data" and found.fix == "go on, or give the data the base's labels"
+
+
+def test_a_base_that_is_a_classifier_already(facts: Make, tiny_encoder: Path, tmp_path: Path) -> None:
+    assert base.base_already_tuned(facts(base=_classifier(tiny_encoder, tmp_path, 5))) is None
+    found = base.base_already_tuned(facts(base=_classifier(tiny_encoder, tmp_path, 2)))
+    assert found is not None and found.what == "the base is a classifier already: training goes on from its head"
+    assert found.got == "its labels mood 0, mood 1; yours no, yes" and "the base it was made from" in found.fix
 
 
 def _with(tokenizer: Any, decoder: Path, tmp_path: Path) -> Path:

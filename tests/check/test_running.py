@@ -60,5 +60,11 @@ def test_losses_that_stay(now: float, told: bool) -> None:
         assert "--lr 0.001 before a larger --r" in found.fix and "barely moved in 20 steps" in found.what
 
 
+def test_a_rate_that_was_measured_is_not_to_be_measured_again() -> None:
+    told = [loss_barely_moves(0.7, 0.7, 20, 1e-4, 1e-3, 8, measured=measured) for measured in (False, True)]
+    assert ["--lr auto" in str(found) for found in told] == [True, False]
+    assert all("--lr 0.001 before a larger --r, then more --epochs" in str(found) for found in told)
+
+
 def test_a_task_the_base_knows_already_is_no_failure() -> None:
     assert loss_barely_moves(0.01, 0.01, 20, 1e-3, 1e-3, 8) is None

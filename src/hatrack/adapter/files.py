@@ -60,7 +60,7 @@ def save_adapter(
     if folder.exists() and any(folder.iterdir()):
         raise AdapterError("the adapter's folder exists already", got=folder, fix="choose another one")
     name = model.active_adapter
-    placed = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    placed = placed_tensors(model, name)
     with new_folder(folder) as working:
         model.save_pretrained(working, selected_adapters=[name], save_embedding_layers=False)
         if name != "default":
@@ -71,8 +71,8 @@ def save_adapter(
         if hasattr(model, START):
             config = _as_plain_lora(working, config, getattr(model, START))
         saved = read_file_header(working / WEIGHTS)
-        if set(saved) != set(placed):
-            wrong = sorted(set(saved) ^ set(placed))
+        if set(saved) != placed:
+            wrong = sorted(set(saved) ^ placed)
             raise AdapterError(
                 "what would be saved is not what was placed", got=", ".join(wrong[:5]), fix="please report it"
             )
@@ -80,6 +80,14 @@ def save_adapter(
         write_file(working / CARD, model_card(hat, config))
         for file, content in (extra_files or {}).items():
             write_file(working / file, content)
+
+
+def placed_tensors(model: Any, name: str) -> set[str]:
+    """The names in a file of everything an adapter put into a model, by the model's own parameters, not by peft."""
+    parameters = (full for full, _ in model.named_parameters() if f".{name}." in f"{full}.")
+    ours = (full for full in parameters if ".lora_" in full or f".modules_to_save.{name}." in full)
+    names = (full.replace(f".modules_to_save.{name}.", ".").replace(f".{name}", "") for full in ours)
+    return {full.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector") for full in names}
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
@@ -177,6 +185,7 @@ def _check_weights_file(folder: Path) -> None:
     if (folder / PICKLE).is_file():
         raise AdapterError(
             f"{folder / PICKLE} is a pickle, which can run code when it is opened",
+            got=f"no {WEIGHTS}",
             fix="ask for safetensors, or convert it with torch.load(weights_only=True) and safetensors.torch.save_file",
         )
     raise AdapterError(
@@ -289,7 +298,7 @@ def _misfit(files: AdapterFiles, problems: Sequence[str]) -> AdapterError:
     """Everything that does not fit, in one error."""
     shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
     count = f"{len(problems)} tensors do" if len(problems) > 1 else "a tensor does"
-    return AdapterError(f"{count} not fit in {files.weights}: {shown}", fix="give it the base it was trained on")
+    return AdapterError(f"{count} not fit in {files.weights}", got=shown, fix="give it the base it was trained on")
 
 
 def _shape_head(head: nn.Module, full: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -101,6 +101,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
         isinstance(value.get("source"), str)
         and value["source"] != ""
         and all(_text_or_none(value.get(field)) for field in ("revision", "fingerprint", "model_type", "form"))
+        and type(value.get("fingerprint_kind", 0)) is int
     ),
     "labels": lambda value: all(isinstance(label, str) for label in value) and len(set(value)) == len(value),
     "max_length": lambda value: value is None or (type(value) is int and value > 0),

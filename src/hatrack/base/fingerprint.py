@@ -25,6 +25,8 @@ BUDGET = 128 * 2**20
 SAMPLE = 64 * 2**10
 """Bytes of one sample: so large that a disk reads them about as fast as in one piece."""
 DIGITS = 16
+KIND = 2
+"""Raised when the same weights would get another fingerprint; kept beside each: two kinds are never compared."""
 OUTPUTS = ("lm_head.weight", "embed_out.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
 """Names under which a checkpoint may hold its embedding a second time, or not at all."""
 
@@ -65,6 +67,7 @@ def lineage(base: "BaseFiles", quantize: str = "none") -> dict[str, Any]:
         "source": _lasting(base),
         "revision": base.revision,
         "fingerprint": fingerprint(base.folder),
+        "fingerprint_kind": KIND,
         "model_type": read_config(base.folder).get("model_type"),
         "form": ", ".join(forms) or None,
     }
@@ -81,10 +84,13 @@ def check_base(
     """Refuses a base that an adapter was not trained on; says once what cannot be known of one made elsewhere.
 
     `made_on` is what `lineage` gave when the adapter was made, or of a foreign one `source` and `revision` alone.
-    With `allow_other` another base is said, not refused. `known` is the base's fingerprint, where it was taken before.
+    A fingerprint of another version's kind counts as none. With `allow_other` another base is said, not refused.
+    `known` is the base's fingerprint, where it was taken before.
     Raises WrongBase, naming both.
     """
-    wanted = made_on.get("fingerprint")
+    wanted, why = made_on.get("fingerprint"), "was not made by hatrack"
+    if wanted and made_on.get("fingerprint_kind") != KIND:
+        wanted, why = None, "has a fingerprint of another version of hatrack, which cannot be compared"
     there = f"{made_on['source']}" + (f" ({made_on['form']})" if made_on.get("form") else "")
     if wanted:
         found = known or fingerprint(base.folder)
@@ -96,7 +102,7 @@ def check_base(
         what, there = "names another base", there + revision
         here = base.source + (f" at {base.revision}" if base.revision and revision else "")
     else:
-        say_once(f"{adapter} was not made by hatrack: it fits {base.source} by name and shapes, its weights unknown")
+        say_once(f"{adapter} {why}: it fits {base.source} by name and shapes, its weights unknown")
         return
     if not allow_other:
         raise WrongBase(

@@ -74,7 +74,9 @@ def _cached(source: str, revision: str | None) -> Path | None:
 def _no_base(source: str, folder: Path) -> BaseError:
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return BaseError(f"{source} is an adapter, not a base", fix=f"use its base: {base}" if base else "use its base")
+        return BaseError(
+            f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=f"use its base: {base or 'see there'}"
+        )
     return BaseError(f"{source} on the hub has no {CONFIG}", fix="use another repository")
 
 

@@ -194,6 +194,7 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
     if task != "classify" and kind == "encoder":
         raise BaseError(
             f"{described} is an encoder: it cannot generate text",
+            got=f"--task {task}",
             fix="use --task classify, or a causal base such as a Llama",
         )
     if task != "classify" and kind == "encoder-decoder":

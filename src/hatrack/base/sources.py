@@ -92,7 +92,9 @@ def _unusable(path: Path, names: set[str]) -> BaseError:
     """Why a folder is no base: an adapter, no config, or no weights."""
     if ADAPTER_CONFIG in names:
         base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return BaseError(f"{path} is an adapter, not a base", fix=f"use its base: {base}" if base else "use its base")
+        return BaseError(
+            f"{path} is an adapter, not a base", got=ADAPTER_CONFIG, fix=f"use its base: {base or 'see there'}"
+        )
     if CONFIG not in names:
         below = sorted(config.parent.name for config in path.glob(f"*/{CONFIG}"))
         fix = f"did you mean {path / below[0]}?" if below else "give the folder of a whole model"

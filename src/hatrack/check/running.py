@@ -88,8 +88,13 @@ def no_gradient(step: Step) -> Finding | None:
     )
 
 
-def loss_barely_moves(before: float, now: float, step: int, lr: float, usual_lr: float, r: int) -> Finding | None:
-    """The held-out loss is where it was: nothing is learned. The rate is to be raised before the rank."""
+def loss_barely_moves(
+    before: float, now: float, step: int, lr: float, usual_lr: float, r: int, measured: bool = False
+) -> Finding | None:
+    """The held-out loss is where it was: nothing is learned. The rate is to be raised before the rank.
+
+    `measured`: the rate is that of --lr auto, which is not to be advised again.
+    """
     if step < FEWEST or before < KNOWN_ALREADY or before - now >= BARELY * before or now > before * (1 + BARELY):
         return None
     faster = usual_lr if lr < usual_lr else 3 * lr
@@ -97,5 +102,5 @@ def loss_barely_moves(before: float, now: float, step: int, lr: float, usual_lr:
         "loss-barely-moves",
         f"the held-out loss has barely moved in {step:,} steps",
         f"{before:.4f} before, {now:.4f} now, with --lr {lr:g} and --r {r}",
-        f"--lr {faster:.2g} before a larger --r, then more --epochs; --lr auto measures",
+        f"--lr {faster:.2g} before a larger --r, then more --epochs{'' if measured else '; --lr auto measures'}",
     )

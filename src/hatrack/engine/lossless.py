@@ -1,9 +1,9 @@
 """Merging an adapter into the base so that taking it out again leaves every bit of the base as it was.
 
 peft adds s B A to the weight and subtracts it later; in bf16 each of the two rounds, and after 21 rounds a third of the
-weights have changed. Here the weight from before is kept and put back. While merged, that costs the bytes of the
-adapted weights once more, on the device they are on; where the base is mapped from its file, as on a CPU, it costs no
-memory of its own, since the system may drop those pages and read them from the file again.
+weights have changed. Here the weight from before is kept and put back. While merged, the adapted weights are there
+twice, on the device they are on: as they were, and merged. Of a base that is mapped from its file, as on a CPU, the
+system may drop the first and read it again; the second is memory of its own, as it is however a weight is merged.
 """
 
 from typing import Any

@@ -17,7 +17,7 @@ from typing import Any
 from hatrack.adapter import rack
 from hatrack.adapter.files import WEIGHTS
 from hatrack.engine import checkpoint
-from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError
+from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, short
 from hatrack.recipe import Recipe, flag
 from hatrack.say import say
 from hatrack.storage import locked, machine_errors, move, write_file
@@ -60,15 +60,18 @@ class Run:
         Raises RecipeError where they differ from what the interrupted run saw.
         """
         path = self.folder / RUN
-        before = json.loads(path.read_text())["facts"] if self.recipe.resume else {}
-        facts = json.loads(json.dumps(facts))
+        then = json.loads(path.read_text()) if self.recipe.resume else {"recipe": {}, "facts": {}}
+        options, before, facts = self.recipe.set_options(), then["facts"], json.loads(json.dumps(facts))
         changed = sorted(name for name in before if facts.get(name) != before[name])
         if changed:
             raise RecipeError(
                 f"the interrupted run in {self.folder} saw another {' and '.join(changed)}",
+                got="; ".join(
+                    f"{_told(name, options, facts)}, then {_told(name, then['recipe'], before)}" for name in changed
+                ),
                 fix="give it what it was started with, or start anew without --resume",
             )
-        content = {"recipe": self.recipe.set_options() | {"resume": False, "name": self.name}, "facts": facts}
+        content = {"recipe": options | {"resume": False, "name": self.name}, "facts": facts}
         write_file(path, json.dumps(content, indent=2))
 
     def interrupted(self) -> Interrupted:
@@ -78,7 +81,9 @@ class Run:
             return Interrupted(f"stopped at the very end: the adapter in {self.output} is finished")
         if step is None:
             return Interrupted("stopped before anything was learned", fix="start it again as before")
-        return Interrupted(f"stopped; step {step:,} is saved in {self.folder}", fix=f"go on with: {self._go_on()}")
+        return Interrupted(
+            f"stopped; step {step:,} is saved in {self.folder}, which stays", fix=f"go on with: {self._go_on()}"
+        )
 
     def kept(self) -> str | None:
         """What is left of a run that failed."""
@@ -117,6 +122,12 @@ class Run:
     def _remove(self) -> None:
         (self.folder / RUN).unlink()  # first of all: a folder without it is nobody's, and goes the next time it is met
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _told(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
+    """A fact with the option it came from: `bases/small (0f3a...)`."""
+    source = options.get({"rows": "data"}.get(fact, fact))
+    return f"{source} ({short(facts.get(fact))})" if source else short(facts.get(fact))
 
 
 @contextlib.contextmanager

@@ -57,8 +57,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             raise self._diverged(found)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        recipe, loss = self.run.recipe, metrics["eval_loss"]
         found = loss_barely_moves(
-            self.before, metrics["eval_loss"], state.global_step, self.lr, self.usual_lr, self.run.recipe.r
+            self.before, loss, state.global_step, self.lr, self.usual_lr, recipe.r, measured=recipe.lr == "auto"
         )
         if found is not None and not self.advised:
             self.advised = True
