@@ -25,7 +25,7 @@ from plan import command, write_data
 
 CACHED = {
     "MiniLM, top 2 of 6": (ENCODER, "--data reviews.csv --device cpu --epochs 4", "top-2"),
-    "SmolLM2, top 10 of 30": (CHAT_MODEL, "--data questions.jsonl --device cpu --epochs 3 --lr 1e-4", "top-10"),
+    "SmolLM2, top 10 of 30": (CHAT_MODEL, "--data text.jsonl --max-length 64 --device cpu --epochs 3", "top-10"),
 }
 """Name -> base, options, depth."""
 HEADER = ["work", "all layers", "top layers", "... cached", "of top", "of all", "train loss", "held out", "cache"]
