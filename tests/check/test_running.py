@@ -36,7 +36,8 @@ def test_a_gradient_that_overflows_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "recent", "lost"), [(0.7, 1.6, False), (0.7, 1.8, True), (4, 5.9, False), (4, 6.1, True)]
+    ("first", "recent", "lost"),
+    [(0.9, 1.9, False), (0.7, 2.6, False), (0.7, 2.8, True), (4, 5.9, False), (4, 6.1, True)],
 )
 def test_losses_that_grow(first: float, recent: float, lost: bool) -> None:
     found = loss_explodes(first, recent, STEP, 0.03, 1e-3)
