@@ -379,8 +379,8 @@ def test_a_sweep_leaves_out_layers_whose_results_are_kept(
     finished = Trainer.score_held_out
     after: list[int] = []
 
-    def scored(trainer: Trainer) -> Any:
-        found = finished(trainer)
+    def scored(trainer: Trainer, *rows: Any) -> Any:
+        found = finished(trainer, *rows)
         after.append(len(shown))
         return found
 

@@ -117,7 +117,7 @@ def test_layers_below_the_adapters_are_paid_for_once() -> None:
     for plan, share in ((once, 3 / 4), (read, 1), (partly, 3 / 4 * 100e6 / (72 * 256 * 4096 * 2))):
         assert plan.step_seconds == pytest.approx(never.step_seconds - share * each)
     assert never.whole_seconds is not None and once.whole_seconds is not None
-    assert never.whole_seconds - once.whole_seconds == pytest.approx((24 + 4 + 2) * each)  # and 6 scores of 8 rows
+    assert never.whole_seconds - once.whole_seconds == pytest.approx((24 + 4 + 1) * each)  # and 5 scores of 8 rows
     assert "kept" not in never.disk
     assert once.disk["kept"] == read.disk["kept"] == 72 * 256 * 4096 * 2 and partly.disk["kept"] == 100 * 10**6
     assert never.memory["weights"] - read.memory["weights"] == 24 * layer * 2  # left in the file while training
