@@ -5,40 +5,25 @@ from typing import Annotated
 
 import typer
 
+from hatrack.cli.opening import Adapter, OpenHat, with_hat
 from hatrack.cli.options import Json
-from hatrack.cli.predict import Adapter, BaseOption, Device, Dtype, Memory, NoProof, OtherBase, Trust
-from hatrack.recipe import parse_memory
 
 
+@with_hat
 def compare(
     adapter: Adapter,
+    *,
     data: Annotated[str | None, typer.Option("--data", help="Rows to compare on. Default: those held out.")] = None,
-    base: BaseOption = None,
-    allow_other_base: OtherBase = False,
-    trust_remote_code: Trust = None,
-    no_proof: NoProof = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    memory: Memory = None,
+    open_hat: OpenHat,
     as_json: Json = False,
 ) -> None:
     """Score the base and the adapter on the same held-out rows: which is better, and how sure that is."""
     from hatrack.evaluate.compare import FEWEST_ROWS
     from hatrack.evaluate.compare import compare as run
     from hatrack.evaluate.held_out import held_out
-    from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(
-        adapter,
-        base=base,
-        device=device,
-        dtype=dtype,
-        memory=parse_memory(memory),
-        allow_other_base=allow_other_base,
-        trust_remote_code=trust_remote_code,
-        prove=not no_proof,
-    )
+    hat = open_hat()
     rows = held_out(hat, data)
     say(f"comparing on {len(rows):,} rows")
     found = run(hat, rows)

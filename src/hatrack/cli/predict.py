@@ -11,25 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hatrack.cli.opening import Adapter, OpenHat, with_hat
 from hatrack.cli.options import Json
 from hatrack.errors import DataError, RecipeError
-from hatrack.recipe import parse_memory
 
 if TYPE_CHECKING:
     from hatrack.hat import Hat
 
-Adapter = Annotated[str, typer.Argument(help="A name that `hatrack list` shows, or an adapter's folder.")]
-BaseOption = Annotated[str | None, typer.Option("--base", help="Where the base lies now, if it moved.")]
-OtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Go on although the adapter was trained on other weights.")
-]
-Trust = Annotated[str | None, typer.Option("--trust-remote-code", help="The base's name, where its own code may run.")]
-NoProof = Annotated[bool, typer.Option("--no-proof", help="Do not run the adapter's proof first: for huge bases.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or xpu.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Memory = Annotated[
-    str | None, typer.Option("--memory", help="The most memory to take, such as 3GiB. A larger base stays on disk.")
-]
 Bare = Annotated[bool, typer.Option("--without-adapter", help="Answer with the bare base instead.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest words.")]
@@ -37,8 +25,10 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: a
 BATCH = 32
 
 
+@with_hat
 def predict(
     adapter: Adapter,
+    *,
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts. Without any, one a line from standard input.")
     ] = None,
@@ -46,13 +36,7 @@ def predict(
         Path | None, typer.Option("--file", help="Take the texts from a file: a line each, or a column of a table.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="The column of --file that holds the text.")] = None,
-    base: BaseOption = None,
-    allow_other_base: OtherBase = False,
-    trust_remote_code: Trust = None,
-    no_proof: NoProof = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    memory: Memory = None,
+    open_hat: OpenHat,
     without_adapter: Bare = False,
     max_new_tokens: Length = 128,
     temperature: Temperature = 0.0,
@@ -62,18 +46,7 @@ def predict(
     if texts and file:
         raise RecipeError("texts come from the arguments or from --file, not both", fix="leave one out")
     batches = _batches(texts, file, text)
-    from hatrack.hat import load
-
-    hat = load(
-        adapter,
-        base=base,
-        device=device,
-        dtype=dtype,
-        memory=parse_memory(memory),
-        allow_other_base=allow_other_base,
-        trust_remote_code=trust_remote_code,
-        prove=not no_proof,
-    )
+    hat = open_hat()
     if without_adapter:
         hat.use(None)
     for batch in batches:
@@ -87,33 +60,18 @@ def predict(
                 )
 
 
+@with_hat
 def chat(
     adapter: Adapter,
-    base: BaseOption = None,
-    allow_other_base: OtherBase = False,
-    trust_remote_code: Trust = None,
-    no_proof: NoProof = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    memory: Memory = None,
+    open_hat: OpenHat,
     max_new_tokens: Length = 256,
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:
     """Talk with an adapter. /base answers without it, /hat with it again, /new starts over, /quit leaves."""
-    from hatrack.hat import load
     from hatrack.say import say
 
-    hat = load(
-        adapter,
-        base=base,
-        device=device,
-        dtype=dtype,
-        memory=parse_memory(memory),
-        allow_other_base=allow_other_base,
-        trust_remote_code=trust_remote_code,
-        prove=not no_proof,
-    )
+    hat = open_hat()
     if hat.task == "classify":
         raise RecipeError(f"{adapter} is a classifier and does not talk", fix=f'use hatrack predict {adapter} "a text"')
     name = hat.active
