@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hatrack.cli.hats import age
+from hatrack.cli.hats import age, print_table
 from hatrack.cli.options import Json
 from hatrack.errors import RecipeError
 from hatrack.say import size
@@ -47,9 +47,7 @@ def _show(found: "list[Entry]") -> None:
         )
         told += [""] * (3 - len(told))
         rows.append([*told, f"{entry.rows:,}", size(entry.bytes), age(facts["last_used"])])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(rows)
 
 
 def _clear(found: "list[Entry]", as_json: bool) -> None:

@@ -40,6 +40,11 @@ def list_hats(as_json: Json = False) -> None:
         ]
         for hat in found
     ]
+    print_table(rows)
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Rows of as many cells each, in columns that are as wide as they need to be."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
