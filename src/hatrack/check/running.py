@@ -58,13 +58,18 @@ def loss_not_a_number(step: Step, lr: float, usual_lr: float, dtype: str) -> Fin
     )
 
 
-def loss_explodes(first: float, recent: float, step: Step, lr: float, usual_lr: float) -> Finding | None:
-    """The loss grows past where it began and does not come back. `first` and `recent` are means over several steps.
+def has_grown(first: float, recent: float) -> bool:
+    """Whether the loss is half as much again, and two nats more, than at the beginning.
 
-    Half as much again, and two nats more, than at the beginning is refused. Means of few rows of like length move by a
-    nat on sound runs (SmolLM2 on short questions: 0.9 to 1.9); a lost run's go on to those of guessing and beyond.
+    Means of few rows of like length move by a nat on sound runs (SmolLM2 on short questions: 0.9 to 1.9); a lost run's
+    go on to those of guessing and beyond.
     """
-    if recent <= first + max(2.0, 0.5 * first):
+    return recent > first + max(2.0, 0.5 * first)
+
+
+def loss_explodes(first: float, recent: float, step: Step, lr: float, usual_lr: float) -> Finding | None:
+    """The loss grows past where it began and does not come back. `first` and `recent` are means over several steps."""
+    if not has_grown(first, recent):
         return None
     slower = min(usual_lr, lr / 3)
     return Finding(

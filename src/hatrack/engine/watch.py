@@ -9,7 +9,15 @@ from typing import Any
 from transformers import TrainerCallback
 
 from hatrack.check.finding import Finding
-from hatrack.check.running import FIRST, Step, loss_barely_moves, loss_explodes, loss_not_a_number, no_gradient
+from hatrack.check.running import (
+    FIRST,
+    Step,
+    has_grown,
+    loss_barely_moves,
+    loss_explodes,
+    loss_not_a_number,
+    no_gradient,
+)
 from hatrack.engine import checkpoint
 from hatrack.engine.run import Run
 from hatrack.errors import Diverged
@@ -47,7 +55,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         suspicious = not (abs(self.recent) < float("inf") and abs(norm) < float("inf")) or norm == 0
         if not suspicious and self.recent <= start + 1:
             self.good = number - 1
-        if not suspicious and (not known or self.recent <= start + 1):
+        if not suspicious and not (known and has_grown(start, self.recent)):  # `rows` takes time to find out
             return
         step = Step(number, loss, norm, rows(), str(self.run.recipe.data))
         found = loss_not_a_number(step, self.lr, self.usual_lr, self.dtype)
