@@ -36,9 +36,7 @@ WILL_NEED, DO_NOT_NEED = 3, 4
 """Linux's advice on mapped memory (madvise(2))."""
 CHUNK = 2**24
 """Bytes read ahead at a time."""
-
-
-PUT_BACK = "put the base back as it was; hatrack resume goes on from the last checkpoint"
+PUT_BACK = "put the base back as it was; --resume goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
