@@ -351,15 +351,6 @@ def test_the_limit_holds_and_is_said(train: Any, capsys: pytest.CaptureFixture[s
     assert "the cache of hidden states is full" in capsys.readouterr().err
 
 
-@pytest.fixture
-def half_decoder(tmp_path: Path, tiny_decoder: Path) -> Path:
-    """The tiny decoder with its weights in bfloat16, so that its pages are widened when they are shown."""
-    folder = tmp_path / "half"
-    shutil.copytree(tiny_decoder, folder)
-    AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
 def test_a_sweep_leaves_out_layers_whose_results_are_kept(
     tmp_path: Path, train: Any, half_decoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,15 +209,6 @@ def too_large() -> Iterator[None]:
         patch.setattr("hatrack.plan.fit.plan_run", plan_run)
         patch.setattr("hatrack.hat.holds", lambda *_: False)
         yield
-
-
-@pytest.fixture
-def half_decoder(tmp_path: Path, tiny_decoder: Path) -> Path:
-    """The tiny decoder with its weights in bfloat16."""
-    folder = tmp_path / "half"
-    shutil.copytree(tiny_decoder, folder)
-    AutoModelForCausalLM.from_pretrained(tiny_decoder, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def _same_adapter(one: Path, other: Path) -> None:

@@ -6,6 +6,7 @@ one of https://github.com/huggingface/safetensors#format.
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,14 @@ def parameter_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def weight_bytes(header: Mapping[str, TensorInfo]) -> int:
     """Bytes of all tensors on disk."""
     return sum(tensor.bytes for tensor in header.values())
+
+
+def stored_format(header: Mapping[str, TensorInfo]) -> str:
+    """The number format that most of a base's bytes are in, as safetensors names it: `BF16`. `F32` of no tensors."""
+    formats: dict[str, int] = defaultdict(int)
+    for tensor in header.values():
+        formats[tensor.dtype] += tensor.bytes
+    return max(formats, key=lambda name: formats[name], default="F32")
 
 
 def family(config: Mapping[str, Any]) -> Family:

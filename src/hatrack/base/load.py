@@ -5,8 +5,7 @@ Knows nothing of adapters, rows or training.
 
 import importlib.util
 import platform
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from hatrack.base.code import check_code
-from hatrack.base.header import TensorInfo, family, head_modules, read_config, read_header, read_json
+from hatrack.base.header import family, head_modules, read_config, read_header, read_json, stored_format
 from hatrack.base.quiet import quiet
 from hatrack.base.sources import BaseFiles
 from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
@@ -126,7 +125,7 @@ def load_base(
             got=f"--device {chosen}, --quantize {quantize}",
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
-    loaded_as = _stored_format(read_header(files.folder)) if mapped else number_format
+    loaded_as = STORED.get(stored_format(read_header(files.folder)), torch.float32) if mapped else number_format
     options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": files.trusted}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -141,14 +140,6 @@ def load_base(
     model.requires_grad_(False)
     model.eval()
     return Base(files, model, tokenizer, chosen, number_format, mapped)
-
-
-def _stored_format(header: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The format that most of a base's bytes are in."""
-    sizes = Counter[str]()
-    for info in header.values():
-        sizes[info.dtype] += info.bytes
-    return STORED.get(sizes.most_common(1)[0][0], torch.float32)
 
 
 def check_bare(files: BaseFiles) -> None:

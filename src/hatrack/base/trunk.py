@@ -8,7 +8,7 @@ Knows nothing of adapters, losses or where weights lie.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,32 +79,24 @@ class Trunk:
         return _states(self.layers[index](*args, **kwargs))  # type: ignore[no-any-return]
 
     @contextmanager
-    def after(self, give: Callable[[], torch.Tensor], layers: int | None = None) -> Iterator[None]:
+    def after(self, give: Callable[[], torch.Tensor] | None, layers: int | None = None) -> Iterator[None]:
         """While the block runs, the first `layers` of the model (by default all) compute nothing; the last of these
-        gives what `give` does (B, T, d)."""
+        gives what `give` does (B, T, d), or without it hands on what it is given, as the others do."""
         own = [layer.forward for layer in self.layers]
         past = len(own) if layers is None else layers
 
         def stand_in(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._as_output(give() if index == past - 1 else _hidden(args, kwargs, None)[1])
+                return self._as_output(give() if give and index == past - 1 else _hidden(args, kwargs, None)[1])
 
             return forward if index < past else own[index]
 
         with self._played_by(stand_in):
             yield
 
-    @contextmanager
-    def shortened(self, layers: int = 1) -> Iterator[None]:
+    def shortened(self, layers: int = 1) -> AbstractContextManager[None]:
         """While the block runs, only the last `layers` compute: enough to learn about a model without reading it."""
-        own = [layer.forward for layer in self.layers]
-        first = len(own) - layers
-
-        def hand_on(*args: Any, **kwargs: Any) -> Any:
-            return self._as_output(_hidden(args, kwargs, None)[1])
-
-        with self._played_by(lambda index: own[index] if index >= first else hand_on):
-            yield
+        return self.after(None, len(self.layers) - layers)
 
     def _as_output(self, hidden: torch.Tensor) -> Any:
         return hidden if self.extras is None else (hidden, *[None] * self.extras)

@@ -82,7 +82,7 @@ class Prefix:
         if self.states is not None:
             on_cpu = hidden.cpu()
             for row, (key, length) in enumerate(_keys(batch)):
-                self.states.add(key, _bytes(on_cpu[row, :length]))
+                self.states.add(key, bytes_of(on_cpu[row, :length]))
         return hidden
 
     def flush(self) -> None:
@@ -103,7 +103,7 @@ class Prefix:
         return hidden, [
             row
             for row, (key, length) in enumerate(_keys(batch))
-            if self.states is None or not self.states.read(key, _bytes(hidden[row, :length]))
+            if self.states is None or not self.states.read(key, bytes_of(hidden[row, :length]))
         ]
 
     def _enter(self) -> torch.Tensor:
@@ -139,6 +139,6 @@ def _keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
         yield row_key(ids[:length]), length
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data

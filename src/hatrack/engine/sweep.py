@@ -22,7 +22,7 @@ import torch
 
 from hatrack.base.trunk import Call
 from hatrack.base.window import OUTSIDE, Window
-from hatrack.engine.cache import Prefix
+from hatrack.engine.cache import Prefix, bytes_of
 from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
 from hatrack.plan.memory import STATES
 from hatrack.storage import machine_errors
@@ -204,7 +204,7 @@ class Doors:
             return hidden, random
         read = torch.empty_like(hidden, device="cpu")
         self._file.seek(self._places.pop(key))
-        self._file.readinto(_bytes(read))
+        self._file.readinto(bytes_of(read))
         return read, random
 
     def close(self) -> None:
@@ -217,12 +217,7 @@ class Doors:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
             place = self._file.seek(0, 2)
-            left = memoryview(_bytes(hidden.contiguous()))
+            left = bytes_of(hidden.contiguous())
             while left:
                 left = left[self._file.write(left) :]
         return int(place)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The memory of a contiguous tensor, as a flat array of bytes."""
-    return tensor.view(-1).view(torch.uint8).numpy()

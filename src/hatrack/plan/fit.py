@@ -185,7 +185,7 @@ def _needs_whole_base(where: Setting) -> str | None:
     recipe = where.recipe
     options = {"quantize": recipe.quantize != "none", "variant": recipe.variant in ("dora", "pissa")}
     options |= {"lr": recipe.lr == "auto", "device": where.machine.accelerator}
-    return next((f"--{name} {getattr(recipe, name)}" for name, needs in options.items() if needs), None)
+    return next((name for name, needs in options.items() if needs), None)
 
 
 def plan_run(where: Setting, method: Method | None = None, rows: int | None = None) -> Plan:
@@ -253,7 +253,7 @@ def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
     swept = [
         (f"{words}, and the base swept layer by layer", where.recipe.changed(**{name: value}), Method(sweep=True))
         for words, name, value in (("--variant lora", "variant", "lora"), ("no --lr auto", "lr", None))
-        if _needs_whole_base(where) == f"--{name} {getattr(where.recipe, name)}"
+        if _needs_whole_base(where) == name
     ]
     by_rows = plan.memory["activations"] + plan.memory["heap"] > plan.memory["weights"]
     return [*shorter[:1], *swept, *fewer, *shorter[1:]] if by_rows else [*swept, *fewer, *shorter]

@@ -3,14 +3,13 @@
 Everything comes from config.json and the tensors' shapes, under whichever names an architecture has for them.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hatrack.adapter.count import Count, count, linears_from_shapes
 from hatrack.adapter.targets import Choice, check_rank, choose
-from hatrack.base.header import head_shapes, parameter_count, task_shapes
+from hatrack.base.header import head_shapes, parameter_count, stored_format, task_shapes, weight_bytes
 from hatrack.base.peek import Peek
 from hatrack.recipe import Recipe
 
@@ -116,10 +115,6 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
     inside = _inside(linears)
     dense = sum(d_in * d_out for d_in, d_out in inside.values())
     dora = recipe.variant == "dora"
-    formats: dict[str, int] = defaultdict(int)
-    for info in peeked.tensors.values():
-        formats[info.dtype] += info.bytes
-    stored = max(formats, key=lambda name: formats[name], default="F32")
     return Anatomy(
         shape=shape,
         counted=count(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
@@ -137,8 +132,8 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
         scaled=2 * sum(d_out for _, d_out in adapted) if dora else 0,
         reach=_reach(choice, linears),
         below=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
-        stored=STORED.get(stored, "other"),
-        disk=sum(formats.values()),
+        stored=STORED.get(stored_format(peeked.tensors), "other"),
+        disk=weight_bytes(peeked.tensors),
     )
 
 
