@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hatrack.base import packed
+
 WORDS = [
     "good",
     "bad",
@@ -60,8 +62,10 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def own_rack(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test touches the rack or the fetched bases of whoever runs it, and none asks a hub."""
+    """No test touches the rack or the cached bases of whoever runs it, and none asks a hub."""
     monkeypatch.setenv("HATRACK_HOME", str(tmp_path_factory.mktemp("home")))
+    bases = tmp_path_factory.mktemp("packed")
+    monkeypatch.setattr(packed, "root", lambda: bases)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

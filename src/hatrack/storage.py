@@ -6,13 +6,16 @@ Knows nothing of models, data or adapters.
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hatrack.errors import HatrackError, MachineError
 
@@ -21,6 +24,20 @@ SMALLEST_DISK = 2**20
 
 ABANDONED_AFTER = 60
 """Seconds after which an unfinished folder that nobody holds is a killed process's."""
+
+ABOUT = "about.json"
+"""In a folder of the cache: what made it. Its time of change is when it was last used."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder of the cache: what made it (nothing where that is damaged), bytes on disk, when a run last used it
+    (seconds since 1970)."""
+
+    folder: Path
+    about: dict[str, Any]
+    bytes: int
+    used: float
 
 
 def cache_dir(*parts: str) -> Path:
@@ -106,18 +123,16 @@ def new_folder(final: Path) -> Iterator[Path]:
         begun = f".{final.name}.hatrack-"
         _remove_abandoned(final.parent, begun)
         working = Path(tempfile.mkdtemp(prefix=begun, dir=final.parent))
-        handle = os.open(working, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a network's disk may lock no folders
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield working
-            _sync(working)
-            working.chmod(0o755)
-            try:
-                move(working, final)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not any(final.iterdir()):
-                    raise
+            with held(working):
+                yield working
+                _sync(working)
+                working.chmod(0o755)
+                try:
+                    move(working, final)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not any(final.iterdir()):
+                        raise
         except HatrackError:
             raise
         except Exception as error:
@@ -125,8 +140,33 @@ def new_folder(final: Path) -> Iterator[Path]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
         finally:
-            os.close(handle)
             shutil.rmtree(working, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps `remove_unheld` from a folder while the block runs, also in other processes."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # a network's disk may lock no folders
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove_unheld(folder: Path) -> bool:
+    """Removes a folder, unless somebody holds it (or may: some disks lock nothing); says whether it did."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        shutil.rmtree(folder)
+        return True
+    finally:
+        os.close(handle)
 
 
 def _remove_abandoned(parent: Path, begun: str) -> None:
@@ -134,13 +174,8 @@ def _remove_abandoned(parent: Path, begun: str) -> None:
     for path in parent.iterdir():
         if path.name.startswith(begun):
             with contextlib.suppress(OSError):
-                handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-                        shutil.rmtree(path)
-                finally:
-                    os.close(handle)
+                if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                    remove_unheld(path)
 
 
 def move(source: Path, target: Path) -> None:
@@ -166,6 +201,26 @@ def write_file(path: Path, content: str | bytes) -> None:
         except BaseException:
             Path(working).unlink(missing_ok=True)
             raise
+
+
+def entries(root: Path) -> list[Entry]:
+    """Every folder under `root`, the one last used first; of unfinished and damaged ones nothing is told."""
+    found = []
+    for folder in root.iterdir():
+        about = folder / ABOUT
+        with contextlib.suppress(OSError):
+            used = (about if about.exists() else folder).stat().st_mtime
+            found.append(Entry(folder, read_about(folder) or {}, folder_size(folder), used))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What an entry tells of itself; None where it is not there, or is no JSON object."""
+    try:
+        found = json.loads((folder / ABOUT).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def folder_size(folder: Path) -> int:

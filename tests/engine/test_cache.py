@@ -238,7 +238,7 @@ def test_a_cached_run_makes_the_adapter_of_an_uncached_one(
     first = train("first", task)
     again = train("again", task)
     rows = 120 if task == "classify" else 32
-    assert states.entries()[0].rows <= rows
+    assert states.rows(states.entries()[0]) <= rows
     for hat in (first, again):
         assert hat.result["train_loss"] == pytest.approx(plain.result["train_loss"], rel=1e-5)
         assert hat.result["eval"] == pytest.approx(plain.result["eval"], rel=1e-4)
@@ -259,7 +259,7 @@ def test_layers_below_are_not_computed_from_the_second_epoch_on(train: Any, monk
 
     monkeypatch.setattr(Prefix, "_compute", counted)
     train("first")
-    rows = states.entries()[0].rows
+    rows = states.rows(states.entries()[0])
     assert sum(passed) == rows
     passed.clear()
     train("other", r=2, lr=0.01, seed=4, alpha=3)  # another split and order of the same rows
@@ -366,7 +366,7 @@ def test_a_sweep_leaves_out_layers_whose_results_are_kept(
     train("plain", "chat", base=str(half_decoder), cache_limit=0)
     with too_large():
         train("swept", "chat", base=str(half_decoder))
-    assert 0 in shown and states.entries()[0].rows == 32
+    assert 0 in shown and states.rows(states.entries()[0]) == 32
     finished = Trainer.score_held_out
     after: list[int] = []
 

@@ -12,8 +12,9 @@ import pytest
 
 from hatrack import storage
 from hatrack.engine import states
-from hatrack.engine.states import ABOUT, INDEX, STATES, States, entries, open_states, remove, row_key
+from hatrack.engine.states import INDEX, STATES, States, entries, open_states, remove, row_key
 from hatrack.say import say_once
+from hatrack.storage import ABOUT
 
 MADE_BY: dict[str, Any] = {"fingerprint": "abc", "layers": 4, "dtype": "float32"}
 PLENTY = 2**20
@@ -216,7 +217,7 @@ def test_entries_tell_what_is_there_and_go_unless_used() -> None:
     folder = _filled(4, layers=5)
     os.utime(folder / ABOUT, (1000, 1000))
     newest, oldest = entries()
-    assert (newest.rows, oldest.rows, oldest.used) == (3, 1, 1000)
+    assert (states.rows(newest), states.rows(oldest), oldest.used) == (3, 1, 1000)
     assert newest.about == {"format": states.FORMAT, **MADE_BY, "base": "a-base"} and newest.bytes > 3 * 64
     using = _open()
     assert not remove(newest) and remove(oldest)

@@ -40,17 +40,16 @@ def fingerprint(folder: Path) -> str:
     training makes, always shows; one of a few neighbouring rows shows with the probability of the share read (1% for
     13.5 GB). Raises BaseError where a file is missing or damaged.
     """
-    tensors = read_parameters(folder)
-    total_bytes = sum(info.bytes for info in tensors.values())
-    share = 1.0 if total_bytes <= WHOLE else BUDGET / total_bytes
-    digests = dict(_digests(tensors, share))
+    digests = dict(_digests(read_parameters(folder)))
     for name in OUTPUTS:
         if name in digests and any(digests[other] == digests[name] for other in digests if other not in OUTPUTS):
             del digests[name]
-    total = hashlib.sha256()
-    for name in sorted(digests):
-        total.update(name.encode() + b"\0" + digests[name])
-    return total.hexdigest()[:DIGITS]
+    return _of_all(digests)
+
+
+def digest(tensors: Mapping[str, TensorInfo]) -> str:
+    """The same of any tensors, under the names they have. Raises BaseError where a file cannot be read."""
+    return _of_all(dict(_digests(tensors)))
 
 
 def lineage(base: "BaseFiles", quantize: str = "none") -> dict[str, Any]:
@@ -113,8 +112,17 @@ def check_base(
     say_once(f"{adapter} {what} ({there}): on {base.source} its scores and its proof say nothing")
 
 
-def _digests(tensors: Mapping[str, TensorInfo], share: float) -> Iterator[tuple[str, bytes]]:
-    """Name and digest of type, shape and sampled bytes, each file opened once and read from front to back."""
+def _of_all(digests: Mapping[str, bytes]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(digests):
+        total.update(name.encode() + b"\0" + digests[name])
+    return total.hexdigest()[:DIGITS]
+
+
+def _digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
+    """Name and digest of type, shape and bytes, or samples of them; each file opened once and read front to back."""
+    total_bytes = sum(info.bytes for info in tensors.values())
+    share = 1.0 if total_bytes <= WHOLE else BUDGET / total_bytes
     by_file: dict[Path, list[tuple[int, str]]] = {}
     for name, info in tensors.items():
         by_file.setdefault(info.file, []).append((info.offset, name))

@@ -5,12 +5,14 @@ Knows nothing of adapters, rows or training.
 
 import importlib.util
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,13 +20,18 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from hatrack.base import packed
 from hatrack.base.code import check_code
-from hatrack.base.header import family, head_modules, read_config, read_header, read_json, stored_format
+from hatrack.base.header import family, read_config, read_header, read_json, stored_format, weight_bytes
+from hatrack.base.packed import whole_base
 from hatrack.base.quiet import quiet
+from hatrack.base.room import give_back
 from hatrack.base.sources import BaseFiles
 from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
-from hatrack.say import say
+from hatrack.say import say, say_once, size
+from hatrack.storage import folder_size
 
 Task = Literal["classify", "chat", "complete"]
 
@@ -109,7 +116,7 @@ def load_base(
     classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
     is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
     Weights are mapped from the files, not copied, where device and format allow it; `mapped` keeps the files' format so
-    that they are. No code of the base is run, unless its files are trusted.
+    that they are. Quantised ones are kept on disk from the first time on, and mapped from there (`packed.py`). No code of the base is run, unless its files are trusted.
 
     Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
@@ -129,11 +136,12 @@ def load_base(
     options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": files.trusted}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    if quantize != "none":
-        options["quantization_config"] = _quantization(quantize, number_format, read_config(files.folder), task)
     if quantize != "none" or chosen.type != "cpu":
         options["device_map"] = {"": chosen}
-    model, found = _model(files, task, chosen, seed, options)
+    if quantize != "none":
+        model, found = _quantised(files, task, chosen, seed, quantize, options)
+    else:
+        model, found = _model(files, task, chosen, seed, options)
     _check_loaded(files, model, task, found, seed)
     model.config.pad_token_id = tokenizer.pad_token_id
     _keep_gradients(model)
@@ -199,13 +207,19 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
         extra["id2label"] = dict(enumerate(labels))
         extra["label2id"] = {name: number for number, name in enumerate(labels)}
         extra["problem_type"] = "multi_label_classification" if multi_label else "single_label_classification"
+    return _own_config(files, extra)
+
+
+def _own_config(files: BaseFiles, extra: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The configuration as the base brings it, with `extra` in it."""
     try:
         with quiet():
             trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
             return AutoConfig.from_pretrained(files.folder, **trusted, **extra)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BaseError(
-            f"{described}: this version of transformers cannot read its config.json",
+            f"{files.source} ({read_config(files.folder).get('model_type', 'unknown type')}): "
+            "this version of transformers cannot read its config.json",
             got=_first_line(error),
             fix="pip install --upgrade transformers, or use another base",
         ) from error
@@ -246,11 +260,56 @@ def load_tokenizer(files: BaseFiles) -> Any:
     return tokenizer
 
 
+def _quantised(
+    files: BaseFiles, task: Task, device: torch.device, seed: int, quantize: str, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """What `_model` gives, in fewer bits: from the disk, where it is put first if it is not there yet."""
+    settings = _quantization(quantize, options["dtype"], read_config(files.folder), task)
+    folder = _kept(files, task, device, quantize, options | {"quantization_config": settings})
+    if folder is None:
+        return _model(files, task, device, seed, options | {"quantization_config": settings})
+    options["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantised
+    with whole_base(folder, files.folder) as there:
+        model, found = _model(replace(files, folder=there), task, device, seed, options)
+    model.name_or_path = model.config.name_or_path = str(files.folder)
+    return model, found
+
+
+def _kept(
+    files: BaseFiles, task: Task, device: torch.device, quantize: str, options: dict[str, Any]
+) -> Path | None:
+    """The folder with the base's quantised weights, which are made and kept where they are not. None where they cannot
+    be kept.
+
+    They are those of the base alone: with its own head if it has one, whatever labels the task has, and nothing fresh.
+    """
+    dtype = str(options["dtype"]).removeprefix("torch.")
+    about = packed.made_by(files, task=task, quantize=quantize, dtype=dtype, device=device.type)
+    folder = packed.find(about)
+    if folder is not None:
+        say_once(f"base in {quantize}, as quantised before: {folder} ({size(folder_size(folder))})")
+        return folder
+    if not packed.has_room(files.folder, quantize):
+        return None
+    say(f"quantising {files.source} to {quantize}, once ({size(weight_bytes(read_header(files.folder)))} to read)")
+    model, found = _model(files, task, device, 0, options | {"config": _own_config(files)})
+    _refuse_lost(files, model, task, found)
+    fresh = _fresh(found)
+    weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    weights = {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
+    folder = packed.keep(about, files.source, lambda file: save_file(weights, file))
+    if folder is not None:
+        say(f"kept in {folder} ({size(folder_size(folder))}): later runs take it from there; hatrack cache shows it")
+    del model, weights
+    give_back()
+    return folder
+
+
 def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], task: Task) -> Any:
     """What bitsandbytes is told: heads that are trained stay as they are."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
-    skipped = head_modules(config) if task == "classify" else None
+    skipped = packed.skipped_modules(config, task)
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -298,13 +357,21 @@ def _keep_gradients(model: Any) -> None:
 
 def _check_loaded(files: BaseFiles, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:
     """Refuses a base of which more than a head or a pooler is missing, and says what is fresh."""
+    _refuse_lost(files, model, task, found)
+    if found["mismatched_keys"]:
+        say(f"the base's own head has another number of labels; a fresh one takes its place (seed {seed})")
+    if any(".pooler." in name for name in _fresh(found)):
+        say(f"{files.source} has no pooler; a fresh one stays as it is (seed {seed})")
+
+
+def _refuse_lost(files: BaseFiles, model: Any, task: Task, found: dict[str, Any]) -> None:
+    """Refuses a base of which more than a head or a pooler is missing."""
     mismatched = {
         str(name): f"{name}: file {tuple(ours)}, config {tuple(theirs)}"
         for name, ours, theirs in found["mismatched_keys"]
     }
-    fresh = sorted({*map(str, found["missing_keys"]), *mismatched})
     inside = f"{model.base_model_prefix}."
-    lost = [name for name in fresh if task != "classify" or (name.startswith(inside) and ".pooler." not in name)]
+    lost = [name for name in _fresh(found) if task != "classify" or (name.startswith(inside) and ".pooler." not in name)]
     if lost:
         only_head = all(not name.startswith(inside) for name in lost)
         raise BaseError(
@@ -312,10 +379,11 @@ def _check_loaded(files: BaseFiles, model: Any, task: Task, found: dict[str, Any
             got=mismatched.get(lost[0], lost[0]),
             fix="use a base that has its language model head" if only_head else "copy or download the base again",
         )
-    if mismatched:
-        say(f"the base's own head has another number of labels; a fresh one takes its place (seed {seed})")
-    if any(".pooler." in name for name in fresh):
-        say(f"{files.source} has no pooler; a fresh one stays as it is (seed {seed})")
+
+
+def _fresh(found: dict[str, Any]) -> list[str]:
+    """The tensors that are not in the base's files, or there in another shape."""
+    return sorted({*map(str, found["missing_keys"]), *(str(name) for name, *_ in found["mismatched_keys"])})
 
 
 def _first_line(error: BaseException) -> str:

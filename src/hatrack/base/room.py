@@ -1,6 +1,12 @@
-"""How much memory there is for a base, and whether it fits in there. Knows no torch and reads no weights."""
+"""How much memory there is for a base, whether it fits in there, and what can be given back.
 
+Knows no torch and reads no weights.
+"""
+
+import ctypes
+import gc
 import math
+import platform
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -39,6 +45,14 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
             left = max(0, limit - max(0, (used or 0) - droppable))
             found.append((left, f"left of the control group's {size(limit)}"))
     return min(found)
+
+
+def give_back() -> None:
+    """Drops what nobody refers to any more, and hands memory that is free back to the system (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _groups(root: Path) -> list[Path]:

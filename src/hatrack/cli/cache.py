@@ -10,60 +10,74 @@ from hatrack.cli.hats import age, print_table
 from hatrack.cli.options import Json
 from hatrack.errors import RecipeError
 from hatrack.say import size
+from hatrack.storage import cache_dir
 
 if TYPE_CHECKING:
-    from hatrack.engine.states import Entry
+    from hatrack.storage import Entry
 
 
 def cache(
     action: Annotated[str | None, typer.Argument(metavar="[clear]", help="clear: remove all that is shown.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is kept so that no run computes it again, or clear it."""
-    from hatrack.engine.states import entries, root
+    """Show what is kept so that no run computes it again, or clear it: results of layers, and quantised bases."""
+    from hatrack.base import packed
+    from hatrack.engine import states
 
     if action not in (None, "clear"):
         raise RecipeError("hatrack cache shows, hatrack cache clear removes", got=action, fix="use one of them")
-    found = entries()
     if action == "clear":
-        _clear(found, as_json)
-    elif as_json:
-        print(json.dumps({"folder": str(root()), "entries": [_facts(entry) for entry in found]}))
+        gone = [(entry.bytes, states.remove(entry)) for entry in states.entries()]
+        gone += [(entry.bytes, packed.remove(entry)) for entry in packed.entries()]
+        _clear(gone, as_json)
+        return
+    found = [_layers(entry, states.rows(entry)) for entry in states.entries()]
+    found += [_weights(entry) for entry in packed.entries()]
+    found.sort(key=lambda facts: facts["last_used"], reverse=True)
+    if as_json:
+        print(json.dumps({"folder": str(cache_dir()), "entries": found}))
     elif not found:
-        print(f"Nothing is kept in {root()}. hatrack train --layers top-N keeps what the layers below give.")
+        print(
+            f"Nothing is kept in {cache_dir()}. hatrack train --layers top-N keeps what the layers below give, "
+            "--quantize the base in fewer bits."
+        )
     else:
         _show(found)
-        total = sum(entry.bytes for entry in found)
-        print(f"\n{size(total)} in {root()}; hatrack cache clear removes it")
 
 
-def _show(found: "list[Entry]") -> None:
-    rows = [["BASE", "LAYERS BELOW", "FORMAT", "ROWS", "SIZE", "LAST USED"]]
-    for entry in found:
-        facts = _facts(entry)
-        packed = "" if facts["quantize"] == "none" else f", {facts['quantize']}"
-        told = (
-            [facts["base"], f"{facts['layers_below']}", f"{facts['dtype']}{packed}"] if entry.about else ["(damaged)"]
-        )
-        told += [""] * (3 - len(told))
-        rows.append([*told, f"{entry.rows:,}", size(entry.bytes), age(facts["last_used"])])
+def _show(found: list[dict[str, Any]]) -> None:
+    rows = [["BASE", "KEPT", "FORMAT", "SIZE", "LAST USED"]]
+    for facts in found:
+        base = facts["base"] or ("(unfinished)" if facts["folder"].rpartition("/")[2].startswith(".") else "(damaged)")
+        form = f"{facts['dtype'] or ''}" + ("" if facts["quantize"] in (None, "none") else f", {facts['quantize']}")
+        kept = "the base's weights"
+        if facts["kind"] == "layers":
+            kept = f"{facts['rows']:,} rows" + (f" after {facts['layers_below']} layers" if facts["base"] else "")
+        rows.append([base, kept, form, size(facts["bytes"]), age(facts["last_used"])])
     print_table(rows)
+    print(f"\n{size(sum(facts['bytes'] for facts in found))} in {cache_dir()}; hatrack cache clear removes it")
 
 
-def _clear(found: "list[Entry]", as_json: bool) -> None:
-    from hatrack.engine.states import remove
-
-    gone = [entry for entry in found if remove(entry)]
-    freed, used = sum(entry.bytes for entry in gone), len(found) - len(gone)
+def _clear(gone: list[tuple[int, bool]], as_json: bool) -> None:
+    """Says what was removed, of so many bytes each, and how many were not."""
+    freed, used = sum(count for count, done in gone if done), sum(not done for _, done in gone)
     if as_json:
-        print(json.dumps({"removed": len(gone), "freed_bytes": freed, "in_use": used}))
+        print(json.dumps({"removed": len(gone) - used, "freed_bytes": freed, "in_use": used}))
         return
-    print(f"{size(freed)} freed" + (f"; {used} kept, which running trainings use" if used else ""))
+    print(f"{size(freed)} freed" + (f"; {used} kept, which running commands use" if used else ""))
 
 
-def _facts(entry: "Entry") -> dict[str, Any]:
-    about = entry.about
+def _layers(entry: "Entry", rows: int) -> dict[str, Any]:
+    """Results of the layers below adapters, for so many rows."""
+    return _facts(entry, "layers") | {"layers_below": entry.about.get("layers"), "rows": rows}
+
+
+def _weights(entry: "Entry") -> dict[str, Any]:
+    """A base in fewer bits."""
+    return _facts(entry, "weights")
+
+
+def _facts(entry: "Entry", kind: str) -> dict[str, Any]:
     used = datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds")
-    told = {name: about.get(name) for name in ("base", "fingerprint", "dtype", "quantize")}
-    told |= {"layers_below": about.get("layers"), "rows": entry.rows, "bytes": entry.bytes, "last_used": used}
-    return {"folder": str(entry.folder), **told}
+    told = {name: entry.about.get(name) for name in ("base", "fingerprint", "dtype", "quantize")}
+    return {"folder": str(entry.folder), "kind": kind, **told, "bytes": entry.bytes, "last_used": used}

@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hatrack.engine.cost import give_back
+from hatrack.base.room import give_back
 from hatrack.engine.trainer import BEST
 from hatrack.say import console, say, say_in_signal
 from hatrack.storage import machine_errors, write_file

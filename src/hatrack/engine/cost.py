@@ -5,10 +5,7 @@ allocates there. Knows nothing of how a run trains.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
-import platform
 import resource
 import sys
 from pathlib import Path
@@ -140,14 +137,6 @@ def peak_memory() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def give_back() -> None:
-    """Drops what nobody refers to any more, and hands memory that is free back to the system (glibc)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _bytes_read() -> int:

@@ -22,18 +22,18 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from hatrack import storage
 from hatrack.errors import HatrackError, MachineError
 from hatrack.say import say_once
-from hatrack.storage import cache_dir, folder_size, write_file
+from hatrack.storage import ABOUT, Entry, cache_dir, folder_size, read_about, write_file
 
 FORMAT = 1
-ABOUT, STATES, INDEX = "about.json", ".states", ".index"
+STATES, INDEX = ".states", ".index"
 RECORD = np.dtype([("row", "V16"), ("start", "<i8"), ("bytes", "<i8"), ("check", "<u4")])
 """What an index tells of a row: its key, where its states begin in the file, how many bytes they are, a checksum."""
 
@@ -45,35 +45,19 @@ class _Place(NamedTuple):
     check: int
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One folder of states: what made them, how many rows, bytes on disk, when a run last used it (seconds since 1970).
-
-    Rows that two runs at the same time both kept count twice.
-    """
-
-    folder: Path
-    about: dict[str, Any]
-    rows: int
-    bytes: int
-    used: float
-
-
 def root() -> Path:
     """Where all entries lie."""
     return cache_dir("states")
 
 
 def entries() -> list[Entry]:
-    """Every entry, the one last used first; damaged ones as well, of which nothing is told."""
-    found = []
-    for folder in root().iterdir():
-        about = folder / ABOUT
-        with contextlib.suppress(OSError):
-            used = (about if about.exists() else folder).stat().st_mtime
-            rows = sum(len(_told(index)) for index in folder.glob(f"*{INDEX}"))
-            found.append(Entry(folder, _read(about) or {}, rows, folder_size(folder), used))
-    return sorted(found, key=lambda entry: -entry.used)
+    """Every entry, the one last used first; damaged ones as well."""
+    return storage.entries(root())
+
+
+def rows(entry: Entry) -> int:
+    """How many rows an entry has; those that two runs at the same time both kept count twice."""
+    return sum(len(_told(index)) for index in entry.folder.glob(f"*{INDEX}"))
 
 
 def remove(entry: Entry) -> bool:
@@ -103,7 +87,7 @@ def open_states(made_by: Mapping[str, Any], source: str, limit: int | None) -> "
     try:
         folder, taken = root() / key, folder_size(root())
         room = shutil.disk_usage(root()).free // 2 if limit is None else max(0, limit - taken)
-        written = _read(folder / ABOUT)
+        written = read_about(folder)
         if written is None or {name: written.get(name) for name in about} != about:
             shutil.rmtree(folder, ignore_errors=True)
             write_file(folder / ABOUT, json.dumps({**about, "base": source}, indent=2))
@@ -257,15 +241,6 @@ def _told(index: Path) -> np.ndarray:
 
 def _check(key: bytes, states: memoryview) -> int:
     return zlib.crc32(states, zlib.crc32(key))
-
-
-def _read(about: Path) -> dict[str, Any] | None:
-    """What an entry tells of itself; None where it is not there, or is no JSON."""
-    try:
-        found = json.loads(about.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _locked(file: BinaryIO, how: int) -> bool:

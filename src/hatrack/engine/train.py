@@ -26,6 +26,7 @@ from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base, load_config, load_tokenizer
+from hatrack.base.room import give_back
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.base.trunk import Trunk, find_trunk
 from hatrack.base.window import OUTSIDE, Window, as_if
@@ -110,7 +111,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trained, sweep, prefix
-    cost.give_back()  # before the base is loaded a second time
+    give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
     run.finish()
     ready.folders = dict.fromkeys(ready.folders, run.output)
