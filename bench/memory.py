@@ -2,11 +2,13 @@
 
     python bench/memory.py                        # a 7B shape: swept inside 3 and 2 GiB
     python bench/memory.py --layers 12 --stored float32 --sides swept,ordinary,peft --caps 3GiB
+    python bench/memory.py --sides 4bit --batches 1x64  # twice: the first time the base is quantised, and kept
 
 Writes the base once (Llama's shape, random weights, a file for each layer: 13.5 GB with all 32 layers in bfloat16) to
 the cache folder. Each side runs in a process of its own, capped ones in a memory control group (needs root), and has
 the base read from the disk again. Prints a table and writes JSON: seconds of a step (forward, backward, clipping,
-optimizer), bytes read from disk in it, and the most anonymous memory.
+optimizer), bytes read from disk in it, the most anonymous and the most resident memory in it, and what loading took:
+seconds and the most resident memory.
 """
 
 import argparse
@@ -33,8 +35,10 @@ from hatrack.recipe import Recipe, parse_size  # noqa: E402
 from hatrack.say import size  # noqa: E402
 from hatrack.storage import cache_dir  # noqa: E402
 
-SIDES = ("swept", "ordinary", "peft")
-"""hatrack over a base on disk; hatrack with the base in memory and checkpointing; transformers, peft, checkpointing."""
+SIDES = ("swept", "ordinary", "4bit", "peft")
+"""hatrack over a base on disk; hatrack with the base in memory and checkpointing; the same with the base in 4 bits;
+transformers, peft, checkpointing."""
+CAPPED = ("swept", "peft")
 
 
 def main() -> None:
@@ -56,19 +60,22 @@ def main() -> None:
     base = _written(options.layers, options.stored)
     there = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     print(f"base {size(there)} in {options.stored}, {torch.get_num_threads()} threads", flush=True)
-    print(f"{'side':<10}{'cap':>9}{'batches':>9}{'seconds':>10}{'read':>12}{'of base':>9}{'anonymous':>12}", flush=True)
+    header = f"{'side':<10}{'cap':>9}{'batches':>9}{'seconds':>10}{'read':>12}{'of base':>9}{'anonymous':>12}"
+    print(f"{header}{'resident':>12}{'loading':>10}{'resident':>12}", flush=True)
     found = []
     for batches in options.batches.split(","):
         for side in options.sides.split(","):
-            for cap in options.caps.split(",") if side != "ordinary" else [""]:
+            for cap in options.caps.split(",") if side in CAPPED else [""]:
                 asked = {"side": side, "base": str(base), "batches": batches, "dtype": options.dtype}
                 result = _run(asked, cap, options.limit)
                 found.append(asked | {"cap": cap} | result)
                 options.json.write_text(json.dumps({"base_bytes": there, "runs": found}, indent=1))
                 numbers = "  " + str(result.get("error"))
                 if "seconds" in result:
-                    read, anonymous = result["read"], size(result["anonymous"])
-                    numbers = f"{result['seconds']:>9.1f}s{size(read):>12}{read / there:>8.2f}x{anonymous:>12}"
+                    read, loading = result["read"], result["loading"]
+                    numbers = f"{result['seconds']:>9.1f}s{size(read):>12}{read / there:>8.2f}x"
+                    numbers += f"{size(result['anonymous']):>12}{size(result['resident']):>12}"
+                    numbers += f"{loading['seconds']:>9.1f}s{size(loading['resident']):>12}"
                 print(f"{side:<10}{cap or 'none':>9}{batches:>9}{numbers}", flush=True)
 
 
@@ -98,18 +105,21 @@ def _one(asked: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     ids = [torch.randint(3, 32_000, (1, tokens)) for _ in range(micro)]
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-    make = {"swept": _swept, "ordinary": _ordinary, "peft": _peft}[asked["side"]]
+    make = {"swept": _swept, "ordinary": _ordinary, "4bit": _in_4_bits, "peft": _peft}[asked["side"]]
+    start = time.perf_counter()
     model, step = make(asked["base"], asked["dtype"], batches)
+    loading = {"seconds": time.perf_counter() - start, "resident": _status("VmHWM")}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     model.train()
-    with _Anonymous() as anonymous:
+    with _Memory() as memory:
         before, start = _read_bytes(), time.perf_counter()
         loss = step()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         seconds, read = time.perf_counter() - start, _read_bytes() - before
-    return {"seconds": seconds, "read": read, "anonymous": anonymous.most, "loss": loss, "dtype": asked["dtype"]}
+    most = {"anonymous": memory.anonymous, "resident": memory.resident, "loading": loading}
+    return {"seconds": seconds, "read": read, **most, "loss": loss, "dtype": asked["dtype"]}
 
 
 Made = tuple[Any, Callable[[], float]]
@@ -134,12 +144,16 @@ def _swept(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> M
     return model, lambda: float(sweep.step(batches, range(len(batches)), lambda batch: _loss(model, batch, items)))
 
 
-def _ordinary(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> Made:
+def _in_4_bits(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> Made:
+    return _ordinary(folder, dtype, batches, quantize="4bit")
+
+
+def _ordinary(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]], quantize: str = "none") -> Made:
     from hatrack.adapter.place import place
     from hatrack.engine.fast_base import speed_up
     from hatrack.engine.fast_lora import LAYER_CLASSES
 
-    base = _loaded(folder, dtype)
+    base = _loaded(folder, dtype, quantize=quantize)
     speed_up(base.model)
     model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -179,11 +193,12 @@ def _peft(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> Ma
 RECIPE = Recipe.make(r=8, alpha=16.0, dropout=0.0, targets="q_proj,v_proj")
 
 
-def _loaded(folder: str, dtype: str, *, mapped: bool = False) -> Any:
+def _loaded(folder: str, dtype: str, *, mapped: bool = False, quantize: str = "none") -> Any:
     from hatrack.base.load import load_base
     from hatrack.base.sources import find_base
 
-    return load_base(find_base(folder), task="complete", device="cpu", dtype=dtype, mapped=mapped)
+    found = find_base(folder)
+    return load_base(found, task="complete", device="cpu", dtype=dtype, mapped=mapped, quantize=quantize)
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], items: int) -> torch.Tensor:
@@ -196,14 +211,14 @@ def _items(batches: list[dict[str, torch.Tensor]]) -> int:
     return sum(batch["labels"][:, 1:].numel() for batch in batches)
 
 
-class _Anonymous:
-    """Watches how much memory of this process belongs to no file."""
+class _Memory:
+    """Watches how much memory this process holds, and how much of it belongs to no file."""
 
     def __init__(self) -> None:
-        self.most, self._done = 0, threading.Event()
+        self.anonymous, self.resident, self._done = 0, 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> "_Anonymous":
+    def __enter__(self) -> "_Memory":
         self._thread.start()
         return self
 
@@ -213,7 +228,8 @@ class _Anonymous:
 
     def _watch(self) -> None:
         while not self._done.wait(0.05):
-            self.most = max(self.most, _status("RssAnon"))
+            self.anonymous = max(self.anonymous, _status("RssAnon"))
+            self.resident = max(self.resident, _status("VmRSS"))
 
 
 def _status(field: str) -> int:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.engine.states import ABOUT, States, open_states
+from hatrack.base import packed
+from hatrack.engine.states import States, open_states
+from hatrack.storage import ABOUT, held
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -30,7 +32,7 @@ def _kept(base: str, layers: int, rows: int) -> States:
 
 def test_what_is_kept_is_shown_and_removed(hatrack: Run, own_cache: Path) -> None:
     empty = hatrack("cache")
-    assert empty.code == 0 and empty.out.startswith(f"Nothing is kept in {own_cache}")
+    assert empty.code == 0 and empty.out.startswith(f"Nothing is kept in {own_cache.parent}")
     _kept("one-base", 20, 30).close()
     older = _kept("another-base", 4, 5)
     older.close()
@@ -39,11 +41,12 @@ def test_what_is_kept_is_shown_and_removed(hatrack: Run, own_cache: Path) -> Non
     heading, first, second, blank, total = hatrack("cache").out.splitlines()
     assert heading.split("  ")[0] == "BASE" and not blank and total.endswith("hatrack cache clear removes it")
     cells = [cell.strip() for cell in first.split("  ") if cell.strip()]
-    assert cells[:4] == ["one-base", "20", "bfloat16", "30"] and cells[4].endswith("KiB") and cells[5] == "now"
+    assert cells[:3] == ["one-base", "30 rows after 20 layers", "bfloat16"]
+    assert cells[3].endswith("KiB") and cells[4] == "now"
     assert second.split()[0] == "another-base" and second.endswith(" d")
 
     told = hatrack("cache", "--json").json
-    assert told["folder"] == str(own_cache)
+    assert told["folder"] == str(own_cache.parent)
     assert [(entry["base"], entry["layers_below"], entry["rows"]) for entry in told["entries"]] == [
         ("one-base", 20, 30),
         ("another-base", 4, 5),
@@ -57,9 +60,27 @@ def test_what_is_kept_is_shown_and_removed(hatrack: Run, own_cache: Path) -> Non
 def test_what_a_running_training_uses_stays(hatrack: Run, own_cache: Path) -> None:
     running = _kept("one-base", 20, 3)
     ran = hatrack("cache", "clear")
-    assert ran.code == 0 and ran.out == "0 bytes freed; 1 kept, which running trainings use\n"
+    assert ran.code == 0 and ran.out == "0 bytes freed; 1 kept, which running commands use\n"
     running.close()
     assert "freed" in hatrack("cache", "clear").out and not list(own_cache.iterdir())
+
+
+def test_quantised_bases_stand_in_the_same_table(hatrack: Run, own_cache: Path) -> None:
+    _kept("one-base", 20, 30).close()
+    for name in ("weights", ".weights.hatrack-1"):
+        (packed.root() / name).mkdir()
+        (packed.root() / name / "model.safetensors").write_bytes(bytes(5000))
+    about = '{"base": "big-base", "quantize": "4bit", "dtype": "float32"}'
+    (packed.root() / "weights" / ABOUT).write_text(about)
+    lines = sorted(hatrack("cache").out.splitlines())
+    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()][:4] for line in lines]
+    assert ["big-base", "the base's weights", "float32, 4bit", "4.9 KiB"] in cells
+    assert ["(unfinished)", "the base's weights", "4.9 KiB", "now"] in cells
+    assert {entry["kind"] for entry in hatrack("cache", "--json").json["entries"]} == {"layers", "weights"}
+    with held(packed.root() / ".weights.hatrack-1"):  # somebody is writing it
+        assert hatrack("cache", "clear", "--json").json["in_use"] == 1
+    assert [path.name for path in packed.root().iterdir()] == [".weights.hatrack-1"]
+    assert hatrack("cache", "clear", "--json").json["removed"] == 1 and not list(packed.root().iterdir())
 
 
 def test_a_damaged_entry_is_shown_and_removed(hatrack: Run, own_cache: Path) -> None:

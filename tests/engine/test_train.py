@@ -16,8 +16,10 @@ from safetensors.numpy import load_file
 import hatrack
 import hatrack.adapter.proof
 from hatrack.adapter import rack
+from hatrack.base import load, packed
+from hatrack.engine.callbacks import GracefulStop
 from hatrack.engine.trainer import HatTrainer
-from hatrack.errors import HatrackError, MachineError, RecipeError
+from hatrack.errors import HatrackError, Interrupted, MachineError, RecipeError
 from hatrack.plan import fit
 from hatrack.plan.memory import Method
 
@@ -199,6 +201,39 @@ def test_a_quantised_base_learns_and_reproduces(
     hat = _train(tmp_path, tiny_decoder, questions, epochs=6, quantize=quantize, dtype="bfloat16")
     assert hat.result["eval"]["loss"] < hat.result["before"]["loss"] - 0.1
     assert hat.hats["hat"].recipe["quantize"] == quantize
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_a_quantised_base_that_is_kept_trains_the_same_adapter_and_resumes(
+    tmp_path: Path, tiny_decoder: Path, questions: Path, quantize: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = {"epochs": 2, "quantize": quantize}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "_kept", lambda *_: None)  # quantised at each load
+        first = _train(tmp_path, tiny_decoder, questions, name="fresh", **run)
+    assert packed.entries() == [] and first.result["planned"]["disk"]["packed"] > 0
+    _train(tmp_path, tiny_decoder, questions, name="kept", **run)
+    assert len(packed.entries()) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        real = GracefulStop.on_step_end
+
+        def stop_at_five(stop: GracefulStop, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            stop.stopped |= state.global_step == 5
+            real(stop, args, state, control, **kwargs)
+
+        patch.setattr(GracefulStop, "on_step_end", stop_at_five)
+        with pytest.raises(Interrupted, match="step 5 is saved"):
+            _train(tmp_path, tiny_decoder, questions, name="stopped", **run)
+    hatrack.train(output=str(tmp_path / "stopped"), name="stopped", resume=True)
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fresh", "kept", "stopped")]
+    for name, wanted in adapters[0].items():
+        np.testing.assert_allclose(adapters[1][name], wanted, atol=2e-3, err_msg=name)
+        np.testing.assert_array_equal(adapters[2][name], adapters[1][name], err_msg=name)
+    proofs = [json.loads((tmp_path / name / "hatrack.json").read_text())["proof"] for name in ("fresh", "kept")]
+    assert proofs[1]["answers"] == proofs[0]["answers"]
+    for part in ("base", "adapter"):
+        np.testing.assert_allclose(proofs[1][part], proofs[0][part], atol=1e-3)
 
 
 def test_the_best_epoch_is_the_one_that_stays(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:

@@ -3,10 +3,10 @@
 Knows nothing of adapters, rows or training.
 """
 
-import importlib.util
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -116,7 +116,8 @@ def load_base(
     classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
     is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
     Weights are mapped from the files, not copied, where device and format allow it; `mapped` keeps the files' format so
-    that they are. Quantised ones are kept on disk from the first time on, and mapped from there (`packed.py`). No code of the base is run, unless its files are trusted.
+    that they are. Quantised ones are kept on disk from the first time on, and mapped from there (`packed.py`). No code
+    of the base is run, unless its files are trusted.
 
     Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
@@ -275,14 +276,9 @@ def _quantised(
     return model, found
 
 
-def _kept(
-    files: BaseFiles, task: Task, device: torch.device, quantize: str, options: dict[str, Any]
-) -> Path | None:
-    """The folder with the base's quantised weights, which are made and kept where they are not. None where they cannot
-    be kept.
-
-    They are those of the base alone: with its own head if it has one, whatever labels the task has, and nothing fresh.
-    """
+def _kept(files: BaseFiles, task: Task, device: torch.device, quantize: str, options: dict[str, Any]) -> Path | None:
+    """The folder with the base's quantised weights, which are made first where they are not kept yet. None where they
+    cannot be."""
     dtype = str(options["dtype"]).removeprefix("torch.")
     about = packed.made_by(files, task=task, quantize=quantize, dtype=dtype, device=device.type)
     folder = packed.find(about)
@@ -292,23 +288,28 @@ def _kept(
     if not packed.has_room(files.folder, quantize):
         return None
     say(f"quantising {files.source} to {quantize}, once ({size(weight_bytes(read_header(files.folder)))} to read)")
+    write = partial(save_file, _state(files, task, device, options))
+    folder = packed.keep(about, files.source, write)
+    if folder is not None:
+        say(f"kept in {folder} ({size(folder_size(folder))}): later runs take it from there; hatrack cache shows it")
+    del write
+    give_back()  # before the base is loaded from there
+    return folder
+
+
+def _state(files: BaseFiles, task: Task, device: torch.device, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Name -> weight of the quantised base: with its own head if it has one, whatever labels the task has, and nothing
+    fresh. Raises BaseError as `load_base` does."""
     model, found = _model(files, task, device, 0, options | {"config": _own_config(files)})
     _refuse_lost(files, model, task, found)
     fresh = _fresh(found)
     weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    weights = {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
-    folder = packed.keep(about, files.source, lambda file: save_file(weights, file))
-    if folder is not None:
-        say(f"kept in {folder} ({size(folder_size(folder))}): later runs take it from there; hatrack cache shows it")
-    del model, weights
-    give_back()
-    return folder
+    return {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
 
 
 def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], task: Task) -> Any:
     """What bitsandbytes is told: heads that are trained stay as they are."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
+    packed.need_bitsandbytes(quantize)
     skipped = packed.skipped_modules(config, task)
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
@@ -371,7 +372,9 @@ def _refuse_lost(files: BaseFiles, model: Any, task: Task, found: dict[str, Any]
         for name, ours, theirs in found["mismatched_keys"]
     }
     inside = f"{model.base_model_prefix}."
-    lost = [name for name in _fresh(found) if task != "classify" or (name.startswith(inside) and ".pooler." not in name)]
+    lost = [
+        name for name in _fresh(found) if task != "classify" or (name.startswith(inside) and ".pooler." not in name)
+    ]
     if lost:
         only_head = all(not name.startswith(inside) for name in lost)
         raise BaseError(

@@ -10,6 +10,7 @@ Knows no torch: what is quantised, and how it is loaded, is for `load.py`.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from hatrack import storage
 from hatrack.base.fingerprint import digest, fingerprint
-from hatrack.base.header import INDEX, WEIGHTS, head_modules, parameter_count, read_config, read_header
-from hatrack.errors import BaseError, MachineError
+from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_config, read_header
+from hatrack.errors import BaseError, MachineError, RecipeError
 from hatrack.say import say, say_once, size
 from hatrack.storage import ABOUT, Entry, cache_dir, held, new_folder, read_about, remove_unheld
 
@@ -51,14 +52,25 @@ def remove(entry: Entry) -> bool:
 
 
 def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
-    """The modules that stay as they are: a classifier's heads, which are trained. None leaves it to transformers, which
-    skips the output head."""
-    return head_modules(config) if task == "classify" else None
+    """The modules that stay as they are, by the ends of their names: a classifier's heads, which are trained, and its
+    pooler, which may be fresh. None leaves it to transformers, which skips the output head."""
+    pooler = POOLERS.get(str(config.get("model_type")))
+    return [*head_modules(config), *([pooler] if pooler else [])] if task == "classify" else None
+
+
+def need_bitsandbytes(quantize: str) -> None:
+    """Raises RecipeError where it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
 
 
 def made_by(files: "BaseFiles", *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
     """All that the quantised weights of a base depend on. `dtype` is the format of the rest of them and of what is
-    computed, `device` the kind of device (cpu, cuda) that quantised them."""
+    computed, `device` the kind of device (cpu, cuda) that quantised them.
+
+    Raises RecipeError where bitsandbytes is not installed, BaseError where the base cannot be read.
+    """
+    need_bitsandbytes(quantize)
     config = read_config(files.folder)
     return {
         "format": FORMAT,

@@ -206,6 +206,7 @@ def _show(where: "Setting", peeked: "Peek", chosen: "Plan", ways: dict[str, "Pla
         print("time       unknown for this machine")
     download = f", {size(peeked.to_download)} to download" if peeked.to_download else ""
     kept = f"; results of lower layers {size(chosen.disk['kept'])}" if "kept" in chosen.disk else ""
+    kept += f"; the quantised base {size(chosen.disk['packed'])}" if "packed" in chosen.disk else ""
     print(f"disk       base {size(chosen.disk['base'])}{download}; adapter {size(chosen.disk['adapter'])}{kept}\n")
     _table(ways)
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from hatrack.base.packed import is_kept, made_by
 from hatrack.base.peek import peek_folder
 from hatrack.base.sources import BaseFiles
 from hatrack.data.examples import Examples
@@ -51,11 +52,20 @@ def plan(
         learned=float(tokens.learn.learn.sum() / max(len(tokens.learn.ids), 1)),
         framework=None if device.type == "cuda" else resident(),
         known=known,
+        packed=_is_packed(recipe, files, examples.task, device, dtype),
     )
     where, found = fit.settle(recipe, peek_folder(files.folder), work, _machine(device, dtype), micro_batch)
     if not found.fits:
         say(f"this does not fit: {size(found.peak_memory_bytes)} for {size(where.limit)}; started all the same")
     return found, _tell(where, found)
+
+
+def _is_packed(recipe: Recipe, files: BaseFiles, task: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the base was quantised by an earlier run, and kept."""
+    if recipe.quantize == "none":
+        return False
+    name = str(dtype).removeprefix("torch.")
+    return is_kept(made_by(files, task=task, quantize=recipe.quantize, dtype=name, device=device.type))
 
 
 def _tell(where: Setting, found: Plan) -> Schedule:

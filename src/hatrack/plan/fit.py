@@ -25,6 +25,7 @@ from hatrack.plan.memory import (
     Method,
     state_bytes,
     training_bytes,
+    weight_bytes,
 )
 from hatrack.plan.shape import Anatomy, describe
 from hatrack.plan.time import Effort, forward, lower, step
@@ -51,7 +52,8 @@ MARGIN = 0.95
 class Work:
     """What there is to learn: (n,) tokens of each row to learn from and of each held out, and the share of tokens that
     are supervised (0 to classify). `framework` is what the process holds already, None where it has yet to start;
-    `known` the share of rows whose way through the layers below all adapters is kept."""
+    `known` the share of rows whose way through the layers below all adapters is kept; `packed` says that the quantised
+    base is."""
 
     task: str
     labels: int
@@ -60,6 +62,7 @@ class Work:
     learned: float
     framework: int | None = None
     known: float = 0.0
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -282,6 +285,7 @@ def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]
             accelerator=where.machine.accelerator,
             framework=where.work.framework or (where.machine.framework or FRAMEWORK) + imported,
             unread=0 if method.full or method.sweep else unread,
+            packed=where.work.packed,
         )
 
     return memory_for
@@ -321,8 +325,10 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     kept = kept_bytes(where, method)
     if kept:
         disk["kept"] = kept
+    if method.quantize != "none":
+        disk["packed"] = weight_bytes(anatomy, method, where.dtype)
     accumulation = where.batch_size // plan.micro_batch
-    read = 2 * anatomy.disk * (1 if method.sweep else accumulation)
+    read = 2 * disk.get("packed", anatomy.disk) * (1 if method.sweep else accumulation)
     read = read if method.sweep or (_mapped(where, method) and not plan.fits) else 0
     plan = dataclasses.replace(plan, disk=disk, read=read)
     prices = where.machine.prices
@@ -352,8 +358,9 @@ def _priced(where: Setting, plan: Plan) -> Plan:
 
 
 def _mapped(where: Setting, method: Method) -> bool:
-    """Whether the base's weights are the pages of its files."""
-    return where.anatomy.stored == where.dtype and method.quantize == "none" and not where.machine.accelerator
+    """Whether the base's weights are the pages of a file: its own, or the one that quantised weights are kept in."""
+    same = where.anatomy.stored == where.dtype or method.quantize != "none"
+    return same and not where.machine.accelerator
 
 
 def kept_bytes(where: Setting, method: Method) -> int:

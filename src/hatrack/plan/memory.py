@@ -76,12 +76,14 @@ def training_bytes(
     accelerator: bool = False,
     framework: int | None = None,
     unread: int = 0,
+    packed: bool = False,
 ) -> dict[str, int]:
     """Bytes of a run at its fullest, by term, for the largest micro-batch it meets.
 
     `step_tokens` are those of a whole step, which a sweep keeps at the boundaries of layers; `plain` says that the
     adapted layers are hatrack's own, not peft's (DoRA, quantised bases); `framework` what the process holds before;
-    `unread` how many layers are left in their file until the finished adapter is proven.
+    `unread` how many layers are left in their file until the finished adapter is proven; `packed` that a quantised base
+    is on disk as such already, and only has to be mapped.
     """
     item = ITEM_BYTES[dtype]
     trained = anatomy.counted.total - anatomy.counted.lora - anatomy.counted.head if method.full else 0
@@ -99,8 +101,8 @@ def training_bytes(
     heap = 0 if accelerator else round(HEAP * activations)
     held = min(batch.learned * anatomy.shape.vocabulary, max(LOGITS, 16 * anatomy.shape.vocabulary))
     runtime = ACCELERATOR if accelerator else (FRAMEWORK if framework is None else framework) + RUNTIME
-    packed = method.quantize != "none"
-    left = round(anatomy.dense * item * unread / max(anatomy.shape.layers, 1))
+    quantised = method.quantize != "none"
+    left = round(anatomy.dense * PACKED.get(method.quantize, item) * unread / max(anatomy.shape.layers, 1))
     terms = {
         "weights": 4 * trained if method.full else weights - left,
         "adapter": 0 if method.full else 4 * trainable,
@@ -108,11 +110,11 @@ def training_bytes(
         "optimizer": 8 * trainable,
         "activations": activations,
         "logits": 2 * held * item if anatomy.decoder else 0,
-        "workspace": _workspace(anatomy, batch, item) + (item * anatomy.largest if packed else 0),
+        "workspace": _workspace(anatomy, batch, item) + (item * anatomy.largest if quantised else 0),
         "heap": heap,
-        "framework": runtime + (BITSANDBYTES if packed and not accelerator else 0),
+        "framework": runtime + (BITSANDBYTES if quantised and not accelerator else 0),
     }
-    loading = terms["framework"] + _while_loading(anatomy, method, dtype, weights, accelerator)
+    loading = terms["framework"] + _while_loading(anatomy, method, dtype, weights, accelerator, packed)
     return terms | {"loading": max(0, loading - sum(terms.values()))}
 
 
@@ -132,12 +134,12 @@ def weight_bytes(anatomy: Anatomy, method: Method, dtype: str) -> int:
     return round(anatomy.dense * PACKED.get(method.quantize, item) + anatomy.outside * item)
 
 
-def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, accelerator: bool) -> int:
+def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, accelerator: bool, packed: bool) -> int:
     """While numbers are converted, the file's pages are in memory beside what is made of them."""
     if accelerator or method.sweep:
         return 0
     made = 4 * anatomy.frozen if method.full else weights
-    converted = anatomy.stored != dtype or method.quantize != "none"
+    converted = anatomy.stored != dtype if method.quantize == "none" else not packed
     return made + (anatomy.disk if converted else 0)
 
 
