@@ -5,7 +5,7 @@ what computed, by which versions. `model.safetensors` has the quantised model's 
 gives them, without those that are made anew for a task. A folder appears whole or not at all, and is used only as long
 as it is what was written: up to 512 MiB are read for that, of larger ones samples, as for a base's fingerprint.
 
-Knows no torch: what is quantised, and how it is loaded, is for `load.py`.
+Needs no torch: what is quantised, and how it is loaded, is for `load.py`.
 """
 
 import contextlib
