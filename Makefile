@@ -15,7 +15,7 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 fuzz: $(READY)
 	HF_HUB_OFFLINE=1 HATRACK_FUZZ=$${HATRACK_FUZZ:-1500} $(BIN)/python -m pytest -q tests/fuzz

@@ -51,13 +51,12 @@ def test_real_reviews_are_learned_and_plain_peft_agrees(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == pytest.approx(scores, abs=1e-5)
 
 
-def test_a_real_chat_model_learns_in_bf16(tmp_path: Path) -> None:
+def test_a_real_chat_model_learns(tmp_path: Path) -> None:
     hat = hatrack.train(
         base=CHAT_MODEL,
         data=str(ROOT / "recipes/data/questions.jsonl"),
         steps=12,
         batch_size=4,
-        dtype="bfloat16",
         output=str(tmp_path / "faq"),
     )
     assert hat.result["eval"]["loss"] < hat.result["before"]["loss"] - 0.3

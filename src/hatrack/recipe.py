@@ -50,8 +50,8 @@ def parse_memory(value: str | None) -> int | None:
 
 
 def _layers(value: str) -> str:
-    if value != "all" and not re.fullmatch(r"top-[1-9][0-9]*", value):
-        raise ValueError("must be all, or top-N such as top-4")
+    if value not in ("all", "auto") and not re.fullmatch(r"top-[1-9][0-9]*", value):
+        raise ValueError("must be all, auto, or top-N such as top-4")
     return value
 
 
@@ -163,9 +163,9 @@ class Recipe(BaseModel):
     )
     layers: Annotated[str, AfterValidator(_layers)] = option(
         "all",
-        "Depth of the adapter: all, or top-N for the last N layers.",
+        "Depth of the adapter: all, top-N for the last N layers, or auto: as few as a short comparison finds enough.",
         group="Adapter",
-        word="all|top-N",
+        word="all|auto|top-N",
         fix="use all or top-4",
     )
     variant: Literal["lora", "dora", "rslora", "pissa"] = option(
@@ -283,8 +283,8 @@ class Recipe(BaseModel):
 
     @property
     def top_layers(self) -> int | None:
-        """N of `top-N`, or None for all layers."""
-        return None if self.layers == "all" else int(self.layers.removeprefix("top-"))
+        """N of `top-N`, or None for all layers, and as long as `auto` has not been decided."""
+        return None if self.layers in ("all", "auto") else int(self.layers.removeprefix("top-"))
 
     def _agree(self) -> None:
         """Raises RecipeError where two options contradict each other."""

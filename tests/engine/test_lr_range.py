@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hatrack
-from hatrack.engine import lr_range
+from hatrack.engine import rehearsal
 from hatrack.engine.lr_range import BACK, choose_rate, find_learning_rate
 
 
@@ -38,7 +38,7 @@ def _loss(model: Valley, batch: dict[str, torch.Tensor], task: str) -> tuple[tor
 
 
 def test_everything_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lr_range, "losses", _loss)
+    monkeypatch.setattr(rehearsal, "losses", _loss)
     model = Valley().eval()
     torch.manual_seed(3)
     state = torch.get_rng_state()

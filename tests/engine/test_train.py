@@ -122,7 +122,7 @@ def _start(base: Path, data: Path, output: Path, *, resume: bool) -> "subprocess
         command += ["--resume"]
     else:
         command += ["--base", str(base), "--data", str(data), "--device", "cpu", "--dtype", "float32"]
-        command += ["--lr", "0.01", "--batch-size", "4", "--epochs", "40"]
+        command += ["--lr", "0.01", "--batch-size", "4", "--epochs", "12"]
     return subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

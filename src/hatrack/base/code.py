@@ -50,7 +50,6 @@ def check_code(files: BaseFiles) -> BaseFiles:
 
 def needed_code(folder: Path) -> list[str]:
     """References such as `modeling_x.XForCausalLM`, or `owner/name--modeling_x.X`, to classes transformers has not."""
-    known = set(dir(transformers))
     references: list[str] = []
     for name in (CONFIG, TOKENIZER_CONFIG):
         path = folder / name
@@ -59,6 +58,9 @@ def needed_code(folder: Path) -> list[str]:
             references += [reference for kind in ASKED_FOR for reference in _texts(found.get(kind))]
         elif found is not None:  # older tokenizers: a pair
             references += _texts(found)
+    if not references:
+        return []
+    known = set(dir(transformers))  # which takes a while
     names = {reference: reference.rpartition(".")[2] for reference in references}
     return [reference for reference, name in names.items() if not {name, name.removesuffix("Fast")} & known]
 

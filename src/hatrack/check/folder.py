@@ -18,8 +18,9 @@ PEFTS_OWN = ("classifier", "score")
 EMBEDDINGS = ("embed_tokens", "word_embeddings", ".wte.", "lm_head")
 
 
-def check_adapter(adapter: str | Path, base: str | None = None) -> list[Finding]:
-    """All that its files tell is wrong or doubtful with an adapter; `base` names where its base lies now."""
+def check_adapter(adapter: str | Path, base: str | None = None, *, trust: str | None = None) -> list[Finding]:
+    """All that its files tell is wrong or doubtful with an adapter; `base` names where its base lies now, `trust` the
+    base whose own code may run."""
     looking = Looking()
     folder = looking.at("adapter-refused", find, adapter)
     files = looking.at("adapter-refused", read_adapter, folder)
@@ -27,7 +28,7 @@ def check_adapter(adapter: str | Path, base: str | None = None) -> list[Finding]
         return looking.found
     hat = files.hat.base if files.hat else {}
     source = base or hat.get("source") or files.config.get("base_model_name_or_path")
-    looking.at("base-lost", find_base, str(source or ""), revision=None if base else hat.get("revision"))
+    looking.at("base-lost", find_base, str(source or ""), revision=None if base else hat.get("revision"), trust=trust)
     tensors = load_file(files.weights)
     return looking.found + [found for gotcha in GOTCHAS if (found := gotcha(files, tensors)) is not None]
 

@@ -13,16 +13,20 @@ if TYPE_CHECKING:
     from hatrack.check.finding import Finding
 
 
+OPENING = ("base", "device", "dtype", "trust_remote_code")
+"""Options that an adapter is opened with."""
+
+
 def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
     from hatrack.check.finding import refusal
     from hatrack.check.folder import check_adapter
     from hatrack.errors import HatrackError, WrongBase
     from hatrack.hat import load
 
-    found = check_adapter(adapter, given.get("base"))
+    found = check_adapter(adapter, given.get("base"), trust=given.get("trust_remote_code"))
     if not any(finding.refused for finding in found):
         try:
-            load(adapter, **{name: given[name] for name in ("base", "device", "dtype") if name in given})
+            load(adapter, **{name: given[name] for name in OPENING if name in given})
         except HatrackError as error:
             found.append(refusal("other-base" if isinstance(error, WrongBase) else "adapter-refused", error))
     _report(adapter, found, as_json)

@@ -12,16 +12,29 @@ Knows nothing of recipes, files of data or how adapters are placed.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hatrack.base.trunk import Trunk
-from hatrack.engine.states import States, row_key
+from hatrack.engine.states import row_key
 from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
 
 PROBE_TOKENS = 4
+
+
+class Kept(Protocol):
+    """Hidden states of rows by their key: on disk (`states.States`), or for a short while in memory."""
+
+    def read(self, key: bytes, into: memoryview) -> bool:
+        """Fills `into` with a row's states, and says whether they were there."""
+
+    def add(self, key: bytes, states: memoryview) -> None:
+        """Keeps a row's states."""
+
+    def flush(self) -> None:
+        """Makes them outlast this process, where they are to."""
 
 
 class Prefix:
@@ -31,7 +44,7 @@ class Prefix:
     random numbers are drawn there all the same.
     """
 
-    def __init__(self, model: Any, trunk: Trunk, depth: int, *, task: str, states: States | None) -> None:
+    def __init__(self, model: Any, trunk: Trunk, depth: int, *, task: str, states: Kept | None) -> None:
         self.model, self.trunk, self.depth, self.task, self.states = model, trunk, depth, task, states
         self.device = next(model.parameters()).device
         with trunk.shortened(0):

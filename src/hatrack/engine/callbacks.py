@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hatrack.base.room import give_back
+from hatrack.base.room import trim
 from hatrack.engine.trainer import BEST
 from hatrack.say import console, say, say_in_signal
 from hatrack.storage import machine_errors, write_file
@@ -161,4 +161,4 @@ class GiveBack(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.use_cpu and state.global_step % GIVE_BACK_EVERY == 0:
-            give_back()
+            trim()

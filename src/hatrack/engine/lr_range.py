@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hatrack.evaluate.loss import items, losses
+from hatrack.engine.rehearsal import gradients, rehearsal
 from hatrack.say import say
 
 STEPS = 20
@@ -52,21 +52,12 @@ def choose_rate(tried: Sequence[tuple[float, float]], usual: float) -> float:
 def _try_rates(
     model: Any, batches: Sequence[dict[str, torch.Tensor]], task: str, usual: float
 ) -> list[tuple[float, float]]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before, was_training = [parameter.detach().clone() for parameter in parameters], model.training
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    total = max(sum(items(batch, task) for batch in batches), 1)
     tried: list[tuple[float, float]] = []
-    model.train()
-    accelerators = [parameters[0].device] if parameters[0].device.type in ("cuda", "xpu") else []
-    with torch.random.fork_rng(accelerators):
+    with rehearsal(model) as parameters:
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         for step in range(STEPS):
             rate = usual * LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
-            loss = 0.0
-            for batch in batches:
-                part = losses(model, batch, task)[0].sum() / total
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
+            loss = gradients(model, batches, task)
             tried.append((rate, loss))
             if not loss <= WORSE * min(earlier for _, earlier in tried) + 0.05:  # also where it is not a number
                 break
@@ -75,9 +66,4 @@ def _try_rates(
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-    with torch.no_grad():
-        for parameter, kept in zip(parameters, before, strict=True):
-            parameter.copy_(kept)
-            parameter.grad = None
-    model.train(was_training)
     return tried

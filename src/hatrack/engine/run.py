@@ -248,6 +248,8 @@ def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
         )
     before = json.loads(path.read_text())["recipe"]
     given = recipe.set_options()
+    if given.get("layers") == "auto":
+        del given["layers"]  # decided already, or still to be
     for name, value in given.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise RecipeError(

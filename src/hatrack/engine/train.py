@@ -1,7 +1,6 @@
 """The main path: from a recipe to a finished adapter, read from top to bottom."""
 
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -9,7 +8,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-import torch
 import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import (
@@ -25,14 +23,13 @@ from hatrack.adapter.place import place
 from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
-from hatrack.base.load import Base, choose_device, choose_dtype, load_base, load_config, load_tokenizer
+from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer
 from hatrack.base.room import give_back
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.base.trunk import Trunk, find_trunk
 from hatrack.base.window import OUTSIDE, Window, as_if
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
-from hatrack.data.batch import LengthBatches, collate
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
@@ -41,12 +38,13 @@ from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, Progre
 from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
-from hatrack.engine.lr_range import find_learning_rate
+from hatrack.engine.load import load_for, name_of
 from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
 from hatrack.engine.states import States, open_states, row_key
 from hatrack.engine.sweep import Sweep
 from hatrack.engine.trainer import BEST, HatTrainer
+from hatrack.engine.tune import measured_depth, measured_rate
 from hatrack.engine.watch import Watch
 from hatrack.errors import BaseError, RecipeError
 from hatrack.evaluate.score import Score
@@ -78,17 +76,14 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     examples = read_examples(recipe)
     files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
     tokenizer, tokens = _tokenise(recipe, files, examples)
-    device = choose_device(recipe.device)[0]
-    dtype = choose_dtype(recipe.dtype, device)[0]
-    resumed = run.recall("schedule") or {}
     made_on = lineage(files, recipe.quantize)
-    states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, _name_of(dtype))
-    if states is not None:
-        opened.callback(states.close)
-    known = _known(states, tokens)
-    plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, known, resumed.get("micro_batch"))
-    facts = Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, _name_of(dtype))
+    facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
     advise(facts)
+    if recipe.layers == "auto":
+        recipe = measured_depth(facts)
+        run = replace(run, recipe=recipe)
+        facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
+    plan, schedule, resumed = facts.plan, facts.schedule, run.recall("schedule")
     base = load_for(recipe, files, examples, mapped=plan.method.sweep)
 
     set_seed(recipe.seed)
@@ -98,7 +93,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
         model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
-        schedule = replace(schedule, lr=resumed["lr"]) if resumed else measured(base, model, facts)
+        schedule = replace(schedule, lr=resumed["lr"] if resumed else measured_rate(base, model, facts))
     run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
     sweep, prefix = _parts(run, base, model, trunk, facts, states, known)
     trained = _fit(run, base, model, facts, schedule, trackers, sweep, prefix)
@@ -143,24 +138,26 @@ def _tokenise(recipe: Recipe, files: BaseFiles, examples: Examples) -> tuple[Any
     return tokenizer, tokenise(recipe, examples, tokenizer, config)
 
 
-def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bool) -> Base:
-    """The base, for the task and labels of the examples, as the recipe says. Says on which device, in which format."""
-    device, why_device = choose_device(recipe.device)
-    dtype, why_dtype = choose_dtype(recipe.dtype, device)
-    say(f"device: {device} ({why_device}); base in {_name_of(dtype)} ({why_dtype})")
-    if mapped:
-        say("the base is larger than memory: it stays on disk, and each step reads every layer twice")
-    return load_base(
-        files,
-        task=cast(Task, examples.task),
-        labels=examples.labels,
-        multi_label=examples.multi_label,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        quantize=recipe.quantize,
-        mapped=mapped,
-        seed=recipe.seed,
-    )
+def _prepare(
+    run: Run,
+    made_on: dict[str, Any],
+    files: BaseFiles,
+    examples: Examples,
+    tokenizer: Any,
+    tokens: Tokens,
+    opened: ExitStack,
+) -> tuple[Facts, States | None, float]:
+    """What the run will take and the schedule that follows, said aloud; and what is kept of the layers below the
+    adapters, with the share of rows it is kept of. Raises RecipeError where the run does not fit this machine."""
+    recipe, device = run.recipe, choose_device(run.recipe.device)[0]
+    dtype = choose_dtype(recipe.dtype, device)[0]
+    states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, name_of(dtype))
+    if states is not None:
+        opened.callback(states.close)
+    known = _known(states, tokens)
+    rows = (run.recall("schedule") or {}).get("micro_batch")
+    plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, known, rows)
+    return Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, name_of(dtype)), states, known
 
 
 def _states(
@@ -234,18 +231,6 @@ def _prefix(model: Any, trunk: Trunk | None, facts: Facts, states: States | None
     earlier = f" ({known:.0%} of the rows were, by earlier runs)" if known else ""
     say(f"the first {prefix.depth} of {len(trunk.layers)} layers stay as they are, run without dropout{once}{earlier}")
     return prefix
-
-
-def measured(base: Base, model: Any, facts: Facts) -> Schedule:
-    """The schedule with a learning rate found by a range test on the rows of one step."""
-    schedule, learn = facts.schedule, facts.tokens.learn
-    order = LengthBatches(learn.lengths, schedule.micro_batch, facts.recipe.seed, by_tokens=facts.task != "classify")
-    micro_batches = [
-        collate([learn.row(index) for index in rows], base.tokenizer.pad_token_id, facts.task)
-        for rows in itertools.islice(order, schedule.accumulation)
-    ]
-    on_device = [{name: tensor.to(base.device) for name, tensor in batch.items()} for batch in micro_batches]
-    return replace(schedule, lr=find_learning_rate(model, on_device, facts.task, facts.usual_lr))
 
 
 def _trackers(recipe: Recipe) -> list[str]:
@@ -402,11 +387,6 @@ def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, paramete
         "eval": trained.after.metrics,
         "planned": {"steps": schedule.steps, **plan.as_json()},
     }
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def shown(metrics: dict[str, float]) -> str:

@@ -9,7 +9,8 @@ from hatrack.check.finding import Finding
 from hatrack.check.running import Step, loss_not_a_number, no_gradient
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.engine.fast_lora import LAYER_CLASSES
-from hatrack.engine.train import load_for, measured
+from hatrack.engine.load import load_for
+from hatrack.engine.tune import measured_rate
 from hatrack.evaluate.loss import losses
 
 ROWS = 4
@@ -37,5 +38,5 @@ def one_step(facts: Facts) -> list[Finding]:
     step = Step(1, float(loss.detach()), norm, rows, str(facts.recipe.data))
     found = [loss_not_a_number(step, facts.schedule.lr, facts.usual_lr, facts.dtype), no_gradient(step)]
     if facts.recipe.lr == "auto" and not any(found):
-        measured(base, model, facts)
+        measured_rate(base, model, facts)
     return [finding for finding in found if finding is not None]

@@ -187,7 +187,7 @@ def _needs_whole_base(where: Setting) -> str | None:
     """The option that a base cannot be swept with, one layer after the other on a processor; None where it can."""
     recipe = where.recipe
     options = {"quantize": recipe.quantize != "none", "variant": recipe.variant in ("dora", "pissa")}
-    options |= {"lr": recipe.lr == "auto", "device": where.machine.accelerator}
+    options |= {"lr": recipe.lr == "auto", "layers": recipe.layers == "auto", "device": where.machine.accelerator}
     return next((name for name, needs in options.items() if needs), None)
 
 
@@ -255,7 +255,11 @@ def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
     ]
     swept = [
         (f"{words}, and the base swept layer by layer", where.recipe.changed(**{name: value}), Method(sweep=True))
-        for words, name, value in (("--variant lora", "variant", "lora"), ("no --lr auto", "lr", None))
+        for words, name, value in (
+            ("--variant lora", "variant", "lora"),
+            ("no --lr auto", "lr", None),
+            ("--layers all", "layers", "all"),
+        )
         if _needs_whole_base(where) == name
     ]
     by_rows = plan.memory["activations"] + plan.memory["heap"] > plan.memory["weights"]

@@ -1,0 +1,36 @@
+"""The base of a run, as its recipe says."""
+
+from typing import cast
+
+import torch
+
+from hatrack.base.load import Base, choose_device, choose_dtype, load_base
+from hatrack.base.sources import BaseFiles
+from hatrack.data.examples import Examples
+from hatrack.recipe import Recipe, Task
+from hatrack.say import say
+
+
+def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bool) -> Base:
+    """The base, for the task and labels of the examples, as the recipe says. Says on which device, in which format."""
+    device, why_device = choose_device(recipe.device)
+    dtype, why_dtype = choose_dtype(recipe.dtype, device)
+    say(f"device: {device} ({why_device}); base in {name_of(dtype)} ({why_dtype})")
+    if mapped:
+        say("the base is larger than memory: it stays on disk, and each step reads every layer twice")
+    return load_base(
+        files,
+        task=cast(Task, examples.task),
+        labels=examples.labels,
+        multi_label=examples.multi_label,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        quantize=recipe.quantize,
+        mapped=mapped,
+        seed=recipe.seed,
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,109 @@
+"""Settings that a recipe leaves to a measurement: the learning rate (`--lr auto`) and the depth (`--layers auto`)."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import set_seed
+
+from hatrack.adapter.place import place
+from hatrack.base.load import Base
+from hatrack.base.room import give_back
+from hatrack.base.trunk import find_trunk
+from hatrack.check.facts import Facts
+from hatrack.data.batch import LengthBatches, collate
+from hatrack.engine.depth import KEEP, SCORED, Depth, choose, steps_of, tops, try_depths
+from hatrack.engine.fast_base import speed_up
+from hatrack.engine.fast_lora import LAYER_CLASSES
+from hatrack.engine.load import load_for
+from hatrack.engine.lr_range import find_learning_rate
+from hatrack.errors import BaseError
+from hatrack.evaluate.loss import Batch
+from hatrack.evaluate.score import Score, main_metric, score
+from hatrack.recipe import Recipe
+from hatrack.say import say
+
+
+def measured_rate(base: Base, model: Any, facts: Facts) -> float:
+    """The peak learning rate that a range test finds on the rows of one step."""
+    return find_learning_rate(model, _first_steps(base, facts, 1)[0], facts.task, facts.usual_lr)
+
+
+def measured_depth(facts: Facts) -> Recipe:
+    """The recipe with as few adapted layers as a short comparison finds enough; says what that costs and saves."""
+    try:
+        return facts.recipe.changed(layers=_compared(facts))
+    except (BaseError, ValueError) as error:  # no single stack of layers, or one that is not the same each time
+        say(f"layers: all; depths cannot be compared: {error}")
+        return facts.recipe.changed(layers="all")
+
+
+def _compared(facts: Facts) -> str:
+    count = steps_of(facts.schedule.steps)
+    if not count:
+        say(f"layers: all; a run of {facts.schedule.steps:,} steps is too short to try several depths first")
+        return "all"
+    base = load_for(facts.recipe, facts.files, facts.examples, mapped=False)
+    set_seed(facts.recipe.seed)
+    trunk = find_trunk(base.model)
+    speed_up(base.model)
+    model = place(base.model, facts.recipe, task=facts.task, layer_classes=LAYER_CLASSES)
+    if facts.plan.method.checkpointing:
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+    steps = _first_steps(base, facts, count)
+    held_out = facts.tokens.held_out.first(min(SCORED, max(32, count * facts.schedule.batch_size // 4)))
+    names = ", ".join(f"top {top}" for top in tops(len(trunk.layers))[1:])
+    say(f"layers: trying {count} steps with adapters on all {len(trunk.layers)} layers, and on the {names}")
+    pad_id, rate, seen = base.tokenizer.pad_token_id, facts.schedule.lr, _rows_seen(facts)
+    before = score(model, held_out, task=facts.task, batch_size=8, pad_id=pad_id, device=base.device)
+    tried: list[Depth] = []
+    for depth in try_depths(model, trunk, steps, held_out, task=facts.task, pad_id=pad_id, lr=rate):
+        tried.append(depth)
+        seconds = depth.seconds(facts.schedule.steps, seen)
+        say(f"  {depth.name}: {_shown(depth.score)} after them; about {seconds:,.0f} s for the whole run")
+    chosen = choose(tried, before.metrics["loss"], facts.schedule.steps, seen)
+    say(f"layers: {_verdict(tried, chosen, before, facts, seen)}")
+    del base, model, trunk, steps
+    give_back()
+    return chosen.name
+
+
+def _first_steps(base: Base, facts: Facts, count: int) -> list[list[Batch]]:
+    """The micro-batches of the run's first steps, on the base's device."""
+    schedule, learn = facts.schedule, facts.tokens.learn
+    order = LengthBatches(learn.lengths, schedule.micro_batch, facts.recipe.seed, by_tokens=facts.task != "classify")
+    found = [
+        collate([learn.row(index) for index in rows], base.tokenizer.pad_token_id, facts.task)
+        for rows in itertools.islice(order, count * schedule.accumulation)
+    ]
+    moved = [{name: tensor.to(base.device) for name, tensor in batch.items()} for batch in found]
+    return [moved[start : start + schedule.accumulation] for start in range(0, len(moved), schedule.accumulation)]
+
+
+def _rows_seen(facts: Facts) -> int:
+    """Rows that go through the layers below the adapters: each once, or where nothing is kept in every epoch."""
+    schedule, kept = facts.schedule, facts.recipe.cache_limit != 0
+    return (
+        min(len(facts.tokens.learn), schedule.steps * schedule.batch_size)
+        if kept
+        else schedule.steps * schedule.batch_size
+    )
+
+
+def _verdict(tried: Sequence[Depth], chosen: Depth, before: Score, facts: Facts, seen: int) -> str:
+    """What was chosen, what it costs and what it saves."""
+    everything, metric = tried[0], main_metric(facts.task)
+    gained = before.metrics["loss"] - everything.loss
+    if chosen is everything:
+        return f"all; they lowered the held-out loss by {gained:.3f}, and no smaller depth keeps {KEEP:.0%} of that"
+    kept = (before.metrics["loss"] - chosen.loss) / gained
+    change = chosen.score.metrics[metric] - everything.score.metrics[metric]
+    full, short = (depth.seconds(facts.schedule.steps, seen) for depth in (everything, chosen))
+    return (
+        f"{chosen.name} keeps {kept:.0%} of what all {chosen.layers} lowered the held-out loss by "
+        f"({metric} {change:+.3f} on {len(chosen.score.weights):,} rows), in about {short:,.0f} s, not {full:,.0f}"
+    )
+
+
+def _shown(found: Score) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.metrics.items() if name in ("accuracy", "loss"))
