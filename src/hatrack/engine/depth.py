@@ -6,7 +6,7 @@ Everything is put back. Knows nothing of recipes or files.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from hatrack.base.trunk import Trunk
-from hatrack.data.render import TokenRows
 from hatrack.engine.cache import Prefix
 from hatrack.engine.rehearsal import gradients, rehearsal
-from hatrack.evaluate.loss import Batch
-from hatrack.evaluate.score import Score, score
+from hatrack.evaluate.loss import Batch, Losses
+from hatrack.evaluate.score import Score
 
 SHARES = (1 / 2, 1 / 3, 1 / 6)
 """Depths that are tried beside all layers."""
@@ -26,8 +25,14 @@ KEEP = 0.95
 """A smaller depth has to keep this share of what all layers lowered the held-out loss by."""
 LITTLE = 0.01
 """Nats; where all layers lowered the loss by less, the comparison tells nothing."""
-FEWEST, MOST, PART = 8, 32, 20
-"""Steps of each small run: the run's own by PART, at least FEWEST (else there is no comparison), at most MOST."""
+PART, SMALLER = 20, 4
+"""Each small run sees this part of the rows that the run itself will, in batches so many times smaller: more steps for
+the same time, since the first few dozen steps, in which hardly anything is learned, tell depths not apart."""
+FEWEST, MOST = 48, 128
+"""Steps of a small run; for a run with fewer there is no comparison."""
+TIMED = 2
+"""Steps of the run's own size that are timed."""
+Runner = Callable[[Iterable[Batch]], Iterable[Losses]]
 SCORED = 256
 """Held-out rows that are scored at most."""
 
@@ -35,7 +40,7 @@ SCORED = 256
 @dataclass(frozen=True)
 class Depth:
     """What was measured with adapters on the last `top` of `layers` layers: the held-out score after the small run,
-    seconds a step, and seconds a row of the layers below, which are computed once."""
+    seconds of a whole step, and seconds a row of the layers below, which are computed once."""
 
     top: int
     layers: int
@@ -58,9 +63,22 @@ class Depth:
         return steps * self.step + rows * self.below
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What every depth is tried on: the micro-batches of each step of the `small` run, those of a few steps of the
+    run's own size (`whole`), its peak learning rate, and how a model is scored on held-out rows."""
+
+    small: Sequence[Sequence[Batch]]
+    whole: Sequence[Sequence[Batch]]
+    task: str
+    lr: float
+    score: Callable[[Any, Runner | None], Score]
+
+
 def steps_of(steps: int) -> int:
     """Steps of each small run, for a run of so many; 0 where that is too short to be worth a comparison."""
-    return min(MOST, steps // PART) if steps >= FEWEST * PART else 0
+    found = min(MOST, SMALLER * steps // PART)
+    return found if found >= FEWEST else 0
 
 
 def tops(layers: int) -> list[int]:
@@ -72,78 +90,55 @@ def tops(layers: int) -> list[int]:
     return sorted({layers, *(max(1, round(layers * share)) for share in SHARES)}, reverse=True)
 
 
-def try_depths(
-    model: Any,
-    trunk: Trunk,
-    steps: Sequence[Sequence[Batch]],
-    held_out: TokenRows,
-    *,
-    task: str,
-    pad_id: int,
-    lr: float,
-) -> Iterator[Depth]:
-    """Measures one depth after the other, all layers first. `steps` are those of each small run, in micro-batches.
+def try_depths(model: Any, trunk: Trunk, trial: Trial) -> Iterator[Depth]:
+    """Measures one depth after the other, all layers first.
 
     `model` has adapters on all layers; where a smaller depth leaves none, it is not tried. Raises ValueError where what
     is below the adapters is not the same each time.
     """
     with rehearsal(model):
-        gradients(model, steps[0], task)  # the first pass of all is slower: it would count against all layers
+        gradients(model, trial.whole[0], trial.task)  # the first pass is slower: it would count against all layers
     for top in tops(len(trunk.layers)):
         with _still(trunk, len(trunk.layers) - top), rehearsal(model) as parameters:
-            if not any(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad):
-                continue
-            yield _small_run(model, trunk, top, parameters, steps, held_out, task, pad_id, lr)
+            if any(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad):
+                yield _small_run(model, trunk, top, parameters, trial)
+
+
+def keeps(depth: Depth, everything: Depth, before: float) -> bool:
+    """Whether a depth lowered the held-out loss `before` by enough of what all layers lowered it by; where these hardly
+    did, the comparison tells nothing, and no depth does."""
+    gained = before - everything.loss
+    return gained >= LITTLE and before - depth.loss >= KEEP * gained
 
 
 def choose(tried: Sequence[Depth], before: float, steps: int, rows: int) -> Depth:
-    """The fastest of those that keep enough of what all layers, the first, lowered the held-out loss `before` by."""
-    gained = before - tried[0].loss
-    if not gained >= LITTLE:
-        return tried[0]
-    enough = [depth for depth in tried if before - depth.loss >= KEEP * gained]
-    return min(enough, key=lambda depth: depth.seconds(steps, rows))
+    """The fastest of those that keep enough; all layers, the first, where none does."""
+    enough = [depth for depth in tried if keeps(depth, tried[0], before)]
+    return min(enough, key=lambda depth: depth.seconds(steps, rows)) if enough else tried[0]
 
 
-def _small_run(
-    model: Any,
-    trunk: Trunk,
-    top: int,
-    parameters: list[torch.nn.Parameter],
-    steps: Sequence[Sequence[Batch]],
-    held_out: TokenRows,
-    task: str,
-    pad_id: int,
-    lr: float,
-) -> Depth:
+def _small_run(model: Any, trunk: Trunk, top: int, parameters: list[torch.nn.Parameter], trial: Trial) -> Depth:
     depth, below = len(trunk.layers) - top, 0.0
-    prefix = Prefix(model, trunk, depth, task=task, states=_InMemory()) if depth else None
-    if prefix:
-        began = time.perf_counter()
-        rows = [len(_filled(prefix, batch)["labels"]) for step in steps for batch in step]
-        below = (time.perf_counter() - began) / sum(rows)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = lr
-    began = time.perf_counter()
-    for step in steps:
-        gradients(model, step, task, prefix)
+    prefix = Prefix(model, trunk, depth, task=trial.task, states=_InMemory()) if depth else None
+    optimizer = torch.optim.AdamW(parameters, lr=trial.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(trial.small))
+    for batches in trial.small:
+        gradients(model, batches, trial.task, prefix)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    seconds = (time.perf_counter() - began) / len(steps)
-    run = prefix.losses if prefix else None
-    device = parameters[0].device
-    found = score(model, held_out, task=task, batch_size=8, pad_id=pad_id, device=device, run=run)
-    return Depth(top, len(trunk.layers), found, seconds, below)
-
-
-def _filled(prefix: Prefix, batch: Batch) -> Batch:
-    """Has `prefix` keep what it gives for a batch, and returns the batch."""
-    with prefix.given(batch):
-        return batch
+    score = trial.score(model, prefix.losses if prefix else None)
+    if prefix:
+        prefix.states, began, rows = _InMemory(), time.perf_counter(), 0
+        for batch in (batch for batches in trial.whole for batch in batches):
+            with prefix.given(batch):  # which computes what is not kept yet
+                rows += len(batch["labels"])
+        below = (time.perf_counter() - began) / rows
+    began = time.perf_counter()
+    for batches in trial.whole:
+        gradients(model, batches, trial.task, prefix)
+    return Depth(top, len(trunk.layers), score, (time.perf_counter() - began) / len(trial.whole), below)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Settings that a recipe leaves to a measurement: the learning rate (`--lr auto`) and the depth (`--layers auto`)."""
 
 import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import set_seed
@@ -12,7 +14,20 @@ from hatrack.base.room import give_back
 from hatrack.base.trunk import find_trunk
 from hatrack.check.facts import Facts
 from hatrack.data.batch import LengthBatches, collate
-from hatrack.engine.depth import KEEP, SCORED, Depth, choose, steps_of, tops, try_depths
+from hatrack.engine.depth import (
+    KEEP,
+    SCORED,
+    SMALLER,
+    TIMED,
+    Depth,
+    Runner,
+    Trial,
+    choose,
+    keeps,
+    steps_of,
+    tops,
+    try_depths,
+)
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.load import load_for
@@ -20,13 +35,14 @@ from hatrack.engine.lr_range import find_learning_rate
 from hatrack.errors import BaseError
 from hatrack.evaluate.loss import Batch
 from hatrack.evaluate.score import Score, main_metric, score
+from hatrack.plan.derive import Schedule
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
 
 def measured_rate(base: Base, model: Any, facts: Facts) -> float:
     """The peak learning rate that a range test finds on the rows of one step."""
-    return find_learning_rate(model, _first_steps(base, facts, 1)[0], facts.task, facts.usual_lr)
+    return find_learning_rate(model, _first_steps(base, facts, facts.schedule, 1)[0], facts.task, facts.usual_lr)
 
 
 def measured_depth(facts: Facts) -> Recipe:
@@ -50,27 +66,41 @@ def _compared(facts: Facts) -> str:
     model = place(base.model, facts.recipe, task=facts.task, layer_classes=LAYER_CLASSES)
     if facts.plan.method.checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})
-    steps = _first_steps(base, facts, count)
-    held_out = facts.tokens.held_out.first(min(SCORED, max(32, count * facts.schedule.batch_size // 4)))
+    trial, seen = _trial(base, facts, count), _rows_seen(facts)
     names = ", ".join(f"top {top}" for top in tops(len(trunk.layers))[1:])
-    say(f"layers: trying {count} steps with adapters on all {len(trunk.layers)} layers, and on the {names}")
-    pad_id, rate, seen = base.tokenizer.pad_token_id, facts.schedule.lr, _rows_seen(facts)
-    before = score(model, held_out, task=facts.task, batch_size=8, pad_id=pad_id, device=base.device)
+    say(f"layers: trying {count} small steps with adapters on all {len(trunk.layers)} layers, and on the {names}")
+    before = trial.score(model, None)
     tried: list[Depth] = []
-    for depth in try_depths(model, trunk, steps, held_out, task=facts.task, pad_id=pad_id, lr=rate):
+    for depth in try_depths(model, trunk, trial):
         tried.append(depth)
         seconds = depth.seconds(facts.schedule.steps, seen)
         say(f"  {depth.name}: {_shown(depth.score)} after them; about {seconds:,.0f} s for the whole run")
+        if not keeps(depth, tried[0], before.metrics["loss"]):  # a smaller one would keep less
+            break
     chosen = choose(tried, before.metrics["loss"], facts.schedule.steps, seen)
     say(f"layers: {_verdict(tried, chosen, before, facts, seen)}")
-    del base, model, trunk, steps
+    del base, model, trunk, trial
     give_back()
     return chosen.name
 
 
-def _first_steps(base: Base, facts: Facts, count: int) -> list[list[Batch]]:
-    """The micro-batches of the run's first steps, on the base's device."""
-    schedule, learn = facts.schedule, facts.tokens.learn
+def _trial(base: Base, facts: Facts, count: int) -> Trial:
+    rows = max(1, facts.schedule.batch_size // SMALLER)
+    small = replace(facts.schedule, batch_size=rows, micro_batch=math.gcd(rows, facts.schedule.micro_batch))
+    held_out = facts.tokens.held_out.first(min(SCORED, max(32, count * rows // 4)))
+
+    def scored(model: Any, run: Runner | None) -> Score:
+        pad_id = base.tokenizer.pad_token_id
+        return score(model, held_out, task=facts.task, batch_size=8, pad_id=pad_id, device=base.device, run=run)
+
+    steps = _first_steps(base, facts, small, count)
+    whole = _first_steps(base, facts, facts.schedule, TIMED)
+    return Trial(steps, whole, facts.task, facts.schedule.lr, scored)
+
+
+def _first_steps(base: Base, facts: Facts, schedule: Schedule, count: int) -> list[list[Batch]]:
+    """The micro-batches of a schedule's first steps, on the base's device."""
+    learn = facts.tokens.learn
     order = LengthBatches(learn.lengths, schedule.micro_batch, facts.recipe.seed, by_tokens=facts.task != "classify")
     found = [
         collate([learn.row(index) for index in rows], base.tokenizer.pad_token_id, facts.task)
