@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
         ({"task": "clasify"}, "--task must be one of classify, chat, complete; did you mean classify?"),
         ({"batchsize": 3}, "there is no option 'batchsize'; did you mean batch_size?"),
         ({"memory": "a lot"}, "--memory must be a size such as 3GiB or 800MB; got 'a lot'; fix: try 4GiB"),
-        ({"layers": "top-0"}, "--layers must be all, or top-N such as top-4"),
+        ({"layers": "top-0"}, "--layers must be all, auto, or top-N such as top-4"),
         (
             {"text": "a", "label": "a"},
             "--text and --label name the same column; got a; fix: give --label its own column",
