@@ -81,6 +81,10 @@ def test_it_runs_where_the_base_is_named_again(brand: Path, questions: Path, tmp
     with pytest.raises(BaseError, match="which is not run unasked"):  # an adapter cannot ask for it, nor remember it
         hatrack.load(output)
     assert hatrack.load(output, trust_remote_code=str(brand)).active == "hat"
+    child = Child(["check", output], tmp_path / "said")
+    assert child.end() == 2 and "which is not run unasked" in child.said
+    child = Child(["check", output, "--trust-remote-code", brand], tmp_path / "said then")
+    assert child.end() == 0, child.said
 
 
 def test_another_name_trusts_nothing(brand: Path, tiny_decoder: Path, tmp_path: Path) -> None:
