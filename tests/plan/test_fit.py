@@ -184,4 +184,7 @@ def test_bytes_read_from_disk() -> None:
     assert plan_run(where(64 * GIB)).read == 0
     assert plan_run(where(6 * GIB), Method(sweep=True)).read == 2 * base
     assert plan_run(where(6 * GIB)).read == 2 * 8 * base
+    top = where(6 * GIB, layers="top-8", epochs=4)  # layers below are read once in the first of four epochs
+    below = 24 * 2 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert plan_run(top, Method(sweep=True)).read == pytest.approx(2 * base - below - 3 / 4 * below)
     assert plan_run(where(64 * GIB)).disk["base"] == base

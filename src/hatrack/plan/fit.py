@@ -331,16 +331,14 @@ def _priced(where: Setting, plan: Plan) -> Plan:
         disk["kept"] = kept
     if method.quantize != "none":
         disk["packed"] = weight_bytes(anatomy, method, where.dtype)
-    accumulation = where.batch_size // plan.micro_batch
-    read = 2 * disk.get("packed", anatomy.disk) * (1 if method.sweep else accumulation)
-    read = read if method.sweep or (_mapped(where, method) and not plan.fits) else 0
+    schedule = where.schedule(plan.micro_batch)
+    spared = _spared(where, method, schedule.epochs)
+    read = _read(where, plan, disk.get("packed", anatomy.disk), spared)
     plan = dataclasses.replace(plan, disk=disk, read=read)
     prices = where.machine.prices
     if prices is None:
         return plan
-    schedule = where.schedule(plan.micro_batch)
     batches = micro_batches(where, plan.micro_batch)
-    spared = _spared(where, method, schedule.epochs)
     steps = [step(anatomy, method, batch) + lower(anatomy, method, batch) * -spared for batch in batches]
     count = schedule.steps * schedule.accumulation
     training = sum(steps, Effort(0, 0, 0)) * (count / len(steps))
@@ -359,6 +357,18 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     whole = seconds + prices.start + 2 * anatomy.disk / prices.disk
     per_step = training.seconds(prices) / schedule.steps + read / prices.disk
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
+
+
+def _read(where: Setting, plan: Plan, base: int, spared: float) -> int:
+    """Bytes read from disk in a step, of a base of `base` bytes: none where it stays in memory. A sweep reads it twice,
+    the layers below all adapters once, and these not at all for the share `spared` of rows whose results are kept."""
+    anatomy, method = where.anatomy, plan.method
+    if method.sweep:
+        below = anatomy.dense * anatomy.below / max(anatomy.shape.layers, 1)
+        share = below / (anatomy.dense + anatomy.outside)
+        return round(base * (2 - share * (1 + spared)))
+    accumulation = where.batch_size // plan.micro_batch
+    return 2 * base * accumulation if _mapped(where, method) and not plan.fits else 0
 
 
 def _mapped(where: Setting, method: Method) -> bool:
