@@ -23,6 +23,11 @@ from hatrack.evaluate.score import Score
 from hatrack.recipe import Recipe
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
+
+
 def _depth(top: int, loss: float, step: float = 1.0, below: float = 0.0) -> Depth:
     return Depth(top, 6, Score({"loss": loss}, np.zeros(1), np.ones(1)), step, below)
 
