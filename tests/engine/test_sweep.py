@@ -19,14 +19,14 @@ import hatrack.plan.fit
 from hatrack.adapter.place import place
 from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window, _read_ahead, as_if
-from hatrack.engine.callbacks import GracefulStop
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.sweep import Doors, Sweep
-from hatrack.errors import BaseError, Interrupted, MachineError, RecipeError
+from hatrack.errors import BaseError, MachineError, RecipeError
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.recipe import Recipe
 from tests.base.tiny import DECODERS, save
+from tests.engine.stopping import stopped_at_five
 
 LAYERS = {"DistilBert": "n_layers", "GPT2": "n_layer"}
 KINDS = [
@@ -259,16 +259,8 @@ def test_a_swept_run_that_was_stopped_goes_on_to_the_same_adapter(
     run = {"base": str(half_decoder), "data": str(questions), "epochs": 3} | FAST
     with too_large():
         hatrack.train(output=str(tmp_path / "straight"), name="straight", **run)
-    with too_large(), pytest.MonkeyPatch.context() as patch:
-        real = GracefulStop.on_step_end
-
-        def stop_at_five(stop: GracefulStop, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            stop.stopped |= state.global_step == 5
-            real(stop, args, state, control, **kwargs)
-
-        patch.setattr(GracefulStop, "on_step_end", stop_at_five)
-        with pytest.raises(Interrupted, match="step 5 is saved"):
-            hatrack.train(output=str(tmp_path / "stopped"), name="stopped", **run)
+    with too_large(), stopped_at_five():
+        hatrack.train(output=str(tmp_path / "stopped"), name="stopped", **run)
     with too_large():
         hatrack.train(output=str(tmp_path / "stopped"), name="stopped", resume=True)
     _same_adapter(tmp_path / "straight", tmp_path / "stopped")

@@ -17,11 +17,11 @@ import hatrack
 import hatrack.adapter.proof
 from hatrack.adapter import rack
 from hatrack.base import load, packed
-from hatrack.engine.callbacks import GracefulStop
 from hatrack.engine.trainer import HatTrainer
-from hatrack.errors import HatrackError, Interrupted, MachineError, RecipeError
+from hatrack.errors import HatrackError, MachineError, RecipeError
 from hatrack.plan import fit
 from hatrack.plan.memory import Method
+from tests.engine.stopping import stopped_at_five
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_size": 8}
 
@@ -215,16 +215,8 @@ def test_a_quantised_base_that_is_kept_trains_the_same_adapter_and_resumes(
     assert packed.entries() == [] and first.result["planned"]["disk"]["packed"] > 0
     _train(tmp_path, tiny_decoder, questions, name="kept", **run)
     assert len(packed.entries()) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        real = GracefulStop.on_step_end
-
-        def stop_at_five(stop: GracefulStop, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            stop.stopped |= state.global_step == 5
-            real(stop, args, state, control, **kwargs)
-
-        patch.setattr(GracefulStop, "on_step_end", stop_at_five)
-        with pytest.raises(Interrupted, match="step 5 is saved"):
-            _train(tmp_path, tiny_decoder, questions, name="stopped", **run)
+    with stopped_at_five():
+        _train(tmp_path, tiny_decoder, questions, name="stopped", **run)
     hatrack.train(output=str(tmp_path / "stopped"), name="stopped", resume=True)
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fresh", "kept", "stopped")]
     for name, wanted in adapters[0].items():
