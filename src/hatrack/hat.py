@@ -21,7 +21,7 @@ from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import find
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.header import read_header
-from hatrack.base.load import Base, choose_device, choose_dtype, load_base
+from hatrack.base.load import Base, choose_device, choose_dtype, load_base, name_of
 from hatrack.base.room import holds
 from hatrack.base.sources import find_base
 from hatrack.base.trunk import find_trunk
@@ -277,7 +277,7 @@ def load(
     found = find_base(source, None if base else hat.base.get("revision"), trust=trust_remote_code)
     check_base(folder, hat.base, found, allow_other=allow_other_base)
     quantize = quantize or hat.recipe.get("quantize", "none")
-    number_format = str(choose_dtype(dtype, choose_device(device)[0])[0]).removeprefix("torch.")
+    number_format = name_of(choose_dtype(dtype, choose_device(device)[0])[0])
     loaded = load_base(
         found,
         task=cast(Task, hat.task),

@@ -15,7 +15,7 @@ import torch
 from hatrack.adapter.files import AdapterFiles
 from hatrack.adapter.hatfile import HATRACK_JSON
 from hatrack.base.header import read_file_header
-from hatrack.base.load import Base
+from hatrack.base.load import Base, name_of
 from hatrack.errors import AdapterError
 from hatrack.say import say_once
 
@@ -87,7 +87,7 @@ def record(model: Any, files: AdapterFiles, base: Base, quantize: str) -> Proof:
     _check_effect(files, bare, ours)
     without, with_it = probabilities(bare, several), probabilities(ours, several)
     chosen = with_it.topk(min(ANSWERS, with_it.shape[-1])).indices
-    dtype = str(base.dtype).removeprefix("torch.")
+    dtype = name_of(base.dtype)
     return Proof(
         probe=probe,
         answers=chosen.tolist(),

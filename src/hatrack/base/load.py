@@ -99,6 +99,11 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "this device is not fast at bfloat16"
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def load_base(
     files: BaseFiles,
     *,
@@ -279,7 +284,7 @@ def _quantised(
 def _kept(files: BaseFiles, task: Task, device: torch.device, quantize: str, options: dict[str, Any]) -> Path | None:
     """The folder with the base's quantised weights, which are made first where they are not kept yet. None where they
     cannot be."""
-    dtype = str(options["dtype"]).removeprefix("torch.")
+    dtype = name_of(options["dtype"])
     about = packed.made_by(files, task=task, quantize=quantize, dtype=dtype, device=device.type)
     folder = packed.find(about)
     if folder is not None:

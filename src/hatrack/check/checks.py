@@ -11,7 +11,7 @@ from hatrack.adapter.count import linears_from_shapes
 from hatrack.adapter.targets import Choice, check_rank, choose
 from hatrack.base.code import check_code
 from hatrack.base.header import head_shapes, model_shapes, read_config
-from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer
+from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer, name_of
 from hatrack.base.peek import peek_folder
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check import base, rows, settings
@@ -116,4 +116,4 @@ def _targets(
 def _dtype(recipe: Recipe) -> str:
     """The base's number format on the device asked for."""
     device, _ = choose_device(recipe.device)
-    return str(choose_dtype(recipe.dtype, device)[0]).removeprefix("torch.")
+    return name_of(choose_dtype(recipe.dtype, device)[0])

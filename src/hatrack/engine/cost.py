@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from hatrack.base.load import name_of
 from hatrack.base.packed import is_kept, made_by
 from hatrack.base.peek import peek_folder
 from hatrack.base.sources import BaseFiles
@@ -64,8 +65,7 @@ def _is_packed(recipe: Recipe, files: BaseFiles, task: str, device: torch.device
     """Whether the base was quantised by an earlier run, and kept."""
     if recipe.quantize == "none":
         return False
-    name = str(dtype).removeprefix("torch.")
-    return is_kept(made_by(files, task=task, quantize=recipe.quantize, dtype=name, device=device.type))
+    return is_kept(made_by(files, task=task, quantize=recipe.quantize, dtype=name_of(dtype), device=device.type))
 
 
 def _tell(where: Setting, found: Plan) -> Schedule:
@@ -91,7 +91,7 @@ def _tell(where: Setting, found: Plan) -> Schedule:
 
 def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """This machine, as its memory is at this moment."""
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     found = dataclasses.replace(here("auto" if device.type == "cuda" else "cpu", name), dtype=name)
     if device.type == "cuda":
         return dataclasses.replace(found, memory=torch.cuda.mem_get_info(device)[0], accelerator=True)

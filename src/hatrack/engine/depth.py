@@ -6,7 +6,7 @@ Everything is put back. Knows nothing of recipes or files.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from hatrack.base.trunk import Trunk
 from hatrack.engine.cache import Prefix
 from hatrack.engine.rehearsal import gradients, rehearsal
-from hatrack.evaluate.loss import Batch, Losses
-from hatrack.evaluate.score import Score
+from hatrack.evaluate.loss import Batch
+from hatrack.evaluate.score import Runner, Score
 
 SHARES = (1 / 2, 1 / 3, 1 / 6)
 """Depths that are tried beside all layers."""
@@ -32,7 +32,6 @@ FEWEST, MOST = 48, 128
 """Steps of a small run; for a run with fewer there is no comparison."""
 TIMED = 2
 """Steps of the run's own size that are timed."""
-Runner = Callable[[Iterable[Batch]], Iterable[Losses]]
 SCORED = 256
 """Held-out rows that are scored at most."""
 

@@ -2,9 +2,7 @@
 
 from typing import cast
 
-import torch
-
-from hatrack.base.load import Base, choose_device, choose_dtype, load_base
+from hatrack.base.load import Base, choose_device, choose_dtype, load_base, name_of
 from hatrack.base.sources import BaseFiles
 from hatrack.data.examples import Examples
 from hatrack.recipe import Recipe, Task
@@ -29,8 +27,3 @@ def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bo
         mapped=mapped,
         seed=recipe.seed,
     )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")

@@ -23,7 +23,7 @@ from hatrack.adapter.place import place
 from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
-from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer
+from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer, name_of
 from hatrack.base.room import give_back
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.base.trunk import Trunk, find_trunk
@@ -38,7 +38,7 @@ from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, Progre
 from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
-from hatrack.engine.load import load_for, name_of
+from hatrack.engine.load import load_for
 from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
 from hatrack.engine.states import States, open_states, row_key

@@ -20,7 +20,6 @@ from hatrack.engine.depth import (
     SMALLER,
     TIMED,
     Depth,
-    Runner,
     Trial,
     choose,
     keeps,
@@ -34,7 +33,7 @@ from hatrack.engine.load import load_for
 from hatrack.engine.lr_range import find_learning_rate
 from hatrack.errors import BaseError
 from hatrack.evaluate.loss import Batch
-from hatrack.evaluate.score import Score, main_metric, score
+from hatrack.evaluate.score import Runner, Score, main_metric, score
 from hatrack.plan.derive import Schedule
 from hatrack.recipe import Recipe
 from hatrack.say import say
@@ -112,12 +111,8 @@ def _first_steps(base: Base, facts: Facts, schedule: Schedule, count: int) -> li
 
 def _rows_seen(facts: Facts) -> int:
     """Rows that go through the layers below the adapters: each once, or where nothing is kept in every epoch."""
-    schedule, kept = facts.schedule, facts.recipe.cache_limit != 0
-    return (
-        min(len(facts.tokens.learn), schedule.steps * schedule.batch_size)
-        if kept
-        else schedule.steps * schedule.batch_size
-    )
+    visits = facts.schedule.steps * facts.schedule.batch_size
+    return visits if facts.recipe.cache_limit == 0 else min(len(facts.tokens.learn), visits)
 
 
 def _verdict(tried: Sequence[Depth], chosen: Depth, before: Score, facts: Facts, seen: int) -> str:
