@@ -2,8 +2,9 @@
 
 The weights are where transformers left them: mapped from the safetensors files, so that the system reads a page when it
 is first touched. What is added here is when. While a part is shown the next one is read ahead by a thread, and the one
-before is unmapped; its pages stay in the system's cache where there is room for all of them. A part whose format is not
-the products' (a bfloat16 base on a processor that is slow at it) is copied into one buffer, which all parts share.
+before is unmapped; its pages stay in the system's cache where there is room for all of them. Where their format is not
+the products' (a bfloat16 base on a processor that is slow at it), linear layers bring it into theirs themselves, a few
+rows at a time (`kernels/frozen.py`); the rest of a part is copied into one buffer, which all parts share.
 
 Files are read ahead by calls that can fail, rather than by advice: where a disk gives an error, or a file was cut
 short, the run ends with a message; touching such a page would end the process without one. Reading ahead and unmapping
@@ -29,6 +30,7 @@ from torch import nn
 from hatrack.base.room import available_memory
 from hatrack.base.trunk import Trunk
 from hatrack.errors import MachineError
+from hatrack.kernels.frozen import FrozenLinear
 
 OUTSIDE = -1
 """The part that is all but the layers; the others go by the number of their layer."""
@@ -73,7 +75,7 @@ class Window:
 
     While a part is shown its floating-point weights are in `dtype`; at other times they are as they lie in their files,
     and touching them reads them from there. What is trained, and what is not mapped from a file, is left alone, but for
-    its format. Tables of embeddings stay as they are, and what is looked up in them is cast.
+    its format. Matrices of linear layers and tables of embeddings stay as they are: what is made of them is cast.
     """
 
     def __init__(self, model: Any, trunk: Trunk, dtype: torch.dtype, folder: Path) -> None:
@@ -85,8 +87,12 @@ class Window:
         every = sum(span.end - span.start for spans in self.spans.values() for span in spans)
         self._crowded = every > available_memory()[0]
         self._stored: list[tuple[nn.Parameter, torch.Tensor]] = []
-        wanted = max(sum(_padded(w) for w in weights if self._foreign(w)) for weights in self.parts.values())
-        self._buffer = torch.empty(wanted, dtype=dtype)
+        cast = {id(weight) for weight in self._cast_by_their_layers()}
+        self._copied = {
+            part: [w for w in weights if self._is_foreign(w) and id(w) not in cast]
+            for part, weights in self.parts.items()
+        }
+        self._buffer = torch.empty(max(sum(map(_padded, weights)) for weights in self._copied.values()), dtype=dtype)
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: dict[int, Future[None]] = {}
         for module in model.modules():
@@ -106,8 +112,6 @@ class Window:
                 reading.result()
             self._copy(part)
             self.shown = part
-            if self._stored:  # what was copied is not looked at again
-                self._unmap()
         if then is not None and then != part and then not in self._ahead:
             self._ahead = {then: self._reader.submit(_read_ahead, self.spans[then])}
 
@@ -118,26 +122,33 @@ class Window:
         for weight, stored in self._stored:
             weight.data = stored
         self._stored.clear()
-        self._unmap()
-        self.shown = None
-
-    def _unmap(self) -> None:
-        assert self.shown is not None
         for span in self.spans[self.shown]:
             _advise(span.start, span.end - span.start, DO_NOT_NEED)
             if self._crowded:
                 _forget(span)
+        self.shown = None
+
+    def _cast_by_their_layers(self) -> Iterator[nn.Parameter]:
+        """Matrices of another format that need no copy, as their layers can do without one from now on."""
+        kinds, modules = (nn.Linear, FrozenLinear), list(self.model.modules())
+        others = [module for module in modules if type(module) not in (*kinds, nn.Embedding)]
+        used = {id(weight) for module in others for weight in module.parameters(recurse=False)}
+        for module in modules:
+            if type(module) not in kinds or module.weight.requires_grad or id(module.weight) in used:
+                continue
+            if self._is_foreign(module.weight):
+                module.__class__ = FrozenLinear
+                yield module.weight
 
     def _copy(self, part: int) -> None:
         """Weights of another format, cast into the buffer one behind the other."""
         start = 0
-        for weight in self.parts[part]:
-            if self._foreign(weight):
-                self._stored.append((weight, weight.data))
-                weight.data = self._buffer[start : start + weight.numel()].view(weight.shape).copy_(weight.data)
-                start += _padded(weight)
+        for weight in self._copied[part]:
+            self._stored.append((weight, weight.data))
+            weight.data = self._buffer[start : start + weight.numel()].view(weight.shape).copy_(weight.data)
+            start += _padded(weight)
 
-    def _foreign(self, weight: nn.Parameter) -> bool:
+    def _is_foreign(self, weight: nn.Parameter) -> bool:
         return weight.is_floating_point() and weight.dtype != self.dtype
 
     def stream(self) -> None:

@@ -15,8 +15,9 @@ and for the gradient g of y, using that W has none:
     g_b = the sum of g's rows             (d_out,), where the base's biases are trained (`bias="all"`, `"lora_only"`)
 
 What is kept for the backward pass is x, which the layer below keeps anyway, and h. A and B are float32 and are cast to
-x's dtype for the products; peft's layer casts x to float32 instead and keeps that copy. x has the base's dtype, or
-autocast's: then W is cast to it in either pass, and no cast copy of W is kept in between.
+x's dtype for the products; peft's layer casts x to float32 instead and keeps that copy. x may have another dtype than W
+(autocast's, or that of a base which is computed otherwise than it is kept): W is then cast to it in either pass, and no
+cast copy of it is kept in between (`kernels/frozen.py`).
 
 D is made again from its seed in the backward pass (`kernels/drop.py`).
 
@@ -43,6 +44,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hatrack.engine.lossless import LosslessMerge
 from hatrack.kernels.drop import Mask, draw
+from hatrack.kernels.frozen import FrozenLinear, back, times
 from hatrack.kernels.low_rank import down, outer, rows, up
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,7 +118,7 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
             and isinstance(dropout, nn.Identity | nn.Dropout)
             and not base.weight.requires_grad
             and dtype in COMPUTE_DTYPES
-            and (dtype == base.weight.dtype or torch.is_autocast_enabled(base.weight.device.type))
+            and (dtype == base.weight.dtype or _is_cast(base))
             and not any(_has_hooks(part) for part in (base, A, B, dropout))
         )
 
@@ -126,6 +128,11 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     if x.dtype in COMPUTE_DTYPES and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _is_cast(base: Any) -> bool:
+    """Whether a base layer is computed in another format than its own."""
+    return type(base) is FrozenLinear or torch.is_autocast_enabled(base.weight.device.type)
 
 
 def _has_hooks(part: nn.Module) -> bool:
@@ -211,7 +218,7 @@ class _LoraProducts(torch.autograd.Function):
         outputs = []
         parts = zip(tensors[::4], tensors[1::4], tensors[3::4], h.chunk(len(masks), 1), settings, strict=True)
         for W, b, B, own, (scaling, _) in parts:
-            y = F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (n, d_out)
+            y = times(x, W, b)  # (n, d_out)
             up(y, own, rows(B.t(), x.dtype), scaling)
             outputs.append(y)
         ctx.save_for_backward(x, h, *tensors)
@@ -224,25 +231,25 @@ class _LoraProducts(torch.autograd.Function):
         x, h, *tensors = ctx.saved_tensors
         masks, needed = [mask for _, mask in ctx.settings], ctx.needs_input_grad[2:]
         found: list[torch.Tensor | None] = [None] * len(tensors)
-        back: list[torch.Tensor] = []
+        narrow: list[torch.Tensor] = []
         gradients = tuple(g.contiguous() for g in gradients)
         parts = zip(gradients, tensors[3::4], h.chunk(len(masks), 1), ctx.settings, strict=True)
         for number, (g, B, own, (scaling, mask)) in enumerate(parts):
-            back.append(down(g, rows(B.t(), g.dtype), scaling * mask.scale))  # (n, r), D's division included
+            narrow.append(down(g, rows(B.t(), g.dtype), scaling * mask.scale))  # (n, r), D's division included
             if needed[4 * number + 1]:
                 found[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
                 found[4 * number + 3] = outer(g, own)[: B.shape[1]].t().to(B.dtype).mul_(scaling)  # (d_out, r)
-        g_h = torch.cat(back, 1)  # (n, ranks of all)
+        g_h = torch.cat(narrow, 1)  # (n, ranks of all)
         if any(needed[2::4]):
             for number, g_A in enumerate(outer(x, g_h, *masks).chunk(len(masks))):
                 A = tensors[4 * number + 2]
                 found[4 * number + 2] = g_A[: len(A)].to(A.dtype)  # (r, d_in)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = gradients[0] @ tensors[0].to(x.dtype)  # (n, d_in)
+            g_x = back(gradients[0], tensors[0])  # (n, d_in)
             for g, W in zip(gradients[1:], tensors[4::4], strict=True):
-                g_x.addmm_(g, W.to(x.dtype))
+                back(g, W, g_x)
             up(g_x, g_h, torch.cat([rows(A, x.dtype) for A in tensors[2::4]]), 1.0, *masks)
         return g_x, None, *found
 
@@ -276,7 +283,9 @@ def fast_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **optio
     return FastLinear(target, adapter_name, config=config, is_target_conv_1d_layer=config.fan_in_fan_out, **options)
 
 
-LAYER_CLASSES: dict[type[nn.Module], Callable[..., FastLinear | None]] = {nn.Linear: fast_layer, Conv1D: fast_layer}
+LAYER_CLASSES: dict[type[nn.Module], Callable[..., FastLinear | None]] = dict.fromkeys(
+    (nn.Linear, FrozenLinear, Conv1D), fast_layer
+)
 """Which layer of the base gets which adapted layer; all others get peft's."""
 
 

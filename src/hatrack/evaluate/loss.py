@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hatrack.kernels.frozen import FrozenLinear
 from hatrack.kernels.loss import next_token_losses
 
 Batch = dict[str, torch.Tensor]
@@ -103,7 +104,7 @@ def _inside(model: Any) -> Any:
 
 def _is_plain(head: Any) -> bool:
     return (
-        type(head) is nn.Linear
+        type(head) in (nn.Linear, FrozenLinear)
         and not any(parameter.requires_grad for parameter in head.parameters())
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
     )

@@ -13,9 +13,9 @@ float32 copy of them are ever held. Knows nothing of models.
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from hatrack.kernels import native
+from hatrack.kernels.frozen import back, times
 
 CHUNK = 2**23
 """Logits held at one time: 16 MiB of them in bfloat16."""
@@ -26,7 +26,7 @@ def next_token_losses(
 ) -> torch.Tensor:
     """The losses at the top of this file, (n,) float32, of `states` (n, d) and the tokens `wanted` (n,).
 
-    Without W the states are logits (n, V) already. W and b get no gradient.
+    Without W the states are logits (n, V) already. W and b get no gradient, and may be of another format.
     """
     if not len(wanted):
         return states.sum(-1, dtype=torch.float32)  # none, yet part of the graph
@@ -46,7 +46,7 @@ class _NextToken(torch.autograd.Function):
             logits = states[part].clone() if W is None else _logits(states[part], W, b)
             values[part], slope = _softmax_loss(logits, wanted[part], gradient is not None)
             if slope is not None and gradient is not None:
-                gradient[part] = slope if W is None else slope @ W
+                gradient[part] = slope if W is None else back(slope, W)
         ctx.save_for_backward(gradient)
         return values
 
@@ -63,7 +63,7 @@ def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> to
     plain = states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
     if plain and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return torch.ops.mkldnn._linear_pointwise(states, W, b, "none", [], "")  # type: ignore[no-any-return]
-    return F.linear(states, W, b)
+    return times(states, W, b)
 
 
 def _softmax_loss(

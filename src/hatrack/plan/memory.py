@@ -126,11 +126,11 @@ def state_bytes(anatomy: Anatomy, step_tokens: int, item: int) -> int:
 
 def weight_bytes(anatomy: Anatomy, method: Method, dtype: str) -> int:
     """Bytes of the frozen base that are in memory at a time: all of it, or while sweeping the largest part as it lies
-    in its file, and a copy in `dtype` where that is another format."""
-    item = ITEM_BYTES[dtype]
+    in its file."""
     if method.sweep:
         part = max(anatomy.dense // max(anatomy.shape.layers, 1), anatomy.head)
-        return part * (ITEM_BYTES.get(anatomy.stored, 4) + (item if anatomy.stored != dtype else 0))
+        return part * ITEM_BYTES.get(anatomy.stored, 4)
+    item = ITEM_BYTES[dtype]
     return round(anatomy.dense * PACKED.get(method.quantize, item) + anatomy.outside * item)
 
 

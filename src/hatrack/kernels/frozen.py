@@ -1,0 +1,121 @@
+"""Products with a frozen matrix that is kept in another format than theirs: wider or narrower numbers, or four bits.
+
+For x (n, d_in), W (d_out, d_in), b (d_out,), and the gradient g (n, d_out) of y:
+
+    y = x W^T + b                         (n, d_out)
+    g_x = g W                             (n, d_in)
+
+On a processor W is never there as a whole in the products' format. A few of its rows at a time are brought into it
+right before they are multiplied, so few that the processor's cache still holds them then: main memory gives the narrow
+numbers and never sees the wide ones. That is as fast as a product with a wide copy, and needs no room for one
+(docs/log.md). Knows nothing of models, files or adapters.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+AT_ONCE = 2**21
+"""Numbers of W in the products' format at one time: 8 MiB of float32."""
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer without gradients of its own, computed in its input's format, in whichever it is kept itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """x (..., d_in) -> (..., d_out) in the format of x, by the formulas above. W and b get no gradient."""
+    return _Linear.apply(x, W, b)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        ctx.W = W  # as it is, with what tells how its bits are to be read
+        return times(x.reshape(-1, x.shape[-1]), W, b).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return back(g.reshape(-1, g.shape[-1]), ctx.W).view(*g.shape[:-1], -1), None, None
+
+
+def times(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """y (n, d_out) in the format of x."""
+    b = None if b is None else b.to(x.dtype)
+    if _as_it_is(x, W):
+        return F.linear(x, W.to(x.dtype), b)
+    y = x.new_empty(len(x), shape_of(W)[0])
+    for rows, part in _parts(W, x.dtype):
+        torch.mm(x, part.t(), out=y[:, rows])
+    return y if b is None else y.add_(b)
+
+
+def back(g: torch.Tensor, W: torch.Tensor, g_x: torch.Tensor | None = None) -> torch.Tensor:
+    """g_x (n, d_in) in the format of g; added to the one that is given."""
+    if _as_it_is(g, W):
+        return g @ W.to(g.dtype) if g_x is None else g_x.addmm_(g, W.to(g.dtype))
+    total = torch.zeros(len(g), shape_of(W)[1])  # in float32, however many parts it is a sum of
+    for rows, part in _parts(W, g.dtype):
+        if g.dtype == total.dtype:
+            total.addmm_(g[:, rows], part)
+        else:
+            total.add_(g[:, rows] @ part)
+    return total.to(g.dtype) if g_x is None else g_x.add_(total)
+
+
+def shape_of(W: torch.Tensor) -> tuple[int, int]:
+    """(d_out, d_in), of a matrix in four bits as well."""
+    d_out, d_in = W.quant_state.shape if hasattr(W, "quant_state") else W.shape
+    return d_out, d_in
+
+
+def can_unpack(W: Any) -> bool:
+    """Whether bitsandbytes keeps W in four bits, in an order whose rows can be taken one by one."""
+    state = getattr(W, "quant_state", None)
+    return (
+        state is not None
+        and not state.nested
+        and not getattr(state, "packing_format_for_cpu", False)
+        and len(state.shape) == 2
+        and state.shape[1] % state.blocksize == 0
+    )
+
+
+def _as_it_is(x: torch.Tensor, W: torch.Tensor) -> bool:
+    """Whether W goes into the product as a whole. On an accelerator it does: launching many products costs more."""
+    return not hasattr(W, "quant_state") and (x.dtype == W.dtype or x.device.type != "cpu")
+
+
+def _parts(W: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """W's rows, a few at a time: which they are, and (rows, d_in) in `dtype`, good until the next are asked for."""
+    d_out, d_in = shape_of(W)
+    count = max(AT_ONCE // d_in // 64 * 64, 64)
+    read = _unpack(W, dtype) if hasattr(W, "quant_state") else _cast(W, dtype, count)
+    for start in range(0, d_out, count):
+        rows = slice(start, min(start + count, d_out))
+        yield rows, read(rows)
+
+
+def _cast(W: torch.Tensor, dtype: torch.dtype, count: int) -> Callable[[slice], torch.Tensor]:
+    space = W.new_empty(min(count, len(W)), W.shape[1], dtype=dtype)
+    return lambda rows: space[: rows.stop - rows.start].copy_(W[rows])
+
+
+def _unpack(W: torch.Tensor, dtype: torch.dtype) -> Callable[[slice], torch.Tensor]:
+    state: Any = W.quant_state  # type: ignore[attr-defined]
+    bits, width, size = W.detach().view(torch.uint8).view(-1), state.shape[1], state.blocksize
+
+    def read(rows: slice) -> torch.Tensor:
+        packed = bits[rows.start * width // 2 : rows.stop * width // 2, None]
+        scales = state.absmax[rows.start * width // size : rows.stop * width // size]
+        shape = [rows.stop - rows.start, width]
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, size, state.quant_type, shape, dtype)  # type: ignore[no-any-return]
+
+    return read

@@ -1,0 +1,89 @@
+"""Products with matrices kept in other formats, against products with a copy in their own format."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hatrack.kernels import frozen
+from hatrack.kernels.frozen import FrozenLinear, back, linear, times
+
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True)
+def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 rows at a time, the fewest."""
+    monkeypatch.setattr(frozen, "AT_ONCE", 1)
+
+
+def _near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    assert float((found.double() - wanted.double()).norm()) <= BOUND[found.dtype] * float(wanted.double().norm())
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) * shape[0])).to(dtype)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d_out", [7, 64, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_and_gradients_are_those_of_a_copy(
+    kept: torch.dtype, dtype: torch.dtype, d_out: int, bias: bool
+) -> None:
+    W, b = _random(d_out, 96, dtype=kept), _random(d_out, dtype=kept) if bias else None
+    results = []
+    for product in (
+        lambda x: linear(x, W, b),
+        lambda x: F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype)),
+    ):
+        x = _random(2, 5, 96, dtype=dtype).requires_grad_()
+        y = product(x)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(y, _random(2, 5, d_out, dtype=dtype))
+        results.append((y.detach(), x.grad))
+    for one, other in zip(*results, strict=True):
+        assert one is not None and other is not None
+        _near(one, other)
+
+
+def test_a_gradient_is_added_to_the_one_given() -> None:
+    g, W, given = _random(5, 100), _random(100, 32, dtype=torch.bfloat16), _random(5, 32)
+    kept = given.clone()
+    assert back(g, W, kept) is kept
+    _near(kept, given + g @ W.float())
+
+
+def test_rows_of_a_turned_matrix_are_taken() -> None:
+    x, W = _random(3, 32), _random(32, 150, dtype=torch.bfloat16).t()
+    _near(times(x, W, None), x @ W.float().t())
+
+
+def test_a_layer_takes_inputs_of_any_format() -> None:
+    layer = torch.nn.Linear(32, 70, dtype=torch.bfloat16).requires_grad_(False)
+    x = _random(4, 32)
+    wanted = F.linear(x, layer.weight.float(), layer.bias.float())
+    layer.__class__ = FrozenLinear
+    _near(layer(x), wanted)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_matrix_in_four_bits_is_unpacked_a_few_rows_at_a_time(kind: str, dtype: torch.dtype) -> None:
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(
+        128, 200, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type=kind
+    )
+    layer = layer.to("cpu").requires_grad_(False)
+    assert frozen.can_unpack(layer.weight)
+    whole = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    x = _random(2, 5, 128, dtype=dtype).requires_grad_()
+    y = linear(x, layer.weight, None)
+    g = _random(2, 5, 200, dtype=dtype)
+    torch.autograd.backward(y, g)
+    _near(y.detach(), x.detach() @ whole.t())
+    assert x.grad is not None
+    _near(x.grad, g @ whole)
