@@ -5,7 +5,7 @@
 Training is timed from rows in memory to the last step, tokenising included; a process is timed from its start to its
 end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: the
 number format that the processor is fast at, dynamic padding, rows grouped by length, the same rank, targets, dropout,
-learning rate, batch and steps.
+learning rate, batch and steps. Sides that train unequal numbers of parameters are refused.
 The textbook's side (float32, padded to 128, q and v) takes the better part of an hour, so a few of its steps are timed
 and multiplied. `command` is `hatrack train` itself, as a whole process.
 Results of earlier calls are kept in DIR/runs.json, so the runs can be measured in pieces, and the table shows all.
@@ -93,7 +93,8 @@ def hatrack_side(seed: int, steps: int) -> dict[str, Any]:
         )
         trainer.train()
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "accuracy": trainer.score_held_out().metrics["accuracy"]}
+    found = trainer.score_held_out().metrics
+    return {"seconds": seconds, "accuracy": found["accuracy"], "loss": found["loss"], "trainable": _trainable(model)}
 
 
 def peft_side(seed: int, steps: int, textbook: bool = False) -> dict[str, Any]:
@@ -133,7 +134,6 @@ def peft_side(seed: int, steps: int, textbook: bool = False) -> dict[str, Any]:
         lora_alpha=ALPHA,
         lora_dropout=DROPOUT,
         target_modules=linear,
-        exclude_modules=["pooler.dense"],
         task_type="SEQ_CLS",
     )
     model = get_peft_model(base, config)
@@ -148,7 +148,13 @@ def peft_side(seed: int, steps: int, textbook: bool = False) -> dict[str, Any]:
             return {"seconds": seconds}
         answers = trainer.predict(test)
         model.save_pretrained(where)
-    return {"seconds": seconds, "accuracy": float((answers.predictions.argmax(-1) == answers.label_ids).mean())}
+    accuracy = float((answers.predictions.argmax(-1) == answers.label_ids).mean())
+    loss = answers.metrics["test_loss"]
+    return {"seconds": seconds, "accuracy": accuracy, "loss": loss, "trainable": _trainable(model)}
+
+
+def _trainable(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _arguments(seed: int, steps: int) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def _textbook(seed: int) -> dict[str, float]:
 
 
 def _command(seed: int) -> dict[str, float]:
-    """`hatrack train` on the same rows: the seconds of the whole process, and its accuracy."""
+    """`hatrack train` on the same rows: the seconds of the whole process, and its scores."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)
@@ -198,7 +204,9 @@ def _command(seed: int) -> dict[str, float]:
         began = time.perf_counter()
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment)
         whole = time.perf_counter() - began
-    return {"process": whole, "accuracy": json.loads(done.stdout)["eval"]["accuracy"]}
+    told = json.loads(done.stdout)
+    scores = {key: told["eval"][key] for key in ("accuracy", "loss")}
+    return {"process": whole, "trainable": told["trainable"], **scores}
 
 
 def write_rows(folder: Path) -> None:
@@ -210,16 +218,24 @@ def write_rows(folder: Path) -> None:
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Side -> seed -> figures, as Markdown: medians of seconds, the mean of accuracies, and each of hatrack's part."""
-    lines = [["side", "seeds", "training", "of hatrack's", "process", "of hatrack train's", "accuracy"]]
+    """Side -> seed -> figures, as Markdown: medians of seconds, their ratios to hatrack's, means of scores.
+
+    Raises ValueError where sides do not train the same.
+    """
+    sizes = {side: {run["trainable"] for run in runs.values() if "trainable" in run} for side, runs in found.items()}
+    if len(set().union(*sizes.values())) > 1:
+        raise ValueError(f"sides train unequal numbers of parameters: {sizes}")
+    lines = [["side", "seeds", "training", "of hatrack's", "process", "of hatrack train's", "accuracy", "loss"]]
     lines.append(["---"] * len(lines[0]))
     for side, runs in found.items():
         line = [side, str(len(runs))]
         for key, ours in (("seconds", "hatrack"), ("process", "command")):
             times, base = (_median(found.get(each, {}), key) for each in (side, ours))
             line += [f"{times:.1f} s" if times else "", f"{times / base:.2f}x" if times and base else ""]
-        right = [run["accuracy"] for run in runs.values() if "accuracy" in run]
-        lines.append([*line, f"{statistics.mean(right):.3f}" if right else ""])
+        for key in ("accuracy", "loss"):
+            scores = [run[key] for run in runs.values() if key in run]
+            line.append(f"{statistics.mean(scores):.3f}" if scores else "")
+        lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
