@@ -8,6 +8,7 @@ import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from queue import Queue
 from typing import Any, cast
@@ -21,11 +22,12 @@ from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import find
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.header import read_header
-from hatrack.base.load import Base, choose_device, choose_dtype, load_base, name_of
+from hatrack.base.lending import open_window, settle
+from hatrack.base.load import Base, choose_device, choose_dtype, free_memory, load_base, name_of
 from hatrack.base.room import holds
 from hatrack.base.sources import find_base
 from hatrack.base.trunk import find_trunk
-from hatrack.base.window import Window
+from hatrack.base.window import Window, as_if
 from hatrack.data.template import chat_prompt
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.errors import AdapterError
@@ -107,7 +109,8 @@ class Hat:
             )
         check_base(folder, hat.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
         before = self.active
-        self.model = attach(self.model, folder, name, layer_classes=LAYER_CLASSES)
+        with _as_loaded(self.base):
+            self.model = attach(self.model, folder, name, layer_classes=LAYER_CLASSES)
         self.hats[name], self.folders[name] = hat, folder
         try:
             if prove:
@@ -277,7 +280,8 @@ def load(
     found = find_base(source, None if base else hat.base.get("revision"), trust=trust_remote_code)
     check_base(folder, hat.base, found, allow_other=allow_other_base)
     quantize = quantize or hat.recipe.get("quantize", "none")
-    number_format = name_of(choose_dtype(dtype, choose_device(device)[0])[0])
+    there = choose_device(device)[0]
+    number_format = name_of(choose_dtype(dtype, there)[0])
     loaded = load_base(
         found,
         task=cast(Task, hat.task),
@@ -286,22 +290,36 @@ def load(
         device=device,
         dtype=dtype,
         quantize=quantize,
-        mapped=quantize == "none" and not holds(read_header(found.folder), number_format, memory),
+        mapped=quantize == "none" and not holds(read_header(found.folder), number_format, free_memory(there), memory),
         seed=hat.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
     name = _name_of(files, folder, loaded.model)
-    model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
+    window = _window(loaded) if loaded.mapped else None
+    with _as_loaded(loaded):
+        model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
-    if loaded.mapped:
-        say("the base is larger than memory: it stays on disk, and every pass reads it once")
-        ready.window = Window(loaded.model, find_trunk(loaded.model), loaded.dtype, found.folder)
-        ready.window.stream()
+    ready.window = window
     ready.quantize = quantize
     if prove:
         check_proof(model, files, loaded, quantize, same_base=not allow_other_base)
     for other in several[1:]:
         ready.add(other, allow_other_base=allow_other_base, prove=prove)
     return ready
+
+
+def _window(base: Base) -> Window:
+    """Has every pass through a base larger than memory read it, layer by layer."""
+    say("the base is larger than memory: it stays on disk, and every pass reads it once")
+    trunk = find_trunk(base.model)
+    settle(base.model, trunk, base.dtype, base.device)
+    window = open_window(base.model, trunk, base.dtype, base.files.folder, base.device)
+    window.stream()
+    return window
+
+
+def _as_loaded(base: Base) -> AbstractContextManager[None]:
+    """While the block runs, a base that is not in memory looks as if it were, to what is made beside its weights."""
+    return as_if(base.model.base_model, base.dtype, base.device) if base.mapped else nullcontext()
 
 
 def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:

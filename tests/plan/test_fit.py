@@ -100,8 +100,16 @@ def test_a_base_without_room_is_swept_unless_it_is_needed_as_a_whole() -> None:
     dora = where(3 * GIB, variant="dora")
     with pytest.raises(RecipeError, match="fix: --variant lora, and the base swept layer by layer"):
         settle(dora.recipe, llama(), dora.work, dora.machine)
-    gpu = dataclasses.replace(one.machine, accelerator=True)
-    assert not choose(dataclasses.replace(one, machine=gpu)).method.sweep
+    mac = dataclasses.replace(one.machine, accelerator=True, sweeps=False)
+    assert not choose(dataclasses.replace(one, machine=mac)).method.sweep
+
+
+def test_an_accelerator_holds_two_layers_and_all_that_is_in_none() -> None:
+    one = where(3 * GIB)
+    gpu = dataclasses.replace(one, machine=dataclasses.replace(one.machine, accelerator=True))
+    plan = choose(gpu)
+    layer, tables = (4 * 4096**2 + 3 * 4096 * 11008) * 2, (2 * 32000 * 4096 + 65 * 4096) * 2
+    assert plan.method.sweep and plan.memory["weights"] == 2 * layer + tables
 
 
 def test_layers_below_the_adapters_are_paid_for_once() -> None:

@@ -14,8 +14,8 @@ from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.evaluate.loss import losses
 from hatrack.kernels.attention import BLOCK
-from hatrack.kernels.loss import CHUNK
-from hatrack.plan.memory import LOGITS, SCORES, Batch, Method, training_bytes
+from hatrack.kernels.loss import CHUNK, CHUNK_ON_ACCELERATOR
+from hatrack.plan.memory import LOGITS, LOGITS_ON_ACCELERATOR, SCORES, Batch, Method, training_bytes
 from hatrack.plan.shape import Anatomy, Shape, describe, shape_of
 from hatrack.recipe import Recipe
 from tests.plan.test_fit import llama
@@ -89,7 +89,7 @@ def test_activations_grow_with_tokens_and_less_when_computed_again() -> None:
 def test_logits_grow_until_a_chunk_is_full() -> None:
     assert terms(128)["logits"] == 2 * terms(64)["logits"] > 0
     assert terms(4096)["logits"] == terms(2048)["logits"] == 2 * LOGITS * 2
-    assert (LOGITS, SCORES) == (CHUNK, BLOCK)
+    assert (LOGITS, LOGITS_ON_ACCELERATOR, SCORES) == (CHUNK, CHUNK_ON_ACCELERATOR, BLOCK)
 
 
 @pytest.mark.parametrize("kind", list(MODELS))

@@ -27,7 +27,7 @@ from hatrack.base.code import check_code
 from hatrack.base.header import family, read_config, read_header, read_json, stored_format, weight_bytes
 from hatrack.base.packed import whole_base
 from hatrack.base.quiet import quiet
-from hatrack.base.room import give_back
+from hatrack.base.room import available_memory, give_back
 from hatrack.base.sources import BaseFiles
 from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
 from hatrack.say import say, say_once, size
@@ -99,6 +99,13 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, "this device is not fast at bfloat16"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device."""
+    if device.type in ("cuda", "xpu"):
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    return available_memory()[0]
+
+
 def name_of(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
@@ -132,9 +139,9 @@ def load_base(
     number_format, _ = choose_dtype(dtype, chosen)
     config = load_config(files, task=task, labels=labels, multi_label=multi_label)
     tokenizer = load_tokenizer(files)
-    if mapped and (chosen.type != "cpu" or quantize != "none"):
+    if mapped and (chosen.type == "mps" or quantize != "none"):
         raise RecipeError(
-            "a base larger than memory is swept on the processor, in its own format",
+            "a base larger than memory is swept in its own format, and not on mps",
             got=f"--device {chosen}, --quantize {quantize}",
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
@@ -142,7 +149,7 @@ def load_base(
     options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": files.trusted}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    if quantize != "none" or chosen.type != "cpu":
+    if quantize != "none" or (chosen.type != "cpu" and not mapped):
         options["device_map"] = {"": chosen}
     if quantize != "none":
         model, found = _quantised(files, task, chosen, seed, quantize, options)

@@ -19,10 +19,9 @@ BESIDE = 640 * 2**20
 """Bytes for all but the base where answers are given: torch itself, an adapter, a few rows."""
 
 
-def holds(header: Mapping[str, TensorInfo], dtype: str, limit: int | None) -> bool:
-    """Whether a base in `dtype` can be in memory as a whole: in `limit` bytes, and in what is free."""
+def holds(header: Mapping[str, TensorInfo], dtype: str, free: int, limit: int | None) -> bool:
+    """Whether a base in `dtype` can be in memory as a whole: in `limit` bytes, and in what is `free`."""
     weights = sum(math.prod(info.shape) for info in header.values()) * (4 if dtype == "float32" else 2)
-    free = available_memory()[0]
     return weights <= free and (limit is None or weights + BESIDE <= limit)
 
 

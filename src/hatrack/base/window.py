@@ -78,6 +78,9 @@ class Window:
     its format. Matrices of linear layers and tables of embeddings stay as they are: what is made of them is cast.
     """
 
+    device = torch.device("cpu")
+    """Where what is shown is computed with."""
+
     def __init__(self, model: Any, trunk: Trunk, dtype: torch.dtype, folder: Path) -> None:
         self.model, self.trunk, self.dtype = model, trunk, dtype
         self.parts = dict(enumerate(_frozen(layer) for layer in trunk.layers)) | {OUTSIDE: _outside(model, trunk)}
@@ -87,12 +90,7 @@ class Window:
         every = sum(span.end - span.start for spans in self.spans.values() for span in spans)
         self._crowded = every > available_memory()[0]
         self._stored: list[tuple[nn.Parameter, torch.Tensor]] = []
-        cast = {id(weight) for weight in self._cast_by_their_layers()}
-        self._copied = {
-            part: [w for w in weights if self._is_foreign(w) and id(w) not in cast]
-            for part, weights in self.parts.items()
-        }
-        self._buffer = torch.empty(max(sum(map(_padded, weights)) for weights in self._copied.values()), dtype=dtype)
+        self._make_room()
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: dict[int, Future[None]] = {}
         for module in model.modules():
@@ -108,12 +106,10 @@ class Window:
             self.close()
             for file in {span.file for span in self.spans[part]} if part != OUTSIDE else self.files:
                 file.check()
-            if (reading := self._ahead.pop(part, None)) is not None:
-                reading.result()
-            self._copy(part)
+            self._take(part, self._ahead.pop(part, None))
             self.shown = part
         if then is not None and then != part and then not in self._ahead:
-            self._ahead = {then: self._reader.submit(_read_ahead, self.spans[then])}
+            self._ahead = {then: self._read(then)}
 
     def close(self) -> None:
         """Puts the weights of the part that is shown back as they lie in their files, and unmaps their pages."""
@@ -140,8 +136,24 @@ class Window:
                 module.__class__ = FrozenLinear
                 yield module.weight
 
-    def _copy(self, part: int) -> None:
-        """Weights of another format, cast into the buffer one behind the other."""
+    def _make_room(self) -> None:
+        cast = {id(weight) for weight in self._cast_by_their_layers()}
+        self._copied = {
+            part: [w for w in weights if self._is_foreign(w) and id(w) not in cast]
+            for part, weights in self.parts.items()
+        }
+        wanted = max(sum(map(_padded, weights)) for weights in self._copied.values())
+        self._buffer = torch.empty(wanted, dtype=self.dtype)
+
+    def _read(self, part: int) -> Future[Any]:
+        """Begins to read a part ahead."""
+        return self._reader.submit(_read_ahead, self.spans[part])
+
+    def _take(self, part: int, reading: Future[Any] | None) -> None:
+        """Makes a part ready to compute with, which `reading` reads ahead: weights of another format are cast into the
+        buffer one behind the other."""
+        if reading is not None:
+            reading.result()
         start = 0
         for weight in self._copied[part]:
             self._stored.append((weight, weight.data))
@@ -178,12 +190,13 @@ class Window:
 
 
 @contextlib.contextmanager
-def as_if(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While the block runs, the frozen weights in `model` look like zeros in `dtype`, and cost no memory: what is made
-    in their format (an adapter's start) is made as for a base loaded in it. What is copied whole is not to be in it."""
+def as_if(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[None]:
+    """While the block runs, the frozen weights in `model` look like zeros in `dtype` on `device`, and cost no memory:
+    what is made like them (an adapter's start) is made as for a base loaded so. What is copied whole is not to be in
+    it."""
     before = [(weight, weight.data) for weight in _frozen(model) if weight.is_floating_point()]
     for weight, data in before:
-        weight.data = torch.zeros((), dtype=dtype).expand(data.shape)
+        weight.data = torch.zeros((), dtype=dtype, device=device).expand(data.shape)
     try:
         yield
     finally:
@@ -267,10 +280,11 @@ def _read_ahead(spans: Sequence[Span]) -> None:
             with _readable(file), open(file.path, "rb") as source:
                 for place in range(start, end, CHUNK):
                     _advise(place, min(2 * CHUNK, end - place), WILL_NEED)
-                    _read(source.fileno(), nowhere.fileno(), file.offset + place - file.start, min(CHUNK, end - place))
+                    offset = file.offset + place - file.start
+                    _swallow(source.fileno(), nowhere.fileno(), offset, min(CHUNK, end - place))
 
 
-def _read(source: int, nowhere: int, place: int, count: int) -> None:
+def _swallow(source: int, nowhere: int, place: int, count: int) -> None:
     """Reads `count` bytes of a file without copying them anywhere (sendfile(2)); the last page may be a part of one."""
     while count > 0:
         done = os.sendfile(nowhere, source, place, count)

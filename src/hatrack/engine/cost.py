@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from hatrack.base.load import name_of
+from hatrack.base.load import free_memory, name_of
 from hatrack.base.packed import is_kept, made_by
 from hatrack.base.peek import peek_folder
 from hatrack.base.sources import BaseFiles
@@ -94,8 +94,10 @@ def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
     name = name_of(dtype)
     found = dataclasses.replace(here("auto" if device.type == "cuda" else "cpu", name), dtype=name)
     if device.type == "cuda":
-        return dataclasses.replace(found, memory=torch.cuda.mem_get_info(device)[0], accelerator=True)
-    return found if device.type == "cpu" else dataclasses.replace(found, accelerator=True, prices=None)
+        return dataclasses.replace(found, memory=free_memory(device), accelerator=True)
+    if device.type == "cpu":
+        return found
+    return dataclasses.replace(found, accelerator=True, prices=None, sweeps=device.type != "mps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Nothing is known of any architecture. A norm is replaced when it answers as an RMSNorm does, whatever its name, and
 attention when the model leaves the choice of it to transformers and answers the same with it. The rest stays as it is.
-Only for processors: accelerators have fused kernels of their own.
+On accelerators only norms are replaced, by torch's fused one: their attention and dropout are fused already.
 """
 
 import ctypes
@@ -30,17 +30,17 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None) -> None:
     """Has a frozen base compute with hatrack's kernels wherever they give the same. Before or after it gets an adapter.
 
     Outputs and gradients stay as they were, but for rounding; the masks of dropout are drawn otherwise. Weights, their
-    names and saved files do not change. Freed memory stays with the process from then on (glibc). Does nothing for a
-    base on an accelerator. With the `trunk` of a base larger than memory, only its last layer is asked for answers.
+    names and saved files do not change. Freed memory stays with the process from then on (glibc). With the `trunk` of a
+    base larger than memory, only its last layer is asked for answers.
     """
-    if base.device.type != "cpu":
-        return
-    _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)
-    with trunk.shortened() if trunk else nullcontext():
-        _use_attention(base)
+    on_processor = base.device.type == "cpu"
+    if on_processor:
+        _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)
+        with trunk.shortened() if trunk else nullcontext():
+            _use_attention(base)
     for parent in list(base.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Dropout and not layer.inplace and 0 < layer.p < 1:
+            if type(layer) is nn.Dropout and not layer.inplace and 0 < layer.p < 1 and on_processor:
                 setattr(parent, name, FastDropout(layer.p).train(layer.training))
             elif (norm := _as_rms_norm(layer)) is not None:
                 setattr(parent, name, norm.train(layer.training))
@@ -102,11 +102,13 @@ class FastRMSNorm(nn.Module):
 
     def __init__(self, weight: nn.Parameter, epsilon: float, added: float) -> None:
         super().__init__()
-        self.weight, self.epsilon = weight, epsilon
+        self.weight, self.epsilon, self.added = weight, epsilon, added
         self._float = weight.detach().float() + added
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self._float, self.epsilon)
+        if x.device.type == "cpu":
+            return rms_norm(x, self._float, self.epsilon)
+        return rms_norm(x, self.weight.float() + self.added if self.added else self.weight, self.epsilon)
 
 
 @torch.no_grad()
@@ -120,7 +122,7 @@ def _as_rms_norm(layer: nn.Module) -> FastRMSNorm | None:
     if weight.dim() != 1 or weight.requires_grad or len(epsilons) != 1 or _watched(layer) or weight.shape[0] % 32:
         return None
     probe = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 4)[:, None]
-    probe = probe.to(weight.dtype)
+    probe = probe.to(weight)
     try:
         wanted = layer(probe)
     except Exception:  # whatever it is, it is not a norm of one tensor
@@ -166,11 +168,21 @@ def attend(
         and not kwargs.get("output_attentions", False)
     )
     if not covered:
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = _square(module, query, attention_mask, is_causal)
         kwargs |= {"is_causal": is_causal, "position_bias": position_bias, "dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention(query, key, value, attention_mask, causal=causal, scale=scale, p=dropout), None
+
+
+def _square(module: torch.nn.Module, query: torch.Tensor, real: torch.Tensor, is_causal: bool | None) -> torch.Tensor:
+    """What torch's attention takes for `real` (B, T): which query sees which key, (B, 1, 1 or T, T)."""
+    seen = real[:, None, None, :]
+    if getattr(module, "is_causal", True) if is_causal is None else is_causal:
+        seen = seen & torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+    return seen
 
 
 def mask(

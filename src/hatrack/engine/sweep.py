@@ -27,6 +27,9 @@ from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
 from hatrack.plan.memory import STATES
 from hatrack.storage import machine_errors
 
+Random = tuple[torch.Tensor, ...]
+"""The state of the processor's generator of random numbers, and of the accelerator's."""
+
 
 @dataclass
 class _Micro:
@@ -35,7 +38,7 @@ class _Micro:
     batch: Batch
     hidden: torch.Tensor
     calls: list[Call]
-    random: torch.Tensor  # the generator's state that goes with `hidden`
+    random: Random  # the generators' states that go with `hidden`
     layer: int = 0  # whose door it is at when it enters: above those whose results are kept
 
 
@@ -58,6 +61,7 @@ class Sweep:
     ) -> None:
         self.model, self.window, self.task, self.folder, self.budget = model, window, task, folder, budget
         self.trunk, self.prefix = window.trunk, prefix
+        self._accelerator = None if window.device.type == "cpu" else torch.get_device_module(window.device)
         self.entry = None if prefix else 0  # the layer that surely comes next
         if task != "classify":
             window.show(OUTSIDE)
@@ -126,7 +130,7 @@ class Sweep:
         if self.prefix:
             self.prefix.hush()
         hidden, calls = self.trunk.before(lambda: run(batch))
-        found = _Micro(batch, hidden, calls, torch.get_rng_state())
+        found = _Micro(batch, hidden, calls, self._random())
         if self.prefix and (kept := self.prefix.read(batch)) is not None:
             found.hidden, found.layer = kept, self.prefix.depth
         return found
@@ -142,9 +146,9 @@ class Sweep:
                     continue
                 if doors is not None and number >= first:
                     doors.keep((number, index), micro.hidden, micro.random)
-                torch.set_rng_state(micro.random)
+                self._draw_from(micro.random)
                 micro.hidden = self.trunk.layer(number, micro.hidden, micro.calls[number])
-                micro.random = torch.get_rng_state()
+                micro.random = self._random()
                 if self.prefix and number == self.prefix.depth - 1:
                     micro.hidden = self.prefix.keep(micro.batch, micro.hidden)
 
@@ -153,7 +157,7 @@ class Sweep:
         hidden = micro.hidden.requires_grad_(goes_on)
 
         def give() -> torch.Tensor:
-            torch.set_rng_state(micro.random)
+            self._draw_from(micro.random)
             return hidden
 
         with torch.enable_grad(), self.trunk.after(give):
@@ -164,17 +168,26 @@ class Sweep:
             micro.hidden = hidden.grad
         return loss.detach()
 
-    def _back(self, number: int, micro: _Micro, door: tuple[torch.Tensor, torch.Tensor], goes_on: bool) -> None:
+    def _back(self, number: int, micro: _Micro, door: tuple[torch.Tensor, Random], goes_on: bool) -> None:
         """A layer once more from what went into it, and its gradients from those of its output."""
         hidden, random = door
         hidden.requires_grad_(goes_on)
-        torch.set_rng_state(random)
+        self._draw_from(random)
         with torch.enable_grad():
             output = self.trunk.layer(number, hidden, micro.calls[number])
         torch.autograd.backward(output, micro.hidden)
         if goes_on:
             assert hidden.grad is not None
             micro.hidden = hidden.grad
+
+    def _random(self) -> Random:
+        there = [self._accelerator.get_rng_state(self.window.device)] if self._accelerator else []
+        return (torch.get_rng_state(), *there)
+
+    def _draw_from(self, random: Random) -> None:
+        torch.set_rng_state(random[0])
+        if self._accelerator:
+            self._accelerator.set_rng_state(random[1], self.window.device)
 
 
 class Doors:
@@ -183,20 +196,22 @@ class Doors:
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.left = folder, budget
-        self._held: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._held: dict[tuple[int, int], tuple[torch.Tensor, Random]] = {}
         self._places: dict[tuple[int, int], int] = {}
         self._file: Any = None
+        self._device = torch.device("cpu")
 
-    def keep(self, key: tuple[int, int], hidden: torch.Tensor, random: torch.Tensor) -> None:
+    def keep(self, key: tuple[int, int], hidden: torch.Tensor, random: Random) -> None:
         """Raises MachineError where the disk is full."""
         if hidden.nbytes <= self.left:
             self.left -= hidden.nbytes
         else:
             self._places[key] = self._write(hidden)
+            self._device = hidden.device
             hidden = torch.empty_like(hidden, device="meta")
         self._held[key] = (hidden, random)
 
-    def take(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, key: tuple[int, int]) -> tuple[torch.Tensor, Random]:
         """Hidden states and random state, once: they are forgotten afterwards."""
         hidden, random = self._held.pop(key)
         if key not in self._places:
@@ -205,7 +220,7 @@ class Doors:
         read = torch.empty_like(hidden, device="cpu")
         self._file.seek(self._places.pop(key))
         self._file.readinto(bytes_of(read))
-        return read, random
+        return read.to(self._device), random
 
     def close(self) -> None:
         """Gives the file's place on the disk back."""
@@ -217,7 +232,7 @@ class Doors:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
             place = self._file.seek(0, 2)
-            left = bytes_of(hidden.contiguous())
+            left = bytes_of(hidden.contiguous().cpu())
             while left:
                 left = left[self._file.write(left) :]
         return int(place)

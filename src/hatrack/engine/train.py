@@ -23,11 +23,12 @@ from hatrack.adapter.place import place
 from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
+from hatrack.base.lending import open_window, settle
 from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer, name_of
 from hatrack.base.room import give_back
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.base.trunk import Trunk, find_trunk
-from hatrack.base.window import OUTSIDE, Window, as_if
+from hatrack.base.window import OUTSIDE, as_if
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
 from hatrack.data.examples import Examples, read_examples
@@ -88,8 +89,10 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
 
     set_seed(recipe.seed)
     trunk = _trunk(base, recipe)
+    if base.mapped and trunk is not None:
+        settle(base.model, trunk, base.dtype, base.device)
     speed_up(base.model, trunk if base.mapped or known == 1 else None)
-    with as_if(base.model.base_model, base.dtype) if base.mapped else nullcontext():
+    with as_if(base.model.base_model, base.dtype, base.device) if base.mapped else nullcontext():
         model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
@@ -196,7 +199,7 @@ def _parts(
     """What takes the steps over a base larger than memory, and what stands for the layers below the adapters."""
     if trunk is None or not base.mapped:
         return None, _prefix(model, trunk, facts, states, known)
-    window = Window(base.model, trunk, base.dtype, base.files.folder)
+    window = open_window(base.model, trunk, base.dtype, base.files.folder, base.device)
     window.show(OUTSIDE)
     prefix = _prefix(model, trunk, facts, states, known)
     sweep = Sweep(model, window, task=facts.task, folder=run.folder, prefix=prefix)
@@ -313,7 +316,7 @@ def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: l
         lr_scheduler_type="linear",
         warmup_steps=schedule.warmup_steps,
         weight_decay=0.0,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if base.device.type == "cuda" else "adamw_torch",
         seed=run.recipe.seed,
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -50,15 +50,22 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         prefix: Prefix | None = None,
         **options: Any,
     ) -> None:
+        self.sweep = sweep
         super().__init__(train_dataset=RowsDataset(rows), eval_dataset=RowsDataset(held_out), **options)
+        self.accelerator.device_placement = sweep is None
         self.rows, self.held_out, self.task, self.pad_id, self.watch = rows, held_out, task, pad_id, watch
-        self.sweep, self.prefix, self.tell_before = sweep, prefix, tell_before
+        self.prefix, self.tell_before = prefix, tell_before
         self.scores: dict[int, Score] = {}  # of this process, by their steps
         self._before: Score | None = None
         self._untrained = [parameter.detach().clone() for parameter in self._trained()]
         self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
         self._waiting: list[Batch] = []  # this step's micro-batches so far
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """A base that is swept stays where its window takes it from."""
+        if self.sweep is None:
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(self.train_dataset, batch_sampler=self._batches(), collate_fn=self._collate)

@@ -1,10 +1,11 @@
 """Dropout whose mask is never stored: it is a function of a seed, and made again in the backward pass.
 
-The kernel draws 16 bits for each number by a hash. Where it does not fit, torch zeroes drawn positions: rather than n
-random numbers, K from a Poisson distribution of mean n l, then K positions, uniform and with replacement. How often
-each position is hit is then Poisson of mean l, independently of all others, so with l = -log(1 - p) each is dropped
-with probability 1 - exp(-l) = p, independently: the mask that a draw for each would give, at about p times its cost.
-A position is a 32-bit random number scaled to the size of the matrix, so chances differ from p by up to n / 2^32 of p.
+The kernel draws 16 bits for each number by a hash. An accelerator draws one number for each by its own generator, begun
+at the seed. Where neither is, torch zeroes drawn positions: rather than n random numbers, K from a Poisson distribution
+of mean n l, then K positions, uniform and with replacement. How often each position is hit is then Poisson of mean l,
+independently of all others, so with l = -log(1 - p) each is dropped with probability 1 - exp(-l) = p, independently:
+the mask that a draw for each would give, at about p times its cost. A position is a 32-bit random number scaled to the
+size of the matrix, so chances differ from p by up to n / 2^32 of p.
 
 Knows nothing of layers or models.
 """
@@ -55,10 +56,18 @@ def dropped(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
         out, width = torch.empty_like(x), x.shape[-1]
         native.call("drop", x.dtype, x, out, x.numel() // width, width, scale, mask.threshold, mask.seed)
         return out
+    if x.device.type != "cpu":
+        kept = torch.empty_like(x).bernoulli_(1 - mask.threshold / STEPS, generator=_generator(x.device, mask.seed))
+        return kept.mul_(x if scale == 1 else x * scale)
     positions = dropout_positions(x.numel(), min(mask.threshold / STEPS, 1 - 1 / STEPS), mask.seed)
     out = x * scale if scale != 1 else x.clone()
-    out.view(-1).index_fill_(0, positions.to(x.device), 0)
+    out.view(-1).index_fill_(0, positions, 0)
     return out
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    """A generator of the device at the beginning of what `seed` gives."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 def dropout_positions(count: int, p: float, seed: int) -> torch.Tensor:

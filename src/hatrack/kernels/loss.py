@@ -17,8 +17,8 @@ import torch
 from hatrack.kernels import native
 from hatrack.kernels.frozen import back, times
 
-CHUNK = 2**23
-"""Logits held at one time: 16 MiB of them in bfloat16."""
+CHUNK, CHUNK_ON_ACCELERATOR = 2**23, 2**26
+"""Logits held at one time: 16 and 128 MiB of them in bfloat16."""
 
 
 def next_token_losses(
@@ -40,7 +40,8 @@ class _NextToken(torch.autograd.Function):
     ) -> torch.Tensor:
         values = torch.empty(len(wanted), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        rows = max(16, CHUNK // (states.shape[-1] if W is None else len(W)))
+        held = CHUNK if states.device.type == "cpu" else CHUNK_ON_ACCELERATOR
+        rows = max(16, held // (states.shape[-1] if W is None else len(W)))
         for start in range(0, len(wanted), rows):
             part = slice(start, start + rows)
             logits = states[part].clone() if W is None else _logits(states[part], W, b)

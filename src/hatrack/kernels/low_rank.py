@@ -6,10 +6,10 @@ For x (n, d) and factors A (r, d), h (n, r), with D dropout that zeroes but does
     up:    y = y + D(h A)
     outer: h^T D(x)                      (r, d)
 
-In torch each is a skinny product after a copy of x with zeros in it; the kernels make one pass over x, which is all
-the work there is. A mask is a function of its `Mask` alone, so it is made again in the backward pass, never kept.
-Several adapters of one x share the pass: their factors stand beneath each other, equally many rows each, and each has
-its own mask. Knows nothing of layers.
+In torch, which accelerators leave them to, each is a skinny product after a copy of x with zeros in it; the kernels
+make one pass over x, which is all the work there is. A mask is a function of its `Mask` alone, so it is made again in
+the backward pass, never kept. Several adapters of one x share the pass: their factors stand beneath each other, equally
+many rows each, and each has its own mask. Knows nothing of layers.
 """
 
 from collections.abc import Iterator
@@ -25,16 +25,24 @@ LARGEST_RANK, LARGEST_STACK = 64, 256
 
 
 def rows(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A factor (r, d) in the products' format, contiguous, its rank filled up with zeros to a multiple of 8."""
+    """A factor (r, d) in the products' format; for the kernels contiguous, its rank filled up with zeros to a multiple
+    of 8."""
+    if factor.device.type != "cpu":
+        return factor.to(dtype)
     return F.pad(factor.to(dtype), (0, 0, 0, -len(factor) % 8)).contiguous()
 
 
 def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.Tensor:
-    """scale D(x) A^T, (n, r) float32, for contiguous x (n, d) and A (r, d) of one dtype."""
+    """scale D(x) A^T, (n, r), for contiguous x (n, d) and A (r, d) of one dtype; in float32, but on an accelerator,
+    where a cast costs a launch, in x's format."""
     masks = masks or (KEEP,)
     if not _covered(x, len(A), masks):
-        parts = [dropped(x, mask) @ part.t() for part, mask in _parts(A, masks)]
-        return torch.cat(parts, 1).float().mul_(scale)
+        nothing = x.new_empty(1)  # not read, with a beta of 0
+        parts = [
+            torch.addmm(nothing, dropped(x, mask), part.t(), beta=0, alpha=scale) for part, mask in _parts(A, masks)
+        ]
+        h = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return h.float() if x.device.type == "cpu" else h
     h = torch.empty(len(x), len(A))
     sizes = len(x), x.shape[1], len(A), h.stride(0)
     native.call("down", x.dtype, x, A, h, *sizes, scale, masks[0].threshold, _seeds(masks, len(A)))
@@ -42,7 +50,7 @@ def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.
 
 
 def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> None:
-    """y += scale D(h A) in place, for contiguous y (n, d), h (n, r) float32 and A (r, d) of y's dtype."""
+    """y += scale D(h A) in place, for contiguous y (n, d), h (n, r) as `down` gives it and A (r, d) of y's dtype."""
     masks = masks or (KEEP,)
     if _covered(y, len(A), masks):
         sizes = len(y), y.shape[1], len(A), h.stride(0)
@@ -51,16 +59,16 @@ def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: 
         y.addmm_(h.to(y.dtype), A, alpha=scale)
     else:
         for (part, mask), states in zip(_parts(A, masks), h.chunk(len(masks), 1), strict=True):
-            y.add_(dropped((states * scale).to(y.dtype) @ part, mask))
+            y.add_(dropped(states.to(y.dtype) @ part, mask, scale))
 
 
 def outer(x: torch.Tensor, h: torch.Tensor, *masks: Mask) -> torch.Tensor:
-    """h^T D(x), (r, d) float32, for contiguous x (n, d) and h (n, r) float32."""
+    """h^T D(x), (r, d) float32, for contiguous x (n, d) and h (n, r) as `down` gives it."""
     masks = masks or (KEEP,)
     rank, width = h.shape[1], x.shape[1]
     if not _covered(x, rank, masks):
         parts = [states.to(x.dtype) @ dropped(x, mask) for states, mask in _parts(h.t(), masks)]
-        return torch.cat(parts).float()
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
     out, space = torch.empty(rank, width), torch.empty(torch.get_num_threads(), rank, width)
     sizes = len(x), width, rank, h.stride(0)
     native.call("outer", x.dtype, x, h, out, space, *sizes, masks[0].threshold, _seeds(masks, rank))

@@ -184,10 +184,10 @@ def choose(where: Setting, rows: int | None = None) -> Plan:
 
 
 def _needs_whole_base(where: Setting) -> str | None:
-    """The option that a base cannot be swept with, one layer after the other on a processor; None where it can."""
+    """The option that a base cannot be swept with, one layer after the other; None where it can."""
     recipe = where.recipe
     options = {"quantize": recipe.quantize != "none", "variant": recipe.variant in ("dora", "pissa")}
-    options |= {"lr": recipe.lr == "auto", "layers": recipe.layers == "auto", "device": where.machine.accelerator}
+    options |= {"lr": recipe.lr == "auto", "layers": recipe.layers == "auto", "device": not where.machine.sweeps}
     return next((name for name, needs in options.items() if needs), None)
 
 

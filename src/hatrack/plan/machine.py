@@ -48,7 +48,8 @@ format to train in."""
 class Machine:
     """Where a run is to take place. `memory` in bytes is what the run may take; `why` says what sets it.
 
-    `prices` is None where nothing is known of its speed; `framework` is what importing takes, where it was measured.
+    `prices` is None where nothing is known of its speed; `framework` is what importing takes, where it was measured;
+    `sweeps` says whether a base can be swept there, one layer after the other.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Machine:
     accelerator: bool = False
     prices: Prices | None = None
     framework: int | None = None
+    sweeps: bool = True
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ HEAP = 0.35
 one of the same size (docs/log.md)."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-LOGITS = 2**23
+LOGITS, LOGITS_ON_ACCELERATOR = 2**23, 2**26
 """Logits held at one time (`kernels/loss.py`)."""
 SCORES = 2**22
 """Attention probabilities held at one time in 16-bit formats (`kernels/attention.py`); in float32 none are."""
@@ -88,7 +88,7 @@ def training_bytes(
     item = ITEM_BYTES[dtype]
     trained = anatomy.counted.total - anatomy.counted.lora - anatomy.counted.head if method.full else 0
     trainable = trained or anatomy.counted.trainable
-    weights = 0 if method.full else weight_bytes(anatomy, method, dtype)
+    weights = 0 if method.full else weight_bytes(anatomy, method, dtype, accelerator)
     layer = _kept_in_layer(anatomy, method, item, dropout, plain, accelerator)
     activations = round(batch.tokens * layer * anatomy.reach)
     if method.full:
@@ -99,7 +99,8 @@ def training_bytes(
     elif method.checkpointing:
         activations = batch.tokens * anatomy.shape.hidden * item * anatomy.reach + round(batch.tokens * layer)
     heap = 0 if accelerator else round(HEAP * activations)
-    held = min(batch.learned * anatomy.shape.vocabulary, max(LOGITS, 16 * anatomy.shape.vocabulary))
+    at_once = LOGITS_ON_ACCELERATOR if accelerator else LOGITS
+    held = min(batch.learned * anatomy.shape.vocabulary, max(at_once, 16 * anatomy.shape.vocabulary))
     runtime = ACCELERATOR if accelerator else (FRAMEWORK if framework is None else framework) + RUNTIME
     quantised = method.quantize != "none"
     left = round(anatomy.dense * PACKED.get(method.quantize, item) * unread / max(anatomy.shape.layers, 1))
@@ -109,7 +110,7 @@ def training_bytes(
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "activations": activations,
-        "logits": 2 * held * item if anatomy.decoder else 0,
+        "logits": held * (2 * item + (8 if accelerator else 0)) if anatomy.decoder else 0,
         "workspace": _workspace(anatomy, batch, item) + (item * anatomy.largest if quantised else 0),
         "heap": heap,
         "framework": runtime + (BITSANDBYTES if quantised and not accelerator else 0),
@@ -124,13 +125,17 @@ def state_bytes(anatomy: Anatomy, step_tokens: int, item: int) -> int:
     return step_tokens * anatomy.shape.hidden * item * anatomy.reach
 
 
-def weight_bytes(anatomy: Anatomy, method: Method, dtype: str) -> int:
+def weight_bytes(anatomy: Anatomy, method: Method, dtype: str, accelerator: bool = False) -> int:
     """Bytes of the frozen base that are in memory at a time: all of it, or while sweeping the largest part as it lies
-    in its file."""
+    in its file. On an accelerator, while sweeping: two layers so, a copy of one in `dtype` where that is another format,
+    and all that is in no layer."""
+    item = ITEM_BYTES[dtype]
+    if method.sweep and accelerator:
+        layer, stored = anatomy.dense // max(anatomy.shape.layers, 1), ITEM_BYTES.get(anatomy.stored, 4)
+        return layer * (2 * stored + (item if anatomy.stored != dtype else 0)) + anatomy.outside * item
     if method.sweep:
         part = max(anatomy.dense // max(anatomy.shape.layers, 1), anatomy.head)
         return part * ITEM_BYTES.get(anatomy.stored, 4)
-    item = ITEM_BYTES[dtype]
     return round(anatomy.dense * PACKED.get(method.quantize, item) + anatomy.outside * item)
 
 
@@ -158,9 +163,7 @@ def _kept_in_layer(
     if not plain:  # peft's own layers: a float32 copy of the input, and of it after dropout with its mask
         copies = (4 if item < 4 else 0) + (5 if dropout else 0)
         kept += anatomy.own_copies / layers * copies + anatomy.scaled / layers * item
-    if accelerator:  # attention's output, and norms computed in float32 with their intermediate results
-        kept += shape.query * item + 4 * shape.hidden * 4
-    return kept
+    return kept + (shape.query * item if accelerator else 0)  # attention's output
 
 
 def _workspace(anatomy: Anatomy, batch: Batch, item: int) -> int:
