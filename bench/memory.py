@@ -3,6 +3,7 @@
     python bench/memory.py                        # a 7B shape: swept inside 3 and 2 GiB
     python bench/memory.py --layers 12 --stored float32 --sides swept,ordinary,peft --caps 3GiB
     python bench/memory.py --sides 4bit --batches 1x64  # twice: the first time the base is quantised, and kept
+    python bench/memory.py --device cuda --sides swept,ordinary,peft --caps 64GiB  # and what the accelerator held
 
 Writes the base once (Llama's shape, random weights, a file for each layer: 13.5 GB with all 32 layers in bfloat16) to
 the cache folder. Each side runs in a process of its own, capped ones in a memory control group (needs root), and has
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--stored", default="bfloat16", help="format of the base on disk")
     parser.add_argument("--dtype", default="auto", help="format of the products")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", default="4x256", help="micro-batches x tokens of a step; several with commas")
     parser.add_argument("--sides", default="swept")
     parser.add_argument("--caps", default="3GiB,2GiB", help="of swept and peft")
@@ -67,6 +69,7 @@ def main() -> None:
         for side in options.sides.split(","):
             for cap in options.caps.split(",") if side in CAPPED else [""]:
                 asked = {"side": side, "base": str(base), "batches": batches, "dtype": options.dtype}
+                asked["device"] = options.device
                 result = _run(asked, cap, options.limit)
                 found.append(asked | {"cap": cap} | result)
                 options.json.write_text(json.dumps({"base_bytes": there, "runs": found}, indent=1))
@@ -76,6 +79,8 @@ def main() -> None:
                     numbers = f"{result['seconds']:>9.1f}s{size(read):>12}{read / there:>8.2f}x"
                     numbers += f"{size(result['anonymous']):>12}{size(result['resident']):>12}"
                     numbers += f"{loading['seconds']:>9.1f}s{size(loading['resident']):>12}"
+                    if options.device != "cpu":
+                        numbers += f"   {size(result['accelerator'])} on {options.device}"
                 print(f"{side:<10}{cap or 'none':>9}{batches:>9}{numbers}", flush=True)
 
 
@@ -103,57 +108,68 @@ def _one(asked: dict[str, Any]) -> dict[str, Any]:
     """A step of one side, measured."""
     micro, tokens = map(int, asked["batches"].split("x"))
     torch.manual_seed(0)
-    ids = [torch.randint(3, 32_000, (1, tokens)) for _ in range(micro)]
+    ids = [torch.randint(3, 32_000, (1, tokens)).to(asked["device"]) for _ in range(micro)]
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
     make = {"swept": _swept, "ordinary": _ordinary, "4bit": _in_4_bits, "peft": _peft}[asked["side"]]
     start = time.perf_counter()
-    model, step = make(asked["base"], asked["dtype"], batches)
+    model, step = make(asked, batches)
     loading = {"seconds": time.perf_counter() - start, "resident": _status("VmHWM")}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     model.train()
+    if asked["device"] != "cpu":
+        step()  # its kernels are loaded, and the disk is read, in the first
+        torch.accelerator.synchronize()
+        torch.accelerator.reset_peak_memory_stats()
     with _Memory() as memory:
         before, start = _read_bytes(), time.perf_counter()
         loss = step()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if asked["device"] != "cpu":
+            torch.accelerator.synchronize()
         seconds, read = time.perf_counter() - start, _read_bytes() - before
     most = {"anonymous": memory.anonymous, "resident": memory.resident, "loading": loading}
+    if asked["device"] != "cpu":
+        most["accelerator"] = torch.accelerator.max_memory_allocated()
     return {"seconds": seconds, "read": read, **most, "loss": loss, "dtype": asked["dtype"]}
 
 
 Made = tuple[Any, Callable[[], float]]
 
 
-def _swept(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> Made:
+def _swept(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
     from hatrack.adapter.place import place
+    from hatrack.base.lending import open_window, settle
     from hatrack.base.trunk import find_trunk
-    from hatrack.base.window import Window, as_if
+    from hatrack.base.window import as_if
     from hatrack.engine.fast_base import speed_up
     from hatrack.engine.fast_lora import LAYER_CLASSES
     from hatrack.engine.sweep import Sweep
 
-    base = _loaded(folder, dtype, mapped=True)
+    base = _loaded(asked, mapped=True)
     trunk = find_trunk(base.model)
+    settle(base.model, trunk, base.dtype, base.device)
     speed_up(base.model, trunk)
-    with as_if(base.model.base_model, base.dtype):
+    with as_if(base.model.base_model, base.dtype, base.device):
         model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
-    window = Window(base.model, trunk, base.dtype, Path(folder))
-    sweep = Sweep(model, window, task="complete", folder=Path(folder).parent)
+    folder = Path(asked["base"])
+    window = open_window(base.model, trunk, base.dtype, folder, base.device)
+    sweep = Sweep(model, window, task="complete", folder=folder.parent)
     items = _items(batches)
     return model, lambda: float(sweep.step(batches, range(len(batches)), lambda batch: _loss(model, batch, items)))
 
 
-def _in_4_bits(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> Made:
-    return _ordinary(folder, dtype, batches, quantize="4bit")
+def _in_4_bits(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
+    return _ordinary(asked, batches, quantize="4bit")
 
 
-def _ordinary(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]], quantize: str = "none") -> Made:
+def _ordinary(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]], quantize: str = "none") -> Made:
     from hatrack.adapter.place import place
     from hatrack.engine.fast_base import speed_up
     from hatrack.engine.fast_lora import LAYER_CLASSES
 
-    base = _loaded(folder, dtype, quantize=quantize)
+    base = _loaded(asked, quantize=quantize)
     speed_up(base.model)
     model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -170,11 +186,14 @@ def _ordinary(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]], q
     return model, step
 
 
-def _peft(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> Made:
+def _peft(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)  # mapped, as it lies there
+    options = {"dtype": "auto", "local_files_only": True}  # mapped, as it lies there
+    if asked["device"] != "cpu":
+        options["device_map"] = {"": asked["device"]}
+    base = AutoModelForCausalLM.from_pretrained(asked["base"], **options)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -193,12 +212,12 @@ def _peft(folder: str, dtype: str, batches: list[dict[str, torch.Tensor]]) -> Ma
 RECIPE = Recipe.make(r=8, alpha=16.0, dropout=0.0, targets="q_proj,v_proj")
 
 
-def _loaded(folder: str, dtype: str, *, mapped: bool = False, quantize: str = "none") -> Any:
+def _loaded(asked: dict[str, Any], *, mapped: bool = False, quantize: str = "none") -> Any:
     from hatrack.base.load import load_base
     from hatrack.base.sources import find_base
 
-    found = find_base(folder)
-    return load_base(found, task="complete", device="cpu", dtype=dtype, mapped=mapped, quantize=quantize)
+    found, wanted = find_base(asked["base"]), {"device": asked["device"], "dtype": asked["dtype"]}
+    return load_base(found, task="complete", mapped=mapped, quantize=quantize, **wanted)
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], items: int) -> torch.Tensor:
