@@ -47,6 +47,7 @@ def _batch(rows: int = 3, length: int = 40, device: torch.device = GPU) -> dict[
     real = torch.ones_like(ids)
     real[1, length - 9 :] = 0
     labels = ids.masked_fill(real == 0, -100)
+    labels[1, length - 10] = -100  # turned round it comes first, and would be told by the state of padding
     return {k: v.to(device) for k, v in {"input_ids": ids, "attention_mask": real, "labels": labels}.items()}
 
 
