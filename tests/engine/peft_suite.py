@@ -159,21 +159,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers hatrack's layers with every `LoraConfig` there will be, and counts what they do."""
     if os.environ.get("PEFT_SUITE_STOCK") or "PEFT_SUITE_COUNTS" not in os.environ:
         return
-    made, judge = LoraConfig.__post_init__, FastLinear._is_plain
+    made, judge = LoraConfig.__post_init__, FastLinear._parts
 
     def post_init(config: LoraConfig) -> None:
         made(config)
         config._register_custom_module(dict(LAYER_CLASSES))
 
-    def is_plain(layer: FastLinear, dtype: torch.dtype) -> bool:
+    def parts(layer: FastLinear, dtype: torch.dtype) -> Any:
         answer = judge(layer, dtype)
-        taken[answer] += 1
-        if answer:
+        taken[answer is not None] += 1
+        if answer is not None:
             tests_with_it.add(os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0])
         return answer
 
     setattr(LoraConfig, "__post_init__", post_init)  # noqa: B010
-    setattr(FastLinear, "_is_plain", is_plain)  # noqa: B010
+    setattr(FastLinear, "_parts", parts)  # noqa: B010
 
 
 class _All(Counter[str]):

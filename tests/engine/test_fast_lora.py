@@ -146,13 +146,14 @@ def _same(ours: PeftModel, stock: PeftModel, **forward: Any) -> None:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each forward pass of a fast layer, whether it took the fast path."""
     answers: list[bool] = []
-    judge = FastLinear._is_plain
+    judge = FastLinear._parts
 
-    def note(layer: FastLinear, dtype: torch.dtype) -> bool:
-        answers.append(judge(layer, dtype))
-        return answers[-1]
+    def note(layer: FastLinear, dtype: torch.dtype) -> Any:
+        parts = judge(layer, dtype)
+        answers.append(parts is not None)
+        return parts
 
-    monkeypatch.setattr(FastLinear, "_is_plain", note)
+    monkeypatch.setattr(FastLinear, "_parts", note)
     return answers
 
 

@@ -39,7 +39,7 @@ def test_products_are_the_plain_ones(n: int, d: int, r: int, dtype: torch.dtype,
         h.double().t() @ (x * D),
     )
     up(y, h, A, 0.5, mask)
-    found = down(x, A, 0.5, mask), y, outer(x, h, mask)
+    found = down(x, A, 0.5, mask), y, outer(x, h, 1.0, mask)
     for ours, plain in zip(found, expected, strict=True):
         assert ours.shape == plain.shape
         assert float((ours - plain).norm()) <= BOUND[dtype] * float(plain.norm())

@@ -280,7 +280,7 @@ def _fill(model: Any, files: AdapterFiles, name: str) -> None:
     ]
     tensors: dict[str, torch.Tensor] = {}
     try:
-        with safe_open(files.weights, framework="pt") as file:
+        with safe_open(files.weights, framework="pt", device=str(model.device)) as file:
             tensors = {key: file.get_tensor(key) for key, shape in wanted.items() if files.shapes.get(key) == shape}
     except (SafetensorError, OSError) as error:
         raise AdapterError(

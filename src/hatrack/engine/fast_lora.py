@@ -15,9 +15,9 @@ and for the gradient g of y, using that W has none:
     g_b = the sum of g's rows             (d_out,), where the base's biases are trained (`bias="all"`, `"lora_only"`)
 
 What is kept for the backward pass is x, which the layer below keeps anyway, and h. A and B are float32 and are cast to
-x's dtype for the products; peft's layer casts x to float32 instead and keeps that copy. x may have another dtype than W
-(autocast's, or that of a base which is computed otherwise than it is kept): W is then cast to it in either pass, and no
-cast copy of it is kept in between (`kernels/frozen.py`).
+x's dtype for the products, once for both passes; peft's layer casts x to float32 instead and keeps that copy. x may have
+another dtype than W (autocast's, or that of a base which is computed otherwise than it is kept): W is then cast to it in
+either pass, and no cast copy of it is kept in between (`kernels/frozen.py`).
 
 D is made again from its seed in the backward pass (`kernels/drop.py`).
 
@@ -63,64 +63,78 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = _compute_dtype(x)
-        if args or kwargs or not self._is_plain(dtype):
+        parts = None if args or kwargs else self._parts(dtype)
+        if parts is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        y = _given.taken(x, self)
-        return self._computed(x, dtype) if y is None else y
+        y = _given.taken(x, self, parts)
+        return self._computed(x, dtype, parts) if y is None else y
 
-    def _computed(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _computed(self, x: torch.Tensor, dtype: torch.dtype, parts: "_Parts") -> torch.Tensor:
         """y for this layer, and with it those of the layers that will be given the same x."""
-        others = [layer for layer in self._sharers if layer._goes_with(self, dtype)] if _given.first(x, self) else []
+        several = [(self, parts)]
+        if _given.first(x, self):
+            for layer in self._sharers:
+                others = layer._parts(dtype)
+                if others is not None and others.goes_with(parts):
+                    several.append((layer, others))
         flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-        found = project(flat, [layer._projection() for layer in (self, *others)])
+        found = project(flat, [each.projection() for _, each in several])
         own, *rest = (y.view(*x.shape[:-1], y.shape[-1]) for y in found)
-        for layer, y in zip(others, rest, strict=True):
-            _given.waiting[layer] = layer._state(), y
+        for (layer, others), y in zip(several[1:], rest, strict=True):
+            _given.waiting[layer] = others.state(), y
         return own
 
-    def _goes_with(self, other: "FastLinear", dtype: torch.dtype) -> bool:
-        """Whether both can share their passes: factors of equal shapes, and equal dropout."""
-        if not self._is_plain(dtype):
-            return False
-        shapes = [layer.lora_A[layer.active_adapters[0]].weight.shape for layer in (self, other)]
-        return shapes[0] == shapes[1] and self._dropout() == other._dropout()
-
-    def _dropout(self) -> float:
-        dropout = self.lora_dropout[self.active_adapters[0]]
-        return getattr(dropout, "p", 0.0) if dropout.training else 0.0
-
-    def _projection(self) -> "Projection":
-        name, base = self.active_adapters[0], self.base_layer
-        W = base.weight.t() if type(base) is Conv1D else base.weight
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        return Projection(W, base.bias, A, B, self.scaling[name], draw(self._dropout()))
-
-    def _state(self) -> tuple[object, ...]:
-        """What y depends on besides x: where it has changed, what was computed before is of no use."""
-        name = self.active_adapters[0]
-        weights = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
-        versions = [(id(weight), weight._version) for weight in weights]
-        modes = self.lora_dropout[name].training, torch.is_grad_enabled()
-        return name, self.scaling[name], *modes, *versions
-
-    def _is_plain(self, dtype: torch.dtype) -> bool:
-        """Whether the layer, as it stands, is no more than the formulas at the top, for products in `dtype`."""
-        names, base = self.active_adapters, self.base_layer
-        if len(names) != 1 or names[0] not in self.lora_A or self.disable_adapters or self.merged:
-            return False
-        A, B, dropout = self.lora_A[names[0]], self.lora_B[names[0]], self.lora_dropout[names[0]]
-        return (
-            names[0] not in self.lora_variant
-            and type(base) in LAYER_CLASSES
-            and type(A) is type(B) is nn.Linear
-            and B.bias is None
-            and getattr(dropout, "p", 0.0) < 1
-            and isinstance(dropout, nn.Identity | nn.Dropout)
-            and not base.weight.requires_grad
+    def _parts(self, dtype: torch.dtype) -> "_Parts | None":
+        """What the layer computes with, if it is, as it stands, no more than the formulas at the top, for products in
+        `dtype`. Looked up past torch's and peft's attributes, which take longer than a small product."""
+        names: list[str] = self.active_adapters
+        modules: dict[str, Any] = self._modules
+        if len(names) != 1 or self._disable_adapters or self.merged_adapters:
+            return None
+        name, base = names[0], modules["base_layer"]
+        A, B, dropout = (modules[kind]._modules.get(name) for kind in ("lora_A", "lora_B", "lora_dropout"))
+        if not (type(A) is type(B) is nn.Linear and isinstance(dropout, nn.Identity | nn.Dropout)):
+            return None
+        if type(base) not in LAYER_CLASSES or name in self.lora_variant:
+            return None
+        W, p = base._parameters["weight"], getattr(dropout, "p", 0.0)
+        plain = (
+            B._parameters["bias"] is None
+            and p < 1
+            and not W.requires_grad
             and dtype in COMPUTE_DTYPES
-            and (dtype == base.weight.dtype or _is_cast(base))
-            and not any(_has_hooks(part) for part in (base, A, B, dropout))
+            and (dtype == W.dtype or _is_cast(base))
+            and not any(map(_has_hooks, (base, A, B, dropout)))
         )
+        if not plain:
+            return None
+        factors: tuple[Any, Any] = A._parameters["weight"], B._parameters["weight"]
+        return _Parts(name, base, *factors, self.scaling[name], p if dropout.training else 0.0)
+
+
+class _Parts(NamedTuple):
+    """An adapter's name, its layer of the base, its factors A (r, d_in) and B (d_out, r), alpha / r, and dropout."""
+
+    name: str
+    base: Any
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    p: float
+
+    def goes_with(self, other: "_Parts") -> bool:
+        """Whether both can share their passes: factors of equal shapes, and equal dropout."""
+        return self.A.shape == other.A.shape and self.p == other.p
+
+    def projection(self) -> "Projection":
+        W, b = self.base._parameters["weight"], self.base._parameters["bias"]
+        return Projection(W.t() if type(self.base) is Conv1D else W, b, self.A, self.B, self.scaling, draw(self.p))
+
+    def state(self) -> tuple[object, ...]:
+        """What y depends on besides x: where it has changed, what was computed before is of no use."""
+        W = self.base._parameters["weight"]
+        versions = self.A._version, self.B._version, W._version, id(self.A), id(self.B), id(W)
+        return self.name, self.scaling, self.p, torch.is_grad_enabled(), *versions
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -151,12 +165,12 @@ class _Given(threading.local):
         self.leader: Callable[[], FastLinear | None] = lambda: None
         self.waiting: dict[FastLinear, tuple[tuple[object, ...], torch.Tensor]] = {}
 
-    def taken(self, x: torch.Tensor, layer: FastLinear) -> torch.Tensor | None:
+    def taken(self, x: torch.Tensor, layer: FastLinear, parts: _Parts) -> torch.Tensor | None:
         """The y that was computed for `layer` with the first one given x, if there is one; it is handed out once."""
         if not self._is(x):
             return None
         state, y = self.waiting.pop(layer, (None, None))
-        return y if state == layer._state() else None
+        return y if y is not None and state == parts.state() else None
 
     def first(self, x: torch.Tensor, layer: FastLinear) -> bool:
         """Whether no layer was given x before; if one was, `layer` will be computed with that one the next time."""
@@ -212,46 +226,51 @@ class _LoraProducts(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, settings: list[tuple[float, Mask]], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        masks = [mask for _, mask in settings]
-        A = torch.cat([rows(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
+        masks, weights = [mask for _, mask in settings], tensors[::4]
+        A = _joined([rows(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
+        several = [rows(B.t(), x.dtype) for B in tensors[3::4]]
         h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
         outputs = []
-        parts = zip(tensors[::4], tensors[1::4], tensors[3::4], h.chunk(len(masks), 1), settings, strict=True)
+        parts = zip(weights, tensors[1::4], several, h.chunk(len(masks), 1), settings, strict=True)
         for W, b, B, own, (scaling, _) in parts:
             y = times(x, W, b)  # (n, d_out)
-            up(y, own, rows(B.t(), x.dtype), scaling)
+            up(y, own, B, scaling)
             outputs.append(y)
-        ctx.save_for_backward(x, h, *tensors)
-        ctx.settings = settings
+        ctx.save_for_backward(x, h, A, *weights, *several)
+        ctx.settings, ctx.rank = settings, len(tensors[2])
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, h, *tensors = ctx.saved_tensors
+        x, h, A, *saved = ctx.saved_tensors
         masks, needed = [mask for _, mask in ctx.settings], ctx.needs_input_grad[2:]
-        found: list[torch.Tensor | None] = [None] * len(tensors)
+        weights, several = saved[: len(masks)], saved[len(masks) :]
+        found: list[torch.Tensor | None] = [None] * len(needed)
         narrow: list[torch.Tensor] = []
         gradients = tuple(g.contiguous() for g in gradients)
-        parts = zip(gradients, tensors[3::4], h.chunk(len(masks), 1), ctx.settings, strict=True)
+        parts = zip(gradients, several, h.chunk(len(masks), 1), ctx.settings, strict=True)
         for number, (g, B, own, (scaling, mask)) in enumerate(parts):
-            narrow.append(down(g, rows(B.t(), g.dtype), scaling * mask.scale))  # (n, r), D's division included
+            narrow.append(down(g, B, scaling * mask.scale))  # (n, r), D's division included
             if needed[4 * number + 1]:
                 found[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
-                found[4 * number + 3] = outer(g, own)[: B.shape[1]].t().to(B.dtype).mul_(scaling)  # (d_out, r)
-        g_h = torch.cat(narrow, 1)  # (n, ranks of all)
+                found[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # (d_out, r)
+        g_h = _joined(narrow, 1)  # (n, ranks of all)
         if any(needed[2::4]):
-            for number, g_A in enumerate(outer(x, g_h, *masks).chunk(len(masks))):
-                A = tensors[4 * number + 2]
-                found[4 * number + 2] = g_A[: len(A)].to(A.dtype)  # (r, d_in)
+            for number, g_A in enumerate(outer(x, g_h, 1.0, *masks).chunk(len(masks))):
+                found[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = back(gradients[0], tensors[0])  # (n, d_in)
-            for g, W in zip(gradients[1:], tensors[4::4], strict=True):
+            g_x = back(gradients[0], weights[0])  # (n, d_in)
+            for g, W in zip(gradients[1:], weights[1:], strict=True):
                 back(g, W, g_x)
-            up(g_x, g_h, torch.cat([rows(A, x.dtype) for A in tensors[2::4]]), 1.0, *masks)
+            up(g_x, g_h, A, 1.0, *masks)
         return g_x, None, *found
+
+
+def _joined(several: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
+    return torch.cat(several, dimension) if len(several) > 1 else several[0]
 
 
 def reference(

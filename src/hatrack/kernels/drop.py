@@ -10,6 +10,7 @@ size of the matrix, so chances differ from p by up to n / 2^32 of p.
 Knows nothing of layers or models.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -57,7 +58,8 @@ def dropped(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
         native.call("drop", x.dtype, x, out, x.numel() // width, width, scale, mask.threshold, mask.seed)
         return out
     if x.device.type != "cpu":
-        kept = torch.empty_like(x).bernoulli_(1 - mask.threshold / STEPS, generator=_generator(x.device, mask.seed))
+        drawn = _generator(x.device).manual_seed(mask.seed)
+        kept = torch.empty_like(x).bernoulli_(1 - mask.threshold / STEPS, generator=drawn)
         return kept.mul_(x if scale == 1 else x * scale)
     positions = dropout_positions(x.numel(), min(mask.threshold / STEPS, 1 - 1 / STEPS), mask.seed)
     out = x * scale if scale != 1 else x.clone()
@@ -65,9 +67,10 @@ def dropped(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
     return out
 
 
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    """A generator of the device at the beginning of what `seed` gives."""
-    return torch.Generator(device).manual_seed(seed)
+@functools.cache
+def _generator(device: torch.device) -> torch.Generator:
+    """A generator of the device's own, made once: that takes longer than a small product."""
+    return torch.Generator(device)
 
 
 def dropout_positions(count: int, p: float, seed: int) -> torch.Tensor:

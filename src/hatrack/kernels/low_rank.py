@@ -12,6 +12,7 @@ the backward pass, never kept. Several adapters of one x share the pass: their f
 many rows each, and each has its own mask. Knows nothing of layers.
 """
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -27,34 +28,34 @@ LARGEST_RANK, LARGEST_STACK = 64, 256
 def rows(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A factor (r, d) in the products' format; for the kernels contiguous, its rank filled up with zeros to a multiple
     of 8."""
+    factor = factor.to(dtype)
     if factor.device.type != "cpu":
-        return factor.to(dtype)
-    return F.pad(factor.to(dtype), (0, 0, 0, -len(factor) % 8)).contiguous()
+        return factor
+    missing = -factor.shape[0] % 8
+    return (F.pad(factor, (0, 0, 0, missing)) if missing else factor).contiguous()
 
 
 def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.Tensor:
     """scale D(x) A^T, (n, r), for contiguous x (n, d) and A (r, d) of one dtype; in float32, but on an accelerator,
     where a cast costs a launch, in x's format."""
     masks = masks or (KEEP,)
-    if not _covered(x, len(A), masks):
-        nothing = x.new_empty(1)  # not read, with a beta of 0
-        parts = [
-            torch.addmm(nothing, dropped(x, mask), part.t(), beta=0, alpha=scale) for part, mask in _parts(A, masks)
-        ]
+    (n, width), rank = x.shape, A.shape[0]
+    if not _covered(x, rank, masks):
+        parts = [_product(dropped(x, mask), part.t(), scale) for part, mask in _parts(A, masks)]
         h = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return h.float() if x.device.type == "cpu" else h
-    h = torch.empty(len(x), len(A))
-    sizes = len(x), x.shape[1], len(A), h.stride(0)
-    native.call("down", x.dtype, x, A, h, *sizes, scale, masks[0].threshold, _seeds(masks, len(A)))
+    h = torch.empty(n, rank)
+    native.call("down", x.dtype, x, A, h, n, width, rank, rank, scale, masks[0].threshold, _seeds(masks, rank))
     return h
 
 
 def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> None:
     """y += scale D(h A) in place, for contiguous y (n, d), h (n, r) as `down` gives it and A (r, d) of y's dtype."""
     masks = masks or (KEEP,)
-    if _covered(y, len(A), masks):
-        sizes = len(y), y.shape[1], len(A), h.stride(0)
-        native.call("up", y.dtype, y, h, A, *sizes, scale, masks[0].threshold, _seeds(masks, len(A)))
+    (n, width), rank = y.shape, A.shape[0]
+    if _covered(y, rank, masks):
+        sizes = n, width, rank, h.stride(0)
+        native.call("up", y.dtype, y, h, A, *sizes, scale, masks[0].threshold, _seeds(masks, rank))
     elif not masks[0].p:
         y.addmm_(h.to(y.dtype), A, alpha=scale)
     else:
@@ -62,17 +63,22 @@ def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: 
             y.add_(dropped(states.to(y.dtype) @ part, mask, scale))
 
 
-def outer(x: torch.Tensor, h: torch.Tensor, *masks: Mask) -> torch.Tensor:
-    """h^T D(x), (r, d) float32, for contiguous x (n, d) and h (n, r) as `down` gives it."""
+def outer(x: torch.Tensor, h: torch.Tensor, scale: float, *masks: Mask) -> torch.Tensor:
+    """scale h^T D(x), (r, d) float32, for contiguous x (n, d) and h (n, r) as `down` gives it."""
     masks = masks or (KEEP,)
-    rank, width = h.shape[1], x.shape[1]
+    (n, width), rank = x.shape, h.shape[1]
     if not _covered(x, rank, masks):
-        parts = [states.to(x.dtype) @ dropped(x, mask) for states, mask in _parts(h.t(), masks)]
+        parts = [_product(states.to(x.dtype), dropped(x, mask), scale) for states, mask in _parts(h.t(), masks)]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
     out, space = torch.empty(rank, width), torch.empty(torch.get_num_threads(), rank, width)
-    sizes = len(x), width, rank, h.stride(0)
+    sizes = n, width, rank, h.stride(0)
     native.call("outer", x.dtype, x, h, out, space, *sizes, masks[0].threshold, _seeds(masks, rank))
-    return out
+    return out if scale == 1 else out.mul_(scale)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale left right, the factor taken in before the product is rounded."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)  # with a beta of 0 the first is not read
 
 
 def _covered(x: torch.Tensor, rank: int, masks: tuple[Mask, ...]) -> bool:
@@ -87,6 +93,7 @@ def _parts(factors: torch.Tensor, masks: tuple[Mask, ...]) -> Iterator[tuple[tor
     return zip(factors.chunk(len(masks)), masks, strict=True)
 
 
-def _seeds(masks: tuple[Mask, ...], rank: int) -> torch.Tensor:
+def _seeds(masks: tuple[Mask, ...], rank: int) -> ctypes.Array[ctypes.c_uint64]:
     """The seed for each eight ranks, as the kernels want them."""
-    return torch.tensor([mask.seed for mask in masks]).repeat_interleave(rank // 8 // len(masks))
+    each = rank // 8 // len(masks)
+    return (ctypes.c_uint64 * (each * len(masks)))(*(mask.seed for mask in masks for _ in range(each)))
