@@ -149,12 +149,12 @@ def load_base(
     options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": files.trusted}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    if quantize != "none" or (chosen.type != "cpu" and not mapped):
+    if quantize != "none" or (chosen.type != "cpu" and not mapped and task != "classify"):
         options["device_map"] = {"": chosen}
     if quantize != "none":
         model, found = _quantised(files, task, chosen, seed, quantize, options)
     else:
-        model, found = _model(files, task, chosen, seed, options)
+        model, found = _model(files, task, torch.device("cpu") if mapped else chosen, seed, options)
     _check_loaded(files, model, task, found, seed)
     model.config.pad_token_id = tokenizer.pad_token_id
     _keep_gradients(model)
@@ -343,7 +343,8 @@ def _model(
         with quiet(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
             torch.manual_seed(seed)
             model, found = kind.from_pretrained(files.folder, **options)
-            return model, found
+            # a fresh head is drawn on the processor, so that it is the same wherever it is used
+            return model if "device_map" in options else model.to(device), found
     except HatrackError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
