@@ -15,9 +15,9 @@ and for the gradient g of y, using that W has none:
     g_b = the sum of g's rows             (d_out,), where the base's biases are trained (`bias="all"`, `"lora_only"`)
 
 What is kept for the backward pass is x, which the layer below keeps anyway, and h. A and B are float32 and are cast to
-x's dtype for the products, once for both passes; peft's layer casts x to float32 instead and keeps that copy. x may have
-another dtype than W (autocast's, or that of a base which is computed otherwise than it is kept): W is then cast to it in
-either pass, and no cast copy of it is kept in between (`kernels/frozen.py`).
+x's dtype for the products, once for both passes; peft's layer casts x to float32 instead and keeps that copy. x may
+have another dtype than W (autocast's, or that of a base which is computed otherwise than it is kept): W is then cast to
+it in either pass, and no cast copy of it is kept in between (`kernels/frozen.py`).
 
 D is made again from its seed in the backward pass (`kernels/drop.py`).
 

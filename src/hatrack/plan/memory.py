@@ -128,8 +128,8 @@ def state_bytes(anatomy: Anatomy, step_tokens: int, item: int) -> int:
 
 def weight_bytes(anatomy: Anatomy, method: Method, dtype: str, accelerator: bool = False) -> int:
     """Bytes of the frozen base that are in memory at a time: all of it, or while sweeping the largest part as it lies
-    in its file. On an accelerator, while sweeping: two layers so, a copy of one in `dtype` where that is another format,
-    and all that is in no layer."""
+    in its file. On an accelerator, while sweeping: two layers so, a copy of one in `dtype` where that is another
+    format, and all that is in no layer."""
     item = ITEM_BYTES[dtype]
     if method.sweep and accelerator:
         layer, stored = anatomy.dense // max(anatomy.shape.layers, 1), ITEM_BYTES.get(anatomy.stored, 4)
