@@ -3,8 +3,8 @@
     .venv/bin/python bench/gpu.py [--rounds 5] [--only "7B"] [--output DIR]
 
 Models have their published shapes and random bfloat16 weights. peft runs as its Trainer does with `bf16=True`: the base
-in bfloat16, the adapter in float32 under autocast, stock attention, loss and fused AdamW. One side after the other in one
-process, three steps before those that count; figures are medians.
+in bfloat16, the adapter in float32 under autocast, stock attention, loss and fused AdamW. One side after the other in
+one process, three steps before those that count; figures are medians.
 """
 
 import argparse
