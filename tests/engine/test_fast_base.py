@@ -121,6 +121,22 @@ def test_outputs_and_gradients_stay(name: str, length: int) -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_where_torchs_attention_steps_in_padding_is_not_seen(name: str) -> None:
+    """Under autocast, with padding on the left: hatrack's masks are (B, T), torch's are not."""
+    model = _random(BASES[name][0])
+    ids, real = torch.randint(3, 97, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    real[1, :4] = 0
+    found = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(model(input_ids=ids, attention_mask=real).logits.float())
+        speed_up(model)
+    chosen = real.bool() if name == "llama" else slice(None)
+    assert model.config._attn_implementation == NAME
+    torch.testing.assert_close(found[1][chosen], found[0][chosen], rtol=0.05, atol=0.05)
+
+
 def test_weights_keep_their_names_and_generation_goes_on() -> None:
     model = _random(BASES["llama"][0])
     names = {name: value.clone() for name, value in model.state_dict().items()}

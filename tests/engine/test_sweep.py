@@ -18,7 +18,7 @@ import hatrack
 import hatrack.plan.fit
 from hatrack.adapter.place import place
 from hatrack.base.trunk import find_trunk
-from hatrack.base.window import Window, _read_ahead, as_if
+from hatrack.base.window import Window, as_if, read_ahead
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.sweep import Doors, Sweep
@@ -303,10 +303,10 @@ def test_a_file_that_was_cut_short_is_found_before_its_pages_are_touched(tmp_pat
     base = _adapted(_saved(tmp_path / "base", "Llama"), "Llama", torch.float32).get_base_model()
     window = Window(base, find_trunk(base), torch.float32, tmp_path / "base")
     assert len(window.files) == 1 and all(window.spans.values())
-    _read_ahead(window.spans[1])
+    read_ahead(window.spans[1])
     os.truncate(window.files[0].path, 4096)
     with pytest.raises(MachineError, match="cannot be read; got it is shorter than it was"):
-        _read_ahead(window.spans[1])
+        read_ahead(window.spans[1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files are read ahead on Linux")

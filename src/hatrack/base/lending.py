@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hatrack.base.trunk import Trunk
-from hatrack.base.window import OUTSIDE, Window, _read_ahead
+from hatrack.base.window import OUTSIDE, Window, read_ahead
 
 ALIGNED = 256
 """Each weight begins at a multiple of so many bytes, as the accelerator's own allocations do."""
@@ -75,7 +75,7 @@ class LendingWindow(Window):
 
     def _lend(self, part: int, number: int) -> int:
         """Reads a part and copies it into place `number`, as the reading thread."""
-        _read_ahead(self.spans[part])
+        read_ahead(self.spans[part])
         place, weights = self._places[number], self.parts[part]
         place.arrived.synchronize()  # what was here before is still on its way, perhaps
         for weight, room in zip(weights, _split(place.locked, weights), strict=True):

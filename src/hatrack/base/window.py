@@ -147,7 +147,7 @@ class Window:
 
     def _read(self, part: int) -> Future[Any]:
         """Begins to read a part ahead."""
-        return self._reader.submit(_read_ahead, self.spans[part])
+        return self._reader.submit(read_ahead, self.spans[part])
 
     def _take(self, part: int, reading: Future[Any] | None) -> None:
         """Makes a part ready to compute with, which `reading` reads ahead: weights of another format are cast into the
@@ -273,7 +273,7 @@ def _spans(weights: Iterable[torch.Tensor], mapped: Sequence[MappedFile]) -> lis
     return found
 
 
-def _read_ahead(spans: Sequence[Span]) -> None:
+def read_ahead(spans: Sequence[Span]) -> None:
     """Has the system read what lies in `spans` into its cache; returns when it is there."""
     with open(os.devnull, "wb") as nowhere:
         for start, end, file in spans:

@@ -158,6 +158,7 @@ def attend(
 
     `attention_mask`: None, or (B, T) true at real tokens, or whatever torch's attention takes.
     """
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     covered = (
         (attention_mask is None or attention_mask.dim() == 2)
         and position_bias is None
@@ -169,20 +170,17 @@ def attend(
     )
     if not covered:
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = _square(module, query, attention_mask, is_causal)
+            attention_mask = _square(attention_mask, query.shape[2], causal)
         kwargs |= {"is_causal": is_causal, "position_bias": position_bias, "dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention(query, key, value, attention_mask, causal=causal, scale=scale, p=dropout), None
 
 
-def _square(module: torch.nn.Module, query: torch.Tensor, real: torch.Tensor, is_causal: bool | None) -> torch.Tensor:
-    """What torch's attention takes for `real` (B, T): which query sees which key, (B, 1, 1 or T, T)."""
+def _square(real: torch.Tensor, queries: int, causal: bool) -> torch.Tensor:
+    """What torch's attention takes for `real` (B, T): which query sees which key, (B, 1, 1 or queries, T)."""
     seen = real[:, None, None, :]
-    if getattr(module, "is_causal", True) if is_causal is None else is_causal:
-        seen = seen & torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
-    return seen
+    return seen & torch.ones(queries, real.shape[1], dtype=torch.bool, device=real.device).tril() if causal else seen
 
 
 def mask(
