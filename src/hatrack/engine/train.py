@@ -82,8 +82,9 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     advise(facts)
     if recipe.layers == "auto":
         recipe = measured_depth(facts)
-        run = replace(run, recipe=recipe)
-        facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
+        run, facts = replace(run, recipe=recipe), replace(facts, recipe=recipe)
+        if recipe.top_layers is not None:  # all layers are what was planned
+            facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
     plan, schedule, resumed = facts.plan, facts.schedule, run.recall("schedule")
     base = load_for(recipe, files, examples, mapped=plan.method.sweep)
 
