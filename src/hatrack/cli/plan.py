@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hatrack.cli.options import Json, with_recipe
+from hatrack.cli.spare import leave_out
 from hatrack.errors import RecipeError
 from hatrack.recipe import Recipe
 from hatrack.say import say, size
@@ -45,7 +46,7 @@ def plan(
     ways = {
         name: fit.plan_run(where, method)
         for name, method in fit.WAYS.items()
-        if not (method.sweep and machine.accelerator)  # a base is swept on a processor
+        if machine.sweeps or not method.sweep
     }
     cure = None if chosen.fits else fit.change(where, chosen)
     if as_json:
@@ -62,7 +63,8 @@ def plan(
 
 def _measure() -> None:
     """Runs the probe and keeps its result for later plans on the same processor."""
-    import hatrack.engine.train  # noqa: F401  # what a run imports is part of what is measured
+    leave_out(Recipe.make())  # as a run does, whose imports are part of what is measured
+    import hatrack.engine.train  # noqa: F401
     from hatrack.engine.measure import measure
     from hatrack.plan.machine import fast_at_bfloat16, keep_probe
 

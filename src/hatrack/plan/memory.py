@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from hatrack.plan.shape import Anatomy
 
 MIB = 2**20
-FRAMEWORK = 500 * MIB
-"""torch, transformers and peft once imported, on a processor; `hatrack plan --probe` measures it."""
+FRAMEWORK = 410 * MIB
+"""torch, transformers and peft once imported for a run, on a processor; `hatrack plan --probe` measures it."""
 RUNTIME = 40 * MIB
 """What comes once training runs: compiled products, tokens, the trainer, code that is touched for the first time."""
 BITSANDBYTES = 60 * MIB
