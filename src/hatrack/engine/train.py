@@ -109,7 +109,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     )
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
-    del model, base, trained, sweep, prefix
+    del model, base, trunk, trained, sweep, prefix
     give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
     run.finish()
