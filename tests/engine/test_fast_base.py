@@ -179,3 +179,24 @@ def test_a_norm_of_another_kind_or_in_training_stays() -> None:
     speed_up(model)
     assert isinstance(model.model.norm, _Other)
     assert sum(isinstance(layer, FastRMSNorm) for layer in model.modules()) == 3
+
+
+def test_matrices_in_four_bits_are_never_unpacked_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+    shape: dict[str, Any] = {"compute_dtype": torch.float32, "compress_statistics": False, "quant_type": "nf4"}
+    torch.manual_seed(0)
+    base: Any = LlamaForCausalLM(LlamaConfig(**SMALL | {"intermediate_size": 128})).requires_grad_(False)
+    mlp = base.model.layers[0].mlp
+    for name in ("gate_proj", "down_proj"):
+        d_out, d_in = getattr(mlp, name).weight.shape
+        layer = bitsandbytes.nn.Linear4bit(d_in, d_out, bias=name == "down_proj", **shape).requires_grad_(False)
+        setattr(mlp, name, layer.to("cpu"))
+    x = torch.randn(2, 3, mlp.gate_proj.in_features, requires_grad=True)
+    wanted = mlp(x)
+    (wanted_slope,) = torch.autograd.grad(wanted.sum(), x)
+    speed_up(base)
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", None)
+    found = mlp(x)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(slope, wanted_slope)

@@ -1,4 +1,5 @@
-"""Puts hatrack's kernels into a frozen base: attention by transformers' own interface, dropout and norms as layers.
+"""Puts hatrack's kernels into a frozen base: attention by transformers' own interface, dropout and norms as layers,
+products with matrices in four bits without ever having one unpacked as a whole.
 
 Nothing is known of any architecture. A norm is replaced when it answers as an RMSNorm does, whatever its name, and
 attention when the model leaves the choice of it to transformers and answers the same with it. The rest stays as it is.
@@ -8,6 +9,7 @@ On accelerators only norms are replaced, by torch's fused one: their attention a
 import ctypes
 import platform
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from hatrack.base.trunk import Trunk
 from hatrack.kernels import drop
 from hatrack.kernels.attention import attention
+from hatrack.kernels.frozen import can_unpack, linear
 from hatrack.kernels.norm import rms_norm
 
 NAME = "hatrack"
@@ -44,19 +47,27 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None) -> None:
                 setattr(parent, name, FastDropout(layer.p).train(layer.training))
             elif (norm := _as_rms_norm(layer)) is not None:
                 setattr(parent, name, norm.train(layer.training))
+            elif on_processor and can_unpack(getattr(layer, "weight", None)) and not _watched(layer):
+                layer.forward = partial(_unpacked, layer)
 
 
 def _keep_freed_memory(largest: int) -> None:
     """Has glibc keep what is freed for the next step, which wants the same again: handing pages back to the system and
     clearing new ones took up to a fifth of a step (docs/log.md). Nothing where there is no glibc.
 
-    Single blocks above `largest` bytes come and go: a quantised layer is unpacked for each product, and of such blocks
-    the heap kept 2.7 GB of holes beside a 7B shape.
+    Single blocks above `largest` bytes come and go: a layer in eight bits is unpacked for each product, and of such
+    blocks the heap keeps more holes than a base takes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, 2**30)
         mallopt(M_MMAP_THRESHOLD, largest) or mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+def _unpacked(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What bitsandbytes' layer in four bits gives for x (..., d_in), in the format of x."""
+    y = linear(x.to(layer.compute_dtype or x.dtype), layer.weight, None)
+    return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(x.dtype)
 
 
 def _use_attention(base: PreTrainedModel) -> None:

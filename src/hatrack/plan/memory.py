@@ -34,6 +34,8 @@ LOGITS, LOGITS_ON_ACCELERATOR = 2**23, 2**26
 """Logits held at one time (`kernels/loss.py`)."""
 SCORES = 2**22
 """Attention probabilities held at one time in 16-bit formats (`kernels/attention.py`); in float32 none are."""
+PART = 2**21
+"""Numbers of a matrix brought into the products' format at one time (`kernels/frozen.py`)."""
 STATES = 2**27
 """Bytes of hidden states that a sweep holds in memory (`engine/sweep.py`); those beyond go to a file."""
 PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
@@ -112,7 +114,7 @@ def training_bytes(
         "optimizer": 8 * trainable,
         "activations": activations,
         "logits": held * (2 * item + (8 if accelerator else 0)) if anatomy.decoder else 0,
-        "workspace": _workspace(anatomy, batch, item) + (item * anatomy.largest if quantised else 0),
+        "workspace": _workspace(anatomy, batch, item) + item * _in_another_format(anatomy, method, dtype, accelerator),
         "heap": heap,
         "framework": runtime + (BITSANDBYTES if quantised and not accelerator else 0),
     }
@@ -165,6 +167,13 @@ def _kept_in_layer(
         copies = (4 if item < 4 else 0) + (5 if dropout else 0)
         kept += anatomy.own_copies / layers * copies + anatomy.scaled / layers * item
     return kept + (shape.query * item if accelerator else 0)  # attention's output
+
+
+def _in_another_format(anatomy: Anatomy, method: Method, dtype: str, accelerator: bool) -> int:
+    """Numbers of the base that are brought into the products' format at a time, where they are kept in another."""
+    if method.quantize == "8bit" or (method.quantize == "4bit" and accelerator):
+        return anatomy.largest
+    return PART if method.quantize == "4bit" or (method.sweep and anatomy.stored != dtype) else 0
 
 
 def _workspace(anatomy: Anatomy, batch: Batch, item: int) -> int:
