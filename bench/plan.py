@@ -38,8 +38,6 @@ RUNS = {
     "complete, 256 tokens": "--data text.jsonl --batch-size 2",
     "complete, 256 tokens, top 10": "--data text.jsonl --layers top-10 --batch-size 4",
     "complete, 256 tokens, DoRA": "--data text.jsonl --variant dora --targets q_proj,v_proj --batch-size 2",
-    "chat, swept": "--data questions.jsonl --memory 800MiB",
-    "complete, 256 tokens, swept": "--data text.jsonl --memory 900MiB --batch-size 4",
     "chat, 4-bit": "--data questions.jsonl --quantize 4bit --targets q_proj,v_proj --batch-size 4",
     "chat, 8-bit": "--data questions.jsonl --quantize 8bit --targets q_proj,v_proj --batch-size 4",
     "complete, 256 tokens, swept": "--data text.jsonl --targets q_proj,v_proj --batch-size 4 --memory 850MiB",
