@@ -44,9 +44,7 @@ def plan(
     where = fit.setting(recipe, peeked, _work(recipe, peeked), machine)
     chosen = fit.choose(where)
     ways = {
-        name: fit.plan_run(where, method)
-        for name, method in fit.WAYS.items()
-        if machine.sweeps or not method.sweep
+        name: fit.plan_run(where, method) for name, method in fit.WAYS.items() if machine.sweeps or not method.sweep
     }
     cure = None if chosen.fits else fit.change(where, chosen)
     if as_json:
