@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -181,22 +182,38 @@ def test_a_norm_of_another_kind_or_in_training_stays() -> None:
     assert sum(isinstance(layer, FastRMSNorm) for layer in model.modules()) == 3
 
 
-def test_matrices_in_four_bits_are_never_unpacked_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("adapted_first", [True, False])
+def test_matrices_in_four_bits_are_never_unpacked_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, adapted_first: bool
+) -> None:
+    """peft's layer around such a matrix shows it as its own weight, and keeps its own forward."""
     bitsandbytes: Any = pytest.importorskip("bitsandbytes")
     shape: dict[str, Any] = {"compute_dtype": torch.float32, "compress_statistics": False, "quant_type": "nf4"}
     torch.manual_seed(0)
     base: Any = LlamaForCausalLM(LlamaConfig(**SMALL | {"intermediate_size": 128})).requires_grad_(False)
+    base.is_loaded_in_4bit = True  # by which peft takes its layer for these
     mlp = base.model.layers[0].mlp
     for name in ("gate_proj", "down_proj"):
         d_out, d_in = getattr(mlp, name).weight.shape
         layer = bitsandbytes.nn.Linear4bit(d_in, d_out, bias=name == "down_proj", **shape).requires_grad_(False)
         setattr(mlp, name, layer.to("cpu"))
-    x = torch.randn(2, 3, mlp.gate_proj.in_features, requires_grad=True)
-    wanted = mlp(x)
-    (wanted_slope,) = torch.autograd.grad(wanted.sum(), x)
-    speed_up(base)
+    if not adapted_first:
+        speed_up(base)
+    get_peft_model(base, LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], init_lora_weights=False))
+    x = torch.randn(2, 3, 64, requires_grad=True)
+
+    def answers() -> tuple[torch.Tensor, ...]:
+        y = mlp(x)
+        return y, *torch.autograd.grad(y.sum(), (x, mlp.gate_proj.lora_A.default.weight))
+
+    with monkeypatch.context() as patch:
+        if adapted_first:
+            wanted = answers()
+            speed_up(base)
+        else:
+            for name in ("gate_proj", "down_proj"):
+                patch.delitem(getattr(mlp, name).base_layer.__dict__, "forward")
+            wanted = answers()
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", None)
-    found = mlp(x)
-    (slope,) = torch.autograd.grad(found.sum(), x)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(slope, wanted_slope)
+    for found, other in zip(answers(), wanted, strict=True):
+        torch.testing.assert_close(found, other)

@@ -47,8 +47,8 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None) -> None:
                 setattr(parent, name, FastDropout(layer.p).train(layer.training))
             elif (norm := _as_rms_norm(layer)) is not None:
                 setattr(parent, name, norm.train(layer.training))
-            elif on_processor and can_unpack(getattr(layer, "weight", None)) and not _watched(layer):
-                layer.forward = partial(_unpacked, layer)
+            elif on_processor and isinstance(layer, nn.Linear) and can_unpack(layer.weight) and not _watched(layer):
+                layer.forward = partial(_unpacked, layer)  # type: ignore[method-assign]
 
 
 def _keep_freed_memory(largest: int) -> None:
