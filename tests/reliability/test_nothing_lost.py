@@ -23,6 +23,8 @@ from hatrack.engine.trainer import HatTrainer
 from tests.reliability.child import Child
 
 ADAPTER = "adapter_model.safetensors"
+OWN = re.compile(r"/hat(?![a-z]|\.cpython)|/rack/")
+"""A path of the run itself, in its folders or on the rack: not of the cache, nor what Python compiles of hatrack."""
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,7 @@ def _operations(act: Callable[[int], None]) -> None:
         changes = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree")
         if event == "open":
             changes = isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        places = [str(argument).replace("/hatrack", "") for argument in arguments]  # the cache is not the run's
-        if changes and any("/hat" in place or "/rack/" in place for place in places):
+        if changes and any(OWN.search(str(argument)) for argument in arguments):
             number += 1
             act(number)
 
