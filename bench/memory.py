@@ -140,9 +140,8 @@ Made = tuple[Any, Callable[[], float]]
 
 def _swept(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
     from hatrack.adapter.place import place
-    from hatrack.base.lending import open_window, settle
+    from hatrack.base.lending import as_loaded, open_window, settle
     from hatrack.base.trunk import find_trunk
-    from hatrack.base.window import as_if
     from hatrack.engine.fast_base import speed_up
     from hatrack.engine.fast_lora import LAYER_CLASSES
     from hatrack.engine.sweep import Sweep
@@ -151,7 +150,7 @@ def _swept(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Mad
     trunk = find_trunk(base.model)
     settle(base.model, trunk, base.dtype, base.device)
     speed_up(base.model, trunk)
-    with as_if(base.model.base_model, base.dtype, base.device):
+    with as_loaded(base):
         model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
     folder = Path(asked["base"])
     window = open_window(base.model, trunk, base.dtype, folder, base.device)

@@ -8,7 +8,6 @@ import math
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from queue import Queue
 from typing import Any, cast
@@ -22,12 +21,12 @@ from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import find
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.header import read_header
-from hatrack.base.lending import open_window, settle
+from hatrack.base.lending import as_loaded, open_window, settle
 from hatrack.base.load import Base, choose_device, choose_dtype, free_memory, load_base, name_of
 from hatrack.base.room import holds
 from hatrack.base.sources import find_base
 from hatrack.base.trunk import find_trunk
-from hatrack.base.window import Window, as_if
+from hatrack.base.window import Window
 from hatrack.data.template import chat_prompt
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.errors import AdapterError
@@ -109,7 +108,7 @@ class Hat:
             )
         check_base(folder, hat.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
         before = self.active
-        with _as_loaded(self.base):
+        with as_loaded(self.base):
             self.model = attach(self.model, folder, name, layer_classes=LAYER_CLASSES)
         self.hats[name], self.folders[name] = hat, folder
         try:
@@ -295,7 +294,7 @@ def load(
     )
     name = _name_of(files, folder, loaded.model)
     window = _window(loaded) if loaded.mapped else None
-    with _as_loaded(loaded):
+    with as_loaded(loaded):
         model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
     ready.window = window
@@ -315,11 +314,6 @@ def _window(base: Base) -> Window:
     window = open_window(base.model, trunk, base.dtype, base.files.folder, base.device)
     window.stream()
     return window
-
-
-def _as_loaded(base: Base) -> AbstractContextManager[None]:
-    """While the block runs, a base that is not in memory looks as if it were, to what is made beside its weights."""
-    return as_if(base.model.base_model, base.dtype, base.device) if base.mapped else nullcontext()
 
 
 def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:

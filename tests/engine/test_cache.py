@@ -217,18 +217,6 @@ def _equal(one: Path, other: Path, *, bits: bool = True) -> None:
         torch.testing.assert_close(tensor, second[name], **bound, msg=name)
 
 
-@pytest.fixture
-def train(tmp_path: Path, tiny_encoder: Path, tiny_decoder: Path, reviews: Path, questions: Path) -> Any:
-    """Trains on the tiny bases into a folder of this name."""
-
-    def run(name: str, task: str = "classify", **options: Any) -> Any:
-        base, data = (tiny_encoder, reviews) if task == "classify" else (tiny_decoder, questions)
-        given = RUN | {"base": str(base), "data": str(data)} | options
-        return hatrack.train(output=str(tmp_path / name), name=name, **given)
-
-    return run
-
-
 @pytest.mark.parametrize("task", ["classify", "chat"])
 def test_a_cached_run_makes_the_adapter_of_an_uncached_one(
     tmp_path: Path, train: Any, task: str, capsys: pytest.CaptureFixture[str]

@@ -177,18 +177,6 @@ def test_a_sweep_gives_the_gradients_of_the_ordinary_step(tmp_path: Path, stored
 RUN: dict[str, Any] = {"device": "cuda", "lr": 0.02, "batch_size": 8, "epochs": 3}
 
 
-@pytest.fixture
-def train(tmp_path: Path, tiny_encoder: Path, tiny_decoder: Path, reviews: Path, questions: Path) -> Any:
-    """Trains on the tiny bases into a folder of this name."""
-
-    def run(name: str, task: str = "classify", **options: Any) -> Any:
-        base, data = (tiny_encoder, reviews) if task == "classify" else (tiny_decoder, questions)
-        given = RUN | {"base": str(base), "data": str(data)} | options
-        return hatrack.train(output=str(tmp_path / name), name=name, **given)
-
-    return run
-
-
 @pytest.mark.parametrize("task", ["classify", "chat"])
 @pytest.mark.parametrize(
     "options",

@@ -7,14 +7,16 @@ computing go on side by side. Knows nothing of what the layers compute.
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from hatrack.base.load import Base
 from hatrack.base.trunk import Trunk
-from hatrack.base.window import OUTSIDE, Window, read_ahead
+from hatrack.base.window import OUTSIDE, Window, as_if, read_ahead
 
 ALIGNED = 256
 """Each weight begins at a multiple of so many bytes, as the accelerator's own allocations do."""
@@ -49,6 +51,11 @@ def settle(model: nn.Module, trunk: Trunk, dtype: torch.dtype, device: torch.dev
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+def as_loaded(base: Base) -> AbstractContextManager[None]:
+    """While the block runs, a base that is not in memory looks as if it were, to what is made beside its weights."""
+    return as_if(base.model.base_model, base.dtype, base.device) if base.mapped else nullcontext()
 
 
 class LendingWindow(Window):

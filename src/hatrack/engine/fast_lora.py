@@ -45,7 +45,7 @@ from transformers.pytorch_utils import Conv1D
 from hatrack.engine.lossless import LosslessMerge
 from hatrack.kernels.drop import Mask, draw
 from hatrack.kernels.frozen import FrozenLinear, back, times
-from hatrack.kernels.low_rank import down, outer, rows, up
+from hatrack.kernels.low_rank import down, joined, outer, rows, up
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -227,7 +227,7 @@ class _LoraProducts(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, settings: list[tuple[float, Mask]], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         masks, weights = [mask for _, mask in settings], tensors[::4]
-        A = _joined([rows(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
+        A = joined([rows(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
         several = [rows(B.t(), x.dtype) for B in tensors[3::4]]
         h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
         outputs = []
@@ -256,7 +256,7 @@ class _LoraProducts(torch.autograd.Function):
                 found[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
                 found[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # (d_out, r)
-        g_h = _joined(narrow, 1)  # (n, ranks of all)
+        g_h = joined(narrow, 1)  # (n, ranks of all)
         if any(needed[2::4]):
             for number, g_A in enumerate(outer(x, g_h, 1.0, *masks).chunk(len(masks))):
                 found[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
@@ -267,10 +267,6 @@ class _LoraProducts(torch.autograd.Function):
                 back(g, W, g_x)
             up(g_x, g_h, A, 1.0, *masks)
         return g_x, None, *found
-
-
-def _joined(several: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
-    return torch.cat(several, dimension) if len(several) > 1 else several[0]
 
 
 def reference(

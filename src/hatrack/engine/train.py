@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -23,12 +23,12 @@ from hatrack.adapter.place import place
 from hatrack.adapter.proof import logits, probe_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.header import read_config
-from hatrack.base.lending import open_window, settle
+from hatrack.base.lending import as_loaded, open_window, settle
 from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer, name_of
 from hatrack.base.room import give_back
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.base.trunk import Trunk, find_trunk
-from hatrack.base.window import OUTSIDE, as_if
+from hatrack.base.window import OUTSIDE
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
 from hatrack.data.examples import Examples, read_examples
@@ -93,7 +93,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     if base.mapped and trunk is not None:
         settle(base.model, trunk, base.dtype, base.device)
     speed_up(base.model, trunk if base.mapped or known == 1 else None)
-    with as_if(base.model.base_model, base.dtype, base.device) if base.mapped else nullcontext():
+    with as_loaded(base):
         model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":

@@ -42,7 +42,7 @@ def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.
     (n, width), rank = x.shape, A.shape[0]
     if not _covered(x, rank, masks):
         parts = [_product(dropped(x, mask), part.t(), scale) for part, mask in _parts(A, masks)]
-        h = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        h = joined(parts, 1)
         return h.float() if x.device.type == "cpu" else h
     h = torch.empty(n, rank)
     native.call("down", x.dtype, x, A, h, n, width, rank, rank, scale, masks[0].threshold, _seeds(masks, rank))
@@ -69,11 +69,16 @@ def outer(x: torch.Tensor, h: torch.Tensor, scale: float, *masks: Mask) -> torch
     (n, width), rank = x.shape, h.shape[1]
     if not _covered(x, rank, masks):
         parts = [_product(states.to(x.dtype), dropped(x, mask), scale) for states, mask in _parts(h.t(), masks)]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
+        return joined(parts).float()
     out, space = torch.empty(rank, width), torch.empty(torch.get_num_threads(), rank, width)
     sizes = n, width, rank, h.stride(0)
     native.call("outer", x.dtype, x, h, out, space, *sizes, masks[0].threshold, _seeds(masks, rank))
     return out if scale == 1 else out.mul_(scale)
+
+
+def joined(several: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
+    """All beside each other; one alone is not copied for it."""
+    return torch.cat(several, dimension) if len(several) > 1 else several[0]
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
