@@ -1,4 +1,4 @@
-"""peft's own tests of LoRA, with hatrack's layer in place of peft's: one command, about ten minutes on two cores.
+"""peft's own tests of LoRA, with hatrack's layer in place of peft's: one command, ten minutes on one core.
 
     .venv/bin/python tests/engine/peft_suite.py [--stock] [pytest's own options, such as -k mixed]
 
@@ -6,9 +6,9 @@ The tests come from peft's source distribution, fetched from the package index, 
 the cache. A test is run where its parameters or its source name `LoraConfig`: in the files below, all that can run on a
 processor without a model hub. The hub's tiny models are stood in for by random ones of the same shape; a test that asks
 for anything else of the hub counts as skipped. Left out are the files about other methods, about GPUs and quantisers,
-and those that need images or diffusion models; also two tests of what a layer prints, which is its class's name. What
-fails is run once more with peft's own layers, to tell hatrack's faults from those of the machine. `--stock` runs it all
-with peft's own layers.
+and those that need images or diffusion models; also four tests of what a layer's class is called. What fails is run
+once more with peft's own layers, to tell hatrack's faults from those of the machine. `--stock` runs it all with peft's
+own layers.
 """
 
 import hashlib
@@ -46,6 +46,13 @@ FILES = (
     "torch_compile",
 )
 # fmt: on
+NAMES = (
+    "test_custom_models.py::TestLayerRepr::test_repr_lora_linear",
+    "test_custom_models.py::TestLayerRepr::test_repr_lora_conv1d",
+    "test_initialization.py::TestLoraInitialization::test_modules_to_save_targets_lora_layer_raises",
+    "test_tuners_utils.py::TestModelAndLayerStatus::test_target_parameters_and_target_modules",
+)
+"""Tests of what a layer's class is called, in a print or a message."""
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 SMALL |= {"vocab_size": 1024, "max_position_embeddings": 512}
@@ -90,10 +97,7 @@ def main() -> int:
     stock, options = "--stock" in sys.argv, [option for option in sys.argv[1:] if option != "--stock"]
     folder = _suite()
     files = [f"tests/test_{name}.py" for name in FILES]
-    printing = [
-        f"--deselect=tests/test_custom_models.py::TestLayerRepr::test_repr_lora_{n}" for n in ("linear", "conv1d")
-    ]
-    found = _run(folder, [*files, *printing, *options], stock)
+    found = _run(folder, [*files, *(f"--deselect=tests/{test}" for test in NAMES), *options], stock)
     told = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(found["outcomes"].items()))
     print(f"\n{PEFT}, {'its own' if stock else 'hatrack'} layers: {told}")
     print(f"the fast path was taken {found['taken']:,} times in {found['tests_with_it']:,} tests; ")

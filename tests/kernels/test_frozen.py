@@ -1,5 +1,6 @@
 """Products with matrices kept in other formats, against products with a copy in their own format."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,6 +55,43 @@ def test_a_gradient_is_added_to_the_one_given() -> None:
     kept = given.clone()
     assert back(g, W, kept) is kept
     _near(kept, given + g @ W.float())
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [True, False], ids=["added", "alone"])
+def test_rows_without_a_gradient_are_left_out(kept: torch.dtype, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    g, W = _random(40, 100), _random(100, 32, dtype=kept)
+    g[torch.arange(40) % 4 > 0] = 0
+    g[:, 0] = 0  # a row is not told by its first number alone
+    g_x = _random(40, 32)
+    wanted = g @ W.float() + (g_x if given else 0)
+    multiplied: list[int] = []
+
+    def noted(name: str, of: int) -> Callable[..., torch.Tensor]:
+        product = getattr(torch.Tensor, name)
+
+        def note(*matrices: torch.Tensor) -> Any:
+            multiplied.append(len(matrices[of]))
+            return product(*matrices)
+
+        return note
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noted("__matmul__", 0))
+    monkeypatch.setattr(torch.Tensor, "addmm_", noted("addmm_", 1))
+    found = back(g, W, g_x if given else None)
+    assert set(multiplied) == {10}
+    _near(found, wanted)
+
+
+def test_nothing_is_left_out_of_a_gradient_that_is_not_a_number() -> None:
+    g, W = torch.zeros(8, 64), _random(64, 32)
+    g[5, 3] = torch.nan
+    found = back(g, W)
+    assert found[5].isnan().all() and not found[:5].any()
+
+
+def test_a_gradient_without_any_rows_is_zero() -> None:
+    assert not back(torch.zeros(8, 64), _random(64, 32)).any()
 
 
 def test_rows_of_a_turned_matrix_are_taken() -> None:
