@@ -53,7 +53,8 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder)
         found = [start(folder) for _ in range(options.rounds + 1)][1:]
-    medians = {said: statistics.median(times[said] for times in found) for said in found[0]}
+    common = [said for said in found[0] if all(said in times for times in found)]  # steps are said now and then
+    medians = {said: statistics.median(times[said] for times in found) for said in common}
     print("\n".join(f"{seconds:6.2f} s  {said}" for said, seconds in medians.items()))
     (options.output / "start.json").write_text(json.dumps(medians, indent=1))
 

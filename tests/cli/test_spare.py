@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hatrack.cli.spare import leave_out
+from hatrack.cli.spare import leave_out, list_models_once
 from hatrack.recipe import Recipe
 
 ALL = {"bitsandbytes", "scipy", "datasets"}
@@ -47,3 +47,27 @@ def test_training_goes_without_them(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_model_files_are_listed_once() -> None:
+    """In processes of their own: as many names as without it, and no folder listed a second time."""
+    script = (
+        "import sys; from hatrack.cli.spare import list_models_once\n"
+        "if sys.argv[1:]: list_models_once()\n"
+        "import transformers; transformers.AutoModel; import transformers.utils.import_utils as module\n"
+        "listed = module.create_import_structure_from_path.cache_info()\n"
+        "print(len(dir(transformers)), len(dir(transformers.models)), listed.misses, listed.currsize)"
+    )
+    plain, once = (
+        [int(word) for word in subprocess.check_output([sys.executable, "-c", script, *words], text=True).split()]
+        for words in ([], ["once"])
+    )
+    assert once[:2] == plain[:2]
+    assert once[2] == once[3] < plain[2]
+
+
+def test_listing_is_left_alone_where_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", sys)
+    before = list(sys.meta_path)
+    list_models_once()
+    assert sys.meta_path == before

@@ -14,6 +14,7 @@ import typer
 
 from hatrack import __version__
 from hatrack.cli import cache, check, compare, demo, hats, plan, predict, train
+from hatrack.cli.spare import list_models_once
 from hatrack.errors import HatrackError
 from hatrack.say import StandardError
 
@@ -75,6 +76,7 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)
     gc.set_threshold(50_000, 20, 20)  # imports make many objects that stay: looking through them takes a second
+    list_models_once()
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
         if code == INTERRUPTED:  # the parser took the KeyboardInterrupt, and said nothing
