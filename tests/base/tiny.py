@@ -19,7 +19,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "DistilBert": SMALL | {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
     "Electra": BERT | {"embedding_size": 8},
     "Albert": BERT | {"embedding_size": 8},
-    "DebertaV2": BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 16},
+    "DebertaV2": BERT
+    | {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "norm_rel_ebd": "layer_norm",
+        "pooler_hidden_size": 16,
+    },
     "MPNet": BERT,
     "ModernBert": BERT
     | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},

@@ -38,6 +38,8 @@ WILL_NEED, DO_NOT_NEED = 3, 4
 """Linux's advice on mapped memory (madvise(2))."""
 CHUNK = 2**24
 """Bytes read ahead at a time."""
+SMALL_TABLE = 2**22
+"""Numbers of an embedding; so small ones are multiplied with in some models (DeBERTa's of relative positions)."""
 PUT_BACK = "put the base back as it was; --resume goes on from the last checkpoint"
 
 
@@ -75,7 +77,7 @@ class Window:
 
     While a part is shown its floating-point weights are in `dtype`; at other times they are as they lie in their files,
     and touching them reads them from there. What is trained, and what is not mapped from a file, is left alone, but for
-    its format. Matrices of linear layers and tables of embeddings stay as they are: what is made of them is cast.
+    its format. Matrices of linear layers and large tables of embeddings stay as they are: what is made of them is cast.
     """
 
     device = torch.device("cpu")
@@ -209,12 +211,12 @@ def _frozen(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _outside(model: nn.Module, trunk: Trunk) -> list[nn.Parameter]:
-    """The frozen weights that are in no layer, without tables that are only looked up in."""
+    """The frozen weights that are in no layer, without large tables, which are only looked up in."""
     inside = {id(module) for layer in trunk.layers for module in layer.modules()}
     found = {
         id(weight): weight
         for module in model.modules()
-        if id(module) not in inside and type(module) is not nn.Embedding
+        if id(module) not in inside and not (type(module) is nn.Embedding and module.weight.numel() > SMALL_TABLE)
         for weight in module.parameters(recurse=False)
         if not weight.requires_grad
     }

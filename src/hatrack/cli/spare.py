@@ -38,8 +38,7 @@ def leave_out(recipe: Recipe) -> None:
 def list_models_once() -> None:
     """Has transformers list the names in its model files once while it is imported, not twice.
 
-    It keeps what it finds, for as many as 128 folders, and meanwhile has more than 500 of them: the second time it finds
-    nothing kept.
+    It keeps what it finds, but of 128 folders at most, and meanwhile has more than 500 of them.
     """
     if "transformers" not in sys.modules:
         sys.meta_path.insert(0, _KeepsAll())
@@ -59,7 +58,7 @@ class _KeepsAll(MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                listing = getattr(module, "create_import_structure_from_path", None)
+                listing: Any = getattr(module, "create_import_structure_from_path", None)
                 if hasattr(listing, "cache_info"):
                     module.create_import_structure_from_path = functools.cache(listing.__wrapped__)
 
