@@ -34,6 +34,16 @@ def test_the_plan_is_of_the_run_that_follows(hatrack: Run, tiny_encoder: Path, r
     assert "not measured" in planned["time_from"]
 
 
+def test_conversations_are_planned_as_their_template_writes_them(
+    hatrack: Run, tiny_decoder: Path, questions: Path
+) -> None:
+    options = ("--base", tiny_decoder, "--data", questions, "--device", "cpu", "--dtype", "float32", "--steps", 2)
+    planned = hatrack("plan", *options, "--json").json["memory"]
+    trained = hatrack("train", *options, "--json").json["planned"]["memory"]
+    for term in ("activations", "logits"):
+        assert planned[term] == trained[term], term
+
+
 def test_the_verdict_comes_first_with_the_one_change(hatrack: Run, tiny_decoder: Path, questions: Path) -> None:
     fits = hatrack("plan", "--base", tiny_decoder, "--data", questions, "--on", "t4").out.splitlines()
     assert fits[0].startswith("fits: ") and "rows at a time" in fits[0]

@@ -57,9 +57,9 @@ def llama(layers: int = 32) -> Peek:
 
 def where(there: int | str, lengths: Any = (256,) * 64, **options: Any) -> Setting:
     recipe = Recipe.make(**({"base": "x", "data": "y", "dtype": "bfloat16", "batch_size": 8} | options))
-    rows = np.array(lengths)
+    rows = np.array([(length, length) for length in lengths])
     machine = named(there) if isinstance(there, str) else Machine("m", there, "as asked", "bfloat16", prices=PRICES)
-    return setting(recipe, llama(), Work("chat", 0, rows, rows[:8], 1.0), machine)
+    return setting(recipe, llama(), Work("chat", 0, rows, rows[:8]), machine)
 
 
 def test_the_most_rows_that_fit_and_divide_the_batch() -> None:

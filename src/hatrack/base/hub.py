@@ -28,7 +28,7 @@ from hatrack.base.peek import Peek, peek_folder
 from hatrack.errors import BaseError, HatrackError, MachineError
 from hatrack.storage import machine_errors
 
-SMALL = ("*.json", "tokenizer.model")
+SMALL = ("*.json", "*.jinja", "tokenizer.model")
 """What is fetched of a hub base: everything about it but its weights."""
 
 

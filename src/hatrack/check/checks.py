@@ -75,9 +75,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
     dtype = look("device-not-there", _dtype, recipe)
     if looking.found or not (examples and files and tokens and dtype and task):
         return looking.found, None
-    work = Work(
-        task, len(examples.labels), tokens.learn.lengths, tokens.held_out.lengths, float(tokens.learn.learn.mean())
-    )
+    work = Work(task, len(examples.labels), tokens.learn.sizes, tokens.held_out.sizes)
     settled = look("does-not-fit", settle, recipe, peek_folder(files.folder), work, here(recipe.device, dtype))
     if settled is None:
         return looking.found, None

@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from hatrack.plan.fit import Plan, Setting, Work
 
 ASSUMED_ROWS, ASSUMED_LENGTH = 1000, 256
-SAMPLE = 300
-"""Rows that are tokenised to learn how many tokens a letter makes; the others are measured by their letters."""
-TURN = 5
-"""Tokens that a chat template puts around a turn."""
 
 
 @with_recipe
@@ -50,7 +46,7 @@ def plan(
     if as_json:
         shown = {name: way.as_json() for name, way in ways.items()}
         facts = {"machine": machine.name, "memory_bytes": machine.memory, "base": peeked.source, "dtype": where.dtype}
-        facts |= {"rows": len(where.work.lengths), "longest": int(where.work.lengths.max())}
+        facts |= {"rows": len(where.work.rows), "longest": where.work.longest}
         time = {"time_from": machine.prices.source if machine.prices else None}
         schedule = where.schedule(chosen.micro_batch)
         steps = {"steps": schedule.steps, "batch_size": schedule.batch_size, "to_download": peeked.to_download}
@@ -105,75 +101,21 @@ def _work(recipe: Recipe, peeked: "Peek") -> "Work":
         task = recipe.task or ("classify" if family(peeked.config) == "encoder" else "chat")
         length = recipe.max_length or ASSUMED_LENGTH
         say(f"no --data: {ASSUMED_ROWS:,} rows of {length} tokens are assumed, task {task}")
-        lengths = np.full(ASSUMED_ROWS, length)
-        return Work(task, 2, lengths, lengths[: ASSUMED_ROWS // 10], 0.0 if task == "classify" else 1.0)
+        rows = np.full((ASSUMED_ROWS, 2), (length, 0 if task == "classify" else length))
+        return Work(task, 2, rows, rows[: ASSUMED_ROWS // 10])
     from hatrack.data.examples import read_examples
+    from hatrack.data.light import row_sizes
 
     examples = read_examples(recipe)
     most = recipe.max_length or min(512 if examples.task == "classify" else 2048, _limit(peeked))
-    counted = _Letters(peeked)
-    both = counted.lengths([*examples.train, *examples.held_out])
-    lengths = np.minimum(both[:, 0], most)
-    share = 0.0 if examples.task == "classify" else float(both[:, 1].sum() / max(both[:, 0].sum(), 1))
+    sizes = row_sizes([*examples.train, *examples.held_out], peeked.folder, most)
     cut = len(examples.train)
-    return Work(examples.task, max(len(examples.labels), 1), lengths[:cut], lengths[cut:], share)
+    return Work(examples.task, max(len(examples.labels), 1), sizes[:cut], sizes[cut:])
 
 
 def _limit(peeked: "Peek") -> int:
     most = peeked.config.get("max_position_embeddings")
     return most if isinstance(most, int) and most > 0 else 2048
-
-
-class _Letters:
-    """How many tokens texts make, by the base's tokenizer.json: without transformers, and so without torch."""
-
-    def __init__(self, peeked: "Peek") -> None:
-        from tokenizers import Tokenizer
-
-        file = peeked.folder / "tokenizer.json"
-        self.tokenizer: Any = Tokenizer.from_file(str(file)) if file.is_file() else None
-        if self.tokenizer is not None:
-            self.tokenizer.no_padding()
-            self.tokenizer.no_truncation()
-
-    def lengths(self, examples: Any) -> Any:
-        """(n, 2): tokens of each example, and of its part that is learned. All of a few, of more by their letters."""
-        import numpy as np
-
-        parts = [self._parts(example) for example in examples]
-        letters = np.array([[len(asked) + len(told), len(told)] for asked, told, _ in parts], dtype=float)
-        around = np.array([turns * TURN for *_, turns in parts], dtype=float)
-        chosen = np.unique(np.linspace(0, len(parts) - 1, min(SAMPLE, len(parts))).astype(int))
-        if len(chosen) < len(parts) or self.tokenizer is None:
-            rate = self._count([" ".join(parts[i][:2]) for i in chosen]).sum() / max(letters[chosen, 0].sum(), 1)
-            tokens = letters * rate
-        else:
-            tokens = np.stack(
-                [self._count([f"{a} {t}".strip() for a, t, _ in parts]), self._count([t for _, t, _ in parts])], axis=1
-            ).astype(float)
-        tokens[:, 0] += around
-        tokens[:, 1] += np.where(letters[:, 1] > 0, 1, 0)
-        return np.maximum(np.rint(tokens), 1).astype(np.int64)
-
-    def _count(self, texts: list[str]) -> Any:
-        import numpy as np
-
-        if self.tokenizer is None:
-            return np.array([len(text) / 4 for text in texts])
-        return np.array([len(found.ids) for found in self.tokenizer.encode_batch_fast(texts)])
-
-    def _parts(self, example: Any) -> tuple[str, str, int]:
-        """What is only read, what is learned, and the turns of a conversation."""
-        if example.messages:
-            asked = " ".join(text for role, text in example.messages if role != "assistant")
-            return (
-                asked,
-                " ".join(text for role, text in example.messages if role == "assistant"),
-                len(example.messages),
-            )
-        if example.completion is not None:
-            return example.text, example.completion, 0
-        return ("", example.text, 0) if example.label is None else (example.text, "", 0)
 
 
 def _show(where: "Setting", peeked: "Peek", chosen: "Plan", ways: dict[str, "Plan"], cure: str | None) -> None:
@@ -194,7 +136,7 @@ def _show(where: "Setting", peeked: "Peek", chosen: "Plan", ways: dict[str, "Pla
     print(f"machine    {machine.name}, base in {where.dtype}")
     print(f"params     {line(chosen.trainable, chosen.total)}")
     print(
-        f"work       {len(where.work.lengths):,} rows of up to {int(where.work.lengths.max())} tokens, "
+        f"work       {len(where.work.rows):,} rows of up to {where.work.longest} tokens, "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows"
     )
     if machine.prices is not None and chosen.seconds is not None and chosen.whole_seconds is not None:

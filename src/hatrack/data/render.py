@@ -48,6 +48,12 @@ class TokenRows:
         """(n,) tokens of each row."""
         return np.diff(self.offsets)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """(n, 2) tokens of each row, and how many of these are learned."""
+        learned = np.concatenate([[0], np.cumsum(self.learn)])[self.offsets]
+        return np.stack([self.lengths, np.diff(learned)], axis=1)
+
     def first(self, count: int) -> "TokenRows":
         """The first `count` rows, or all where there are fewer."""
         end = self.offsets[min(count, len(self))]
@@ -135,10 +141,8 @@ def render(
     """
     if task == "classify":
         encoded = _plain(examples, tokenizer)
-    elif task == "chat":
-        encoded = _each(examples, lambda example: render_chat(example.messages, tokenizer, template or ""), source)
     else:
-        encoded = _each(examples, lambda example: _continued(example, tokenizer), source)
+        encoded = _each(examples, lambda example: encode(example, tokenizer, template), source)
     cut = [(ids[:max_length], learn[:max_length]) for ids, learn in encoded]
     if task == "classify":
         _refuse_wordless(
@@ -161,6 +165,16 @@ def render(
         rows=np.array([example.row for example in examples], dtype=np.int64),
         cut=sum(len(whole) > max_length for whole, _ in encoded),
     )
+
+
+def encode(example: Example, tokenizer: Any, template: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """One example's tokens (int32), however many they are, and which of them are learned (bool).
+
+    Raises DataError where the template refuses its conversation, BaseError as `render_chat` does.
+    """
+    if example.messages:
+        return render_chat(example.messages, tokenizer, template or "")
+    return _plain([example], tokenizer)[0] if example.label is not None else _continued(example, tokenizer)
 
 
 def _plain(examples: Sequence[Example], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:

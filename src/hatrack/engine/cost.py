@@ -48,9 +48,8 @@ def plan(
     work = Work(
         task=examples.task,
         labels=len(examples.labels),
-        lengths=tokens.learn.lengths,
-        held_out=tokens.held_out.lengths,
-        learned=float(tokens.learn.learn.sum() / max(len(tokens.learn.ids), 1)),
+        rows=tokens.learn.sizes,
+        held_out=tokens.held_out.sizes,
         framework=None if device.type == "cuda" else resident(),
         known=known,
         packed=_is_packed(recipe, files, examples.task, device, dtype),
@@ -75,7 +74,7 @@ def _tell(where: Setting, found: Plan) -> Schedule:
         say(f"derived: {', '.join(schedule.reasons)}")
     accumulation = f" ({schedule.micro_batch} at a time, to fit)" if schedule.accumulation > 1 else ""
     say(
-        f"{len(work.lengths):,} rows to learn from, {len(work.held_out):,} held out; "
+        f"{len(work.rows):,} rows to learn from, {len(work.held_out):,} held out; "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows{accumulation}"
     )
     if found.method.checkpointing:

@@ -50,19 +50,23 @@ MARGIN = 0.95
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to learn: (n,) tokens of each row to learn from and of each held out, and the share of tokens that
-    are supervised (0 to classify). `framework` is what the process holds already, None where it has yet to start;
-    `known` the share of rows whose way through the layers below all adapters is kept; `packed` says that the quantised
-    base is."""
+    """What there is to learn: (n, 2) of each row to learn from, and of each held out, how many tokens it has and how
+    many of them are supervised (0 to classify). `framework` is what the process holds already, None where it has yet to
+    start; `known` the share of rows whose way through the layers below all adapters is kept; `packed` says that the
+    quantised base is."""
 
     task: str
     labels: int
-    lengths: np.ndarray
+    rows: np.ndarray
     held_out: np.ndarray
-    learned: float
     framework: int | None = None
     known: float = 0.0
     packed: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row to learn from."""
+        return int(self.rows[:, 0].max())
 
 
 @dataclass(frozen=True)
@@ -143,14 +147,14 @@ class Setting:
     @property
     def batch_size(self) -> int:
         """Rows of a step."""
-        return batch_rows(self.recipe, task=self.work.task, rows=len(self.work.lengths))
+        return batch_rows(self.recipe, task=self.work.task, rows=len(self.work.rows))
 
     def schedule(self, micro_batch: int) -> Schedule:
         """The schedule with so many rows at a time."""
         return derive(
             self.recipe,
             task=self.work.task,
-            rows=len(self.work.lengths),
+            rows=len(self.work.rows),
             hidden_size=self.anatomy.shape.hidden,
             micro_batch=micro_batch,
         )
@@ -221,8 +225,8 @@ def most_rows(memory_for: Callable[[int], dict[str, int]], batch_size: int, limi
 def change(where: Setting, plan: Plan) -> str | None:
     """The one change that makes a run fit that does not, the one that alters the result least first; None if none."""
     for words, recipe, method in _changes(where, plan):
-        lengths = np.minimum(where.work.lengths, recipe.max_length or np.iinfo(np.int64).max)
-        other = dataclasses.replace(where, recipe=recipe, work=dataclasses.replace(where.work, lengths=lengths))
+        rows = np.minimum(where.work.rows, recipe.max_length or np.iinfo(np.int64).max)
+        other = dataclasses.replace(where, recipe=recipe, work=dataclasses.replace(where.work, rows=rows))
         found = plan_run(other, method)
         if found.fits:
             return f"{words} ({size(needed(found.memory))})"
@@ -242,9 +246,8 @@ def refuse(where: Setting, plan: Plan) -> RecipeError:
 def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
     """What to try, in order: shorter rows first where one row is the trouble, else the base in fewer bits."""
     method = plan.method
-    longest = int(where.work.lengths.max())
     shorter = []
-    length = 1 << max(longest - 1, 1).bit_length() - 1
+    length = 1 << max(where.work.longest - 1, 1).bit_length() - 1
     while length >= 32:
         shorter.append((f"--max-length {length}", where.recipe.changed(max_length=length), method))
         length //= 2
@@ -298,23 +301,23 @@ def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]
 def micro_batches(where: Setting, rows: int) -> list[Batch]:
     """The very micro-batches that training with so many rows at a time will meet, of at most two epochs."""
     schedule, work = where.schedule(rows), where.work
-    lengths = _thinned(work.lengths)
+    thin = _thinned(work.rows)
     wanted = schedule.steps * schedule.accumulation
     found: list[Batch] = []
     for epoch in range(2):
-        order = epoch_batches(lengths, rows, where.recipe.seed, epoch, by_tokens=work.task != "classify")
-        found += _batches(lengths, order, work.learned)
+        order = epoch_batches(thin[:, 0], rows, where.recipe.seed, epoch, by_tokens=work.task != "classify")
+        found += _batches(thin, order)
         if len(found) >= wanted:
             break
     return found[:wanted]
 
 
-def _batches(lengths: np.ndarray, order: Sequence[np.ndarray], learned: float) -> list[Batch]:
-    return [Batch(len(b), int(lengths[b].max()), round(learned * int(lengths[b].sum()))) for b in order]
+def _batches(rows: np.ndarray, order: Sequence[np.ndarray]) -> list[Batch]:
+    return [Batch(len(b), int(rows[b, 0].max()), int(rows[b, 1].sum())) for b in order]
 
 
-def _thinned(lengths: np.ndarray) -> np.ndarray:
-    return lengths if len(lengths) <= MOST_ROWS else np.sort(lengths)[:: -(-len(lengths) // MOST_ROWS)]
+def _thinned(rows: np.ndarray) -> np.ndarray:
+    return rows if len(rows) <= MOST_ROWS else rows[np.argsort(rows[:, 0])][:: -(-len(rows) // MOST_ROWS)]
 
 
 def _priced(where: Setting, plan: Plan) -> Plan:
@@ -345,7 +348,7 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     update = Effort(0, 8.0 * plan.trainable, anatomy.adapters)  # clipping and the optimizer, once a step
     training += update * schedule.steps
     thin = _thinned(where.work.held_out)
-    scored = _batches(thin, length_order(thin, max(plan.micro_batch, 8)), where.work.learned)
+    scored = _batches(thin, length_order(thin[:, 0], max(plan.micro_batch, 8)))
     again = _spared(where, method, math.inf)  # the first of all scores computes what the later ones read
     scoring = sum((forward(anatomy, b) + lower(anatomy, method, b) * -again for b in scored), Effort(0, 0, 0))
     scoring = scoring * (len(where.work.held_out) / max(len(thin), 1))
@@ -387,7 +390,7 @@ def kept_bytes(where: Setting, method: Method) -> int:
 
 def _state_bytes(where: Setting) -> int:
     """Bytes of one hidden state for each token of all rows."""
-    tokens = int(where.work.lengths.sum() + where.work.held_out.sum())
+    tokens = int(where.work.rows[:, 0].sum() + where.work.held_out[:, 0].sum())
     return tokens * where.anatomy.shape.hidden * ITEM_BYTES[where.dtype]
 
 

@@ -1,0 +1,118 @@
+"""How many tokens rows make, by a base's tokenizer.json and chat template alone: no transformers, and so no torch.
+
+Of a few rows all tokens are counted; of more, an evenly spread sample, and the others by their letters.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hatrack.data.examples import Example
+from hatrack.data.render import encode
+from hatrack.data.template import chat_template
+
+SAMPLE = 300
+LETTERS = 4
+"""Letters a token, where a base brings no tokenizer.json."""
+
+
+class LightTokenizer:
+    """What `render.encode` asks of transformers' tokenizer, from the files of a `folder`.
+
+    Raises an OSError where it has no tokenizer.json, and whatever tokenizers raises where that is damaged.
+    """
+
+    is_fast = True
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        (folder / "tokenizer.json").stat()
+        self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        settings, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        kept = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        names = {name: value for name, value in kept.items() if name.endswith("_token")}
+        self._named = {
+            name: value["content"] if isinstance(value, dict) else value for name, value in names.items() if value
+        }
+        template = own.read_text(encoding="utf-8") if own.is_file() else kept.get("chat_template")
+        if isinstance(template, list):  # several by name, as older files have them
+            template = {each["name"]: each["template"] for each in template}
+        self.chat_template = template
+        end = self._named.get("eos_token")
+        self.eos_token_id = self._tokenizer.token_to_id(end) if isinstance(end, str) else None
+        self._compiled: dict[str, Any] = {}
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **options: Any) -> dict[str, Any]:
+        """`input_ids` and `offset_mapping` of a text, or of several."""
+        several = [text] if isinstance(text, str) else text
+        found = self._tokenizer.encode_batch(several, add_special_tokens=add_special_tokens)
+        ids, offsets = [each.ids for each in found], [each.offsets for each in found]
+        one = isinstance(text, str)
+        return {"input_ids": ids[0] if one else ids, "offset_mapping": offsets[0] if one else offsets}
+
+    def apply_chat_template(
+        self, turns: list[dict[str, str]], *, chat_template: str, add_generation_prompt: bool, **options: Any
+    ) -> str:
+        """A conversation as its template writes it, by Jinja's sandbox as transformers sets it up."""
+        if chat_template not in self._compiled:
+            self._compiled[chat_template] = _sandbox().from_string(GENERATION.sub("", chat_template))
+        known = self._named | {"messages": turns, "add_generation_prompt": add_generation_prompt}
+        return str(self._compiled[chat_template].render(**known, tools=None, documents=None))
+
+
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""transformers' own tags around what the assistant says: they write nothing."""
+
+
+def _sandbox() -> Any:
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    found.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return found
+
+
+def row_sizes(examples: Sequence[Example], folder: Path, most: int) -> np.ndarray:
+    """(n, 2) tokens of each row, cut to `most`, and how many of these are learned.
+
+    Raises DataError where the base's chat template refuses a conversation, as `render` does.
+    """
+    letters = np.array([_letters(example) for example in examples])
+    try:
+        tokenizer = LightTokenizer(folder)
+    except Exception:  # none, or a damaged one: training says which
+        learned = [example.label is None for example in examples]
+        sizes = np.maximum(letters / LETTERS, 1)
+        return np.minimum(np.stack([sizes, sizes * learned], axis=1), most).astype(np.int64)
+    template = chat_template(tokenizer)[0] if examples[0].messages else None
+    order = np.argsort(letters, kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SAMPLE, len(order))).astype(int))]
+    found = np.array([_size(encode(examples[i], tokenizer, template), most) for i in chosen])
+    sizes = np.empty((len(examples), 2))
+    sizes[chosen] = found
+    others = np.setdiff1d(order, chosen)
+    for column in range(2):
+        sizes[others, column] = np.interp(letters[others], letters[chosen], found[:, column])
+    return np.rint(sizes).astype(np.int64)
+
+
+def _letters(example: Example) -> int:
+    said = sum(len(content) for _, content in example.messages)
+    return said + len(example.text) + len(example.completion or "")
+
+
+def _size(encoded: tuple[np.ndarray, np.ndarray], most: int) -> tuple[int, int]:
+    ids, learn = encoded
+    return max(1, min(len(ids), most)), int(learn[:most].sum())

@@ -1,0 +1,89 @@
+"""Rows counted without transformers are as long as transformers makes them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hatrack.data.examples import Example
+from hatrack.data.light import SAMPLE, LightTokenizer, row_sizes
+from hatrack.data.render import encode, render
+from hatrack.data.template import PLAIN_TEMPLATE, chat_template
+from tests.conftest import WORDS
+from tests.data.test_template import GEMMA, LLAMA3, QWEN3, TALK
+
+TRACKED = (
+    "{{ bos_token }}{%- if tools is not none %}tools{% endif %}\n"
+    "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}{{ raise_exception('roles') }}{% endif %}\n"
+    "    {{- m['role'] + ' ' }}{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token }}"
+    "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def _saved(tokenizer: PreTrainedTokenizerFast, folder: Path, template: str | None) -> Path:
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("template", [None, LLAMA3, GEMMA, QWEN3, TRACKED])
+def test_conversations_are_written_as_transformers_writes_them(
+    template: str | None, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    full = AutoTokenizer.from_pretrained(tiny_decoder)
+    folder = _saved(full, tmp_path, template)
+    light = LightTokenizer(folder)
+    example = Example(1, messages=tuple(TALK))
+    assert chat_template(light) == chat_template(full)
+    used = template or PLAIN_TEMPLATE
+    for own, theirs in zip(encode(example, light, used), encode(example, full, used), strict=True):
+        np.testing.assert_array_equal(own, theirs)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Example(1, text="the film was good", label=1),
+        Example(1, text="the film was good"),
+        Example(1, text="the film", completion=" was good"),
+    ],
+)
+def test_texts_are_as_many_tokens(example: Example, tiny_encoder: Path) -> None:
+    full, light = AutoTokenizer.from_pretrained(tiny_encoder), LightTokenizer(tiny_encoder)
+    for own, theirs in zip(encode(example, light, None), encode(example, full, None), strict=True):
+        np.testing.assert_array_equal(own, theirs)
+
+
+def test_sizes_are_those_that_are_trained_on(tiny_decoder: Path) -> None:
+    random = np.random.default_rng(0)
+    examples = [
+        Example(row, messages=(("user", "the film"), ("assistant", " ".join(random.choice(WORDS, size)))))
+        for row, size in enumerate(random.integers(1, 40, SAMPLE))
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
+    template = chat_template(tokenizer)[0]
+    rendered = render(examples, tokenizer, task="chat", max_length=24, template=template)
+    np.testing.assert_array_equal(row_sizes(examples, tiny_decoder, 24), rendered.sizes)
+    assert rendered.sizes[:, 1].sum() == rendered.learn.sum() and rendered.sizes[:, 0].max() == 24
+
+
+def test_of_many_rows_some_are_counted(tiny_decoder: Path) -> None:
+    random = np.random.default_rng(0)
+    examples = [
+        Example(row, text=" ".join(random.choice(WORDS, size))) for row, size in enumerate(random.geometric(0.1, 5000))
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
+    true = render(examples, tokenizer, task="complete", max_length=1000).sizes
+    found = row_sizes(examples, tiny_decoder, 1000)
+    assert abs(found.sum() / true.sum() - 1) < 0.02
+    assert found[:, 0].max() == true[:, 0].max()  # the longest row decides how much memory a run takes
+    assert np.abs(found - true).mean() < 1
+
+
+def test_without_a_tokenizer_file_letters_are_counted(tmp_path: Path) -> None:
+    examples = [Example(1, text="a" * 80, label=0), Example(2, text="a" * 8000, label=1)]
+    assert row_sizes(examples, tmp_path, 512).tolist() == [[20, 0], [512, 0]]
+    talk = [Example(1, messages=(("user", "a" * 40), ("assistant", "b" * 40)))]
+    assert row_sizes(talk, tmp_path, 512).tolist() == [[20, 20]]
