@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "engine": {"base", "adapter", "data", "plan", "check", "evaluate", "kernels", "hat"},
 }
 WITHOUT_TORCH = ["errors", "recipe", "say", "storage", "wheels", "base/header", "adapter/count", "adapter/targets"]
-WITHOUT_TORCH += ["base/hub", "base/locate", "base/peek", "base/room", "data/order", "engine/states"]
+WITHOUT_TORCH += ["base/hub", "base/locate", "base/peek", "base/room", "data/light", "data/order", "engine/states"]
 WITHOUT_TORCH += [f"plan/{name}" for name in ("derive", "fit", "machine", "memory", "shape", "time")]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 

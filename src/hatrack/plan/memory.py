@@ -26,8 +26,8 @@ ACCELERATOR = 64 * MIB
 """torch counts its own allocations there: what the driver takes besides is not in it, but room for products is, up to
 32 MiB for each of the threads that go forward and backward (cuBLAS on an H100; 8 on older ones)."""
 HEAP = 0.35
-"""Freed memory between what is kept, as a share of it: glibc before 2.38 cannot use a freed aligned block again for
-one of the same size (docs/log.md)."""
+"""Freed memory between what is kept, as a share of what is kept and of inputs of products that are not: glibc before
+2.38 cannot use a freed aligned block again for one of the same size (docs/log.md)."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGITS, LOGITS_ON_ACCELERATOR = 2**23, 2**26
@@ -93,15 +93,15 @@ def training_bytes(
     trainable = trained or anatomy.counted.trainable
     weights = 0 if method.full else weight_bytes(anatomy, method, dtype, accelerator)
     layer = _kept_in_layer(anatomy, method, item, dropout, plain, accelerator)
-    activations = round(batch.tokens * layer * anatomy.reach)
-    if method.full:
-        activations = round(batch.tokens * layer * anatomy.shape.layers)
+    depth, between = (anatomy.shape.layers if method.full else anatomy.reach), 0  # layers at a time, and at their doors
     if method.sweep:
         passed = step_tokens * anatomy.shape.hidden * item  # from one layer to the next, and their gradients
-        activations = min(STATES, state_bytes(anatomy, step_tokens, item)) + 2 * passed + round(batch.tokens * layer)
+        depth, between = 1, min(STATES, state_bytes(anatomy, step_tokens, item)) + 2 * passed
     elif method.checkpointing:
-        activations = batch.tokens * anatomy.shape.hidden * item * anatomy.reach + round(batch.tokens * layer)
-    heap = 0 if accelerator else round(HEAP * activations)
+        depth, between = 1, batch.tokens * anatomy.shape.hidden * item * anatomy.reach
+    activations = between + round(batch.tokens * layer * depth)
+    dropped = 0.0 if method.full else anatomy.dropped / max(anatomy.reach, 1) * item
+    heap = 0 if accelerator else round(HEAP * (activations + batch.tokens * dropped * depth))
     at_once = LOGITS_ON_ACCELERATOR if accelerator else LOGITS
     held = min(batch.learned * anatomy.shape.vocabulary, max(at_once, 16 * anatomy.shape.vocabulary))
     runtime = ACCELERATOR if accelerator else (FRAMEWORK if framework is None else framework) + RUNTIME

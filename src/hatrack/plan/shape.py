@@ -42,10 +42,11 @@ class Anatomy:
 
     `dense` are the weights multiplied with every token, `largest` the most of them in one layer; `head` is the output
     head's, `outside` all that is in no product within the layers (embeddings, norms, heads). `inputs` is what is kept
-    of each token for the adapted layers, `own_copies` what peft's own layers would keep besides; `adapted` sums d_in
-    and d_out of the adapted layers, `again` the weights that DoRA multiplies with twice and `scaled` the outputs it
-    scales by what it learns, `reach` the layers that a gradient passes through, `below` those below all adapters whose
-    results are kept. `stored` is the checkpoint's number format, `disk` its bytes.
+    of each token for the adapted layers, `dropped` the inputs of the other products in the layers that a gradient
+    passes through (`reach` of them), `own_copies` what peft's own layers would keep besides; `adapted` sums d_in and
+    d_out of the adapted layers, `again` the weights that DoRA multiplies with twice and `scaled` the outputs it scales
+    by what it learns, `below` the layers below all adapters whose results are kept. `stored` is the checkpoint's number
+    format, `disk` its bytes.
     """
 
     shape: Shape
@@ -57,6 +58,7 @@ class Anatomy:
     head: int
     outside: int
     inputs: int
+    dropped: int
     own_copies: int
     adapted: int
     adapters: int
@@ -115,6 +117,8 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
     inside = _inside(linears)
     dense = sum(d_in * d_out for d_in, d_out in inside.values())
     dora = recipe.variant == "dora"
+    inputs, reach = _inputs(choice.names, linears, shape), _reach(choice, linears)
+    all_inputs = _inputs(inside, linears, shape) * reach // max(shape.layers, 1)
     return Anatomy(
         shape=shape,
         counted=count(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
@@ -124,13 +128,14 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
         largest=max((d_in * d_out for d_in, d_out in inside.values()), default=0),
         head=shape.vocabulary * shape.hidden if task != "classify" else 0,
         outside=parameter_count(shapes) - dense,
-        inputs=_inputs(choice.names, linears, shape),
+        inputs=inputs,
+        dropped=max(0, all_inputs - inputs),
         own_copies=sum(d_in for d_in, _ in adapted),
         adapted=sum(d_in + d_out for d_in, d_out in adapted),
         adapters=len(adapted),
         again=sum(d_in * d_out for d_in, d_out in adapted) if dora else 0,
         scaled=2 * sum(d_out for _, d_out in adapted) if dora else 0,
-        reach=_reach(choice, linears),
+        reach=reach,
         below=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
         stored=STORED.get(stored_format(peeked.tensors), "other"),
         disk=weight_bytes(peeked.tensors),
