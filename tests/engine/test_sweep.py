@@ -18,7 +18,7 @@ import hatrack
 import hatrack.plan.fit
 from hatrack.adapter.place import place
 from hatrack.base.trunk import find_trunk
-from hatrack.base.window import Window, as_if, read_ahead
+from hatrack.base.window import Window, as_if, let_go, read_ahead
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.sweep import Doors, Sweep
@@ -146,6 +146,30 @@ def test_a_bfloat16_base_is_widened_exactly(tmp_path: Path, kind: str) -> None:
     _same(_swept(made, kind, tmp_path, torch.float32), wanted)
     after = {name: p for name, p in made.named_parameters() if not p.requires_grad}
     assert all(torch.equal(after[name], p) and after[name].dtype == p.dtype for name, p in before.items())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="unmapping needs Linux")
+def test_what_was_touched_is_let_go(tmp_path: Path) -> None:
+    """A look at a base, before its first sweep, leaves none of its pages in memory, and every weight as it was."""
+    folder = _saved(tmp_path / "base", "Llama")
+    base = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    before = {name: weight.clone() for name, weight in base.named_parameters()}
+    assert _resident(folder) > 0
+    assert let_go(folder)
+    assert _resident(folder) == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in base.named_parameters())
+
+
+def _resident(folder: Path) -> int:
+    """KiB of mapped weights in `folder` that are in memory (proc(5))."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if not name.endswith(":"):
+            inside = line.endswith(str(folder / "model.safetensors"))
+        elif name == "Rss:" and inside:
+            found += int(words[0])
+    return found
 
 
 def test_layers_below_the_first_adapter_are_not_gone_back_through(tmp_path: Path) -> None:

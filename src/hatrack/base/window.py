@@ -86,7 +86,7 @@ class Window:
     def __init__(self, model: Any, trunk: Trunk, dtype: torch.dtype, folder: Path) -> None:
         self.model, self.trunk, self.dtype = model, trunk, dtype
         self.parts = dict(enumerate(_frozen(layer) for layer in trunk.layers)) | {OUTSIDE: _outside(model, trunk)}
-        self.files = _mapped_files({file.resolve() for file in folder.glob("*.safetensors")})
+        self.files = let_go(folder)
         self.spans = {part: _spans(weights, self.files) for part, weights in self.parts.items()}
         self.shown: int | None = None
         every = sum(span.end - span.start for spans in self.spans.values() for span in spans)
@@ -189,6 +189,14 @@ class Window:
             return output
 
         return run
+
+
+def let_go(folder: Path) -> list[MappedFile]:
+    """Unmaps the pages of the weights in `folder` that were touched so far, and returns where their files are mapped."""
+    files = _mapped_files({file.resolve() for file in folder.glob("*.safetensors")})
+    for file in files:
+        _advise(file.start, file.end - file.start, DO_NOT_NEED)
+    return files
 
 
 @contextlib.contextmanager

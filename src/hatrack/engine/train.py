@@ -28,7 +28,7 @@ from hatrack.base.load import Base, choose_device, choose_dtype, load_config, lo
 from hatrack.base.room import give_back
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.base.trunk import Trunk, find_trunk
-from hatrack.base.window import OUTSIDE
+from hatrack.base.window import OUTSIDE, let_go
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
 from hatrack.data.examples import Examples, read_examples
@@ -213,7 +213,10 @@ def _trunk(base: Base, recipe: Recipe) -> Trunk | None:
     if not base.mapped and recipe.top_layers is None:
         return None
     try:
-        return find_trunk(base.model)
+        trunk = find_trunk(base.model)
+        if base.mapped:
+            let_go(base.files.folder)
+        return trunk
     except BaseError as error:
         if base.mapped:
             raise
