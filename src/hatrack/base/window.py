@@ -192,7 +192,7 @@ class Window:
 
 
 def let_go(folder: Path) -> list[MappedFile]:
-    """Unmaps the pages of the weights in `folder` that were touched so far, and returns where their files are mapped."""
+    """Unmaps what was touched so far of the weights in `folder`, and returns where their files are mapped."""
     files = _mapped_files({file.resolve() for file in folder.glob("*.safetensors")})
     for file in files:
         _advise(file.start, file.end - file.start, DO_NOT_NEED)
