@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import hatrack
 from hatrack.engine.fast_base import speed_up
 from hatrack.evaluate.loss import losses
+from sides import ALL_LINEAR, multiply, products_of, update
 
 SHAPES: dict[str, dict[str, int]] = {
     "SmolLM2-135M": {
@@ -50,12 +51,11 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 32000,
     },
 }
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WORKS: dict[str, tuple[str, list[str], int, int, float]] = {
-    "SmolLM2-135M, all-linear, 4 x 256, dropout 0.05": ("SmolLM2-135M", LINEAR, 4, 256, 0.05),
-    "SmolLM2-135M, all-linear, 32 x 256, dropout 0.05": ("SmolLM2-135M", LINEAR, 32, 256, 0.05),
-    "1.1B, all-linear, 8 x 512, dropout 0.05": ("1.1B", LINEAR, 8, 512, 0.05),
-    "7B, all-linear, 4 x 512, dropout 0.05": ("7B", LINEAR, 4, 512, 0.05),
+    "SmolLM2-135M, all-linear, 4 x 256, dropout 0.05": ("SmolLM2-135M", ALL_LINEAR, 4, 256, 0.05),
+    "SmolLM2-135M, all-linear, 32 x 256, dropout 0.05": ("SmolLM2-135M", ALL_LINEAR, 32, 256, 0.05),
+    "1.1B, all-linear, 8 x 512, dropout 0.05": ("1.1B", ALL_LINEAR, 8, 512, 0.05),
+    "7B, all-linear, 4 x 512, dropout 0.05": ("7B", ALL_LINEAR, 4, 512, 0.05),
     "7B, q,v, 4 x 512": ("7B", ["q_proj", "v_proj"], 4, 512, 0.0),
 }
 SIDES = ("hatrack", "peft", "floor")
@@ -69,13 +69,7 @@ class Side:
         self.side, self.device = side, device
         ids = torch.randint(1000, 20000, (rows, tokens), device=device)
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        weights = [layer.weight for layer in base.modules() if type(layer) is torch.nn.Linear]
-        inputs = {
-            width: torch.randn(rows * tokens, width, device=device, dtype=torch.bfloat16)
-            for weight in weights
-            for width in weight.shape
-        }
-        self.products = [(inputs[W.shape[1]], W, inputs[W.shape[0]]) for W in weights]
+        self.products = products_of(base, rows * tokens)
         self.trained: list[torch.Tensor] = []
         if side != "floor":
             config = LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
@@ -90,14 +84,10 @@ class Side:
         torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         if self.side == "floor":
-            for x, W, g in self.products:
-                torch.nn.functional.linear(x, W)
-                _ = g @ W
+            multiply(self.products)
         else:
             self._loss().backward()
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            update(self.trained, self.optimizer)
         torch.cuda.synchronize(self.device)
         return time.perf_counter() - began
 

@@ -60,7 +60,7 @@ class Side:
         ids = torch.randint(1000, 20000, (rows, tokens))
         labels = torch.randint(2, (rows,)) if self.classify else ids
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        self.products = _products(base, rows * tokens) if side == "floor" else []
+        self.products = products_of(base, rows * tokens) if side == "floor" else []
         config = LoraConfig(
             r=8,
             lora_alpha=16,
@@ -91,15 +91,11 @@ class Side:
         """Seconds of one training step."""
         began = time.perf_counter()
         if self.side == "floor":
-            for x, W, g in self.products:
-                torch.nn.functional.linear(x, W)
-                _ = g @ W
+            multiply(self.products)
         else:
             self.loss().backward()
             if self.optimizer is not None:
-                torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                update(self.trained, self.optimizer)
         return time.perf_counter() - began
 
     def loss(self) -> Any:
@@ -128,11 +124,31 @@ class Side:
         return sum(seen.values())
 
 
-def _products(base: Any, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def products_of(base: Any, tokens: int) -> list[Product]:
     """Each linear layer's weight, with an input and an output gradient of as many tokens."""
     weights = [layer.weight for layer in base.modules() if type(layer) is torch.nn.Linear and layer.out_features > 2]
-    inputs = {width: torch.randn(tokens, width).to(weights[0].dtype) for W in weights for width in W.shape}
+    like = weights[0]
+    inputs = {
+        width: torch.randn(tokens, width, device=like.device).to(like.dtype) for W in weights for width in W.shape
+    }
     return [(inputs[W.shape[1]], W, inputs[W.shape[0]]) for W in weights]
+
+
+def multiply(products: list[Product]) -> None:
+    """The products of a step alone, forward and back."""
+    for x, W, g in products:
+        torch.nn.functional.linear(x, W)
+        _ = g @ W
+
+
+def update(trained: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """What follows the backward pass: clipping, and the optimizer's step."""
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def main() -> None:
