@@ -25,7 +25,7 @@ from hatrack.storage import cache_dir, machine_errors
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 INCLUDED = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno")
-FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMATS = (torch.float32, torch.bfloat16)
 SIGNATURES = {
     "down": (*[c_void_p] * 3, *[c_int64] * 4, c_float, c_uint32, c_void_p, c_int),
     "up": (*[c_void_p] * 3, *[c_int64] * 4, c_float, c_uint32, c_void_p, c_int),
@@ -42,6 +42,8 @@ FLOAT_SIGNATURES = {
     "attention_back": (*[c_void_p] * 11, c_float, c_int64, c_uint32, c_float, c_uint64, c_int),
 }
 """Kernels for float32 alone."""
+INTEGER_SIGNATURES = {"product": (*[c_void_p] * 4, *[c_int64] * 6, c_int, c_int, c_int)}
+"""Kernels for integers, where the processor is one that they are written for."""
 
 
 @functools.cache
@@ -58,7 +60,11 @@ def library() -> ctypes.CDLL | None:
     except (OSError, MachineError, subprocess.SubprocessError) as error:
         say(f"hatrack's own kernels could not be compiled; training goes without them, slower ({_reason(error)})")
         return None
-    for signatures, endings in ((SIGNATURES, FORMATS.values()), (FLOAT_SIGNATURES, ["float32"])):
+    signatures_of = [(SIGNATURES, ["float32", "bfloat16"]), (FLOAT_SIGNATURES, ["float32"])]
+    if loaded.integers_covered():
+        signatures_of.append((INTEGER_SIGNATURES, ["int16", "int8"]))
+        loaded.product_space.argtypes, loaded.product_space.restype = (c_int64, c_int64, c_int), c_int64
+    for signatures, endings in signatures_of:
         for name, arguments in signatures.items():
             for ending in endings:
                 function = getattr(loaded, f"{name}_{ending}")
@@ -105,8 +111,8 @@ def covers(x: torch.Tensor, columns: int = 32) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
-    """Calls a kernel for matrices of `dtype`: tensors by where they lie, numbers as they are, threads last."""
+    """Calls a kernel for numbers of `dtype`: tensors by where they lie, numbers as they are, threads last."""
     loaded = library()
     assert loaded is not None
     plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    getattr(loaded, f"{name}_{FORMATS[dtype]}")(*plain, torch.get_num_threads())
+    getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}")(*plain, torch.get_num_threads())

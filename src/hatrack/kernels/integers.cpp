@@ -1,0 +1,383 @@
+// Products of float matrices in integers (integers.py has the mathematics), for processors with AVX2.
+//
+// x (n, k) is quantised as a whole, W (k, d) a panel of its columns at a time, right before the panel is multiplied, so
+// that no copy of W is kept. The reduction is cut into blocks of DEPTH; for row i, column j and block p
+//
+//     out_ij = sum over p of  s_ip t_pj (sum over k in p of q_ik r_kj)
+//     s_ip = max |x_ik| / MOST,   q_ik = x_ik / s_ip to the nearest;   t and r likewise from W's columns
+//
+// The inner sum is one of 32-bit integers that never overflow, the outer one of floats, in the order of p however many
+// threads there are. A block with an infinity or a NaN has a scale of NaN.
+//
+// What lies next to each other in 32 bits of q and r is multiplied and added by one instruction: two numbers of 16 bits,
+// or four of 8. There q is unsigned on one side: MOST is added to x's, and MOST times the sum of r taken off again, which
+// the 32-bit sums begin with.
+
+#include <cstdint>
+
+#if !defined(__AVX2__) || !defined(__FMA__)
+
+extern "C" int integers_covered() { return 0; }
+
+#else
+
+#include <cmath>
+#include <cstring>
+#include <immintrin.h>
+#include <omp.h>
+
+extern "C" int integers_covered() { return 1; }
+
+static const int64_t DEPTH = 128;   // of a block of the reduction
+static const int64_t COLUMNS = 16;  // of a tile of sums: two vectors
+static const int64_t PANEL = 6;     // tiles side by side whose block of W stays in the first cache
+static const int64_t ROWS = 192;    // of x that go by the blocks of a panel together, so that their sums stay in the second
+static const float TINY = 0x1p-100f;  // a block with nothing larger counts as zeros, as the inverse of its scale may overflow
+
+typedef __m256i words;
+#define INLINE static inline __attribute__((always_inline))
+
+static inline int64_t ceiling(int64_t number, int64_t of) { return (number + of - 1) / of; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline words absolute(const float* at) {
+    return _mm256_and_si256(_mm256_loadu_si256((const words*)at), _mm256_set1_epi32(0x7fffffff));
+}
+
+// A block's scale and its inverse, for the largest of its numbers' magnitudes: their bits are in the order of their
+// values, with infinity and NaN at the end.
+static inline void scale_of(uint32_t largest, float most, float& scale, float& inverse) {
+    float value;
+    memcpy(&value, &largest, sizeof value);
+    bool some = value >= TINY && largest < 0x7f800000u;
+    scale = largest >= 0x7f800000u ? NAN : some ? value / most : 0;
+    inverse = some ? most / value : 0;
+}
+
+static inline uint32_t largest_of(const float* at, int64_t count) {  // a multiple of 8
+    words found = _mm256_setzero_si256();
+    for (int64_t k = 0; k < count; k += 8) found = _mm256_max_epu32(found, absolute(at + k));
+    uint32_t each[8], largest = 0;
+    memcpy(each, &found, sizeof each);
+    for (uint32_t one : each) largest = one > largest ? one : largest;
+    return largest;
+}
+
+static inline words nearest(const float* at, __m256 inverse) {
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at), inverse));
+}
+
+// 32 bits of the reduction are a step: EACH numbers, which one instruction multiplies and adds. A format has x packed as it
+// lies in a row, and the sums of a tile of TALL rows: sums (TALL, COLUMNS) += q r over an even number of steps, r as
+// [step][column][EACH]. It is written in assembly as the order of instructions matters: the processor deals them out to
+// its units by turns, and products one after the other in pairs are up to twice as fast as products and sums by turns.
+
+struct Int16 {
+    typedef int16_t number;
+    static const int MOST = 4095, EACH = 2, TALL = 6;
+
+    INLINE words packed(const float* at, __m256 inverse) {
+        words pairs = _mm256_packs_epi32(nearest(at, inverse), nearest(at + 8, inverse));
+        return _mm256_permute4x64_epi64(pairs, 0xd8);
+    }
+
+    INLINE words of_x(words packed) { return packed; }
+    INLINE words begin(const words*) { return _mm256_setzero_si256(); }
+    INLINE words taken_off(const words*, int64_t) { return _mm256_setzero_si256(); }
+
+    INLINE void add(words (*sums)[2], const number* q, const words* r, int64_t steps) {
+        for (int64_t step = 0; step < steps; step += 2)
+            #pragma GCC unroll 2
+            for (int64_t at = step; at < step + 2; at++) {
+                words left = r[2 * at], right = r[2 * at + 1];
+                #pragma GCC unroll 6
+                for (int i = 0; i < TALL; i++) {
+                    words a, b;
+                    asm volatile(
+                        "vpbroadcastd %[q], %[a]\n"
+                        "vpmaddwd %[left], %[a], %[b]\n"
+                        "vpmaddwd %[right], %[a], %[a]\n"
+                        "vpaddd %[b], %[first], %[first]\n"
+                        "vpaddd %[a], %[second], %[second]\n"
+                        : [first] "+x"(sums[i][0]), [second] "+x"(sums[i][1]), [a] "=&x"(a), [b] "=&x"(b)
+                        : [q] "m"(*(const int32_t*)(q + i * DEPTH + at * EACH)), [left] "x"(left), [right] "x"(right));
+                }
+            }
+    }
+};
+
+struct Int8 {
+    typedef int8_t number;
+    static const int MOST = 63, EACH = 4, TALL = 4;
+
+    INLINE words packed(const float* at, __m256 inverse) {
+        words low = _mm256_packs_epi32(nearest(at, inverse), nearest(at + 8, inverse));
+        words high = _mm256_packs_epi32(nearest(at + 16, inverse), nearest(at + 24, inverse));
+        return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+
+    INLINE words of_x(words packed) { return _mm256_add_epi8(packed, _mm256_set1_epi8(MOST)); }
+    INLINE words begin(const words* at) { return _mm256_load_si256(at); }
+
+    // - MOST times the sum of r, for eight columns
+    INLINE words taken_off(const words* r, int64_t steps) {
+        words total = _mm256_setzero_si256();
+        for (int64_t step = 0; step < steps; step++) {
+            words pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(MOST), _mm256_load_si256(r + 2 * step));
+            total = _mm256_sub_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
+        return total;
+    }
+
+    // Two products of pairs fit in 16 bits together: 4 * 63 * 126 < 2^15.
+    INLINE void add(words (*sums)[2], const number* q, const words* r, int64_t steps) {
+        const words ones = _mm256_set1_epi16(1);
+        for (int64_t step = 0; step < steps; step += 2) {
+            words left = r[2 * step], right = r[2 * step + 1], next_left = r[2 * step + 2];
+            #pragma GCC unroll 4
+            for (int i = 0; i < TALL; i++) {
+                words a, b, c, d;
+                asm volatile(
+                    "vpbroadcastd %[q], %[a]\n"
+                    "vpmaddubsw %[left], %[a], %[b]\n"
+                    "vpmaddubsw %[right], %[a], %[c]\n"
+                    "vpbroadcastd %[next], %[a]\n"
+                    "vpmaddubsw %[next_left], %[a], %[d]\n"
+                    "vpmaddubsw %[next_right], %[a], %[a]\n"
+                    "vpaddw %[d], %[b], %[b]\n"
+                    "vpaddw %[a], %[c], %[c]\n"
+                    "vpmaddwd %[ones], %[b], %[b]\n"
+                    "vpmaddwd %[ones], %[c], %[c]\n"
+                    "vpaddd %[b], %[first], %[first]\n"
+                    "vpaddd %[c], %[second], %[second]\n"
+                    : [first] "+x"(sums[i][0]), [second] "+x"(sums[i][1]), [a] "=&x"(a), [b] "=&x"(b), [c] "=&x"(c),
+                      [d] "=&x"(d)
+                    : [q] "m"(*(const int32_t*)(q + i * DEPTH + step * EACH)),
+                      [next] "m"(*(const int32_t*)(q + i * DEPTH + step * EACH + EACH)), [left] "x"(left),
+                      [right] "x"(right), [next_left] "x"(next_left), [next_right] "m"(r[2 * step + 3]), [ones] "m"(ones));
+            }
+        }
+    }
+};
+
+// Lines (rows of x, or columns of W) quantised, block by block: q [block][line][DEPTH], of W in tiles of COLUMNS lines
+// [block][tile][step][column][EACH], their scales [block][line], and what the sums of a column of W begin with.
+template <class F>
+struct Quantised {
+    typedef typename F::number number;
+    int64_t lines;
+    number* numbers;
+    float* scales;
+    int32_t* begins;
+
+    static int64_t bytes(int64_t blocks, int64_t lines) {
+        return ceiling(blocks * lines * (DEPTH * sizeof(number) + 8), 64) * 64;
+    }
+    Quantised(char* at, int64_t blocks, int64_t lines)
+        : lines(lines), numbers((number*)at), scales((float*)(numbers + blocks * lines * DEPTH)),
+          begins((int32_t*)(scales + blocks * lines)) {}
+    number* numbers_of(int64_t p, int64_t line) const { return numbers + (p * lines + line) * DEPTH; }
+    float* scales_of(int64_t p, int64_t line) const { return scales + p * lines + line; }
+    int32_t* begins_of(int64_t p, int64_t line) const { return begins + p * lines + line; }
+};
+
+static inline int64_t depth_of(int64_t p, int64_t k) { return least(DEPTH, k - p * DEPTH); }
+static inline int64_t filled_up(int64_t depth) { return ceiling(depth, 32) * 32; }  // to a whole vector of either format
+
+template <class F>
+static void quantise_row(const float* x, int64_t k, const Quantised<F>& to, int64_t i) {
+    float copy[DEPTH];
+    for (int64_t p = 0; p * DEPTH < k; p++) {
+        int64_t depth = depth_of(p, k), filled = filled_up(depth);
+        const float* block = x + p * DEPTH;
+        if (filled != depth) {
+            memset(copy, 0, sizeof copy);
+            block = (const float*)memcpy(copy, block, depth * sizeof(float));
+        }
+        float inverse;
+        scale_of(largest_of(block, filled), F::MOST, *to.scales_of(p, i), inverse);
+        words* out = (words*)to.numbers_of(p, i);
+        for (int64_t at = 0; at < filled; at += 8 * F::EACH)
+            _mm256_store_si256(out++, F::of_x(F::packed(block + at, _mm256_set1_ps(inverse))));
+    }
+}
+
+// A frozen matrix (k, d), or its transpose (d, k), with rows `lead` apart.
+struct Matrix {
+    const float* at;
+    int64_t lead, k, d;
+    bool transposed;
+};
+
+static inline void transpose(words* rows) {  // 8 x 8
+    words a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+        a[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        rows[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
+
+// From rows of W's transpose, one a column.
+template <class F>
+static inline void pack_rows(const float* W, int64_t lead, int64_t depth, words* out, float* scales) {
+    for (int64_t half = 0; half < 2; half++) {
+        float inverses[8];
+        for (int i = 0; i < 8; i++)
+            scale_of(largest_of(W + (half * 8 + i) * lead, depth), F::MOST, scales[half * 8 + i], inverses[i]);
+        for (int64_t at = 0; at < depth; at += 8 * F::EACH) {
+            words rows[8];
+            for (int i = 0; i < 8; i++)
+                rows[i] = F::packed(W + (half * 8 + i) * lead + at, _mm256_set1_ps(inverses[i]));
+            transpose(rows);
+            for (int i = 0; i < 8; i++) _mm256_store_si256(out + 2 * (at / F::EACH + i) + half, rows[i]);
+        }
+    }
+}
+
+// From rows of W, EACH at a time.
+template <class F>
+static inline void pack_columns(const float* W, int64_t lead, int64_t depth, words* out, float* scales) {
+    const int BITS = 32 / F::EACH;
+    for (int64_t half = 0; half < 2; half++) {
+        const float* from = W + 8 * half;
+        words found = _mm256_setzero_si256();
+        for (int64_t k = 0; k < depth; k++) found = _mm256_max_epu32(found, absolute(from + k * lead));
+        uint32_t largest[8];
+        memcpy(largest, &found, sizeof largest);
+        float each[8];
+        for (int i = 0; i < 8; i++) scale_of(largest[i], F::MOST, scales[half * 8 + i], each[i]);
+        __m256 inverses = _mm256_loadu_ps(each);
+        for (int64_t k = 0; k < depth; k += F::EACH) {
+            words step = _mm256_setzero_si256();
+            for (int i = 0; i < F::EACH; i++) {
+                words one = _mm256_slli_epi32(nearest(from + (k + i) * lead, inverses), 32 - BITS);
+                step = _mm256_or_si256(step, _mm256_srli_epi32(one, 32 - BITS - i * BITS));
+            }
+            _mm256_store_si256(out + 2 * (k / F::EACH) + half, step);
+        }
+    }
+}
+
+// Block p of the columns from j on, a tile of them, as the lines from `line` on. One that is not whole is copied first,
+// and filled up with zeros.
+template <class F>
+static void quantise_columns(const Matrix& W, int64_t p, int64_t j, const Quantised<F>& to, int64_t line) {
+    float copy[COLUMNS * DEPTH];
+    int64_t depth = depth_of(p, W.k), filled = filled_up(depth), columns = least(COLUMNS, W.d - j), lead = W.lead;
+    const float* block = W.transposed ? W.at + j * lead + p * DEPTH : W.at + p * DEPTH * lead + j;
+    if (filled != depth || columns != COLUMNS) {
+        memset(copy, 0, sizeof copy);
+        int64_t rows = W.transposed ? columns : depth, width = W.transposed ? depth : columns;
+        for (int64_t row = 0; row < rows; row++)
+            memcpy(copy + row * (W.transposed ? DEPTH : COLUMNS), block + row * lead, width * sizeof(float));
+        block = copy;
+        lead = W.transposed ? DEPTH : COLUMNS;
+    }
+    words *numbers = (words*)to.numbers_of(p, line), *begins = (words*)to.begins_of(p, line);
+    (W.transposed ? pack_rows<F> : pack_columns<F>)(block, lead, filled, numbers, to.scales_of(p, line));
+    for (int half = 0; half < 2; half++)
+        _mm256_store_si256(begins + half, F::taken_off(numbers + half, filled / F::EACH));
+}
+
+// out (TALL, COLUMNS), its rows `lead` apart, = scales * sums, or += where ADD
+template <class F, bool ADD>
+static inline void tile(const Quantised<F>& x, const Quantised<F>& W, int64_t p, int64_t i, int64_t line, int64_t depth,
+                        float* out, int64_t lead) {
+    if (ADD)
+        for (int row = 0; row < F::TALL; row++) {
+            _mm_prefetch((const char*)(out + row * lead), _MM_HINT_T0);
+            _mm_prefetch((const char*)(out + row * lead + COLUMNS - 1), _MM_HINT_T0);
+        }
+    const words* begins = (const words*)W.begins_of(p, line);
+    words sums[F::TALL][2];
+    #pragma GCC unroll 6
+    for (int row = 0; row < F::TALL; row++)
+        for (int half = 0; half < 2; half++) sums[row][half] = F::begin(begins + half);
+    F::add(sums, x.numbers_of(p, i), (const words*)W.numbers_of(p, line), ceiling(depth, 2 * F::EACH) * 2);
+    const float *s = x.scales_of(p, i), *t = W.scales_of(p, line);
+    #pragma GCC unroll 6
+    for (int row = 0; row < F::TALL; row++)
+        #pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            float* at = out + row * lead + 8 * half;
+            __m256 scale = _mm256_mul_ps(_mm256_set1_ps(s[row]), _mm256_loadu_ps(t + 8 * half));
+            __m256 found = _mm256_cvtepi32_ps(sums[row][half]);
+            _mm256_storeu_ps(at, ADD ? _mm256_fmadd_ps(scale, found, _mm256_loadu_ps(at)) : _mm256_mul_ps(scale, found));
+        }
+}
+
+struct Output {
+    float* at;
+    int64_t lead, n, d;
+};
+
+// The tile at (i, j), through a copy where it reaches over the matrix.
+template <class F, bool ADD>
+static inline void tile_within(const Quantised<F>& x, const Quantised<F>& W, int64_t p, int64_t i, int64_t line,
+                               int64_t depth, const Output& out, int64_t j) {
+    float* at = out.at + i * out.lead + j;
+    if (i + F::TALL <= out.n && j + COLUMNS <= out.d) return tile<F, ADD>(x, W, p, i, line, depth, at, out.lead);
+    int64_t rows = least(F::TALL, out.n - i), width = least(COLUMNS, out.d - j) * sizeof(float);
+    float copy[F::TALL * COLUMNS];
+    for (int64_t row = 0; ADD && row < rows; row++) memcpy(copy + row * COLUMNS, at + row * out.lead, width);
+    tile<F, ADD>(x, W, p, i, line, depth, copy, COLUMNS);
+    for (int64_t row = 0; row < rows; row++) memcpy(at + row * out.lead, copy + row * COLUMNS, width);
+}
+
+template <class F>
+static void product(const float* x, int64_t x_lead, const Matrix& W, const Output& out, bool add, char* space, int threads) {
+    int64_t blocks = ceiling(W.k, DEPTH), rows = ceiling(out.n, F::TALL) * F::TALL;
+    int64_t tiles = ceiling(out.d, COLUMNS), panels = least(ceiling(ceiling(tiles, PANEL), threads) * threads, tiles);
+    int64_t parts = ceiling(threads, panels), part = ceiling(ceiling(rows, parts), F::TALL) * F::TALL;
+    Quantised<F> left(space, blocks, rows);
+    space += Quantised<F>::bytes(blocks, rows);
+    #pragma omp parallel num_threads(threads)
+    {
+        int64_t size = Quantised<F>::bytes(blocks, PANEL * COLUMNS);
+        Quantised<F> panel(space + omp_get_thread_num() * size, blocks, PANEL * COLUMNS);
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < out.n; i++) quantise_row<F>(x + i * x_lead, W.k, left, i);
+        #pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < panels * parts; unit++) {
+            int64_t number = unit / parts, from = number * tiles / panels, count = (number + 1) * tiles / panels - from;
+            int64_t first = unit % parts * part, last = least(first + part, out.n);
+            if (first >= last) continue;
+            for (int64_t p = 0; p < blocks; p++)
+                for (int64_t j = 0; j < count; j++) quantise_columns<F>(W, p, (from + j) * COLUMNS, panel, j * COLUMNS);
+            for (int64_t some = first; some < last; some += ROWS)
+                for (int64_t p = 0; p < blocks; p++)
+                    for (int64_t i = some; i < least(some + ROWS, last); i += F::TALL)
+                        for (int64_t j = 0; j < count; j++)
+                            (p || add ? tile_within<F, true> : tile_within<F, false>)(
+                                left, panel, p, i, j * COLUMNS, depth_of(p, W.k), out, (from + j) * COLUMNS);
+        }
+    }
+}
+
+// Bytes of scratch that a product needs, at most.
+extern "C" int64_t product_space(int64_t n, int64_t k, int threads) {
+    int64_t blocks = ceiling(k, DEPTH);
+    return Quantised<Int16>::bytes(blocks, n + Int16::TALL) + threads * Quantised<Int16>::bytes(blocks, PANEL * COLUMNS) + 64;
+}
+
+// out (n, d) = x (n, k) W (k, d), or += where `add`.
+#define PRODUCT(NAME, F)                                                                                               \
+    extern "C" void product_##NAME(const float* x, const float* W, float* out, char* space, int64_t n, int64_t k,      \
+                                   int64_t d, int64_t x_lead, int64_t W_lead, int64_t out_lead, int transposed,        \
+                                   int add, int threads) {                                                             \
+        char* aligned = (char*)(((intptr_t)space + 63) / 64 * 64);                                                     \
+        product<F>(x, x_lead, {W, W_lead, k, d, (bool)transposed}, {out, out_lead, n, d}, add, aligned, threads);      \
+    }
+PRODUCT(int16, Int16)
+PRODUCT(int8, Int8)
+
+#endif
