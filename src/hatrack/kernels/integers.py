@@ -58,7 +58,7 @@ def plain_product(x: torch.Tensor, W: torch.Tensor, format: str) -> torch.Tensor
     """x (n, k) W (k, d) by the formulas, (n, d) float64: what the kernel is held to."""
     most = 2 ** (BITS[format] - 1) - 1
     y = torch.zeros(len(x), W.shape[1], dtype=torch.float64)
-    for rows, columns in zip(x.split(BLOCK, 1), W.split(BLOCK), strict=True):
+    for rows, columns in zip(torch.split(x, BLOCK, 1), torch.split(W, BLOCK), strict=True):
         (q, s), (r, t) = quantised(rows, most), quantised(columns.t(), most)
         y += s.double() * t.double().t() * (q.double() @ r.double().t())
     return y
