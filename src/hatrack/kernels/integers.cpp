@@ -86,23 +86,27 @@ struct Int16 {
     INLINE words taken_off(const words*, int64_t) { return _mm256_setzero_si256(); }
 
     INLINE void add(words (*sums)[2], const number* q, const words* r, int64_t steps) {
-        for (int64_t step = 0; step < steps; step += 2)
-            #pragma GCC unroll 2
-            for (int64_t at = step; at < step + 2; at++) {
-                words left = r[2 * at], right = r[2 * at + 1];
-                #pragma GCC unroll 6
-                for (int i = 0; i < TALL; i++) {
-                    words a, b;
-                    asm volatile(
-                        "vpbroadcastd %[q], %[a]\n"
-                        "vpmaddwd %[left], %[a], %[b]\n"
-                        "vpmaddwd %[right], %[a], %[a]\n"
-                        "vpaddd %[b], %[first], %[first]\n"
-                        "vpaddd %[a], %[second], %[second]\n"
-                        : [first] "+x"(sums[i][0]), [second] "+x"(sums[i][1]), [a] "=&x"(a), [b] "=&x"(b)
-                        : [q] "m"(*(const int32_t*)(q + i * DEPTH + at * EACH)), [left] "x"(left), [right] "x"(right));
-                }
-            }
+        #define ROW(I)                                                                                                 \
+            "vpbroadcastd " #I "*256(%[q]), %%ymm14\n"                                                                 \
+            "vpmaddwd %%ymm12, %%ymm14, %%ymm15\n"                                                                     \
+            "vpmaddwd %%ymm13, %%ymm14, %%ymm14\n"                                                                     \
+            "vpaddd %%ymm15, %[left" #I "], %[left" #I "]\n"                                                           \
+            "vpaddd %%ymm14, %[right" #I "], %[right" #I "]\n"
+        #define SUMS(I) [left##I] "+x"(sums[I][0]), [right##I] "+x"(sums[I][1])
+        asm volatile(
+            "1:\n"
+            "vmovdqa (%[r]), %%ymm12\n"
+            "vmovdqa 32(%[r]), %%ymm13\n"
+            ROW(0) ROW(1) ROW(2) ROW(3) ROW(4) ROW(5)
+            "add $4, %[q]\n"
+            "add $64, %[r]\n"
+            "dec %[steps]\n"
+            "jnz 1b\n"
+            : SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), [q] "+r"(q), [r] "+r"(r), [steps] "+r"(steps)
+            :
+            : "cc", "memory", "xmm12", "xmm13", "xmm14", "xmm15");
+        #undef ROW
+        #undef SUMS
     }
 };
 
@@ -132,31 +136,36 @@ struct Int8 {
     // Two products of pairs fit in 16 bits together: 4 * 63 * 126 < 2^15.
     INLINE void add(words (*sums)[2], const number* q, const words* r, int64_t steps) {
         const words ones = _mm256_set1_epi16(1);
-        for (int64_t step = 0; step < steps; step += 2) {
-            words left = r[2 * step], right = r[2 * step + 1], next_left = r[2 * step + 2];
-            #pragma GCC unroll 4
-            for (int i = 0; i < TALL; i++) {
-                words a, b, c, d;
-                asm volatile(
-                    "vpbroadcastd %[q], %[a]\n"
-                    "vpmaddubsw %[left], %[a], %[b]\n"
-                    "vpmaddubsw %[right], %[a], %[c]\n"
-                    "vpbroadcastd %[next], %[a]\n"
-                    "vpmaddubsw %[next_left], %[a], %[d]\n"
-                    "vpmaddubsw %[next_right], %[a], %[a]\n"
-                    "vpaddw %[d], %[b], %[b]\n"
-                    "vpaddw %[a], %[c], %[c]\n"
-                    "vpmaddwd %[ones], %[b], %[b]\n"
-                    "vpmaddwd %[ones], %[c], %[c]\n"
-                    "vpaddd %[b], %[first], %[first]\n"
-                    "vpaddd %[c], %[second], %[second]\n"
-                    : [first] "+x"(sums[i][0]), [second] "+x"(sums[i][1]), [a] "=&x"(a), [b] "=&x"(b), [c] "=&x"(c),
-                      [d] "=&x"(d)
-                    : [q] "m"(*(const int32_t*)(q + i * DEPTH + step * EACH)),
-                      [next] "m"(*(const int32_t*)(q + i * DEPTH + step * EACH + EACH)), [left] "x"(left),
-                      [right] "x"(right), [next_left] "x"(next_left), [next_right] "m"(r[2 * step + 3]), [ones] "m"(ones));
-            }
-        }
+        #define ROW(I)                                                                                                 \
+            "vpbroadcastd " #I "*128(%[q]), %%ymm11\n"                                                                 \
+            "vpmaddubsw %%ymm8, %%ymm11, %%ymm12\n"                                                                    \
+            "vpmaddubsw %%ymm9, %%ymm11, %%ymm13\n"                                                                    \
+            "vpbroadcastd " #I "*128+4(%[q]), %%ymm11\n"                                                               \
+            "vpmaddubsw %%ymm10, %%ymm11, %%ymm14\n"                                                                   \
+            "vpmaddubsw 96(%[r]), %%ymm11, %%ymm11\n"                                                                  \
+            "vpaddw %%ymm14, %%ymm12, %%ymm12\n"                                                                       \
+            "vpaddw %%ymm11, %%ymm13, %%ymm13\n"                                                                       \
+            "vpmaddwd %%ymm15, %%ymm12, %%ymm12\n"                                                                     \
+            "vpmaddwd %%ymm15, %%ymm13, %%ymm13\n"                                                                     \
+            "vpaddd %%ymm12, %[left" #I "], %[left" #I "]\n"                                                           \
+            "vpaddd %%ymm13, %[right" #I "], %[right" #I "]\n"
+        #define SUMS(I) [left##I] "+x"(sums[I][0]), [right##I] "+x"(sums[I][1])
+        asm volatile(
+            "vmovdqa %[ones], %%ymm15\n"
+            "1:\n"
+            "vmovdqa (%[r]), %%ymm8\n"
+            "vmovdqa 32(%[r]), %%ymm9\n"
+            "vmovdqa 64(%[r]), %%ymm10\n"
+            ROW(0) ROW(1) ROW(2) ROW(3)
+            "add $8, %[q]\n"
+            "add $128, %[r]\n"
+            "sub $2, %[steps]\n"
+            "jnz 1b\n"
+            : SUMS(0), SUMS(1), SUMS(2), SUMS(3), [q] "+r"(q), [r] "+r"(r), [steps] "+r"(steps)
+            : [ones] "m"(ones)
+            : "cc", "memory", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+        #undef ROW
+        #undef SUMS
     }
 };
 
@@ -292,11 +301,6 @@ static void quantise_columns(const Matrix& W, int64_t p, int64_t j, const Quanti
 template <class F, bool ADD>
 static inline void tile(const Quantised<F>& x, const Quantised<F>& W, int64_t p, int64_t i, int64_t line, int64_t depth,
                         float* out, int64_t lead) {
-    if (ADD)
-        for (int row = 0; row < F::TALL; row++) {
-            _mm_prefetch((const char*)(out + row * lead), _MM_HINT_T0);
-            _mm_prefetch((const char*)(out + row * lead + COLUMNS - 1), _MM_HINT_T0);
-        }
     const words* begins = (const words*)W.begins_of(p, line);
     words sums[F::TALL][2];
     #pragma GCC unroll 6
