@@ -252,23 +252,30 @@ static inline void pack_rows(const float* W, int64_t lead, int64_t depth, words*
     }
 }
 
-// From rows of W, EACH at a time.
+// From rows of W, EACH at a time. They are read once, into a copy: at some strides between them the caches hold few of
+// them at a time. What is asked for ahead are the next columns'.
 template <class F>
 static inline void pack_columns(const float* W, int64_t lead, int64_t depth, words* out, float* scales) {
     const int BITS = 32 / F::EACH;
-    for (int64_t half = 0; half < 2; half++) {
-        const float* from = W + 8 * half;
-        words found = _mm256_setzero_si256();
-        for (int64_t k = 0; k < depth; k++) found = _mm256_max_epu32(found, absolute(from + k * lead));
-        uint32_t largest[8];
-        memcpy(largest, &found, sizeof largest);
-        float each[8];
-        for (int i = 0; i < 8; i++) scale_of(largest[i], F::MOST, scales[half * 8 + i], each[i]);
-        __m256 inverses = _mm256_loadu_ps(each);
+    alignas(64) float copy[DEPTH * COLUMNS];
+    words found[2] = {};
+    for (int64_t k = 0; k < depth; k++) {
+        _mm_prefetch((const char*)(W + k * lead + COLUMNS), _MM_HINT_T0);
+        for (int half = 0; half < 2; half++) {
+            found[half] = _mm256_max_epu32(found[half], absolute(W + k * lead + 8 * half));
+            _mm256_store_ps(copy + k * COLUMNS + 8 * half, _mm256_loadu_ps(W + k * lead + 8 * half));
+        }
+    }
+    uint32_t largest[COLUMNS];
+    memcpy(largest, found, sizeof largest);
+    float inverses[COLUMNS];
+    for (int i = 0; i < COLUMNS; i++) scale_of(largest[i], F::MOST, scales[i], inverses[i]);
+    for (int half = 0; half < 2; half++) {
+        __m256 inverse = _mm256_loadu_ps(inverses + 8 * half);
         for (int64_t k = 0; k < depth; k += F::EACH) {
             words step = _mm256_setzero_si256();
             for (int i = 0; i < F::EACH; i++) {
-                words one = _mm256_slli_epi32(nearest(from + (k + i) * lead, inverses), 32 - BITS);
+                words one = _mm256_slli_epi32(nearest(copy + (k + i) * COLUMNS + 8 * half, inverse), 32 - BITS);
                 step = _mm256_or_si256(step, _mm256_srli_epi32(one, 32 - BITS - i * BITS));
             }
             _mm256_store_si256(out + 2 * (k / F::EACH) + half, step);
