@@ -304,20 +304,15 @@ static void quantise_columns(const Matrix& W, int64_t p, int64_t j, const Quanti
         _mm256_store_si256(begins + half, F::taken_off(numbers + half, filled / F::EACH));
 }
 
-// out (TALL, COLUMNS), its rows `lead` apart, = scales * sums, or += where ADD
+// A tile of out (TALL, COLUMNS), its rows `lead` apart, = scales * sums, or += where ADD
 template <class F, bool ADD>
-static inline void tile(const Quantised<F>& x, const Quantised<F>& W, int64_t p, int64_t i, int64_t line, int64_t depth,
-                        float* out, int64_t lead) {
-    const words* begins = (const words*)W.begins_of(p, line);
+INLINE void tile(const typename F::number* q, const float* s, const typename F::number* r, const float* t,
+                 const int32_t* begins, int64_t steps, float* out, int64_t lead) {
     words sums[F::TALL][2];
-    #pragma GCC unroll 6
     for (int row = 0; row < F::TALL; row++)
-        for (int half = 0; half < 2; half++) sums[row][half] = F::begin(begins + half);
-    F::add(sums, x.numbers_of(p, i), (const words*)W.numbers_of(p, line), ceiling(depth, 2 * F::EACH) * 2);
-    const float *s = x.scales_of(p, i), *t = W.scales_of(p, line);
-    #pragma GCC unroll 6
+        for (int half = 0; half < 2; half++) sums[row][half] = F::begin((const words*)begins + half);
+    F::add(sums, q, (const words*)r, steps);
     for (int row = 0; row < F::TALL; row++)
-        #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             float* at = out + row * lead + 8 * half;
             __m256 scale = _mm256_mul_ps(_mm256_set1_ps(s[row]), _mm256_loadu_ps(t + 8 * half));
@@ -331,19 +326,33 @@ struct Output {
     int64_t lead, n, d;
 };
 
-// The tile at (i, j), through a copy where it reaches over the matrix.
+// Rows `first` to `last` of out, the columns of `count` tiles from j on, for block p. A tile that reaches over the matrix
+// goes through a copy.
 template <class F, bool ADD>
-static inline void tile_within(const Quantised<F>& x, const Quantised<F>& W, int64_t p, int64_t i, int64_t line,
-                               int64_t depth, const Output& out, int64_t j) {
-    float* at = out.at + i * out.lead + j;
-    if (i + F::TALL <= out.n && j + COLUMNS <= out.d) return tile<F, ADD>(x, W, p, i, line, depth, at, out.lead);
-    int64_t rows = least(F::TALL, out.n - i), width = least(COLUMNS, out.d - j) * sizeof(float);
-    float copy[F::TALL * COLUMNS];
-    for (int64_t row = 0; ADD && row < rows; row++) memcpy(copy + row * COLUMNS, at + row * out.lead, width);
-    tile<F, ADD>(x, W, p, i, line, depth, copy, COLUMNS);
-    for (int64_t row = 0; row < rows; row++) memcpy(at + row * out.lead, copy + row * COLUMNS, width);
+static void multiply(const Quantised<F>& x, const Quantised<F>& panel, int64_t p, int64_t first, int64_t last, int64_t j,
+                     int64_t count, int64_t depth, const Output& out) {
+    int64_t steps = ceiling(depth, 2 * F::EACH) * 2;
+    for (int64_t i = first; i < last; i += F::TALL) {
+        const typename F::number *q = x.numbers_of(p, i), *r = panel.numbers_of(p, 0);
+        const float *s = x.scales_of(p, i), *t = panel.scales_of(p, 0);
+        const int32_t* begins = panel.begins_of(p, 0);
+        float* at = out.at + i * out.lead + j;
+        int64_t rows = least(F::TALL, out.n - i), columns = least(count * COLUMNS, out.d - j);
+        int64_t whole = rows == F::TALL ? columns / COLUMNS * COLUMNS : 0;
+        for (int64_t c = 0; c < whole; c += COLUMNS)
+            tile<F, ADD>(q, s, r + c * DEPTH, t + c, begins + c, steps, at + c, out.lead);
+        for (int64_t c = whole; c < columns; c += COLUMNS) {
+            float copy[F::TALL * COLUMNS];
+            int64_t width = least(COLUMNS, columns - c) * sizeof(float);
+            for (int64_t row = 0; ADD && row < rows; row++)
+                memcpy(copy + row * COLUMNS, at + row * out.lead + c, width);
+            tile<F, ADD>(q, s, r + c * DEPTH, t + c, begins + c, steps, copy, COLUMNS);
+            for (int64_t row = 0; row < rows; row++) memcpy(at + row * out.lead + c, copy + row * COLUMNS, width);
+        }
+    }
 }
 
+// Threads share out panels, and where these are fewer than threads, parts of the rows as well.
 template <class F>
 static void product(const float* x, int64_t x_lead, const Matrix& W, const Output& out, bool add, char* space, int threads) {
     int64_t blocks = ceiling(W.k, DEPTH), rows = ceiling(out.n, F::TALL) * F::TALL;
@@ -360,16 +369,14 @@ static void product(const float* x, int64_t x_lead, const Matrix& W, const Outpu
         #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < panels * parts; unit++) {
             int64_t number = unit / parts, from = number * tiles / panels, count = (number + 1) * tiles / panels - from;
-            int64_t first = unit % parts * part, last = least(first + part, out.n);
+            int64_t first = unit % parts * part, last = least(first + part, out.n), j = from * COLUMNS;
             if (first >= last) continue;
             for (int64_t p = 0; p < blocks; p++)
-                for (int64_t j = 0; j < count; j++) quantise_columns<F>(W, p, (from + j) * COLUMNS, panel, j * COLUMNS);
+                for (int64_t c = 0; c < count * COLUMNS; c += COLUMNS) quantise_columns<F>(W, p, j + c, panel, c);
             for (int64_t some = first; some < last; some += ROWS)
                 for (int64_t p = 0; p < blocks; p++)
-                    for (int64_t i = some; i < least(some + ROWS, last); i += F::TALL)
-                        for (int64_t j = 0; j < count; j++)
-                            (p || add ? tile_within<F, true> : tile_within<F, false>)(
-                                left, panel, p, i, j * COLUMNS, depth_of(p, W.k), out, (from + j) * COLUMNS);
+                    (p || add ? multiply<F, true> : multiply<F, false>)(
+                        left, panel, p, some, least(some + ROWS, last), j, count, depth_of(p, W.k), out);
         }
     }
 }
