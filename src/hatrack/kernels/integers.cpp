@@ -331,6 +331,7 @@ struct Output {
 template <class F, bool ADD>
 static void multiply(const Quantised<F>& x, const Quantised<F>& panel, int64_t p, int64_t first, int64_t last, int64_t j,
                      int64_t count, int64_t depth, const Output& out) {
+    const int64_t AHEAD = ceiling(F::TALL * DEPTH * sizeof(*x.numbers), 64 * PANEL) * 64;
     int64_t steps = ceiling(depth, 2 * F::EACH) * 2;
     for (int64_t i = first; i < last; i += F::TALL) {
         const typename F::number *q = x.numbers_of(p, i), *r = panel.numbers_of(p, 0);
@@ -339,8 +340,11 @@ static void multiply(const Quantised<F>& x, const Quantised<F>& panel, int64_t p
         float* at = out.at + i * out.lead + j;
         int64_t rows = least(F::TALL, out.n - i), columns = least(count * COLUMNS, out.d - j);
         int64_t whole = rows == F::TALL ? columns / COLUMNS * COLUMNS : 0;
-        for (int64_t c = 0; c < whole; c += COLUMNS)
+        for (int64_t c = 0; c < whole; c += COLUMNS) {
+            for (int64_t ahead = 0; ahead < AHEAD; ahead += 64)  // the next rows, a part beside each tile
+                _mm_prefetch((const char*)(q + F::TALL * DEPTH) + c / COLUMNS * AHEAD + ahead, _MM_HINT_T0);
             tile<F, ADD>(q, s, r + c * DEPTH, t + c, begins + c, steps, at + c, out.lead);
+        }
         for (int64_t c = whole; c < columns; c += COLUMNS) {
             float copy[F::TALL * COLUMNS];
             int64_t width = least(COLUMNS, columns - c) * sizeof(float);
