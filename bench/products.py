@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/products.py [--rounds 9] [--threads 1] [--shapes 1024x576x1536,...] [--sides float32,int16]
 
-GFLOP/s a thread of x (n, k) W (k, d), W as it is and as a transpose's view. Errors are norms beside the exact product's,
-of normal numbers, of Student's t with 3 degrees of freedom, and of normal ones with one channel of x 100 times the others.
+GFLOP/s a thread of x (n, k) W (k, d), W as it is and as a transpose's view. Errors are norms against the exact product:
+of normal numbers, of Student's t with 3 degrees of freedom, of normal ones with one channel of x 100 times the others.
 """
 
 import argparse

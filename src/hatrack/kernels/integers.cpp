@@ -31,8 +31,8 @@ extern "C" int integers_covered() { return 1; }
 static const int64_t DEPTH = 128;   // of a block of the reduction
 static const int64_t COLUMNS = 16;  // of a tile of sums: two vectors
 static const int64_t PANEL = 6;     // tiles side by side whose block of W stays in the first cache
-static const int64_t ROWS = 192;    // of x that go by the blocks of a panel together, so that their sums stay in the second
-static const float TINY = 0x1p-100f;  // a block with nothing larger counts as zeros, as the inverse of its scale may overflow
+static const int64_t ROWS = 192;    // of x that go by a panel together, so that their sums stay in the second cache
+static const float TINY = 0x1p-100f;  // a block with nothing larger is zeros, as the inverse of its scale may overflow
 
 typedef __m256i words;
 #define INLINE static inline __attribute__((always_inline))
@@ -67,10 +67,10 @@ static inline words nearest(const float* at, __m256 inverse) {
     return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at), inverse));
 }
 
-// 32 bits of the reduction are a step: EACH numbers, which one instruction multiplies and adds. A format has x packed as it
-// lies in a row, and the sums of a tile of TALL rows: sums (TALL, COLUMNS) += q r over an even number of steps, r as
-// [step][column][EACH]. It is written in assembly as the order of instructions matters: the processor deals them out to
-// its units by turns, and products one after the other in pairs are up to twice as fast as products and sums by turns.
+// 32 bits of the reduction are a step: EACH numbers, which one instruction multiplies and adds. A format packs numbers in
+// their order, and sums a tile of TALL rows: sums (TALL, COLUMNS) += q r over an even number of steps, r as
+// [step][column][EACH]. The loops are in assembly as the order of instructions matters, and as all 16 registers are
+// needed: with products and sums by turns they take nearly twice as long as with two products, then their two sums.
 
 struct Int16 {
     typedef int16_t number;
@@ -86,6 +86,7 @@ struct Int16 {
     INLINE words taken_off(const words*, int64_t) { return _mm256_setzero_si256(); }
 
     INLINE void add(words (*sums)[2], const number* q, const words* r, int64_t steps) {
+        static_assert(DEPTH * sizeof(number) == 256, "the distance of two rows of q");
         #define ROW(I)                                                                                                 \
             "vpbroadcastd " #I "*256(%[q]), %%ymm14\n"                                                                 \
             "vpmaddwd %%ymm12, %%ymm14, %%ymm15\n"                                                                     \
@@ -136,6 +137,7 @@ struct Int8 {
     // Two products of pairs fit in 16 bits together: 4 * 63 * 126 < 2^15.
     INLINE void add(words (*sums)[2], const number* q, const words* r, int64_t steps) {
         const words ones = _mm256_set1_epi16(1);
+        static_assert(DEPTH * sizeof(number) == 128, "the distance of two rows of q");
         #define ROW(I)                                                                                                 \
             "vpbroadcastd " #I "*128(%[q]), %%ymm11\n"                                                                 \
             "vpmaddubsw %%ymm8, %%ymm11, %%ymm12\n"                                                                    \
