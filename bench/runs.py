@@ -1,19 +1,21 @@
 """Whole trainings of MiniLM on Rotten Tomatoes: hatrack against peft + Trainer. Three seeds, 4,000 rows, 2 epochs.
 
-    .venv/bin/python bench/runs.py [--seeds 0,1,2] [--sides hatrack,peft,command,textbook] [--output DIR]
+    .venv/bin/python bench/runs.py [--seeds 0,1,2] [--sides hatrack,int16,int8,peft,command,textbook] [--output DIR]
 
 Training is timed from rows in memory to the last step, tokenising included; a process is timed from its start to its
 end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: the
 number format that the processor is fast at, dynamic padding, rows grouped by length, the same rank, targets, dropout,
 learning rate, batch and steps. Sides that train unequal numbers of parameters are refused.
 The textbook's side (float32, padded to 128, q and v) takes the better part of an hour, so a few of its steps are timed
-and multiplied. `command` is `hatrack train` itself, as a whole process.
-Results of earlier calls are kept in DIR/runs.json, so the runs can be measured in pieces, and the table shows all.
+and multiplied. `command` is `hatrack train` itself, as a whole process; `int16` and `int8` are hatrack's training with
+`--compute`, whose scores are exact. Results of earlier calls are kept in DIR/runs.json, so the runs can be measured in
+pieces, and the table shows all.
 """
 
 import argparse
 import bz2
 import csv
+import functools
 import io
 import json
 import os
@@ -47,7 +49,7 @@ def rows() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     return items[:ROWS], items[ROWS : ROWS + HELD_OUT]
 
 
-def hatrack_side(seed: int, steps: int) -> dict[str, Any]:
+def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]:
     """hatrack's own parts, as `hatrack train` puts them together."""
     from transformers import TrainingArguments, set_seed
 
@@ -65,7 +67,8 @@ def hatrack_side(seed: int, steps: int) -> dict[str, Any]:
     recipe = Recipe.make(
         base=ENCODER, data="-", targets="all-linear", r=R, alpha=float(ALPHA), dropout=DROPOUT, seed=seed
     )
-    base = load_base(find_base(ENCODER, None), task="classify", labels=["rotten", "fresh"], seed=seed)
+    dtype = "auto" if compute == "auto" else "float32"
+    base = load_base(find_base(ENCODER, None), task="classify", labels=["rotten", "fresh"], seed=seed, dtype=dtype)
     began = time.perf_counter()
     parts = [
         render(
@@ -78,7 +81,7 @@ def hatrack_side(seed: int, steps: int) -> dict[str, Any]:
         for part in (learn, held_out)
     ]
     set_seed(seed)
-    speed_up(base.model)
+    speed_up(base.model, compute=compute)
     model = place(base.model, recipe, task="classify", layer_classes=LAYER_CLASSES)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, **_arguments(seed, steps))
@@ -178,7 +181,7 @@ def _arguments(seed: int, steps: int) -> dict[str, Any]:
 def _run(side: str, seed: int, steps: int) -> dict[str, Any]:
     """One side in a process of its own, timed from outside as well."""
     environment = dict(os.environ, TRANSFORMERS_VERBOSITY="error")
-    if side == "hatrack":
+    if side not in ("peft", "textbook"):
         environment.setdefault("GOMP_SPINCOUNT", "3000")
     command = [sys.executable, __file__, "--side", side, "--seed", str(seed), "--steps", str(steps)]
     began = time.perf_counter()
@@ -244,8 +247,7 @@ def _median(runs: dict[str, dict[str, float]], key: str) -> float:
 
 
 SIDES = {
-    "hatrack": lambda seed: _run("hatrack", seed, STEPS),
-    "peft": lambda seed: _run("peft", seed, STEPS),
+    **{side: functools.partial(_run, side, steps=STEPS) for side in ("hatrack", "int16", "int8", "peft")},
     "command": _command,
     "textbook": _textbook,
 }
@@ -257,19 +259,21 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
-    parser.add_argument("--side", choices=["hatrack", "peft", "textbook"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["hatrack", "int16", "int8", "peft", "textbook"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         warnings.simplefilter("ignore")
-        side = hatrack_side if options.side == "hatrack" else peft_side
-        extra = {"textbook": True} if options.side == "textbook" else {}
-        print(json.dumps(side(options.seed, options.steps, **extra)))
+        if options.side in ("peft", "textbook"):
+            found = peft_side(options.seed, options.steps, options.side == "textbook")
+        else:
+            found = hatrack_side(options.seed, options.steps, options.side.replace("hatrack", "auto"))
+        print(json.dumps(found))
         return
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "runs.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text()) if path.exists() else {}
     for seed in options.seeds.split(","):
         for name in options.sides.split(","):
             if name != "textbook" or seed == "0":

@@ -42,10 +42,11 @@ WORKS: dict[str, dict[str, Any]] = {
     "SmolLM2, all-linear, 1 row of 2,048 tokens": {"targets": ALL_LINEAR, "rows": 1, "tokens": 2048},
     "DistilBERT's shape, q,v, 16 rows of 128 tokens": {"targets": ["q_lin", "v_lin"], "rows": 16, "tokens": 128},
 }
-SIDES = ("hatrack", "peft", "textbook", "full", "frozen", "floor")
-"""hatrack, peft 0.21 and full fine-tuning with a base in the number format that this processor is fast at (bfloat16 or
-float32); peft as the textbook has it, in float32; the
-base alone with nothing to train but its input (for the memory of activations); the products alone."""
+SIDES = ("hatrack", "int16", "int8", "peft", "textbook", "full", "frozen", "floor")
+"""hatrack, exact and with `--compute`; peft 0.21 and full fine-tuning with a base in the number format that this
+processor is fast at (bfloat16 or float32); peft as the textbook has it, in float32; the base alone with nothing to
+train but its input (for the memory of activations); the products alone."""
+OURS = SIDES[:3]
 
 
 class Side:
@@ -55,7 +56,8 @@ class Side:
         torch.manual_seed(0)
         self.side, made = side, WORKS[work]
         self.classify = work.startswith("DistilBERT")
-        base = self._base(torch.float32 if side == "textbook" else choose_dtype("auto", torch.device("cpu"))[0])
+        exact = side in ("textbook", "int16", "int8")
+        base = self._base(torch.float32 if exact else choose_dtype("auto", torch.device("cpu"))[0])
         rows, tokens = made["rows"], made["tokens"]
         ids = torch.randint(1000, 20000, (rows, tokens))
         labels = torch.randint(2, (rows,)) if self.classify else ids
@@ -68,8 +70,8 @@ class Side:
             target_modules=made["targets"],
             task_type="SEQ_CLS" if self.classify else "CAUSAL_LM",
         )
-        if side == "hatrack":
-            speed_up(base)
+        if side in OURS:
+            speed_up(base, compute=side.replace("hatrack", "auto"))
             base = hatrack.get_peft_model(base, config)
         elif side in ("peft", "textbook"):
             base = get_peft_model(base, config)
@@ -100,7 +102,7 @@ class Side:
 
     def loss(self) -> Any:
         """The loss of the batch, as this side computes it."""
-        if self.side == "hatrack":
+        if self.side in OURS:
             return losses(self.model, self.batch, "classify" if self.classify else "chat")[0].mean()
         if self.side == "frozen":
             embedded = self.model.get_input_embeddings()(self.batch["input_ids"]).requires_grad_()

@@ -209,6 +209,13 @@ class Recipe(BaseModel):
     quantize: Literal["none", "8bit", "4bit"] = option(
         "none", "Hold the frozen base in fewer bits (needs hatrack[quantize]).", group="Machine"
     )
+    compute: Literal["auto", "int16", "int8"] = option(
+        "auto",
+        "What training multiplies the frozen base's matrices in, on a processor: auto (exact, in the base's number "
+        "format), or rounded to int16 or int8, which is faster where the processor has no bfloat16.",
+        group="Machine",
+        fix="use auto, int16 or int8",
+    )
     memory: Annotated[int | None, BeforeValidator(_memory)] = option(
         None, "The most memory the run may take, such as 3GiB.", group="Machine", word="SIZE", gt=0, fix="try 4GiB"
     )
@@ -246,6 +253,8 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise RecipeError(" | ".join(_wrong(problem, cls.model_fields) for problem in error.errors())) from error
         recipe._agree()
+        if recipe.compute != "auto":  # what is not multiplied with the base's matrices stays exact
+            recipe = recipe.model_copy(update={"dtype": "float32"})
         return recipe
 
     @classmethod
@@ -291,6 +300,14 @@ class Recipe(BaseModel):
         if self.steps is not None and self.epochs is not None:
             raise RecipeError(
                 "--steps and --epochs exclude each other", got=f"{self.steps} and {self.epochs}", fix="keep one"
+            )
+        if self.compute != "auto" and self.dtype not in ("auto", "float32"):
+            raise RecipeError(
+                f"--compute {self.compute} goes with float32", got=f"--dtype {self.dtype}", fix="leave one of them out"
+            )
+        if self.compute != "auto" and self.quantize == "8bit":
+            raise RecipeError(
+                f"--compute {self.compute} and --quantize 8bit exclude each other", fix="keep one, or use 4bit"
             )
         columns = {"text": self.text, "label": self.label, "prompt": self.prompt}
         columns |= {"completion": self.completion, "messages": self.messages}

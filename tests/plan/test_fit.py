@@ -62,6 +62,21 @@ def where(there: int | str, lengths: Any = (256,) * 64, **options: Any) -> Setti
     return setting(recipe, llama(), Work("chat", 0, rows, rows[:8]), machine)
 
 
+def test_rounded_products_are_priced_in_training_alone() -> None:
+    exact = where(60 * GIB, dtype="float32")
+    prices = dataclasses.replace(PRICES, rounded={"int8": 0.25e-12})
+    machine = dataclasses.replace(exact.machine, prices=prices)
+    exact = dataclasses.replace(exact, machine=machine)
+    rounded = dataclasses.replace(exact, recipe=exact.recipe.changed(compute="int8"))
+    one, other = plan_run(exact), plan_run(rounded)
+    assert one.step_seconds is not None and other.step_seconds is not None and one.seconds and other.seconds
+    tokens, matrices = 8 * 256, 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    spared = 0.75e-12 * 2 * 2 * tokens * matrices  # there and back, two operations each
+    assert one.step_seconds - other.step_seconds == pytest.approx(spared, rel=0.01)
+    steps = exact.schedule(one.micro_batch).steps
+    assert one.seconds - other.seconds == pytest.approx(spared * steps, rel=0.01)
+
+
 def test_the_most_rows_that_fit_and_divide_the_batch() -> None:
     def memory(rows: int) -> dict[str, int]:
         return {"weights": 100, "activations": 30 * rows}

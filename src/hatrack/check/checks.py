@@ -21,7 +21,7 @@ from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import tokenise
 from hatrack.errors import RecipeError
 from hatrack.plan.fit import Work, settle
-from hatrack.plan.machine import here
+from hatrack.plan.machine import check_compute, here
 from hatrack.recipe import Recipe, Task
 from hatrack.say import say
 
@@ -114,4 +114,5 @@ def _targets(
 def _dtype(recipe: Recipe) -> str:
     """The base's number format on the device asked for."""
     device, _ = choose_device(recipe.device)
+    check_compute(recipe.compute, device.type)
     return name_of(choose_dtype(recipe.dtype, device)[0])

@@ -29,13 +29,14 @@ def plan(
 ) -> None:
     """Show what training will take, and whether it fits, without reading any weight."""
     from hatrack.plan import fit
-    from hatrack.plan.machine import here, named
+    from hatrack.plan.machine import check_compute, here, named
 
     if recipe.base is None:
         raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
     if probe:
         _measure()
     machine = named(on) if on else here(recipe.device, recipe.dtype)
+    check_compute(recipe.compute, "an accelerator" if machine.accelerator else "cpu")
     peeked = _peek(recipe)
     where = fit.setting(recipe, peeked, _work(recipe, peeked), machine)
     chosen = fit.choose(where)
@@ -67,6 +68,7 @@ def _measure() -> None:
     keep_probe(found)
     speeds = ", ".join(f"{name} {1e-9 / prices.operation:,.0f}" for name, prices in found.prices.items())
     prices = found.prices["bfloat16" if fast_at_bfloat16() else "float32"]
+    speeds += "".join(f", {name} {1e-9 / operation:,.0f}" for name, operation in prices.rounded.items())
     say(
         f"products: {speeds} GFLOP/s; beside them {1e9 * prices.number:.2f} s for 10^9 numbers, "
         f"{1e6 * prices.call:.0f} us a call; disk {prices.disk / 1e6:,.0f} MB/s"
@@ -133,7 +135,8 @@ def _show(where: "Setting", peeked: "Peek", chosen: "Plan", ways: dict[str, "Pla
     else:
         print(f"does not fit: {needed} needed, {there} there ({machine.why})")
         print(f"to change: {cure}" if cure else "to change: a smaller base; no option makes it fit")
-    print(f"machine    {machine.name}, base in {where.dtype}")
+    rounded = "" if where.recipe.compute == "auto" else f", products in {where.recipe.compute}"
+    print(f"machine    {machine.name}, base in {where.dtype}{rounded}")
     print(f"params     {line(chosen.trainable, chosen.total)}")
     print(
         f"work       {len(where.work.rows):,} rows of up to {where.work.longest} tokens, "

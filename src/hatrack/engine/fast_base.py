@@ -17,11 +17,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from hatrack.base.trunk import Trunk
-from hatrack.kernels import drop
+from hatrack.errors import RecipeError
+from hatrack.kernels import drop, integers
 from hatrack.kernels.attention import attention
-from hatrack.kernels.frozen import can_unpack, linear
+from hatrack.kernels.frozen import FrozenLinear, can_unpack, linear, rounding_of
 from hatrack.kernels.norm import rms_norm
 
 NAME = "hatrack"
@@ -29,14 +31,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers (malloc.h) for: give memory back to the system above this; take single blocks from it above that."""
 
 
-def speed_up(base: PreTrainedModel, trunk: Trunk | None = None) -> None:
+def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "auto") -> None:
     """Has a frozen base compute with hatrack's kernels wherever they give the same. Before or after it gets an adapter.
 
     Outputs and gradients stay as they were, but for rounding; the masks of dropout are drawn otherwise. Weights, their
     names and saved files do not change. Freed memory stays with the process from then on (glibc). With the `trunk` of a
     base larger than memory, only its last layer is asked for answers.
+
+    `compute` int16 or int8 rounds the products with its matrices while it trains (`kernels/integers.py`), float32 on a
+    processor. Raises RecipeError where that cannot be done.
     """
     on_processor = base.device.type == "cpu"
+    if compute != "auto":
+        _round_products(base, compute)
     if on_processor:
         _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)
         with trunk.shortened() if trunk else nullcontext():
@@ -64,9 +71,30 @@ def _keep_freed_memory(largest: int) -> None:
         mallopt(M_MMAP_THRESHOLD, largest) or mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
+def _round_products(base: PreTrainedModel, compute: str) -> None:
+    """Marks every frozen matrix of the base, so that the layer it is in has its products rounded."""
+    if compute not in integers.BITS:
+        raise RecipeError(f"compute: {compute} is not known", fix=f"use auto, {' or '.join(integers.BITS)}")
+    if base.device.type != "cpu" or not integers.available():
+        raise RecipeError(
+            f"--compute {compute} is for processors with AVX2 and hatrack's compiled kernels",
+            got=f"{base.device.type}{'' if integers.available() else ', without them'}",
+            fix="leave it out",
+        )
+    for parent in base.modules():
+        for layer in parent.children():
+            of_adapter = isinstance(parent, nn.ModuleDict)  # peft keeps its own layers so
+            trained = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+            if not isinstance(layer, nn.Linear | Conv1D) or of_adapter or trained or _watched(layer):
+                continue
+            layer.rounding = compute
+            if type(layer) is nn.Linear:
+                layer.__class__ = FrozenLinear
+
+
 def _unpacked(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """What bitsandbytes' layer in four bits gives for x (..., d_in), in the format of x."""
-    y = linear(x.to(layer.compute_dtype or x.dtype), layer.weight, None)
+    y = linear(x.to(layer.compute_dtype or x.dtype), layer.weight, None, rounding_of(layer))
     return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(x.dtype)
 
 

@@ -44,7 +44,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hatrack.engine.lossless import LosslessMerge
 from hatrack.kernels.drop import Mask, draw
-from hatrack.kernels.frozen import FrozenLinear, back, times
+from hatrack.kernels.frozen import FrozenLinear, back, rounding_of, times
 from hatrack.kernels.low_rank import down, joined, outer, rows, up
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +128,15 @@ class _Parts(NamedTuple):
 
     def projection(self) -> "Projection":
         W, b = self.base._parameters["weight"], self.base._parameters["bias"]
-        return Projection(W.t() if type(self.base) is Conv1D else W, b, self.A, self.B, self.scaling, draw(self.p))
+        return Projection(
+            W.t() if type(self.base) is Conv1D else W,
+            b,
+            self.A,
+            self.B,
+            self.scaling,
+            draw(self.p),
+            rounding_of(self.base),
+        )
 
     def state(self) -> tuple[object, ...]:
         """What y depends on besides x: where it has changed, what was computed before is of no use."""
@@ -200,7 +208,8 @@ def _what_is_saved_is_watched() -> bool:
 
 
 class Projection(NamedTuple):
-    """What an adapted layer does to its input: W (d_out, d_in), b (d_out,) or None, A (r, d_in), B (d_out, r)."""
+    """What an adapted layer does to its input: W (d_out, d_in), b (d_out,) or None, A (r, d_in), B (d_out, r);
+    `rounding`: what the products with W are rounded to (`kernels/frozen.py`)."""
 
     W: torch.Tensor
     b: torch.Tensor | None
@@ -208,6 +217,7 @@ class Projection(NamedTuple):
     B: torch.Tensor
     scaling: float
     mask: Mask
+    rounding: str | None = None
 
 
 def project(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
@@ -220,20 +230,20 @@ def project(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.T
 
 
 class _LoraProducts(torch.autograd.Function):
-    """x, the scalings and masks, then W, b, A and B of each projection."""
+    """x, the scalings, masks and roundings, then W, b, A and B of each projection."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, settings: list[tuple[float, Mask]], *tensors: torch.Tensor
+        ctx: Any, x: torch.Tensor, settings: list[tuple[float, Mask, str | None]], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        masks, weights = [mask for _, mask in settings], tensors[::4]
+        masks, weights = [mask for _, mask, _ in settings], tensors[::4]
         A = joined([rows(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
         several = [rows(B.t(), x.dtype) for B in tensors[3::4]]
         h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
         outputs = []
         parts = zip(weights, tensors[1::4], several, h.chunk(len(masks), 1), settings, strict=True)
-        for W, b, B, own, (scaling, _) in parts:
-            y = times(x, W, b)  # (n, d_out)
+        for W, b, B, own, (scaling, _, rounding) in parts:
+            y = times(x, W, b, rounding)  # (n, d_out)
             up(y, own, B, scaling)
             outputs.append(y)
         ctx.save_for_backward(x, h, A, *weights, *several)
@@ -244,13 +254,13 @@ class _LoraProducts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, A, *saved = ctx.saved_tensors
-        masks, needed = [mask for _, mask in ctx.settings], ctx.needs_input_grad[2:]
+        masks, needed = [mask for _, mask, _ in ctx.settings], ctx.needs_input_grad[2:]
         weights, several = saved[: len(masks)], saved[len(masks) :]
         found: list[torch.Tensor | None] = [None] * len(needed)
         narrow: list[torch.Tensor] = []
         gradients = tuple(g.contiguous() for g in gradients)
         parts = zip(gradients, several, h.chunk(len(masks), 1), ctx.settings, strict=True)
-        for number, (g, B, own, (scaling, mask)) in enumerate(parts):
+        for number, (g, B, own, (scaling, mask, _)) in enumerate(parts):
             narrow.append(down(g, B, scaling * mask.scale))  # (n, r), D's division included
             if needed[4 * number + 1]:
                 found[4 * number + 1] = g.sum(0)  # (d_out,)
@@ -262,9 +272,10 @@ class _LoraProducts(torch.autograd.Function):
                 found[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = back(gradients[0], weights[0])  # (n, d_in)
-            for g, W in zip(gradients[1:], weights[1:], strict=True):
-                back(g, W, g_x)
+            roundings = [rounding for *_, rounding in ctx.settings]
+            g_x = back(gradients[0], weights[0], None, roundings[0])  # (n, d_in)
+            for g, W, rounding in zip(gradients[1:], weights[1:], roundings[1:], strict=True):
+                back(g, W, g_x, rounding)
             up(g_x, g_h, A, 1.0, *masks)
         return g_x, None, *found
 

@@ -14,6 +14,8 @@ def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bo
     device, why_device = choose_device(recipe.device)
     dtype, why_dtype = choose_dtype(recipe.dtype, device)
     say(f"device: {device} ({why_device}); base in {name_of(dtype)} ({why_dtype})")
+    if recipe.compute != "auto":
+        say(f"products with its matrices rounded to {recipe.compute} while it trains; what is scored is exact")
     if mapped:
         say("the base is larger than memory: it stays on disk, and each step reads every layer twice")
     return load_base(

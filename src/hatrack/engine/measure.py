@@ -23,6 +23,8 @@ from hatrack.base.peek import Peek
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import get_peft_model
 from hatrack.evaluate.loss import losses
+from hatrack.kernels import integers
+from hatrack.kernels.frozen import times
 from hatrack.plan.machine import Probe, fast_at_bfloat16, processor
 from hatrack.plan.memory import Batch, Method
 from hatrack.plan.shape import Anatomy, describe
@@ -48,7 +50,8 @@ def measure() -> Probe:
     steps = _timed_steps(dtypes[fast])
     operation[fast] = min(operation[fast], _seconds_per_operation(dtypes[fast]))  # again: others may use the machine
     number, call = _beside_products(steps, operation[fast])
-    prices = {name: Prices(operation[name], number, call, disk, start, "probe") for name in dtypes}
+    rounded = {name: _seconds_rounded(name) for name in integers.BITS} if integers.available() else {}
+    prices = {name: Prices(operation[name], number, call, disk, start, "probe", rounded) for name in dtypes}
     return Probe(processor(), prices, memory)
 
 
@@ -67,6 +70,12 @@ def _seconds_per_operation(dtype: torch.dtype) -> float:
     """Of the products of a layer of middling size, there and back."""
     x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (768, 2048), (2048, 768)))
     return _seconds(lambda: (x @ W) @ V) / (2 * 2 * 512 * 768 * 2048)
+
+
+def _seconds_rounded(rounding: str) -> float:
+    """The same of products rounded to integers."""
+    x, W, V = (torch.randn(shape) for shape in ((512, 768), (2048, 768), (768, 2048)))
+    return _seconds(lambda: times(times(x, W, None, rounding), V, None, rounding)) / (2 * 2 * 512 * 768 * 2048)
 
 
 def _timed_steps(dtype: torch.dtype) -> list[tuple[Effort, float]]:

@@ -52,6 +52,7 @@ from hatrack.evaluate.score import Score
 from hatrack.hat import Hat
 from hatrack.plan.derive import Schedule
 from hatrack.plan.fit import Plan
+from hatrack.plan.machine import check_compute
 from hatrack.plan.shape import shape_of
 from hatrack.recipe import Recipe, Task, nearest
 from hatrack.say import say, size
@@ -92,7 +93,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     trunk = _trunk(base, recipe)
     if base.mapped and trunk is not None:
         settle(base.model, trunk, base.dtype, base.device)
-    speed_up(base.model, trunk if base.mapped or known == 1 else None)
+    speed_up(base.model, trunk if base.mapped or known == 1 else None, recipe.compute)
     with as_loaded(base):
         model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
     say(line(*model.get_nb_trainable_parameters()))
@@ -154,6 +155,7 @@ def _prepare(
     """What the run will take and the schedule that follows, said aloud; and what is kept of the layers below the
     adapters, with the share of rows it is kept of. Raises RecipeError where the run does not fit this machine."""
     recipe, device = run.recipe, choose_device(run.recipe.device)[0]
+    check_compute(recipe.compute, device.type)
     dtype = choose_dtype(recipe.dtype, device)[0]
     states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, name_of(dtype))
     if states is not None:

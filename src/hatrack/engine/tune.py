@@ -61,7 +61,7 @@ def _compared(facts: Facts) -> str:
     base = load_for(facts.recipe, facts.files, facts.examples, mapped=False)
     set_seed(facts.recipe.seed)
     trunk = find_trunk(base.model)
-    speed_up(base.model)
+    speed_up(base.model, compute=facts.recipe.compute)
     model = place(base.model, facts.recipe, task=facts.task, layer_classes=LAYER_CLASSES)
     if facts.plan.method.checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hatrack.kernels.frozen import FrozenLinear
+from hatrack.kernels.frozen import FrozenLinear, rounding_of
 from hatrack.kernels.loss import next_token_losses
 
 Batch = dict[str, torch.Tensor]
@@ -34,8 +34,8 @@ def losses(model: Any, batch: Batch, task: str) -> Losses:
         logits = model(**inputs).logits
         return _classify(logits, labels), torch.arange(len(labels), device=labels.device), logits
     supervised = labels[:, 1:] != -100  # (B, T - 1): the state at t is to tell the token at t + 1
-    hidden, W, b = _before_head(model, inputs)
-    values = next_token_losses(hidden[:, :-1][supervised], W, b, labels[:, 1:][supervised])
+    hidden, W, b, rounding = _before_head(model, inputs)
+    values = next_token_losses(hidden[:, :-1][supervised], W, b, labels[:, 1:][supervised], rounding)
     return values, supervised.nonzero()[:, 0], None
 
 
@@ -73,14 +73,15 @@ class _Pass(nn.Module):
 
 def _before_head(
     model: Any, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Runs `model` up to its output head: (states (B, T, d), W, b); or all of it: (logits (B, T, V), None, None),
-    where the head is not a plain frozen linear layer or the model does more after it."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str | None]:
+    """Runs `model` up to its output head: (states (B, T, d), W, b, what the head's products are rounded to); or all of
+    it: (logits (B, T, V), None, None, None), where the head is not a plain frozen linear layer or the model does more
+    after it."""
     whole = _inside(model)
     head = whole.get_output_embeddings()
     if not _is_plain(head) or not _ends_with_head(whole, head):
-        return model(**inputs).logits, None, None
-    return _headless(model, whole, inputs)[0], head.weight, head.bias
+        return model(**inputs).logits, None, None, None
+    return _headless(model, whole, inputs)[0], head.weight, head.bias, rounding_of(head)
 
 
 def _headless(model: Any, whole: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:

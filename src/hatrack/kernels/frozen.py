@@ -8,7 +8,10 @@ For x (n, d_in), W (d_out, d_in), b (d_out,), and the gradient g (n, d_out) of y
 On a processor W is never there as a whole in the products' format. A few of its rows at a time are brought into it
 right before they are multiplied, so few that the processor's cache still holds them then: main memory gives the narrow
 numbers and never sees the wide ones. That is as fast as a product with a wide copy, and needs no room for one
-(docs/log.md). Knows nothing of models, files or adapters.
+(docs/log.md).
+
+On request both products are rounded to integers (`integers.py`), in training alone: what is scored is exact. Knows
+nothing of models, files or adapters.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,46 +21,69 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hatrack.kernels import integers
+
 AT_ONCE = 2**21
 """Numbers of W in the products' format at one time: 8 MiB of float32."""
+WORTH_ROUNDING = 64
+"""Rows of an input from which on a product is faster with W rounded first."""
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer without gradients of its own, computed in its input's format, in whichever it is kept itself."""
+    """A linear layer without gradients of its own, computed in its input's format, in whichever it is kept itself.
+
+    One that is trained after all, or used under autocast, is torch's. `rounding`: a name in `integers.BITS`, or None.
+    """
+
+    rounding: str | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        trained = any(parameter.requires_grad for parameter in self._parameters.values() if parameter is not None)
+        if trained or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return linear(x, self.weight, self.bias, rounding_of(self))
 
 
-def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+def rounding_of(layer: nn.Module) -> str | None:
+    """What a layer's products are rounded to as it stands: nothing while it is scored."""
+    return getattr(layer, "rounding", None) if layer.training else None
+
+
+def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None = None) -> torch.Tensor:
     """x (..., d_in) -> (..., d_out) in the format of x, by the formulas above. W and b get no gradient."""
-    return _Linear.apply(x, W, b)  # type: ignore[no-any-return,no-untyped-call]
+    return _Linear.apply(x, W, b, rounding)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None
+    ) -> torch.Tensor:
         ctx.W = W  # as it is, with what tells how its bits are to be read
-        return times(x.reshape(-1, x.shape[-1]), W, b).view(*x.shape[:-1], -1)
+        ctx.rounding = rounding
+        return times(x.reshape(-1, x.shape[-1]), W, b, rounding).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return back(g.reshape(-1, g.shape[-1]), ctx.W).view(*g.shape[:-1], -1), None, None
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return back(g.reshape(-1, g.shape[-1]), ctx.W, None, ctx.rounding).view(*g.shape[:-1], -1), None, None, None
 
 
-def times(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+def times(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None = None) -> torch.Tensor:
     """y (n, d_out) in the format of x."""
     b = None if b is None else b.to(x.dtype)
-    if _as_it_is(x, W):
+    rounding = _worth_it(x, rounding)
+    if rounding is None and _as_it_is(x, W):
         return F.linear(x, W.to(x.dtype), b)
     y = x.new_empty(len(x), shape_of(W)[0])
     for rows, part in _parts(W, x.dtype):
-        torch.mm(x, part.t(), out=y[:, rows])
+        _multiply(x, part.t(), y[:, rows], rounding)
     return y if b is None else y.add_(b)
 
 
-def back(g: torch.Tensor, W: torch.Tensor, g_x: torch.Tensor | None = None) -> torch.Tensor:
+def back(
+    g: torch.Tensor, W: torch.Tensor, g_x: torch.Tensor | None = None, rounding: str | None = None
+) -> torch.Tensor:
     """g_x (n, d_in) in the format of g; added to the one that is given.
 
     Rows of g that are all zeros are left out where they are many. A classifier that reads one token of each text has
@@ -66,16 +92,37 @@ def back(g: torch.Tensor, W: torch.Tensor, g_x: torch.Tensor | None = None) -> t
     some = _rows_not_zero(g)
     if some is not None:
         total = g.new_zeros(len(g), shape_of(W)[1]) if g_x is None else g_x
-        return total.index_add_(0, some, back(g[some], W)) if len(some) else total
-    if _as_it_is(g, W):
+        return total.index_add_(0, some, back(g[some], W, None, rounding)) if len(some) else total
+    rounding = _worth_it(g, rounding)
+    if rounding is None and _as_it_is(g, W):
         return g @ W.to(g.dtype) if g_x is None else g_x.addmm_(g, W.to(g.dtype))
-    total = torch.zeros(len(g), shape_of(W)[1])  # in float32, however many parts it is a sum of
-    for rows, part in _parts(W, g.dtype):
-        if g.dtype == total.dtype:
-            total.addmm_(g[:, rows], part)
-        else:
+    if g.dtype != torch.float32:
+        total = torch.zeros(len(g), shape_of(W)[1])  # in float32, however many parts it is a sum of
+        for rows, part in _parts(W, g.dtype):
             total.add_(g[:, rows] @ part)
-    return total.to(g.dtype) if g_x is None else g_x.add_(total)
+        return total.to(g.dtype) if g_x is None else g_x.add_(total)
+    add = g_x is not None
+    total = g.new_empty(len(g), shape_of(W)[1]) if g_x is None else g_x
+    for rows, part in _parts(W, g.dtype):
+        _multiply(g[:, rows], part, total, rounding, add=add)
+        add = True
+    return total
+
+
+def _worth_it(x: torch.Tensor, rounding: str | None) -> str | None:
+    """The rounding asked for, where the kernels have it for x and rounding W pays for so many rows of x."""
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= WORTH_ROUNDING
+    return rounding if fits else None
+
+
+def _multiply(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, rounding: str | None, *, add: bool = False) -> None:
+    """out (n, d) becomes x (n, k) W (k, d), or has it added."""
+    if rounding is not None:
+        integers.product(x if x.stride(1) == 1 else x.contiguous(), W, out, rounding, add=add)
+    elif add:
+        out.addmm_(x, W)
+    else:
+        torch.mm(x, W, out=out)
 
 
 def _rows_not_zero(g: torch.Tensor) -> torch.Tensor | None:
@@ -113,7 +160,10 @@ def _as_it_is(x: torch.Tensor, W: torch.Tensor) -> bool:
 def _parts(W: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """W's rows, a few at a time: which they are, and (rows, d_in) in `dtype`, good until the next are asked for."""
     d_out, d_in = shape_of(W)
-    count = max(AT_ONCE // d_in // 64 * 64, 64)
+    if not hasattr(W, "quant_state") and W.dtype == dtype:
+        yield slice(0, d_out), W
+        return
+    count = max(AT_ONCE // d_in // 128 * 128, 128)
     read = _unpack(W, dtype) if hasattr(W, "quant_state") else _cast(W, dtype, count)
     for start in range(0, d_out, count):
         rows = slice(start, min(start + count, d_out))

@@ -22,21 +22,31 @@ CHUNK, CHUNK_ON_ACCELERATOR = 2**23, 2**26
 
 
 def next_token_losses(
-    states: torch.Tensor, W: torch.Tensor | None, b: torch.Tensor | None, wanted: torch.Tensor
+    states: torch.Tensor,
+    W: torch.Tensor | None,
+    b: torch.Tensor | None,
+    wanted: torch.Tensor,
+    rounding: str | None = None,
 ) -> torch.Tensor:
     """The losses at the top of this file, (n,) float32, of `states` (n, d) and the tokens `wanted` (n,).
 
-    Without W the states are logits (n, V) already. W and b get no gradient, and may be of another format.
+    Without W the states are logits (n, V) already. W and b get no gradient, and may be of another format. `rounding`:
+    that of the products with W (`frozen.py`).
     """
     if not len(wanted):
         return states.sum(-1, dtype=torch.float32)  # none, yet part of the graph
-    return _NextToken.apply(states, W, b, wanted)  # type: ignore[no-any-return,no-untyped-call]
+    return _NextToken.apply(states, W, b, wanted, rounding)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _NextToken(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, W: torch.Tensor | None, b: torch.Tensor | None, wanted: torch.Tensor
+        ctx: Any,
+        states: torch.Tensor,
+        W: torch.Tensor | None,
+        b: torch.Tensor | None,
+        wanted: torch.Tensor,
+        rounding: str | None,
     ) -> torch.Tensor:
         values = torch.empty(len(wanted), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
@@ -44,10 +54,10 @@ class _NextToken(torch.autograd.Function):
         rows = max(16, held // (states.shape[-1] if W is None else len(W)))
         for start in range(0, len(wanted), rows):
             part = slice(start, start + rows)
-            logits = states[part].clone() if W is None else _logits(states[part], W, b)
+            logits = states[part].clone() if W is None else _logits(states[part], W, b, rounding)
             values[part], slope = _softmax_loss(logits, wanted[part], gradient is not None)
             if slope is not None and gradient is not None:
-                gradient[part] = slope if W is None else back(slope, W)
+                gradient[part] = slope if W is None else back(slope, W, None, rounding)
         ctx.save_for_backward(gradient)
         return values
 
@@ -55,16 +65,16 @@ class _NextToken(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * g[:, None].to(gradient.dtype), None, None, None
+        return gradient * g[:, None].to(gradient.dtype), None, None, None, None
 
 
-def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None) -> torch.Tensor:
     """states (n, d) W^T + b, (n, V). In float32 on a processor by oneDNN: for a W that no cache holds and few states,
     it is 1.4 times as fast as MKL, which torch takes otherwise (docs/log.md)."""
-    plain = states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
+    plain = rounding is None and states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
     if plain and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return torch.ops.mkldnn._linear_pointwise(states, W, b, "none", [], "")  # type: ignore[no-any-return]
-    return times(states, W, b)
+    return times(states, W, b, rounding)
 
 
 def _softmax_loss(

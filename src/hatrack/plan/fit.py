@@ -356,9 +356,10 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     reading = read * schedule.steps / prices.disk
     around = (SET_UP + SAVE * evaluations) * prices.start
     scores = evaluations + 1  # the base's is taken with the first epoch's
-    seconds = training.seconds(prices) + scores * scoring.seconds(prices) + reading + around
+    compute = where.recipe.compute
+    seconds = training.seconds(prices, compute) + scores * scoring.seconds(prices) + reading + around
     whole = seconds + prices.start + 2 * anatomy.disk / prices.disk
-    per_step = training.seconds(prices) / schedule.steps + read / prices.disk
+    per_step = training.seconds(prices, compute) / schedule.steps + read / prices.disk
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
 
 

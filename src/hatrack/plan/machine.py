@@ -113,6 +113,16 @@ def fast_at_bfloat16() -> bool:
     return bool(_features() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 
 
+def check_compute(compute: str, device: str) -> None:
+    """Raises RecipeError where products cannot be rounded to integers, as `--compute` asks."""
+    if compute != "auto" and (device != "cpu" or "avx2" not in _features()):
+        raise RecipeError(
+            f"--compute {compute} is for processors that have AVX2",
+            got=device if device != "cpu" else processor(),
+            fix="leave --compute out",
+        )
+
+
 @functools.cache
 def processor() -> str:
     """The processor's own name, and how many of them this process may use: `AMD EPYC x 2`."""

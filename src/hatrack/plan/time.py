@@ -7,7 +7,7 @@ same make taking real training steps, so whatever a step costs beside its produc
 accelerator they come from its data sheet. Knows no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hatrack.plan.memory import Batch, Method
 from hatrack.plan.shape import Anatomy
@@ -18,6 +18,7 @@ class Prices:
     """What a machine takes, in seconds: for an operation of a product, for a number passed over, for a call.
 
     `disk` is bytes a second, `start` seconds until training's imports are done; `source` says where it is known from.
+    `rounded`: seconds for an operation of a product that is rounded to integers (`--compute`), by their names.
     """
 
     operation: float
@@ -26,25 +27,33 @@ class Prices:
     disk: float
     start: float
     source: str
+    rounded: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a pass consists of: operations of products (a multiplication and an addition are two), numbers, calls."""
+    """What a pass consists of: operations of products (a multiplication and an addition are two), numbers, calls.
+
+    `frozen` of the operations are those of the base's matrices in training, which `--compute` rounds.
+    """
 
     operations: float
     numbers: float
     calls: float
+    frozen: float = 0.0
 
     def __add__(self, other: "Effort") -> "Effort":
-        return Effort(self.operations + other.operations, self.numbers + other.numbers, self.calls + other.calls)
+        operations, numbers = self.operations + other.operations, self.numbers + other.numbers
+        return Effort(operations, numbers, self.calls + other.calls, self.frozen + other.frozen)
 
     def __mul__(self, times: float) -> "Effort":
-        return Effort(self.operations * times, self.numbers * times, self.calls * times)
+        return Effort(self.operations * times, self.numbers * times, self.calls * times, self.frozen * times)
 
-    def seconds(self, prices: Prices) -> float:
-        """How long it takes."""
-        return self.operations * prices.operation + self.numbers * prices.number + self.calls * prices.call
+    def seconds(self, prices: Prices, compute: str = "auto") -> float:
+        """How long it takes, with products of the base's matrices in `compute`."""
+        exact = self.operations - self.frozen
+        products = exact * prices.operation + self.frozen * prices.rounded.get(compute, prices.operation)
+        return products + self.numbers * prices.number + self.calls * prices.call
 
 
 def forward(anatomy: Anatomy, batch: Batch) -> Effort:
@@ -91,4 +100,6 @@ def step(anatomy: Anatomy, method: Method, batch: Batch) -> Effort:
         effort += Effort(0, 3 * anatomy.dense * (1 + share), 0)
     if method.checkpointing or method.sweep:
         effort += layers * share
-    return effort
+    passes = 1 + share * (2 if method.checkpointing or method.sweep else 1)
+    frozen = 2 * anatomy.dense * batch.tokens * passes + 4 * anatomy.head * batch.learned
+    return effort + Effort(0, 0, 0, 0 if method.full else frozen)
