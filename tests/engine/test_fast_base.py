@@ -32,7 +32,7 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from hatrack.engine.fast_base import NAME, FastDropout, FastRMSNorm, speed_up
+from hatrack.engine.fast_base import NAME, FastDropout, FastGELU, FastRMSNorm, speed_up
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**SIZES, "vocab_size": 97}
@@ -119,6 +119,19 @@ def test_outputs_and_gradients_stay(name: str, length: int) -> None:
     assert sum(isinstance(layer, FastRMSNorm) for layer in model.modules()) == norms
     assert not any(type(layer) is nn.Dropout and layer.p for layer in model.modules())
     for ours, stock in zip(_outputs(model, length), wanted, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("gelu_new", 2), ("gelu_pytorch_tanh", 2), ("gelu_fast", 2), ("gelu", 0), ("quick_gelu", 0)]
+)
+def test_activations_that_are_gelus_tanh_form_are_one_pass(name: str, layers: int) -> None:
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=97, activation_function=name)
+    model = _random(lambda: GPT2LMHeadModel(config))
+    wanted = _outputs(model, 12)
+    speed_up(model)
+    assert sum(isinstance(layer, FastGELU) for layer in model.modules()) == layers
+    for ours, stock in zip(_outputs(model, 12), wanted, strict=True):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hatrack.kernels.drop import dropout
+from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.loss import next_token_losses
 from hatrack.kernels.norm import rms_norm
 
@@ -25,6 +26,31 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert y.dtype == dtype and ours.grad is not None and exact.grad is not None
     assert float((y - wanted).detach().norm()) <= BOUND[dtype] * float(wanted.detach().norm())
     assert float((ours.grad - exact.grad).norm()) <= BOUND[dtype] * float(exact.grad.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 64), (2, 5, 576), (0, 32), (3, 17)])
+def test_gelu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, g = (torch.randn(shape) * 3).to(dtype), torch.randn(shape).to(dtype)
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, wanted = gelu_tanh(ours), F.gelu(exact, approximate="tanh")
+    y.backward(g)  # type: ignore[no-untyped-call]
+    wanted.backward(g.double())  # type: ignore[no-untyped-call]
+    assert y.dtype == dtype and ours.grad is not None and exact.grad is not None
+    assert float((y - wanted).detach().norm()) <= BOUND[dtype] * float(wanted.detach().norm())
+    assert float((ours.grad - exact.grad).norm()) <= BOUND[dtype] * float(exact.grad.norm())
+
+
+def test_gelu_of_the_largest_and_of_no_number() -> None:
+    x = torch.tensor([-1e30, -1e4, -30.0, 0.0, 30.0, 1e4, 1e30, torch.nan, torch.inf]).repeat(32)
+    x = x.requires_grad_()
+    y = gelu_tanh(x)
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    wanted = torch.tensor([0.0, 0.0, 0.0, 0.0, 30.0, 1e4, 1e30, torch.nan, torch.inf]).repeat(32)
+    torch.testing.assert_close(y.detach(), wanted, equal_nan=True, rtol=1e-6, atol=1e-6)
+    assert x.grad[7].isnan() and x.grad[[1, 2, 3, 4, 5]].tolist() == pytest.approx([0, 0, 0.5, 1, 1], abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,9 +1,10 @@
 """Puts hatrack's kernels into a frozen base: attention by transformers' own interface, dropout and norms as layers,
 products with matrices in four bits without ever having one unpacked as a whole.
 
-Nothing is known of any architecture. A norm is replaced when it answers as an RMSNorm does, whatever its name, and
-attention when the model leaves the choice of it to transformers and answers the same with it. The rest stays as it is.
-On accelerators only norms are replaced, by torch's fused one: their attention and dropout are fused already.
+Nothing is known of any architecture. A norm is replaced when it answers as an RMSNorm does, an activation when it
+answers as GELU's tanh form, whatever their names, and attention when the model leaves the choice of it to transformers
+and answers the same with it. The rest stays as it is. On accelerators only norms and activations are replaced, by
+torch's fused ones: attention and dropout are fused already.
 """
 
 import ctypes
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, activations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +26,7 @@ from hatrack.errors import RecipeError
 from hatrack.kernels import drop, integers
 from hatrack.kernels.attention import attention
 from hatrack.kernels.frozen import FrozenLinear, can_unpack, linear, rounding_of
+from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.norm import rms_norm
 
 NAME = "hatrack"
@@ -54,6 +57,8 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "
                 setattr(parent, name, FastDropout(layer.p).train(layer.training))
             elif (norm := _as_rms_norm(layer)) is not None:
                 setattr(parent, name, norm.train(layer.training))
+            elif _is_gelu_tanh(layer):
+                setattr(parent, name, FastGELU().train(layer.training))
             elif on_processor and isinstance(layer, nn.Linear) and can_unpack(layer.weight) and not _watched(layer):
                 layer.forward = partial(_unpacked, layer)  # type: ignore[method-assign]
 
@@ -173,6 +178,22 @@ def _as_rms_norm(layer: nn.Module) -> FastRMSNorm | None:
         if same_kind and torch.allclose(norm(probe).float(), wanted.float(), rtol=bound, atol=bound * 1e-2):
             return norm
     return None
+
+
+class FastGELU(nn.Module):
+    """GELU in its tanh form."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu_tanh(x)
+
+
+@torch.no_grad()
+def _is_gelu_tanh(layer: nn.Module) -> bool:
+    """Whether one of transformers' activations answers as that does: it has several by other names."""
+    if type(layer).__module__ != activations.__name__ or list(layer.parameters()) or _watched(layer):
+        return False
+    probe = torch.linspace(-6, 6, 193)
+    return torch.allclose(layer(probe), F.gelu(probe, approximate="tanh"), rtol=1e-5, atol=1e-6)
 
 
 def _watched(layer: nn.Module) -> bool:

@@ -33,6 +33,8 @@ SIGNATURES = {
     "drop": (c_void_p, c_void_p, c_int64, c_int64, c_float, c_uint32, c_uint64, c_int),
     "rms_norm": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int),
     "rms_norm_back": (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int),
+    "gelu": (c_void_p, c_void_p, c_int64, c_int),
+    "gelu_back": (c_void_p, c_void_p, c_int64, c_int),
     "softmax": (c_void_p, c_void_p, c_void_p, *[c_int64] * 7, c_int),
     "softmax_back": (c_void_p, c_void_p, c_int64, c_int64, c_int),
     "softmax_loss": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int),

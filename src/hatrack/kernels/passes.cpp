@@ -1,4 +1,4 @@
-// What a layer does beside its products, each in one pass over a matrix: dropout, norms, softmax, the loss.
+// What a layer does beside its products, each in one pass over a matrix: dropout, norms, activations, softmax, the loss.
 
 #include "vectors.h"
 
@@ -47,6 +47,18 @@ static void rms_norm_back(const T* x, const float* w, const float* inverse, cons
         float s = inverse[i], back = s * s * s * sum(dot) / width;
         for (int64_t j = 0; j < width; j += LANES)
             store(dx + i * width + j, s * load(slope + j) * load(w + j) - back * load(row + j));
+    }
+}
+
+// y (n,) = x s for the sigmoid s of 2 u(x); or, where BACK, the gradient in y becomes that of x: times s + x s (1 - s) 2 u'
+template <bool BACK, typename T>
+static void gelu(const T* x, T* y, int64_t n, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i += LANES) {
+        floats v = load(x + i), square = v * v, u = v * (1.59576912f + 0.0713548163f * square);
+        floats s = 1.0f / (1.0f + exponential(u < -87.0f ? floats{} + 87.0f : -u));
+        floats slope = s + v * s * (1.0f - s) * (1.59576912f + 0.214064449f * square);
+        store(y + i, BACK ? load(y + i) * slope : v * s);
     }
 }
 
@@ -140,6 +152,8 @@ static void softmax_back(const T* p, T* g, int64_t n, int64_t width, int threads
                                          int64_t n, int64_t width, int threads) {                                      \
         rms_norm_back(x, w, inverse, g, dx, n, width, threads);                                                        \
     }                                                                                                                  \
+    extern "C" void gelu_##NAME(const T* x, T* y, int64_t n, int threads) { gelu<false>(x, y, n, threads); }           \
+    extern "C" void gelu_back_##NAME(const T* x, T* g, int64_t n, int threads) { gelu<true>(x, g, n, threads); }       \
     extern "C" void softmax_loss_##NAME(T* z, const int64_t* wanted, float* losses, int64_t n, int64_t width,          \
                                         int threads) {                                                                 \
         softmax_loss(z, wanted, losses, n, width, threads);                                                            \

@@ -1,0 +1,39 @@
+"""GELU in its tanh form (Hendrycks and Gimpel, 2016), in one pass each way; only x is kept.
+
+    y = x s,  s = 1 / (1 + exp(-2 u)) = (1 + tanh(u)) / 2,  u = sqrt(2 / pi) (x + 0.044715 x^3)
+    dx = g (s + x s (1 - s) 2 u')
+
+Written out in torch, as transformers has it for GPT-2 and others, it is eight passes and keeps four matrices. The form
+with the error function, and SiLU, are left to torch: its kernels are as fast as one of ours was (docs/log.md).
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hatrack.kernels import native
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """x (...) -> (...) in its format."""
+    if native.covers(x) and x.is_contiguous():
+        return _GELU.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+    return F.gelu(x, approximate="tanh")
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(x)
+        native.call("gelu", x.dtype, x, y, x.numel())
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x).copy_(g)
+        native.call("gelu_back", x.dtype, x, dx, x.numel())
+        return dx
