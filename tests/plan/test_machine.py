@@ -8,7 +8,7 @@ import pytest
 from hatrack.base.room import available_memory
 from hatrack.errors import RecipeError
 from hatrack.plan import machine
-from hatrack.plan.machine import ACCELERATORS, GIB, Probe, here, keep_probe, named, read_probe
+from hatrack.plan.machine import ACCELERATORS, GIB, Probe, check_compute, here, keep_probe, named, read_probe
 from hatrack.plan.time import Prices
 
 PRICES = Prices(operation=1e-11, number=1e-9, call=1e-5, disk=1e9, start=5.0, source="probe")
@@ -54,6 +54,29 @@ def test_machines_by_name() -> None:
         named("a10O")
     with pytest.raises(RecipeError, match="or a size such as 16GiB"):
         named("?")
+
+
+@pytest.mark.parametrize(("features", "there"), [("fma avx2", True), ("fma avx2 avx512f", False), ("sse4_2", False)])
+def test_rounded_products_are_guessed_where_they_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str, there: bool
+) -> None:
+    monkeypatch.setenv("HATRACK_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "_features", lambda: frozenset(features.split()))
+    prices = here("cpu").prices
+    assert prices is not None and (list(prices.rounded) == ["int16", "int8"]) is there
+    if there:
+        assert prices.rounded["int8"] < prices.rounded["int16"] < prices.operation
+
+
+def test_a_processor_without_avx2_cannot_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_features", lambda: frozenset({"sse4_2"}))
+    check_compute("auto", "cpu")
+    with pytest.raises(RecipeError, match="--compute int8 is for processors that have AVX2"):
+        check_compute("int8", "cpu")
+    monkeypatch.setattr(machine, "_features", lambda: frozenset({"avx2"}))
+    check_compute("int8", "cpu")
+    with pytest.raises(RecipeError, match="got cuda"):
+        check_compute("int8", "cuda")
 
 
 def test_a_probe_is_kept_for_this_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

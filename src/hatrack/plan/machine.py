@@ -159,7 +159,8 @@ def _guess() -> Prices:
     """Prices of a processor nobody measured: by its number of cores and its widest instructions."""
     lanes = 32 if "avx512f" in _features() else 16 if "avx2" in _features() else 8
     operation = 1 / (processors() * 2.5e9 * lanes * 0.8)
-    return Prices(operation, 1.2e-9 / processors(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured")
+    rounded = {"int16": operation / 1.4, "int8": operation / 2} if lanes == 16 else {}
+    return Prices(operation, 1.2e-9 / processors(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured", rounded)
 
 
 def _accelerator() -> Machine | None:
