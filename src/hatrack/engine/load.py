@@ -2,6 +2,8 @@
 
 from typing import cast
 
+import torch
+
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base, name_of
 from hatrack.base.sources import BaseFiles
 from hatrack.data.examples import Examples
@@ -16,6 +18,8 @@ def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bo
     say(f"device: {device} ({why_device}); base in {name_of(dtype)} ({why_dtype})")
     if recipe.compute != "auto":
         say(f"products with its matrices rounded to {recipe.compute} while it trains; what is scored is exact")
+        if choose_dtype("auto", device)[0] == torch.bfloat16:
+            say("this processor is fast at bfloat16, which --compute does without: it may gain nothing")
     if mapped:
         say("the base is larger than memory: it stays on disk, and each step reads every layer twice")
     return load_base(
