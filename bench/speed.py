@@ -94,7 +94,7 @@ def measure(work: str, rounds: int, threads: int) -> dict[str, Any]:
             times[side] = times.get(side, []) + worker.ask("steps")
     for side, worker in workers.items():
         finish(side, worker)
-    for side in set(SIDES) - set(TURNS):
+    for side in [side for side in SIDES if side not in TURNS]:
         worker = Worker(work, side, threads)
         if side != "frozen":
             times[side] = worker.ask("steps")
