@@ -105,8 +105,8 @@ def test_what_is_trained_after_all_is_exact_and_has_gradients() -> None:
 
 
 def _as_model(module: Any) -> Any:
-    """A module with the two attributes that `speed_up` asks a model for."""
-    module.device = torch.device("cpu")
+    """A module with what `speed_up` asks a model for."""
+    module.device, module.dtype = torch.device("cpu"), torch.float32
     module.config = type("Config", (), {"_attn_implementation": "eager"})()
     return module
 
@@ -158,6 +158,13 @@ def test_all_else_is_float32() -> None:
 def test_an_unknown_rounding_is_refused() -> None:
     with pytest.raises(RecipeError, match="compute: int7 is not known"):
         speed_up(_as_model(nn.Sequential()), compute="int7")
+
+
+@needs_integers
+def test_a_base_in_another_format_is_refused() -> None:
+    base: Any = LlamaForCausalLM(_llama().config).to(torch.bfloat16)
+    with pytest.raises(RecipeError, match="--compute int8 is for a base in float32; got torch"):
+        speed_up(base, compute="int8")
 
 
 def test_without_the_kernels_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,11 +41,13 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "
     names and saved files do not change. Freed memory stays with the process from then on (glibc). With the `trunk` of a
     base larger than memory, only its last layer is asked for answers.
 
-    `compute` int16 or int8 rounds the products with its matrices while it trains (`kernels/integers.py`), float32 on a
-    processor. Raises RecipeError where that cannot be done.
+    `compute` int16 or int8 rounds the products with its matrices while it trains (`kernels/integers.py`), in float32 on
+    a processor; under autocast nothing is rounded. Raises RecipeError where that cannot be done.
     """
     on_processor = base.device.type == "cpu"
     if compute != "auto":
+        if trunk is None and base.dtype != torch.float32:  # swept, a base is multiplied in another format than its own
+            raise RecipeError(f"--compute {compute} is for a base in float32", got=base.dtype, fix="load it in float32")
         _round_products(base, compute)
     if on_processor:
         _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)
