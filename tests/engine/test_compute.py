@@ -163,7 +163,7 @@ def test_an_unknown_rounding_is_refused() -> None:
 @needs_integers
 def test_a_base_in_another_format_is_refused() -> None:
     base: Any = LlamaForCausalLM(_llama().config).to(torch.bfloat16)
-    with pytest.raises(RecipeError, match="--compute int8 is for a base in float32; got torch"):
+    with pytest.raises(RecipeError, match="--compute int8 is for a base in float32; got bfloat16"):
         speed_up(base, compute="int8")
 
 

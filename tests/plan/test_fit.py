@@ -62,19 +62,21 @@ def where(there: int | str, lengths: Any = (256,) * 64, **options: Any) -> Setti
     return setting(recipe, llama(), Work("chat", 0, rows, rows[:8]), machine)
 
 
-def test_rounded_products_are_priced_in_training_alone() -> None:
-    exact = where(60 * GIB, dtype="float32")
-    prices = dataclasses.replace(PRICES, rounded={"int8": 0.25e-12})
-    machine = dataclasses.replace(exact.machine, prices=prices)
-    exact = dataclasses.replace(exact, machine=machine)
-    rounded = dataclasses.replace(exact, recipe=exact.recipe.changed(compute="int8"))
-    one, other = plan_run(exact), plan_run(rounded)
-    assert one.step_seconds is not None and other.step_seconds is not None and one.seconds and other.seconds
-    tokens, matrices = 8 * 256, 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
-    spared = 0.75e-12 * 2 * 2 * tokens * matrices  # there and back, two operations each
-    assert one.step_seconds - other.step_seconds == pytest.approx(spared, rel=0.01)
-    steps = exact.schedule(one.micro_batch).steps
-    assert one.seconds - other.seconds == pytest.approx(spared * steps, rel=0.01)
+@pytest.mark.parametrize(("layers", "rounded_layers"), [("all", 32), ("top-8", 8)])
+def test_rounded_products_are_priced_in_training_alone(layers: str, rounded_layers: int) -> None:
+    """The layers below all adapters are computed as they are scored."""
+    found = []
+    for compute in ("auto", "int8"):
+        at = where(60 * GIB, dtype="float32", layers=layers, compute=compute)
+        prices = dataclasses.replace(PRICES, rounded={"int8": 0.25e-12})
+        at = dataclasses.replace(at, machine=dataclasses.replace(at.machine, prices=prices))
+        plan = plan_run(at)
+        assert plan.step_seconds is not None and plan.seconds is not None
+        found.append((plan.step_seconds, plan.seconds, at.schedule(plan.micro_batch).steps))
+    matrices = rounded_layers * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    spared = 0.75e-12 * 2 * 2 * 8 * 256 * matrices  # there and back, two operations each
+    assert found[0][0] - found[1][0] == pytest.approx(spared, rel=0.01)
+    assert found[0][1] - found[1][1] == pytest.approx(spared * found[0][2], rel=0.01)
 
 
 def test_the_most_rows_that_fit_and_divide_the_batch() -> None:

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from hatrack.base.load import name_of
 from hatrack.base.trunk import Trunk
 from hatrack.errors import RecipeError
 from hatrack.kernels import drop, integers
@@ -47,7 +48,9 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "
     on_processor = base.device.type == "cpu"
     if compute != "auto":
         if trunk is None and base.dtype != torch.float32:  # swept, a base is multiplied in another format than its own
-            raise RecipeError(f"--compute {compute} is for a base in float32", got=base.dtype, fix="load it in float32")
+            raise RecipeError(
+                f"--compute {compute} is for a base in float32", got=name_of(base.dtype), fix="load it so"
+            )
         _round_products(base, compute)
     if on_processor:
         _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)

@@ -100,6 +100,7 @@ def step(anatomy: Anatomy, method: Method, batch: Batch) -> Effort:
         effort += Effort(0, 3 * anatomy.dense * (1 + share), 0)
     if method.checkpointing or method.sweep:
         effort += layers * share
-    passes = 1 + share * (2 if method.checkpointing or method.sweep else 1)
+    below = anatomy.below / max(anatomy.shape.layers, 1)  # of which nothing is rounded
+    passes = 1 - below + share * (2 if method.checkpointing or method.sweep else 1)
     frozen = 2 * anatomy.dense * batch.tokens * passes + 4 * anatomy.head * batch.learned
     return effort + Effort(0, 0, 0, 0 if method.full else frozen)
