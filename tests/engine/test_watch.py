@@ -136,3 +136,20 @@ def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
     monkeypatch.setattr(trainer, "losses", _losing(2, lambda values: values * 30))
     error = _run(tmp_path, tiny_encoder, reviews, epochs=3)
     assert error.what.endswith("by step 6; no checkpoint had been saved before it")
+
+
+BATCHES = [5.43, 4.36, 4.87, 1.04, 3.68, 3.77, 4.26, 1.0, 3.45, 2.74, 2.85, 3.47, 0.76]
+"""Losses of SmolLM2's first steps on 270 short conversations, rows of one length each; 2.01 on held-out rows before."""
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_batches_that_are_hard_from_the_start_are_no_lost_run(tmp_path: Path, lost: bool) -> None:
+    run = Run(tmp_path, tmp_path, "x", Recipe.make())
+    watch = Watch(run, lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch.before = 2.01
+    for number, loss in enumerate(BATCHES, 1):
+        watch.step(number, loss, 1.0, lambda: [1])
+    if lost:
+        with pytest.raises(Diverged, match="the loss has grown far past where it began"):
+            for number in range(14, 30):
+                watch.step(number, 11.0, 1.0, lambda: [1])

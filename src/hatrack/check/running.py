@@ -7,7 +7,7 @@ from hatrack.check.finding import Finding
 from hatrack.check.settings import WILD
 
 FIRST = 5
-"""Steps whose mean loss is what a run began with."""
+"""Steps before which the running mean is of too few to tell that a loss has grown."""
 BARELY = 0.005
 """Of the loss before: less than half a per cent is no movement."""
 KNOWN_ALREADY = 0.02
@@ -68,7 +68,8 @@ def has_grown(first: float, recent: float) -> bool:
 
 
 def loss_explodes(first: float, recent: float, step: Step, lr: float, usual_lr: float) -> Finding | None:
-    """The loss grows past where it began and does not come back. `first` and `recent` are means over several steps."""
+    """The loss grows past where it began and does not come back. `first` is of before the first step, `recent` a mean
+    over several steps."""
     if not has_grown(first, recent):
         return None
     slower = min(usual_lr, lr / 3)

@@ -37,7 +37,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, run: Run, *, lr: float, usual_lr: float, dtype: str) -> None:
         self.run, self.lr, self.usual_lr, self.dtype = run, lr, usual_lr, dtype
         self.before = 0.0
-        self.first: list[float] = []
+        self.first = 0.0  # the loss of the first step, of before it was taken
+        self.seen = 0
         self.recent: float | None = None
         self.good = 0  # the newest step whose checkpoint a sound loss came after
         self.advised = False
@@ -48,10 +49,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         `rows` gives the row numbers of the step's batch.
         """
         self.recent = loss if self.recent is None else SMOOTH * self.recent + (1 - SMOOTH) * loss
-        known = len(self.first) == FIRST
-        if not known:
-            self.first.append(loss)
-        start = min(sum(self.first) / len(self.first), self.before or float("inf"))  # a wild rate is lost at once
+        known, self.seen = self.seen >= FIRST, self.seen + 1
+        if self.seen == 1:
+            self.first = loss
+        start = max(self.first, self.before)  # rows of one length may be far harder than others: 5.4 where all are 2.0
         suspicious = not (abs(self.recent) < float("inf") and abs(norm) < float("inf")) or norm == 0
         if not suspicious and self.recent <= start + 1:
             self.good = number - 1
