@@ -65,10 +65,17 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
 
     learn, held_out = rows()
     recipe = Recipe.make(
-        base=ENCODER, data="-", targets="all-linear", r=R, alpha=float(ALPHA), dropout=DROPOUT, seed=seed
+        base=ENCODER,
+        data="-",
+        targets="all-linear",
+        r=R,
+        alpha=float(ALPHA),
+        dropout=DROPOUT,
+        seed=seed,
+        compute=compute,
     )
-    dtype = "auto" if compute == "auto" else "float32"
-    base = load_base(find_base(ENCODER, None), task="classify", labels=["rotten", "fresh"], seed=seed, dtype=dtype)
+    files = find_base(ENCODER, None)
+    base = load_base(files, task="classify", labels=["rotten", "fresh"], seed=seed, dtype=recipe.dtype)
     began = time.perf_counter()
     parts = [
         render(

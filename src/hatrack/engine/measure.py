@@ -50,7 +50,9 @@ def measure() -> Probe:
     steps = _timed_steps(dtypes[fast])
     operation[fast] = min(operation[fast], _seconds_per_operation(dtypes[fast]))  # again: others may use the machine
     number, call = _beside_products(steps, operation[fast])
-    rounded = {name: _seconds_rounded(name) for name in integers.BITS} if integers.available() else {}
+    rounded = (
+        {name: _seconds_per_operation(torch.float32, name) for name in integers.BITS} if integers.available() else {}
+    )
     prices = {name: Prices(operation[name], number, call, disk, start, "probe", rounded) for name in dtypes}
     return Probe(processor(), prices, memory)
 
@@ -66,15 +68,9 @@ def _seconds(run: Callable[[], Any]) -> float:
     return min(times)
 
 
-def _seconds_per_operation(dtype: torch.dtype) -> float:
-    """Of the products of a layer of middling size, there and back."""
-    x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (768, 2048), (2048, 768)))
-    return _seconds(lambda: (x @ W) @ V) / (2 * 2 * 512 * 768 * 2048)
-
-
-def _seconds_rounded(rounding: str) -> float:
-    """The same of products rounded to integers."""
-    x, W, V = (torch.randn(shape) for shape in ((512, 768), (2048, 768), (768, 2048)))
+def _seconds_per_operation(dtype: torch.dtype, rounding: str | None = None) -> float:
+    """Of the products of a layer of middling size, there and back; `rounding` as in `kernels/frozen.py`."""
+    x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (2048, 768), (768, 2048)))
     return _seconds(lambda: times(times(x, W, None, rounding), V, None, rounding)) / (2 * 2 * 512 * 768 * 2048)
 
 

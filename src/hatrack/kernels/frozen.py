@@ -76,7 +76,7 @@ def times(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: st
     if rounding is None and _as_it_is(x, W):
         return F.linear(x, W.to(x.dtype), b)
     y = x.new_empty(len(x), shape_of(W)[0])
-    for rows, part in _parts(W, x.dtype):
+    for rows, part in _parts(x, W):
         _multiply(x, part.t(), y[:, rows], rounding)
     return y if b is None else y.add_(b)
 
@@ -98,12 +98,12 @@ def back(
         return g @ W.to(g.dtype) if g_x is None else g_x.addmm_(g, W.to(g.dtype))
     if g.dtype != torch.float32:
         total = torch.zeros(len(g), shape_of(W)[1])  # in float32, however many parts it is a sum of
-        for rows, part in _parts(W, g.dtype):
+        for rows, part in _parts(g, W):
             total.add_(g[:, rows] @ part)
         return total.to(g.dtype) if g_x is None else g_x.add_(total)
     add = g_x is not None
     total = g.new_empty(len(g), shape_of(W)[1]) if g_x is None else g_x
-    for rows, part in _parts(W, g.dtype):
+    for rows, part in _parts(g, W):
         _multiply(g[:, rows], part, total, rounding, add=add)
         add = True
     return total
@@ -157,14 +157,15 @@ def _as_it_is(x: torch.Tensor, W: torch.Tensor) -> bool:
     return not hasattr(W, "quant_state") and (x.dtype == W.dtype or x.device.type != "cpu")
 
 
-def _parts(W: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """W's rows, a few at a time: which they are, and (rows, d_in) in `dtype`, good until the next are asked for."""
+def _parts(x: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """W's rows, a few at a time: which they are, and (rows, d_in) in the format of x, good until the next are asked
+    for."""
     d_out, d_in = shape_of(W)
-    if not hasattr(W, "quant_state") and W.dtype == dtype:
+    if _as_it_is(x, W):
         yield slice(0, d_out), W
         return
     count = max(AT_ONCE // d_in // 128 * 128, 128)
-    read = _unpack(W, dtype) if hasattr(W, "quant_state") else _cast(W, dtype, count)
+    read = _unpack(W, x.dtype) if hasattr(W, "quant_state") else _cast(W, x.dtype, count)
     for start in range(0, d_out, count):
         rows = slice(start, min(start + count, d_out))
         yield rows, read(rows)

@@ -35,12 +35,8 @@ def available() -> bool:
 
 def product(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, format: str, *, add: bool = False) -> None:
     """out (n, d) = x (n, k) W (k, d), or += where `add`; all float32 on a processor. x and out have rows without gaps
-    (stride(1) == 1), and so has W or its transpose. `format`: one of `BITS`."""
+    (stride(1) == 1), and so has W or its transpose. `format`: one of `BITS`. Only where `available()`."""
     (n, k), d = x.shape, W.shape[1]
-    if not available():
-        found = plain_product(x, W, format).float()
-        out.add_(found) if add else out.copy_(found)
-        return
     library = native.library()
     assert library is not None and x.dtype == W.dtype == out.dtype == torch.float32
     assert x.stride(1) == out.stride(1) == 1 and 1 in W.stride() and out.shape == (n, d) and len(W) == k
