@@ -22,6 +22,7 @@ struct Strided { const float* at; int64_t row, column; };
 template <bool ADD, int R, int V>
 static inline void product_tile(Strided A, const float* B, int64_t b, float* C, int64_t c, int64_t depth, float scale) {
     floats sums[R][V] = {};
+    #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; k++) {
         floats row[V];
         for (int j = 0; j < V; j++) row[j] = load(B + k * b + j * LANES);

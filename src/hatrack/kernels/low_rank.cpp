@@ -61,20 +61,21 @@ static void up(T* y, const float* h, const T* A, int64_t n, int64_t width, int64
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
         uint64_t keys[LARGEST_RANK / RANK];
+        float factors[LARGEST_RANK];
         for (int64_t first = 0; DROP && first < rank; first += RANK) keys[first / RANK] = row_key(seeds[first / RANK], i);
+        for (int64_t k = 0; k < rank; k++) factors[k] = scale * h[i * lead + k];
         for (int64_t j = 0; j < width; j += BLOCK) {
             T* at = y + i * width + j;
             floats total[PARTS];
             for (int part = 0; part < PARTS; part++) total[part] = load(at + part * LANES);
             for (int64_t first = 0; first < rank; first += RANK) {
-                floats found[PARTS] = {};
-                for (int k = 0; k < RANK; k++) {
-                    float factor = scale * h[i * lead + first + k];
+                floats kept[PARTS] = {}, *found = DROP ? kept : total;
+                for (int k = 0; k < RANK; k++)
                     for (int part = 0; part < PARTS; part++)
-                        found[part] += factor * load(A + (first + k) * width + j + part * LANES);
-                }
-                if (DROP) drop_block(found, keys[first / RANK], j, threshold);
-                for (int part = 0; part < PARTS; part++) total[part] += found[part];
+                        found[part] += factors[first + k] * load(A + (first + k) * width + j + part * LANES);
+                if (!DROP) continue;
+                drop_block(kept, keys[first / RANK], j, threshold);
+                for (int part = 0; part < PARTS; part++) total[part] += kept[part];
             }
             for (int part = 0; part < PARTS; part++) store(at + part * LANES, total[part]);
         }

@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__VAES__)
 #include <immintrin.h>
 #endif
 
@@ -93,6 +93,11 @@ static inline uint64_t row_key(uint64_t seed, int64_t i) { return mixed(seed ^ m
 // 16 random bits for each of the 2 x LANES numbers of row `key` from column `column` on, two in a word.
 static inline words random_bits(uint64_t key, int64_t column) {
     words x = lane_numbers() + (uint32_t)(key + column / 2);
+#if defined(__VAES__) && !defined(__AVX512F__)
+    __m256i bits = (__m256i)x, row = _mm256_set1_epi64x(key);
+    for (int round = 0; round < 3; round++) bits = _mm256_aesenc_epi128(bits, row);
+    return (words)bits;
+#else
     x ^= x >> 16;
     x *= 0x7feb352du;
     x ^= x >> 15;
@@ -100,6 +105,7 @@ static inline words random_bits(uint64_t key, int64_t column) {
     x *= 0x846ca68bu;
     x ^= x >> 16;
     return x;
+#endif
 }
 
 static inline floats where(flags keep, floats v) {
@@ -114,10 +120,16 @@ static inline floats where(flags keep, floats v) {
 static inline void drop_block(floats* v, uint64_t key, int64_t column, uint32_t threshold) {
     for (int part = 0; part < PARTS; part += 2) {
         words bits = random_bits(key, column + part * LANES);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        const int32_t last = (int32_t)((threshold << 16) - 0x80000001u);  // dropped, as a signed number
+        v[part] = where((flags)(bits << 16) > last, v[part]);
+        v[part + 1] = where((flags)bits > (last | 0xffff), v[part + 1]);
+#else
         halves both[2];
         memcpy(both, &bits, sizeof both);
         v[part] = where(__builtin_convertvector(both[0], words) >= threshold, v[part]);
         v[part + 1] = where(__builtin_convertvector(both[1], words) >= threshold, v[part + 1]);
+#endif
     }
 }
 
