@@ -1,5 +1,6 @@
 """The main path, on tiny bases: what is trained, saved, proven, stopped and resumed."""
 
+import gc
 import importlib.util
 import json
 import signal
@@ -18,6 +19,7 @@ import hatrack.adapter.proof
 from hatrack.adapter import rack
 from hatrack.base import load, packed
 from hatrack.engine.trainer import HatTrainer
+from hatrack.engine.watch import Watch
 from hatrack.errors import HatrackError, MachineError, RecipeError
 from hatrack.plan import fit
 from hatrack.plan.memory import Method
@@ -256,7 +258,37 @@ def test_what_training_began_with_is_scored_later_and_once(
     monkeypatch.setattr(HatTrainer, "score_held_out", counted)
     result = _train(tmp_path, tiny_encoder, reviews, epochs=2, variant=variant).result
     assert result["before"] == at_once[0] != result["eval"]
-    assert asked == [32, None, None, None]  # a few rows; later those of the beginning, and of each epoch once
+    assert asked == [1, None, None, None]  # a row; later those of the beginning, and of each epoch once
+
+
+def test_what_a_few_rows_lost_before_training_is_found_out_later_and_changes_nothing(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, step, found = HatTrainer.train, Watch.step, []
+
+    def first_scored(trainer: HatTrainer, **options: Any) -> Any:
+        found.append(trainer.score_held_out(32).metrics["loss"])
+        return train(trainer, **options)
+
+    def asks(watch: Watch, number: int, *told: Any) -> None:
+        if number == 4:
+            found.append(watch.few())
+        step(watch, number, *told)
+
+    undisturbed = _train(tmp_path, tiny_encoder, reviews, epochs=2)
+    monkeypatch.setattr(HatTrainer, "train", first_scored)
+    monkeypatch.setattr(Watch, "step", asks)
+    asked = _train(tmp_path, tiny_encoder, reviews, epochs=2, name="asks")
+    assert found[0] == found[1]
+    assert asked.result["eval"] == undisturbed.result["eval"] != asked.result["before"]
+
+
+def test_searches_for_garbage_are_as_they_were_after_training(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path
+) -> None:
+    before = gc.get_freeze_count()
+    _train(tmp_path, tiny_encoder, reviews, epochs=1)
+    assert gc.get_freeze_count() == before
 
 
 def test_an_adapter_that_does_not_reproduce_itself_is_not_hung_up(

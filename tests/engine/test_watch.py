@@ -142,11 +142,36 @@ BATCHES = [5.43, 4.36, 4.87, 1.04, 3.68, 3.77, 4.26, 1.0, 3.45, 2.74, 2.85, 3.47
 """Losses of SmolLM2's first steps on 270 short conversations, rows of one length each; 2.01 on held-out rows before."""
 
 
+def test_a_run_that_goes_well_waits_for_no_other_rows(tmp_path: Path) -> None:
+    watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch.few = lambda: pytest.fail("a few held-out rows were scored")
+    for number in range(1, 20):
+        watch.step(number, 0.7, 1.0, lambda: [1])
+
+
+HARD_AT_LAST = [1.2, 4.36, 4.87, 3.04, 3.68, 3.77, 4.26, 4.0, 3.45, 2.74, 2.85, 3.47, 2.76]
+
+
+def test_what_a_hard_batch_is_held_against_is_measured_once(tmp_path: Path) -> None:
+    """The first batch is easier than all later ones; the rows that are scored then show that nothing was lost."""
+    watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    asked: list[int] = []
+
+    def few() -> float:
+        asked.append(1)
+        return 3.9
+
+    watch.few = few
+    for number, loss in enumerate(HARD_AT_LAST, 1):
+        watch.step(number, loss, 1.0, lambda: [1])
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_batches_that_are_hard_from_the_start_are_no_lost_run(tmp_path: Path, lost: bool) -> None:
     run = Run(tmp_path, tmp_path, "x", Recipe.make())
     watch = Watch(run, lr=1e-3, usual_lr=1e-3, dtype="float32")
-    watch.before = 2.01
+    watch.few = lambda: 2.01
     for number, loss in enumerate(BATCHES, 1):
         watch.step(number, loss, 1.0, lambda: [1])
     if lost:

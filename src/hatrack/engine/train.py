@@ -58,9 +58,6 @@ from hatrack.recipe import Recipe, Task, nearest
 from hatrack.say import say, size
 from hatrack.storage import folder_size
 
-FEW = 32
-"""Rows that tell about what loss the base begins with."""
-
 
 def train(recipe: Recipe) -> Hat:
     """Trains an adapter as `recipe` says, saves it, proves that the saved one works, and returns it ready to use.
@@ -292,8 +289,9 @@ def _fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if sweep is None:  # which would read all of the base for it
-        watch.before = trainer.score_held_out(FEW).metrics["loss"]
+    watch.few = trainer.loss_before
+    if sweep is None:  # a row shows the layers which of them share an input: the first step is then as it is resumed
+        trainer.score_held_out(1)
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))

@@ -4,6 +4,7 @@ Everything else (optimizer, schedule, clipping, checkpoints, trackers, several p
 Knows nothing of recipes, files of data or how adapters are placed.
 """
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +26,8 @@ from hatrack.evaluate.score import Score, score
 Watcher = Callable[[int, float, float, Callable[[], list[int]]], None]
 BEST = "goodness"
 """The metric that decides which epoch is kept; higher is better."""
+FEW = 32
+"""Held-out rows that tell about what loss training began with."""
 
 
 class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
@@ -61,6 +64,17 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
         self._waiting: list[Batch] = []  # this step's micro-batches so far
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """transformers' own, with what is in memory before it left out of Python's searches for garbage: each takes a
+        third of a second where torch and transformers are imported, one of them before the first step."""
+        frozen = gc.get_freeze_count()
+        gc.freeze()
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            if not frozen:
+                gc.unfreeze()
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """A base that is swept stays where its window takes it from."""
@@ -134,19 +148,26 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @torch.no_grad()
     def score_before(self) -> Score:
         """The held-out rows' score with the adapter and head that training began with, measured once."""
         if self._before is None:
-            now = [parameter.detach().clone() for parameter in self._trained()]
-            try:
-                torch._foreach_copy_(self._trained(), self._untrained)
-                self._before = self.score_held_out()
-            finally:
-                torch._foreach_copy_(self._trained(), now)
+            self._before = self._untrained_score()
             self._untrained = []
             self.tell_before(self._before)
         return self._before
+
+    def loss_before(self) -> float:
+        """The same rows' loss, or that of the first few while it is not measured."""
+        return (self._before or self._untrained_score(FEW)).metrics["loss"]
+
+    @torch.no_grad()
+    def _untrained_score(self, rows: int | None = None) -> Score:
+        now = [parameter.detach().clone() for parameter in self._trained()]
+        try:
+            torch._foreach_copy_(self._trained(), self._untrained)
+            return self.score_held_out(rows)
+        finally:
+            torch._foreach_copy_(self._trained(), now)
 
     def _trained(self) -> list[torch.Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

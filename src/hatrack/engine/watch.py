@@ -30,13 +30,14 @@ SMOOTH = 0.8
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Looks at every step before it is taken: a step that must not be taken never changes the adapter.
 
-    `lr` is the peak learning rate, `usual_lr` the derived one, `before` the held-out loss that training began with: of
-    a few rows, then, from the first evaluation on, of all; 0 where it is not known.
+    `lr` is the peak learning rate, `usual_lr` the derived one, `before` the held-out loss that training began with,
+    told at the first evaluation. `few` measures it on a few rows, which only a run that looks lost has to wait for.
     """
 
     def __init__(self, run: Run, *, lr: float, usual_lr: float, dtype: str) -> None:
         self.run, self.lr, self.usual_lr, self.dtype = run, lr, usual_lr, dtype
-        self.before = 0.0
+        self.before: float | None = None
+        self.few: Callable[[], float] = lambda: 0.0
         self.first = 0.0  # the loss of the first step, of before it was taken
         self.seen = 0
         self.recent: float | None = None
@@ -52,7 +53,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         known, self.seen = self.seen >= FIRST, self.seen + 1
         if self.seen == 1:
             self.first = loss
-        start = max(self.first, self.before)  # rows of one length may be far harder than others: 5.4 where all are 2.0
+        start = self._start(self.recent)
         suspicious = not (abs(self.recent) < float("inf") and abs(norm) < float("inf")) or norm == 0
         if not suspicious and self.recent <= start + 1:
             self.good = number - 1
@@ -65,10 +66,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if found is not None:
             raise self._diverged(found)
 
+    def _start(self, recent: float) -> float:
+        """The loss that training began with. Rows of one length may be far harder than others, 5.4 where all are 2.0,
+        so a loss above the first one is held against that of other rows too."""
+        if self.before is None and recent > self.first + 1:
+            self.before = self.few()
+        return max(self.first, self.before or 0.0)
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         recipe, loss = self.run.recipe, metrics["eval_loss"]
         found = loss_barely_moves(
-            self.before, loss, state.global_step, self.lr, self.usual_lr, recipe.r, measured=recipe.lr == "auto"
+            self.before or 0.0, loss, state.global_step, self.lr, self.usual_lr, recipe.r, measured=recipe.lr == "auto"
         )
         if found is not None and not self.advised:
             self.advised = True
