@@ -4,8 +4,10 @@
 // are float. Widths are multiples of BLOCK.
 //
 // Dropout: number (i, j) of a matrix is dropped when 16 bits of a hash of (seed, i, j) lie below `threshold`, that is
-// with probability threshold / 65,536. The hash is Chris Wellons' lowbias32 with a second key added halfway, so that
-// two rows never share a run of it. Nothing is stored: the backward pass computes it again. What is kept is not divided.
+// with probability threshold / 65,536. The hash is three rounds of AES where the processor has them for vectors of 8 (of
+// each round, a byte of a block reaches 4 bytes, then all 16), else Chris Wellons' lowbias32 with a second key added
+// halfway, so that two rows never share a run of it. Nothing is stored: the backward pass computes it again. What is
+// kept is not divided.
 
 #pragma once
 #include <cstdint>
@@ -121,9 +123,9 @@ static inline void drop_block(floats* v, uint64_t key, int64_t column, uint32_t 
     for (int part = 0; part < PARTS; part += 2) {
         words bits = random_bits(key, column + part * LANES);
 #if defined(__AVX2__) && !defined(__AVX512F__)
-        const int32_t last = (int32_t)((threshold << 16) - 0x80000001u);  // dropped, as a signed number
+        const int32_t last = (int32_t)((threshold << 16) - 0x80000001u);  // that is dropped, with its lower half all ones
         v[part] = where((flags)(bits << 16) > last, v[part]);
-        v[part + 1] = where((flags)bits > (last | 0xffff), v[part + 1]);
+        v[part + 1] = where((flags)bits > last, v[part + 1]);
 #else
         halves both[2];
         memcpy(both, &bits, sizeof both);
