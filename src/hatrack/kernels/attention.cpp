@@ -9,6 +9,7 @@
 
 static const int64_t QUERIES = 48;  // of a block
 static const int ROWS = 6;          // of a product at a time: 6 x 2 vectors of sums, the rest for what is multiplied
+static const int PANEL = 2 * LANES;
 
 struct Sizes {
     int64_t batch, heads, shared, length, width;
@@ -50,14 +51,17 @@ static inline void product_columns(Strided A, const float* B, int64_t b, float* 
         product_tile<ADD, 1, V>({A.at + i * A.row, A.row, A.column}, B, b, C + i * c, c, depth, scale);
 }
 
+// A matrix in panels of PANEL columns, its rows `row` apart. As plain rows its panels are beside each other.
+struct Panels { const float* at; int64_t row, panel = PANEL; };
+
 // C (rows x columns) = scale * A B, or C += where ADD; columns are a multiple of LANES
 template <bool ADD>
-static void product(Strided A, const float* B, int64_t b, float* C, int64_t c, int64_t rows, int64_t columns,
-                    int64_t depth, float scale) {
+static void product(Strided A, Panels B, float* C, int64_t c, int64_t rows, int64_t columns, int64_t depth, float scale) {
+    const float* panel = B.at;
     int64_t j = 0;
-    for (; j + 2 * LANES <= columns; j += 2 * LANES)
-        product_columns<ADD, 2>(A, B + j, b, C + j, c, rows, depth, scale);
-    for (; j < columns; j += LANES) product_columns<ADD, 1>(A, B + j, b, C + j, c, rows, depth, scale);
+    for (; j + PANEL <= columns; j += PANEL, panel += B.panel)
+        product_columns<ADD, 2>(A, panel, B.row, C + j, c, rows, depth, scale);
+    if (j < columns) product_columns<ADD, 1>(A, panel, B.row, C + j, c, rows, depth, scale);
 }
 
 static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
@@ -65,13 +69,23 @@ static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES 
 // Rows of a scratch matrix lie this far apart: not a power of two, which would put them all into the same cache lines.
 static inline int64_t apart(int64_t length) { return whole(length) + LANES; }
 
-// to (width x length) = from^T, zeros after each row
-static void transposed(const float* from, int64_t stride, float* to, int64_t length, int64_t width) {
-    for (int64_t j = 0; j < width; j++) {
-        float* row = to + j * apart(length);
-        for (int64_t i = 0; i < length; i++) row[i] = from[i * stride + j];
-        for (int64_t i = length; i < whole(length); i++) row[i] = 0;
+// to (width x length, in panels) = from^T, zeros after each row. A panel is read as a whole: in plain rows its numbers
+// would each lie in a page of their own.
+static Panels transposed(const float* from, int64_t stride, float* to, int64_t length, int64_t width) {
+    for (int64_t start = 0; start < length; start += PANEL) {
+        float* panel = to + start * width;
+        int64_t rows = start + PANEL < length ? PANEL : length - start;
+        for (int64_t j = 0; j < width; j++) {
+            const float* column = from + start * stride + j;
+            for (int64_t i = 0; i < rows; i++) panel[j * PANEL + i] = column[i * stride];
+            for (int64_t i = rows; i < PANEL; i++) panel[j * PANEL + i] = 0;
+        }
     }
+    return {to, PANEL, PANEL * width};
+}
+
+static inline int64_t room_transposed(int64_t length, int64_t width) {
+    return (length + PANEL - 1) / PANEL * PANEL * width;
 }
 
 // One block of queries of one head: which they are, and the keys they may see.
@@ -90,10 +104,9 @@ static inline Block block_at(int64_t start, const Sizes& s, const float* padding
 }
 
 // The block's scores: S (rows x keys) = scale Q K^T
-static inline void score(const Block& block, const float* Q, int64_t q, const float* K_t, float* S, const Sizes& s,
+static inline void score(const Block& block, const float* Q, int64_t q, Panels K_t, float* S, const Sizes& s,
                          float scale) {
-    product<false>({Q + block.start * q, q, 1}, K_t, apart(s.length), S, apart(s.length), block.rows,
-                   whole(block.keys), s.width, scale);
+    product<false>({Q + block.start * q, q, 1}, K_t, S, apart(s.length), block.rows, whole(block.keys), s.width, scale);
 }
 
 // v of a row of scores from key j on, as allowed: padding added, what is not seen far below all others
@@ -116,7 +129,7 @@ static inline void drop_row(float* row, int64_t count, uint64_t key, uint32_t th
 
 // Floats of scratch that a thread needs.
 extern "C" int64_t attention_space(int64_t length, int64_t width, int64_t backward) {
-    int64_t matrix = width * apart(length), scores = QUERIES * apart(length);
+    int64_t matrix = room_transposed(length, width), scores = QUERIES * apart(length);
     return backward ? 2 * matrix + 3 * scores : matrix + scores;
 }
 
@@ -129,10 +142,10 @@ extern "C" void attention_float32(const float* q, const float* k, const float* v
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t head = 0; head < s.batch * s.heads; head++) {
         int64_t b = head / s.heads, h = head % s.heads, g = h / (s.heads / s.shared);
-        float *K_t = space + omp_get_thread_num() * room, *S = K_t + s.width * apart(s.length);
+        float *mine = space + omp_get_thread_num() * room, *S = mine + room_transposed(s.length, s.width);
         const float *Q = q + b * s.q[0] + h * s.q[1], *V = v + b * s.v[0] + g * s.v[1];
         float* O = out + b * s.out[0] + h * s.out[1];
-        transposed(k + b * s.k[0] + g * s.k[1], s.k[2], K_t, s.length, s.width);
+        Panels K_t = transposed(k + b * s.k[0] + g * s.k[1], s.k[2], mine, s.length, s.width);
         for (int64_t start = 0; start < s.length; start += QUERIES) {
             Block block = block_at(start, s, padding, head, causal);
             score(block, Q, s.q[2], K_t, S, s, scale);
@@ -158,7 +171,7 @@ extern "C" void attention_float32(const float* q, const float* k, const float* v
                 if (threshold)
                     drop_row(row, seen, row_key(seed, head * s.length + start + i), threshold, keep);
             }
-            product<false>({S, apart(s.length), 1}, V, s.v[2], O + start * s.out[2], s.out[2], block.rows, s.width,
+            product<false>({S, apart(s.length), 1}, {V, s.v[2]}, O + start * s.out[2], s.out[2], block.rows, s.width,
                            block.keys, 1);
         }
     }
@@ -174,8 +187,8 @@ extern "C" void attention_back_float32(const float* q, const float* k, const flo
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t head = 0; head < s.batch * s.heads; head++) {
         int64_t b = head / s.heads, h = head % s.heads, of = h / (s.heads / s.shared);
-        float *K_t = space + omp_get_thread_num() * room, *V_t = K_t + s.width * lead;
-        float *P = V_t + s.width * lead, *dS = P + QUERIES * lead, *D = threshold ? dS + QUERIES * lead : P;
+        int64_t matrix = room_transposed(s.length, s.width);
+        float *mine = space + omp_get_thread_num() * room, *P = mine + 2 * matrix, *dS = P + QUERIES * lead, *D = threshold ? dS + QUERIES * lead : P;
         const float *Q = q + b * s.q[0] + h * s.q[1], *K = k + b * s.k[0] + of * s.k[1];
         const float* G = g + b * s.out[0] + h * s.out[1];
         float *dQ = dq + b * s.out[0] + h * s.out[1], *dK = dk + (b * s.length * s.heads + h) * s.width;
@@ -184,13 +197,13 @@ extern "C" void attention_back_float32(const float* q, const float* k, const flo
             memset(dK + i * token, 0, s.width * sizeof(float));
             memset(dV + i * token, 0, s.width * sizeof(float));
         }
-        transposed(K, s.k[2], K_t, s.length, s.width);
-        transposed(v + b * s.v[0] + of * s.v[1], s.v[2], V_t, s.length, s.width);
+        Panels K_t = transposed(K, s.k[2], mine, s.length, s.width);
+        Panels V_t = transposed(v + b * s.v[0] + of * s.v[1], s.v[2], mine + matrix, s.length, s.width);
         for (int64_t start = 0; start < s.length; start += QUERIES) {
             Block block = block_at(start, s, padding, head, causal);
             score(block, Q, s.q[2], K_t, P, s, scale);
-            product<false>({G + start * s.out[2], s.out[2], 1}, V_t, lead, dS, lead, block.rows, whole(block.keys),
-                           s.width, 1);
+            product<false>({G + start * s.out[2], s.out[2], 1}, V_t, dS, lead, block.rows, whole(block.keys), s.width,
+                           1);
             for (int64_t i = 0; i < block.rows; i++) {
                 float *p = P + i * lead, *slope = dS + i * lead, *kept = D + i * lead;
                 int64_t seen = block.seen(i), row = head * s.length + start + i;
@@ -210,9 +223,9 @@ extern "C" void attention_back_float32(const float* q, const float* k, const flo
                 for (int64_t j = 0; j < whole(block.keys); j += LANES)
                     store(slope + j, load(p + j) * (load(slope + j) - by));
             }
-            product<true>({D, 1, lead}, G + start * s.out[2], s.out[2], dV, token, block.keys, s.width, block.rows, 1);
-            product<true>({dS, 1, lead}, Q + start * s.q[2], s.q[2], dK, token, block.keys, s.width, block.rows, scale);
-            product<false>({dS, lead, 1}, K, s.k[2], dQ + start * s.out[2], s.out[2], block.rows, s.width, block.keys,
+            product<true>({D, 1, lead}, {G + start * s.out[2], s.out[2]}, dV, token, block.keys, s.width, block.rows, 1);
+            product<true>({dS, 1, lead}, {Q + start * s.q[2], s.q[2]}, dK, token, block.keys, s.width, block.rows, scale);
+            product<false>({dS, lead, 1}, {K, s.k[2]}, dQ + start * s.out[2], s.out[2], block.rows, s.width, block.keys,
                            scale);
         }
     }
