@@ -30,9 +30,9 @@ MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 
 
 def _room(path: Path) -> str:
-    """`engine` for engine/train.py, `hat` for hat.py, `` for the package itself."""
+    """`engine` for engine/train.py, `hat` for hat.py, `` for the package itself and what runs it."""
     parts = path.relative_to(SOURCE).with_suffix("").parts
-    return "" if parts == ("__init__",) else parts[0]
+    return "" if parts in (("__init__",), ("__main__",)) else parts[0]
 
 
 def _imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_train_prints_one_object_with_the_contracts_fields(classifier: Ran) -> N
     assert result["eval"]["accuracy"] > result["before"]["accuracy"]
     assert "trainable params: " in classifier.err and "proof: " in classifier.err
     assert Path(result["adapter"], "adapter_model.safetensors").is_file()
+
+
+def test_the_package_runs_as_the_command() -> None:
+    ran = subprocess.run([sys.executable, "-m", "hatrack", "train", "--r", "0"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "hatrack: --r must be greater than or equal to 1; got '0'; fix: try 8\n"
 
 
 def test_predict_from_arguments_standard_input_and_files(
