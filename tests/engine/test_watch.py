@@ -138,10 +138,6 @@ def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
     assert error.what.endswith("by step 6; no checkpoint had been saved before it")
 
 
-BATCHES = [5.43, 4.36, 4.87, 1.04, 3.68, 3.77, 4.26, 1.0, 3.45, 2.74, 2.85, 3.47, 0.76]
-"""Losses of SmolLM2's first steps on 270 short conversations, rows of one length each; 2.01 on held-out rows before."""
-
-
 def test_a_run_that_goes_well_waits_for_no_other_rows(tmp_path: Path) -> None:
     watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
     watch.few = lambda: pytest.fail("a few held-out rows were scored")
@@ -165,6 +161,10 @@ def test_what_a_hard_batch_is_held_against_is_measured_once(tmp_path: Path) -> N
     for number, loss in enumerate(HARD_AT_LAST, 1):
         watch.step(number, loss, 1.0, lambda: [1])
     assert len(asked) == 1
+
+
+BATCHES = [5.43, 4.36, 4.87, 1.04, 3.68, 3.77, 4.26, 1.0, 3.45, 2.74, 2.85, 3.47, 0.76]
+"""Losses of SmolLM2's first steps on 270 short conversations, rows of one length each; 2.01 on held-out rows before."""
 
 
 @pytest.mark.parametrize("lost", [False, True])

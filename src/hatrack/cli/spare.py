@@ -4,7 +4,6 @@ All of it holds for the whole process: it is for commands, whose process is thei
 """
 
 import functools
-import gc
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -43,11 +42,6 @@ def list_models_once() -> None:
     """
     if "transformers" not in sys.modules:
         sys.meta_path.insert(0, _KeepsAll())
-
-
-def keep_all_imported() -> None:
-    """Leaves what is imported by now out of all later searches for garbage: half a second each, with torch."""
-    gc.freeze()
 
 
 class _KeepsAll(MetaPathFinder):

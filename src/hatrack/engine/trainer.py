@@ -4,7 +4,6 @@ Everything else (optimizer, schedule, clipping, checkpoints, trackers, several p
 Knows nothing of recipes, files of data or how adapters are placed.
 """
 
-import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,17 +63,6 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
         self._waiting: list[Batch] = []  # this step's micro-batches so far
-
-    def train(self, *arguments: Any, **options: Any) -> Any:
-        """transformers' own, with what is in memory before it left out of Python's searches for garbage: each takes a
-        third of a second where torch and transformers are imported, one of them before the first step."""
-        frozen = gc.get_freeze_count()
-        gc.freeze()
-        try:
-            return super().train(*arguments, **options)
-        finally:
-            if not frozen:
-                gc.unfreeze()
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """A base that is swept stays where its window takes it from."""
