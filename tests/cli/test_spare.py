@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hatrack.cli.spare import leave_out, list_models_once
+from hatrack.adapter.hatfile import HatFile
+from hatrack.cli.spare import OF_NUMBERS, leave_out, leave_out_of_torch, leave_out_to_open, list_models_once
 from hatrack.recipe import Recipe
 
 ALL = {"bitsandbytes", "scipy", "datasets"}
@@ -33,6 +34,24 @@ def test_only_what_the_run_has_no_use_for(
     modules: dict[str, Any] = {}
     monkeypatch.setattr(sys, "modules", modules)
     leave_out(Recipe.make(**({"data": str(rows)} | options)))
+    monkeypatch.undo()
+    assert modules == dict.fromkeys(left_out)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "left_out"), [({}, {"bitsandbytes", "scipy"}), ({"quantize": "4bit"}, set()), (None, set())]
+)
+def test_quantisers_are_left_out_for_a_base_that_was_not_quantised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any] | None, left_out: set[str]
+) -> None:
+    if recipe is not None:
+        hat = HatFile(name="hat", base={"source": "somewhere"}, task="classify", recipe=recipe)
+        (tmp_path / "hatrack.json").write_text(hat.to_json())
+    (tmp_path / "adapter_config.json").touch()
+    modules: dict[str, Any] = {}
+    monkeypatch.setattr(sys, "modules", modules)
+    leave_out_to_open(str(tmp_path))
+    leave_out_to_open("no-such-adapter")
     monkeypatch.undo()
     assert modules == dict.fromkeys(left_out)
 
@@ -70,4 +89,68 @@ def test_listing_is_left_alone_where_it_is_done(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "transformers", sys)
     before = list(sys.meta_path)
     list_models_once()
+    assert sys.meta_path == before
+
+
+COMPILER = "torch._dynamo.eval_frame", "torch.distributed.tensor._api", "torch.distributed.fsdp", "sympy.core"
+
+
+def last_line(tmp_path: Path, *lines: str) -> str:
+    """What a process prints last that was told to leave out what is spare of torch."""
+    script = "\n".join(
+        ("import sys", "from hatrack.cli.spare import leave_out_of_torch", "leave_out_of_torch()", *lines)
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def test_training_goes_without_the_compiler(tmp_path: Path, tiny_decoder: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "row {i} of these"}}\n' for i in range(20)))
+    said = f"atexit.register(lambda: print([name for name in {COMPILER} if name in sys.modules]))"
+    command = "from hatrack.cli.main import main", "main()"
+    train = ["train", "--base", str(tiny_decoder), "--task", "complete", "--data", "rows.jsonl", "--steps", "2"]
+    for words in ([*train, "--name", "hat"], ["predict", "hat", "row"], ["compare", "hat"], ["check", *train[1:]]):
+        assert last_line(tmp_path, "import atexit", f"sys.argv[1:] = {words}", said, *command) == "[]", words
+
+
+def test_the_compiler_comes_when_it_is_asked_for(tmp_path: Path) -> None:
+    lines = "import torch, transformers.masking_utils as masks", "before = 'torch._dynamo.eval_frame' in sys.modules"
+    compiled = "double = torch.compile(lambda x: 2 * x, backend='eager')", "found = double(torch.ones(2)).tolist()"
+    index = "with masks.TransformGetItemToIndex(): second = torch.arange(3)[torch.tensor(1)].item()"
+    assert last_line(tmp_path, *lines, *compiled, index, "print(before, found, second)") == "False [2.0, 2.0] 1"
+
+
+def test_symbols_are_left_to_torch(tmp_path: Path) -> None:
+    lines = (
+        "import torch",
+        "from torch.fx.experimental.symbolic_shapes import guard_or_false, sym_and",
+        "plain = guard_or_false(3 == 3), 'sympy.core' in sys.modules",
+        "from torch.fx.experimental.symbolic_shapes import ShapeEnv",
+        "u = ShapeEnv().create_unbacked_symint()",
+        "print(plain, guard_or_false(u == 3), type(sym_and(u == 3, True)).__name__)",
+    )
+    assert last_line(tmp_path, *lines) == "(True, False) False SymBool"
+
+
+@pytest.mark.filterwarnings("ignore:guard_size_oblivious:FutureWarning")
+def test_numbers_are_answered_as_torch_answers() -> None:
+    from torch.fx.experimental import symbolic_shapes as real
+
+    sizes: list[Any] = [0, 1, 7, (), (1, 2), [1, 2], (1, 3), [1]]
+    cases: dict[str, list[tuple[Any, ...]]] = {name: [(False,), (True,)] for name in OF_NUMBERS}
+    for name in ("guarding_hint_or_throw", "has_guarding_hint", "is_nested_int"):
+        cases[name] = [(0,), (1,), (7,)]
+    for name in ("sym_and", "sym_or"):
+        cases[name] += [(True, False), (False, False), (True, True, True)]
+    cases["sym_eq"] = [(a, b) for a in sizes for b in sizes if isinstance(a, int) == isinstance(b, int)]
+    for name, answer in OF_NUMBERS.items():
+        for case in cases[name]:
+            assert answer(*case) == getattr(real, name)(*case), (name, case)
+
+
+def test_one_process_among_many_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = list(sys.meta_path)
+    leave_out_of_torch()
     assert sys.meta_path == before

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hatrack.cli.options import Json, with_recipe
+from hatrack.cli.spare import leave_out, leave_out_to_open
 from hatrack.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ OPENING = ("base", "device", "dtype", "trust_remote_code")
 
 
 def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
+    leave_out_to_open(adapter)
     from hatrack.check.finding import refusal
     from hatrack.check.folder import check_adapter
     from hatrack.errors import HatrackError, WrongBase
@@ -35,6 +37,7 @@ def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
 @with_recipe(adapter=_adapter)
 def check(recipe: Recipe, as_json: Json = False) -> None:
     """Look for every known gotcha: hatrack check RECIPE.yaml, hatrack check ADAPTER, or flags as for train."""
+    leave_out(recipe)
     from hatrack.check.checks import check_recipe
     from hatrack.engine.trial import one_step
 

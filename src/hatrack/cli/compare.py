@@ -18,12 +18,13 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Score the base and the adapter on the same held-out rows: which is better, and how sure that is."""
+    hat = open_hat()
+
     from hatrack.evaluate.compare import FEWEST_ROWS
     from hatrack.evaluate.compare import compare as run
     from hatrack.evaluate.held_out import held_out
     from hatrack.say import say
 
-    hat = open_hat()
     rows = held_out(hat, data)
     say(f"comparing on {len(rows):,} rows")
     found = run(hat, rows)

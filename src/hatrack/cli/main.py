@@ -14,7 +14,7 @@ import typer
 
 from hatrack import __version__
 from hatrack.cli import cache, check, compare, demo, hats, plan, predict, train
-from hatrack.cli.spare import list_models_once
+from hatrack.cli.spare import leave_out_of_torch, list_models_once
 from hatrack.errors import HatrackError
 from hatrack.say import StandardError
 
@@ -77,6 +77,7 @@ def main() -> NoReturn:
             signal.signal(number, signal.default_int_handler)
     gc.set_threshold(50_000, 20, 20)  # imports make many objects that stay: looking through them takes a second
     list_models_once()
+    leave_out_of_torch()
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
         if code == INTERRUPTED:  # the parser took the KeyboardInterrupt, and said nothing

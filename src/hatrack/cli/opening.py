@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hatrack.cli.spare import leave_out_to_open
 from hatrack.recipe import parse_memory
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def with_hat(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _opened(adapter: str, *, memory: str | None, no_proof: bool, **options: Any) -> "Hat":
+    leave_out_to_open(adapter)
     from hatrack.hat import load
 
     return load(adapter, memory=parse_memory(memory), prove=not no_proof, **options)
