@@ -9,6 +9,7 @@ import pytest
 
 from hatrack.adapter.hatfile import HatFile
 from hatrack.cli.spare import OF_NUMBERS, leave_out, leave_out_of_torch, leave_out_to_open, list_models_once
+from hatrack.errors import AdapterError
 from hatrack.recipe import Recipe
 
 ALL = {"bitsandbytes", "scipy", "datasets"}
@@ -51,7 +52,8 @@ def test_quantisers_are_left_out_for_a_base_that_was_not_quantised(
     modules: dict[str, Any] = {}
     monkeypatch.setattr(sys, "modules", modules)
     leave_out_to_open(str(tmp_path))
-    leave_out_to_open("no-such-adapter")
+    with pytest.raises(AdapterError, match="no such adapter"):
+        leave_out_to_open("no-such-adapter")
     monkeypatch.undo()
     assert modules == dict.fromkeys(left_out)
 

@@ -58,6 +58,15 @@ def test_classify_learns_saves_and_proves(tmp_path: Path, tiny_encoder: Path, re
     assert sum("eval_accuracy" in line for line in logged) == 6
 
 
+def test_a_run_of_one_step_learns(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no step to warm up in: an adapter whose only step had rate 0 would be refused as changing nothing."""
+    result = _train(tmp_path, tiny_encoder, reviews, steps=1).result
+    assert result["eval"]["loss"] != result["before"]["loss"]
+    assert "learning rate: 0.02, down to 0" in capsys.readouterr().err
+
+
 def test_the_result_has_the_fields_scripts_rely_on(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:
     result = _train(tmp_path, tiny_decoder, questions, epochs=24).result
     for field in ("adapter", "trainable", "total", "seconds", "steps", "tokens", "tokens_per_second", "train_loss"):

@@ -8,6 +8,7 @@ import typer
 
 from hatrack.cli.options import Json, with_recipe
 from hatrack.cli.spare import leave_out, leave_out_to_open
+from hatrack.errors import AdapterError, HatrackError, WrongBase
 from hatrack.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -19,10 +20,14 @@ OPENING = ("base", "device", "dtype", "trust_remote_code")
 
 
 def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
-    leave_out_to_open(adapter)
     from hatrack.check.finding import refusal
+
+    try:
+        leave_out_to_open(adapter)
+    except AdapterError as error:
+        return _report(adapter, [refusal("adapter-refused", error)], as_json)
+
     from hatrack.check.folder import check_adapter
-    from hatrack.errors import HatrackError, WrongBase
     from hatrack.hat import load
 
     found = check_adapter(adapter, given.get("base"), trust=given.get("trust_remote_code"))

@@ -15,7 +15,6 @@ from typing import Any
 from hatrack.adapter.hatfile import read_hat_file
 from hatrack.adapter.rack import find
 from hatrack.cli.later import execute, later, once_imported
-from hatrack.errors import HatrackError
 from hatrack.recipe import Recipe
 from hatrack.wheels import is_pypi
 
@@ -39,11 +38,11 @@ def leave_out(recipe: Recipe) -> None:
 
 
 def leave_out_to_open(adapter: str) -> None:
-    """The same for opening an adapter that hatrack made on a base which was not quantised."""
-    try:
-        hat = read_hat_file(find(adapter))
-    except HatrackError:  # whoever opens it says what is wrong
-        return
+    """The same for opening an adapter that hatrack made on a base which was not quantised.
+
+    Raises AdapterError, before anything slow is imported, where there is no such adapter or hatrack.json is malformed.
+    """
+    hat = read_hat_file(find(adapter))
     if hat is not None and hat.recipe.get("quantize", "none") == "none":
         _not_installed(QUANTIZERS)
 

@@ -80,7 +80,8 @@ def _tell(where: Setting, found: Plan) -> Schedule:
     if found.method.checkpointing:
         say("activations are computed again in the backward pass, to fit")
     rate = "the rate that is measured below" if where.recipe.lr == "auto" else f"{schedule.lr:g}"
-    say(f"learning rate: up to {rate} in {schedule.warmup_steps} steps, then down to 0 in a straight line")
+    rise = f"up to {rate} in {schedule.warmup_steps} steps, then" if schedule.warmup_steps else f"{rate},"
+    say(f"learning rate: {rise} down to 0 in a straight line")
     price = where.machine.prices
     measured = found.seconds is not None and price is not None and price.source == "probe"
     time = f", about {found.seconds:,.0f} s of training" if measured else ""

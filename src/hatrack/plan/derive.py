@@ -64,7 +64,8 @@ def derive(recipe: Recipe, *, task: str, rows: int, hidden_size: int, micro_batc
     lr = learning_rate(hidden_size) if recipe.lr is None or recipe.lr == "auto" else recipe.lr
     if recipe.lr is None:
         reasons.append(f"learning rate {lr:g} (for a model {hidden_size:,} wide)")
-    return Schedule(lr, batch_size, micro_batch, epochs, steps, max(1, round(0.06 * steps)), tuple(reasons))
+    warmup = max(1, round(0.06 * steps)) if steps > 1 else 0  # a warmup begins at rate 0
+    return Schedule(lr, batch_size, micro_batch, epochs, steps, warmup, tuple(reasons))
 
 
 def learning_rate(hidden_size: int) -> float:
