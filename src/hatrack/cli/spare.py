@@ -137,9 +137,9 @@ OF_NUMBERS: dict[str, Callable[..., Any]] = {
 """What a model's shapes are asked while it is made without memory, and the answers where these are plain numbers."""
 
 
-def _of_numbers(name: str, answer: Callable[..., Any], *values: Any) -> Any:
+def _of_numbers(name: str, answer: Callable[..., Any], *values: Any, **more: Any) -> Any:
     numbers = [number for value in values for number in (value if isinstance(value, (tuple, list)) else [value])]
-    if all(isinstance(number, (bool, int, float)) for number in numbers):
+    if not more and all(isinstance(number, (bool, int, float)) for number in numbers):
         return answer(*values)
     execute(sys.modules[SHAPES])
-    return getattr(sys.modules[SHAPES], name)(*values)
+    return getattr(sys.modules[SHAPES], name)(*values, **more)
