@@ -80,7 +80,7 @@ def write_data(folder: Path) -> None:
 def command(folder: Path, *words: str) -> dict[str, Any]:
     """What a command of hatrack prints with --json."""
     environment = dict(os.environ, HATRACK_HOME=str(folder / "home"))
-    line = [sys.executable, "-m", "hatrack.cli.main", *words, "--json"]
+    line = [sys.executable, "-m", "hatrack", *words, "--json"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")

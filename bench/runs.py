@@ -207,7 +207,7 @@ def _command(seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder)
-        command = [sys.executable, "-m", "hatrack.cli.main", "train", "--base", ENCODER, "--data", "learn.csv"]
+        command = [sys.executable, "-m", "hatrack", "train", "--base", ENCODER, "--data", "learn.csv"]
         command += ["--eval-data", "held_out.csv", "--targets", "all-linear", "--epochs", str(EPOCHS), "--lr", str(LR)]
         command += ["--batch-size", str(BATCH), "--output", "hat", "--seed", str(seed), "--json"]
         environment = dict(os.environ, HATRACK_HOME=str(folder / "home"))

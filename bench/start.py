@@ -24,7 +24,7 @@ STEPS = 20
 
 def start(folder: Path) -> dict[str, float]:
     """What one process says -> the seconds after its start; numbers in it left out, so that runs can be compared."""
-    command = [sys.executable, "-m", "hatrack.cli.main", "train", "--base", ENCODER, "--data", "learn.csv"]
+    command = [sys.executable, "-m", "hatrack", "train", "--base", ENCODER, "--data", "learn.csv"]
     command += ["--eval-data", "held_out.csv", "--targets", "all-linear", "--steps", str(STEPS), "--lr", "1e-3"]
     command += ["--batch-size", str(BATCH), "--name", f"hat-{time.time_ns()}"]
     environment = dict(os.environ, HATRACK_HOME=str(folder / "home"))

@@ -81,7 +81,7 @@ def test_each_recipe_is_commented() -> None:
 
 @pytest.mark.slow
 def test_the_demo_reaches_its_accuracy(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatrack.cli.main", "demo", "--json"]
+    command = [sys.executable, "-m", "hatrack", "demo", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path, env=os.environ)
     result = json.loads(done.stdout)
     assert result["reviews"]["eval"]["accuracy"] >= 0.78

@@ -95,7 +95,7 @@ def test_the_options_page_is_not_stale() -> None:
 
 
 def test_every_option_is_a_flag_with_the_same_help() -> None:
-    command = [sys.executable, "-m", "hatrack.cli.main", "train", "--help"]
+    command = [sys.executable, "-m", "hatrack", "train", "--help"]
     env = {"COLUMNS": "500", "PATH": "", "NO_COLOR": "1", "PYTHONPATH": str(Path(hatrack.__file__).parents[1])}
     shown = " ".join(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.split())
     for name, field in Recipe.model_fields.items():

@@ -94,7 +94,7 @@ def _plan(endpoint: str, folder: Path, *words: str) -> "subprocess.CompletedProc
     places = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder), "HATRACK_CACHE": str(folder)}
     environment = dict(os.environ, **places)
     environment.pop("HF_HUB_CACHE", None)
-    command = [sys.executable, "-m", "hatrack.cli.main", "plan", *words, "--json"]
+    command = [sys.executable, "-m", "hatrack", "plan", *words, "--json"]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 

@@ -128,7 +128,7 @@ def test_micro_batches_learn_what_whole_batches_do(tmp_path: Path, tiny_decoder:
 
 
 def _start(base: Path, data: Path, output: Path, *, resume: bool) -> "subprocess.Popen[str]":
-    command = ["-m", "hatrack.cli.main", "train", "--output", str(output), "--name", output.name]
+    command = ["-m", "hatrack", "train", "--output", str(output), "--name", output.name]
     if resume:
         command += ["--resume"]
     else:

@@ -118,7 +118,3 @@ def _explain(error: BaseException) -> int:
 def _complain(line: str, code: int) -> int:
     print(f"hatrack: {line}", file=StandardError())
     return code
-
-
-if __name__ == "__main__":
-    main()
