@@ -85,8 +85,10 @@ def test_what_is_there_or_nowhere_is_left_alone() -> None:
     later("laid_by", answer="known")
     later("laid_by.nowhere", answer="known")
     later("nowhere_at_all", answer="known")
+    later("nowhere_at_all.either", answer="known")
     assert laid_by() is module and module.answer == "true"
     assert "laid_by.nowhere" not in sys.modules and "nowhere_at_all" not in sys.modules
+    assert "nowhere_at_all.either" not in sys.modules
 
 
 def test_once_imported_also_where_it_was_looked_for_before() -> None:

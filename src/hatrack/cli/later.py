@@ -16,11 +16,11 @@ def once_imported(name: str, then: Callable[[Any], None]) -> None:
 def later(name: str, **answers: Any) -> None:
     """Puts a module in the place of `name` that has `answers`, and becomes `name` itself when asked for anything else.
 
-    Whoever was given an answer keeps it. Does nothing where `name` is imported already, or is not to be found. The
-    package that it is in, if any, is imported.
+    Whoever was given an answer keeps it. Does nothing where `name` is imported already or is not to be found, or where
+    the package that it is in is not imported yet.
     """
     parent, _, short = name.rpartition(".")
-    if name in sys.modules:
+    if name in sys.modules or (parent and parent not in sys.modules):
         return
     spec = PathFinder.find_spec(name, _folders(sys.modules[parent]) if parent else None)
     if spec is None:
@@ -32,14 +32,18 @@ def later(name: str, **answers: Any) -> None:
         sys.meta_path.insert(0, _ParentFirst())
 
 
-def execute(module: Any) -> None:
-    """Executes a module of `later` in its place, if that was not done yet; from then on it is one like any other."""
+def execute(module: Any) -> Any:
+    """Executes a module of `later` in its place, if that was not done yet; from then on it is one like any other.
+
+    Returns it, and any other module as it is.
+    """
     if isinstance(module, _Later):
         for name in module.__dict__.pop("answers"):
             del module.__dict__[name]
         module.__class__ = ModuleType  # type: ignore[assignment]
         loader: Any = module.__loader__
         loader.exec_module(module)
+    return module
 
 
 class _Later(ModuleType):
@@ -53,8 +57,7 @@ class _Later(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python asks modules for these, and does without
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        execute(self)
-        return getattr(self, name)
+        return getattr(execute(self), name)
 
 
 def _folders(module: Any) -> Any:
@@ -76,9 +79,7 @@ class _Then(MetaPathFinder):
             execute_it = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                sys.meta_path.remove(
-                    self
-                )  # not sooner: a module is also looked for by who wants to know if it is there
+                sys.meta_path.remove(self)  # not when it is found: that is also how others ask if it is there
                 execute_it(module)
                 self.then(module)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from hatrack.adapter.hatfile import read_hat_file
-from hatrack.adapter.rack import find
 from hatrack.cli.later import execute, later, once_imported
 from hatrack.recipe import Recipe
 from hatrack.wheels import is_pypi
@@ -42,6 +40,9 @@ def leave_out_to_open(adapter: str) -> None:
 
     Raises AdapterError, before anything slow is imported, where there is no such adapter or hatrack.json is malformed.
     """
+    from hatrack.adapter.hatfile import read_hat_file
+    from hatrack.adapter.rack import find
+
     hat = read_hat_file(find(adapter))
     if hat is not None and hat.recipe.get("quantize", "none") == "none":
         _not_installed(QUANTIZERS)
@@ -51,8 +52,9 @@ QUANTIZERS = {"bitsandbytes", "scipy"}  # transformers uses the second for losse
 
 
 def _not_installed(packages: set[str]) -> None:
-    for name in packages if "transformers" not in sys.modules else ():
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    if "transformers" not in sys.modules:
+        for name in packages:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def list_models_once() -> None:
@@ -86,18 +88,18 @@ def _list_less(module: Any) -> None:
 
 def _uncompiled_and_alone(torch: Any) -> None:
     """What training asks of what is left out, with the answers for one process that compiles nothing."""
-
-    class Never(torch.nn.Module):  # type: ignore[misc]
-        """Nothing is one of these."""
-
     torch.distributed.is_available = lambda: False
-    later("torch.distributed.tensor", DTensor=Never)
-    later("sympy", Basic=Never)
+    later("torch.distributed.tensor", DTensor=_Never)
+    later("sympy", Basic=_Never)
     later(SHAPES, **{name: partial(_of_numbers, name, answer) for name, answer in OF_NUMBERS.items()})
     marks = dict.fromkeys(("disable", "allow_in_graph", "assume_constant_result"), _as_it_is)
-    frames = SimpleNamespace(OptimizedModule=Never)
+    frames = SimpleNamespace(OptimizedModule=_Never)
     later("torch._dynamo", **marks, graph_break=lambda *_, **__: None, eval_frame=frames)
     later(MASKS, TransformGetItemToIndex=_index_by_tensor)
+
+
+class _Never:
+    """Nothing is one of these."""
 
 
 def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
@@ -110,8 +112,7 @@ MASKS = "torch._dynamo._trace_wrapped_higher_order_op"
 
 def _index_by_tensor() -> Any:
     """transformers imports this class for masks that are given as a function, which are rare; it makes one for each."""
-    execute(sys.modules[MASKS])
-    return sys.modules[MASKS].TransformGetItemToIndex()
+    return execute(sys.modules[MASKS]).TransformGetItemToIndex()
 
 
 SHAPES = "torch.fx.experimental.symbolic_shapes"
@@ -141,5 +142,4 @@ def _of_numbers(name: str, answer: Callable[..., Any], *values: Any, **more: Any
     numbers = [number for value in values for number in (value if isinstance(value, (tuple, list)) else [value])]
     if not more and all(isinstance(number, (bool, int, float)) for number in numbers):
         return answer(*values)
-    execute(sys.modules[SHAPES])
-    return getattr(sys.modules[SHAPES], name)(*values, **more)
+    return getattr(execute(sys.modules[SHAPES]), name)(*values, **more)
