@@ -13,11 +13,16 @@ CANNOT_HAPPEN = {"pad-is-eos", "merge-rounding", "trained-in-eval-form"}
 
 
 def _named_in_code() -> Iterator[str]:
-    """The first argument of every Finding, refusal and look in the code."""
+    """The first argument of every Finding, refusal and look in the code, and `gotcha=` of every error."""
     files = [*(ROOT / "src/hatrack/check").glob("*.py"), ROOT / "src/hatrack/cli/check.py"]
-    for path in files:
+    for path in (ROOT / "src/hatrack").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            if isinstance(node, ast.keyword) and node.arg == "gotcha" and isinstance(node.value, ast.Constant):
+                if node.value.value:
+                    yield str(node.value.value)
+            elif path not in files:
+                continue
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
                 "Finding",
                 "refusal",
                 "look",

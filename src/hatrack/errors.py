@@ -42,20 +42,25 @@ def cut(text: str) -> str:
 class HatrackError(Exception):
     """An error a person can act on: what was asked, what was found, how to fix it.
 
+    `gotcha` is its heading in docs/gotchas.md, where it has one of its own.
+
     >>> str(HatrackError("r must be at least 1", got=0, fix="use --r 8"))
     'r must be at least 1; got 0; fix: use --r 8'
+    >>> str(HatrackError("the labels are scores", fix="give classes", gotcha="labels-are-scores"))
+    'the labels are scores; fix: give classes [labels-are-scores]'
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, got: object = None, fix: str | None = None) -> None:
-        self.what, self.got, self.fix = cut(what), got, fix
+    def __init__(self, what: str, *, got: object = None, fix: str | None = None, gotcha: str = "") -> None:
+        self.what, self.got, self.fix, self.gotcha = cut(what), got, fix, gotcha
         parts = [self.what]
         if got is not None:
             parts.append(f"got {cut(str(got))}")
         if fix is not None:
             parts.append(f"fix: {fix}")
-        super().__init__("; ".join(parts).translate(ONE_LINE))
+        line = "; ".join(parts) + (f" [{gotcha}]" if gotcha else "")
+        super().__init__(line.translate(ONE_LINE))
 
 
 class RecipeError(HatrackError, ValueError):
@@ -74,7 +79,13 @@ class DataError(HatrackError, ValueError):
     """
 
     def __init__(
-        self, what: str, *, got: object = None, fix: str | None = None, complaints: Sequence[str] = ()
+        self,
+        what: str,
+        *,
+        got: object = None,
+        fix: str | None = None,
+        gotcha: str = "",
+        complaints: Sequence[str] = (),
     ) -> None:
         self.complaints = [cut(complaint) for complaint in complaints]
         shown = self.complaints[:SHOWN_COMPLAINTS]
@@ -82,7 +93,7 @@ class DataError(HatrackError, ValueError):
         if len(shown) == 1:
             what = f"{what}: {shown[0]}"
             shown = []
-        super().__init__(what, got=got, fix=fix)
+        super().__init__(what, got=got, fix=fix, gotcha=gotcha)
         if shown:
             lines = [str(self), *(f"  {line}" for line in shown)]
             if more:

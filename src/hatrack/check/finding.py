@@ -29,12 +29,12 @@ class Finding:
 
 
 def refusal(gotcha: str, error: HatrackError) -> Finding:
-    """What another room refuses, as a finding."""
+    """What another room refuses, as a finding: under the error's own heading, or else under `gotcha`."""
     complaints = error.complaints if isinstance(error, DataError) and len(error.complaints) > 1 else []
     more = [f"... and {len(complaints) - SHOWN_COMPLAINTS:,} more"] if len(complaints) > SHOWN_COMPLAINTS else []
     what = "\n  ".join([error.what, *complaints[:SHOWN_COMPLAINTS], *more])
     got = "" if error.got is None else str(error.got)
-    return Finding(gotcha, what, got, error.fix or "", refused=True)
+    return Finding(error.gotcha or gotcha, what, got, error.fix or "", refused=True)
 
 
 class Looking:
