@@ -235,12 +235,19 @@ class Recipe(BaseModel):
     )
     name: Annotated[str, AfterValidator(_name)] | None = option(
         None,
-        "Name on the rack. Default: from the data file.",
+        "Name on the rack. Default: from the data file, with -2, -3, ... where that is taken.",
         group="Output",
         word="NAME",
         fix="use a name such as support-2",
     )
-    resume: bool = option(False, "Go on from the checkpoint of an interrupted run.", group="Output")
+    overwrite: bool = option(
+        False, "Replace the adapter that has the output's place or name, once the new one is finished.", group="Output"
+    )
+    resume: bool = option(
+        False,
+        "Go on from the checkpoint of an interrupted run: that of --output or --name, or else the only one here.",
+        group="Output",
+    )
 
     @classmethod
     def make(cls, **options: Any) -> Self:

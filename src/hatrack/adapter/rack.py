@@ -33,17 +33,17 @@ class Hanging:
     missing: bool
 
 
-def hang(name: str, folder: Path) -> None:
-    """Puts an adapter's folder on the rack. Raises AdapterError where the name is taken by another folder."""
+def hang(name: str, folder: Path, *, replace: bool = False) -> None:
+    """Puts an adapter's folder on the rack. Raises AdapterError where another folder has the name, unless `replace`."""
     with _writing():
-        _hang(name, folder)
+        _hang(name, folder, replace=replace)
 
 
-def check_free(name: str, folder: Path) -> None:
-    """Raises AdapterError where the name is no name, or another adapter has it; MachineError where nothing could be
-    hung up."""
+def check_free(name: str, folder: Path, *, replace: bool = False) -> None:
+    """Raises AdapterError where the name is no name, or another adapter has it (unless `replace`); MachineError where
+    nothing could be hung up."""
     with _writing():
-        _check_free(name, folder)
+        _check_free(name, folder, replace=replace)
 
 
 def find(adapter: str | Path) -> Path:
@@ -101,14 +101,14 @@ def _writing() -> contextlib.AbstractContextManager[None]:
     return locked(_rack() / ".lock")
 
 
-def _hang(name: str, folder: Path) -> None:
-    _check_free(name, folder)
+def _hang(name: str, folder: Path, *, replace: bool = False) -> None:
+    _check_free(name, folder, replace=replace)
     write_file(_pointer(name), json.dumps({"folder": str(folder.resolve())}) + "\n")
 
 
-def _check_free(name: str, folder: Path) -> None:
+def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
     pointer = _pointer(name)
-    if pointer.exists():
+    if pointer.exists() and not replace:
         other = Path(str(read_object(pointer).get("folder")))
         if other != folder.resolve() and (other / CONFIG).exists():
             raise AdapterError(

@@ -13,8 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from hatrack.errors import RecipeError
 from hatrack.recipe import Recipe, about, choices, flag
 from hatrack.storage import write_file
+
+DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -22,7 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def with_recipe(
     command: Callable[..., None] | None = None, *, adapter: Callable[..., None] | None = None
 ) -> Callable[..., Any]:
-    """Gives `command(recipe, **rest)` the flags of every recipe option, and a recipe file as its argument.
+    """Gives `command(recipe, **rest)` the flags of every recipe option, and a recipe or data file as its argument.
 
     With `adapter` the argument may also be an adapter, which goes to `adapter(argument, flags, **rest)`. The values
     stay text until the recipe checks them, so that each complaint is made in one place, in one form.
@@ -30,9 +33,12 @@ def with_recipe(
     if command is None:
         return functools.partial(with_recipe, adapter=adapter)
     own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "recipe"]
-    metavar, help = "[RECIPE.yaml]", "A recipe file; flags win over it."
+    metavar, help = (
+        "[RECIPE.yaml|DATA]",
+        "A recipe file, whose options flags win over. Or the data file, as with --data.",
+    )
     if adapter is not None:
-        metavar, help = "[RECIPE.yaml|ADAPTER]", f"{help} Or an adapter: its folder, or its name on the rack."
+        metavar, help = "[RECIPE.yaml|DATA|ADAPTER]", f"{help} Or an adapter: its folder, or its name on the rack."
     file = Annotated[Path | None, typer.Argument(metavar=metavar, help=help)]
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("recipe_file", kind, default=None, annotation=file)]
@@ -44,9 +50,13 @@ def with_recipe(
         rest = {parameter.name: values.pop(parameter.name) for parameter in own}
         path = values.pop("recipe_file")
         given = {name: value for name, value in values.items() if value is not None}
-        if adapter is not None and path is not None and not (path.is_file() or path.suffix in (".yaml", ".yml")):
-            adapter(str(path), given, **rest)
-            return
+        if path is not None and path.suffix.lower() not in (".yaml", ".yml"):
+            if adapter is not None and not is_data(path):
+                adapter(str(path), given, **rest)
+                return
+            if "data" in given:
+                raise RecipeError("the data is named twice", got=f"{path} and --data {given['data']}", fix="keep one")
+            path, given = None, given | {"data": str(path)}
         recipe = Recipe.read(path, **given) if path else Recipe.make(**given)
         command(recipe, **rest)
 
@@ -54,6 +64,11 @@ def with_recipe(
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del wrapped.__wrapped__  # else the signature of `command` would be read instead
     return wrapped
+
+
+def is_data(path: Path) -> bool:
+    """Whether an argument names a data file: one that is there, or a name with the suffix of one."""
+    return path.is_file() or any(suffix.lower() in DATA_SUFFIXES for suffix in path.suffixes)
 
 
 def _flag(name: str) -> Any:

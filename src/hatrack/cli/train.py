@@ -2,6 +2,9 @@
 
 import gc
 import json
+from typing import Annotated
+
+import typer
 
 from hatrack.cli.options import Json, with_recipe
 from hatrack.cli.spare import leave_out
@@ -9,8 +12,18 @@ from hatrack.recipe import Recipe
 
 
 @with_recipe
-def train(recipe: Recipe, as_json: Json = False) -> None:
+def train(
+    recipe: Recipe,
+    like: Annotated[
+        str | None, typer.Option("--like", metavar="ADAPTER", help="Repeat the run of this adapter; flags change it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Train an adapter: hatrack train --base MODEL --data FILE."""
+    if like is not None:
+        from hatrack.engine.repeat import recipe_like
+
+        recipe = recipe_like(like, **recipe.set_options(), trust_remote_code=recipe.trust_remote_code)
     leave_out(recipe)
     from hatrack.engine.train import shown
     from hatrack.engine.train import train as run

@@ -17,17 +17,18 @@ from typing import Any
 from hatrack.adapter import rack
 from hatrack.adapter.files import WEIGHTS
 from hatrack.engine import checkpoint
+from hatrack.engine.output import RUN, Output, candidates, interrupted, name_of_data
 from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, short
 from hatrack.recipe import Recipe, flag
 from hatrack.say import say
 from hatrack.storage import locked, machine_errors, move, write_file
 
 MAY_CHANGE = {"resume", "output", "name", "device", "report_to", "memory", "force", "data", "eval_data", "base"}
-MAY_CHANGE |= {"cache_limit"}
+MAY_CHANGE |= {"cache_limit", "overwrite"}
 """Options that a resumed run may be given anew. Moved files are told apart from changed ones by their digests."""
 
-RUN, LOCK, ADAPTER, METRICS = "run.json", "lock", "adapter", "metrics.jsonl"
-OURS = re.compile(r"lock$|\.?(run\.json|metrics\.jsonl|adapter|checkpoint-\d+)($|\.)")
+LOCK, ADAPTER, METRICS, REPLACED = "lock", "adapter", "metrics.jsonl", "replaced"
+OURS = re.compile(r"lock$|\.?(run\.json|metrics\.jsonl|adapter|replaced|checkpoint-\d+)($|\.)")
 """What a run's folder has; anything else in a folder without `run.json` is somebody's, and stays."""
 
 
@@ -103,13 +104,17 @@ class Run:
 
         Raises RecipeError where something else came to lie in its place, AdapterError where its name was taken.
         """
+        if self.output.exists() and self.recipe.overwrite:
+            _check_replaceable(self.output)
+            with machine_errors(self.output):
+                move(self.output, self.folder / REPLACED)
         if not self.output.exists():
             with machine_errors(self.output):
                 move(self.adapter, self.output)
         elif not filecmp.cmp(self.adapter / WEIGHTS, self.output / WEIGHTS, shallow=False):
             raise RecipeError("the output exists already", got=self.output, fix="move it away, and --resume")
         try:
-            rack.hang(self.name, self.output)
+            rack.hang(self.name, self.output, replace=self.recipe.overwrite)
         except AdapterError as error:
             self._remove()
             raise AdapterError(
@@ -134,25 +139,13 @@ def _told(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
 def open_run(recipe: Recipe) -> Iterator[Run]:
     """Yields a new run, or with `resume` the interrupted one, whose recipe goes on; no other process may have it.
 
-    Whatever stops the block, the newest checkpoint stays, and how to go on from it is said. Where there is none,
-    nothing is left behind.
+    A folder or name that is derived steps aside for what is there, which is said. Whatever stops the block, the newest
+    checkpoint stays, and how to go on from it is said. Where there is none, nothing is left behind.
     Raises RecipeError where the output exists, the name is taken, another process or an interrupted run is in the way,
     or there is nothing to resume; Interrupted for Ctrl-C.
     """
-    output = Path(recipe.output or recipe.name or _derived_name(recipe))
-    folder = output.with_name(output.name + ".run")
-    with _own_folder(folder):
-        if recipe.resume:
-            recipe = _resumed(recipe, folder, output)
-            checkpoint.mend(folder)
-            shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not yet proven
-        else:
-            _check_new(recipe, output, folder)
-            _clear(folder)
-        run = Run(output, folder, recipe.name or _derived_name(recipe), recipe)
-        rack.check_free(run.name, output)
-        if not recipe.resume:
-            run.remember({})  # from here on --resume finds it
+    with contextlib.ExitStack() as claimed:
+        run = _resume(recipe, claimed) if recipe.resume else _begin(recipe, claimed)
         try:
             yield run
         except KeyboardInterrupt:
@@ -163,6 +156,87 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
             if kept := run.kept():
                 say(kept)
             raise
+
+
+def _begin(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
+    """A new run in a folder that `claimed` keeps others out of."""
+    for option in ("base", "data"):
+        if getattr(recipe, option) is None:
+            raise RecipeError(
+                f"{flag(option)} is missing", fix=f"add {flag(option)} or a line '{option}:' to the recipe"
+            )
+    first: InTheWay | None = None
+    for output in candidates(recipe):
+        with contextlib.ExitStack() as tried:
+            try:
+                _claim(recipe, output, tried)
+            except InTheWay as reason:
+                if reason.part not in output.derived:
+                    raise
+                first = first or reason
+                continue
+            claimed.push(tried.pop_all())
+            break
+    if first is not None:
+        say(f"{first.what} ({first.got}): this run makes {output.name}")
+    _clear(output.run_folder)
+    run = Run(output.folder, output.run_folder, output.name, recipe)
+    run.remember({})  # from here on --resume finds it
+    return run
+
+
+class InTheWay(RecipeError):
+    """Something has a run's folder or name already; `part` says which of the two, `folder` or `name`."""
+
+    def __init__(self, part: str, what: str, *, got: object, fix: str) -> None:
+        super().__init__(what, got=got, fix=fix)
+        self.part = part
+
+
+def _claim(recipe: Recipe, output: Output, claimed: contextlib.ExitStack) -> None:
+    """Has `claimed` keep others out of an output that is free. Raises InTheWay where it is not."""
+    if output.folder.exists() and not recipe.overwrite:
+        raise InTheWay(
+            "folder",
+            "the output exists already",
+            got=output.folder,
+            fix="--overwrite replaces it when the new one is finished; or choose another --output or --name",
+        )
+    if output.folder.exists():
+        _check_replaceable(output.folder)
+    try:
+        rack.check_free(output.name, output.folder, replace=recipe.overwrite)
+    except AdapterError as error:
+        raise InTheWay("name", error.what, got=error.got, fix=str(error.fix)) from error
+    claimed.enter_context(_own_folder(output.run_folder))
+    if (output.run_folder / RUN).exists() and checkpoint.steps(output.run_folder) and not recipe.overwrite:
+        raise InTheWay(
+            "folder",
+            "an interrupted run is in the way",
+            got=output.run_folder,
+            fix=f"go on with it by --resume, or remove {output.run_folder}",
+        )
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raises RecipeError for a folder that is not an adapter's: --overwrite removes nothing else."""
+    if not (output / rack.CONFIG).is_file():
+        raise RecipeError(
+            "--overwrite replaces adapters only", got=f"{output}, which is none", fix="choose another --output"
+        )
+
+
+def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
+    """The interrupted run that is meant, in a folder that `claimed` keeps others out of."""
+    output = interrupted(recipe)
+    folder = output.with_name(output.name + ".run")
+    claimed.enter_context(_own_folder(folder))
+    recipe = _resumed(recipe, folder, output)
+    checkpoint.mend(folder)
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not yet proven
+    name = recipe.name or name_of_data(recipe.data)
+    rack.check_free(name, output, replace=recipe.overwrite)
+    return Run(output, folder, name, recipe)
 
 
 @contextlib.contextmanager
@@ -176,7 +250,8 @@ def _own_folder(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(folder / LOCK, wait=False))
         except BlockingIOError as error:
             holder = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
-            raise RecipeError(
+            raise InTheWay(
+                "folder",
                 f"another run is writing to {folder}",
                 got=f"process {holder or 'unknown'}",
                 fix="wait for it, or choose another --output",
@@ -220,22 +295,6 @@ def _make(folder: Path) -> None:
         )
 
 
-def _check_new(recipe: Recipe, output: Path, folder: Path) -> None:
-    for option in ("base", "data"):
-        if getattr(recipe, option) is None:
-            raise RecipeError(
-                f"{flag(option)} is missing", fix=f"add {flag(option)} or a line '{option}:' to the recipe"
-            )
-    if output.exists():
-        raise RecipeError(
-            "the output exists already", got=output, fix="choose another --output or --name, or remove it"
-        )
-    if (folder / RUN).exists() and checkpoint.steps(folder):
-        raise RecipeError(
-            "an interrupted run is in the way", got=folder, fix=f"go on with it by --resume, or remove {folder}"
-        )
-
-
 def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
     """The interrupted run's recipe; options given now must not contradict it."""
     path = folder / RUN
@@ -258,10 +317,3 @@ def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
                 fix="leave it out",
             )
     return Recipe.make(**(before | given | {"trust_remote_code": recipe.trust_remote_code}))
-
-
-def _derived_name(recipe: Recipe) -> str:
-    """The data file's name without its endings: `reviews` for data/reviews.csv.gz."""
-    stem = Path((recipe.data or "adapter").partition("#")[0]).name.partition(".")[0]
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in stem).strip("-_")
-    return safe[:60] or "adapter"
