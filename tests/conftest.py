@@ -1,6 +1,7 @@
 """Small bases with a tokenizer of their own, made once a session, and a rack that is nobody's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,11 @@ def own_rack(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     bases = tmp_path_factory.mktemp("packed")
     monkeypatch.setattr(packed, "root", lambda: bases)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def turns(*pairs: tuple[str, str]) -> tuple[dict[str, Any], ...]:
+    """(role, content) each, as the messages of an example."""
+    return tuple({"role": role, "content": content} for role, content in pairs)
 
 
 def tiny_tokenizer(chat: bool) -> PreTrainedTokenizerFast:

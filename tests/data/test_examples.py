@@ -282,6 +282,12 @@ def test_conversations_that_teach_nothing(messages: Any, message: str) -> None:
 def test_conversations_of_other_dialects() -> None:
     rows = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]} for i in range(10)]
     found = _prepare(rows)
-    assert found.task == "chat" and found.train[0].messages[1] == ("assistant", "a")
+    assert found.task == "chat" and found.train[0].messages[1] == {"role": "assistant", "content": "a"}
     pairs = _prepare([{"question": f"q{i}", "answer": "a"} for i in range(10)])
     assert [m.messages for m in pairs.train] == [m.messages for m in found.train]
+
+
+def test_rows_of_plain_turns_keep_the_digest_that_adapters_remember() -> None:
+    rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(10)]
+    assert _prepare(rows).digest == "7d15e98a052b57fa"
+    assert _prepare(_labelled(20)).digest == "cf5527c25e05e3eb"

@@ -10,8 +10,8 @@ from hatrack.data.examples import Example
 from hatrack.data.light import SAMPLE, LightTokenizer, row_sizes
 from hatrack.data.render import encode, render
 from hatrack.data.template import PLAIN_TEMPLATE, chat_template
-from tests.conftest import WORDS
-from tests.data.test_template import GEMMA, LLAMA3, QWEN3, TALK
+from tests.conftest import WORDS, turns
+from tests.data.test_template import CALLING, GEMMA, LLAMA3, QWEN3, TALK, TOOL, TOOLS
 
 TRACKED = (
     "{{ bos_token }}{%- if tools is not none %}tools{% endif %}\n"
@@ -35,11 +35,23 @@ def test_conversations_are_written_as_transformers_writes_them(
     full = AutoTokenizer.from_pretrained(tiny_decoder)
     folder = _saved(full, tmp_path, template)
     light = LightTokenizer(folder)
-    example = Example(1, messages=tuple(TALK))
+    example = Example(1, messages=turns(*TALK))
     assert chat_template(light) == chat_template(full)
     used = template or PLAIN_TEMPLATE
     for own, theirs in zip(encode(example, light, used), encode(example, full, used), strict=True):
         np.testing.assert_array_equal(own, theirs)
+
+
+def test_tools_are_written_as_transformers_writes_them(tiny_decoder: Path, tmp_path: Path) -> None:
+    full = AutoTokenizer.from_pretrained(tiny_decoder)
+    light = LightTokenizer(_saved(full, tmp_path, TOOLS))
+    both = [
+        each.apply_chat_template(
+            list(CALLING), tools=[TOOL | {"x": "<a>"}], chat_template=TOOLS, tokenize=False, add_generation_prompt=True
+        )
+        for each in (full, light)
+    ]
+    assert both[0] == both[1] and "<a>" in both[1]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +71,7 @@ def test_texts_are_as_many_tokens(example: Example, tiny_encoder: Path) -> None:
 def test_sizes_are_those_that_are_trained_on(tiny_decoder: Path) -> None:
     random = np.random.default_rng(0)
     examples = [
-        Example(row, messages=(("user", "the film"), ("assistant", " ".join(random.choice(WORDS, size)))))
+        Example(row, messages=turns(("user", "the film"), ("assistant", " ".join(random.choice(WORDS, size)))))
         for row, size in enumerate(random.integers(1, 40, SAMPLE))
     ]
     tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
@@ -85,5 +97,5 @@ def test_of_many_rows_some_are_counted(tiny_decoder: Path) -> None:
 def test_without_a_tokenizer_file_letters_are_counted(tmp_path: Path) -> None:
     examples = [Example(1, text="a" * 80, label=0), Example(2, text="a" * 8000, label=1)]
     assert row_sizes(examples, tmp_path, 512).tolist() == [[20, 0], [512, 0]]
-    talk = [Example(1, messages=(("user", "a" * 40), ("assistant", "b" * 40)))]
+    talk = [Example(1, messages=turns(("user", "a" * 40), ("assistant", "b" * 40)))]
     assert row_sizes(talk, tmp_path, 512).tolist() == [[20, 20]]

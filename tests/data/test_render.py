@@ -17,7 +17,7 @@ from hatrack.data.examples import Example
 from hatrack.data.render import TokenRows, choose_max_length, render, render_cached
 from hatrack.errors import DataError, MachineError, RecipeError
 from hatrack.wheels import fetch_member
-from tests.conftest import tiny_tokenizer
+from tests.conftest import tiny_tokenizer, turns
 
 TEXTS = [Example(1, text="it was good", label=0), Example(2, text="the film was so very bad !", label=1)]
 
@@ -74,8 +74,8 @@ def test_every_conversation_a_template_refuses_is_named() -> None:
     tokenizer = tiny_tokenizer(chat=True)
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     template += tokenizer.chat_template
-    turns = (("user", "who"), ("assistant", "one"))
-    examples = [Example(n, messages=(("system", "a"), *turns) if n in (3, 5) else turns) for n in range(1, 8)]
+    talk = turns(("user", "who"), ("assistant", "one"))
+    examples = [Example(n, messages=(*turns(("system", "a")), *talk) if n in (3, 5) else talk) for n in range(1, 8)]
     with pytest.raises(DataError) as caught:
         render(examples, tokenizer, task="chat", max_length=64, template=template, source="f.jsonl")
     assert caught.value.complaints == [
@@ -86,7 +86,7 @@ def test_every_conversation_a_template_refuses_is_named() -> None:
 
 def test_no_length_is_advised_that_the_model_cannot_take() -> None:
     tokenizer = tiny_tokenizer(chat=True)
-    examples = [Example(1, messages=(("user", "so " * 80), ("assistant", "one")))]
+    examples = [Example(1, messages=turns(("user", "so " * 80), ("assistant", "one")))]
     with pytest.raises(DataError, match="shorten what comes before the answers: this model takes 64 tokens"):
         render(examples, tokenizer, task="chat", max_length=64, template=tokenizer.chat_template)
 
@@ -104,12 +104,9 @@ def test_texts_of_no_tokens_are_named() -> None:
 
 def test_rows_that_would_teach_nothing_are_refused_with_the_length_that_helps() -> None:
     tokenizer = tiny_tokenizer(chat=True)
-    turns = (("user", "what is " + "so " * 20), ("assistant", "the one"))
-    examples = [
-        Example(7, messages=turns),
-        Example(9, messages=turns),
-        Example(11, messages=(("user", "who"), ("assistant", "one"))),
-    ]
+    talk = turns(("user", "what is " + "so " * 20), ("assistant", "the one"))
+    short = turns(("user", "who"), ("assistant", "one"))
+    examples = [Example(7, messages=talk), Example(9, messages=talk), Example(11, messages=short)]
     with pytest.raises(DataError) as caught:
         render(examples, tokenizer, task="chat", max_length=16, template=tokenizer.chat_template, source="f.jsonl")
     assert caught.value.complaints == [

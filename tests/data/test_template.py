@@ -11,7 +11,7 @@ from hatrack.cli.demo import CHAT_MODEL
 from hatrack.data.template import PLAIN_TEMPLATE, assistant_spans, chat_prompt, chat_template, render_chat
 from hatrack.errors import BaseError, DataError
 from hatrack.say import say_once
-from tests.conftest import tiny_tokenizer
+from tests.conftest import tiny_tokenizer, turns
 
 LLAMA3 = (
     "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>"
@@ -32,9 +32,9 @@ TALK = [("user", "Hello there"), ("assistant", "Hi!"), ("user", "How are you?"),
 
 def _spoken(template: str, talk: list[tuple[str, str]]) -> list[str]:
     tokenizer = tiny_tokenizer(chat=False)
-    turns = [{"role": role, "content": content} for role, content in talk]
-    whole = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    return [whole[start:end] for start, end in assistant_spans(tokenizer, turns, template, str(whole))]
+    said = list(turns(*talk))
+    whole = tokenizer.apply_chat_template(said, chat_template=template, tokenize=False)
+    return [whole[start:end] for start, end in assistant_spans(tokenizer, said, template, str(whole))]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
         is_fast = False
 
     with pytest.raises(BaseError, match=r"cannot tell which characters .*; got Slow; fix: use a base with a tokenizer"):
-        render_chat(tuple(TALK), Slow(), PLAIN_TEMPLATE)
+        render_chat(turns(*TALK), Slow(), PLAIN_TEMPLATE)
 
 
 def test_a_system_turn_and_an_unanswered_question_are_not_learned() -> None:
@@ -102,14 +102,14 @@ def test_a_template_that_lets_nobody_else_begin_says_so() -> None:
     with pytest.raises(
         DataError, match="the chat template refuses a conversation; got user first; fix: check its roles"
     ):
-        render_chat((("assistant", "a"), *TALK[:2]), tiny_tokenizer(chat=False), template)
+        render_chat(turns(("assistant", "a"), *TALK[:2]), tiny_tokenizer(chat=False), template)
 
 
 def test_templates_that_hide_the_assistant_or_fail_are_refused() -> None:
     with pytest.raises(DataError, match="does not show where the assistant speaks"):
         _spoken("{{ messages | length }} turns", TALK)
     with pytest.raises(DataError, match=r"the chat template refuses a conversation; got .*no system"):
-        render_chat(tuple(TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no system turns here') }}")
+        render_chat(turns(*TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no system turns here') }}")
 
 
 def test_the_plain_template_is_for_bases_without_one() -> None:
@@ -127,7 +127,7 @@ def smollm() -> Any:
 
 def test_a_real_model_learns_the_answers_and_their_end(smollm: Any) -> None:
     template, own = chat_template(smollm)
-    ids, learn = render_chat(tuple(TALK), smollm, template)
+    ids, learn = render_chat(turns(*TALK), smollm, template)
     assert own and len(ids) == len(learn)
     spoken = np.split(ids[learn], np.flatnonzero(np.diff(np.flatnonzero(learn)) > 1) + 1)
     assert [smollm.decode(part) for part in spoken] == ["Hi!<|im_end|>", "Fine, thanks.<|im_end|>"]
@@ -142,15 +142,43 @@ def test_a_real_model_learns_the_answers_and_their_end(smollm: Any) -> None:
 )
 def test_answers_of_any_script_are_learned_whole(smollm: Any, answer: str) -> None:
     template, _ = chat_template(smollm)
-    ids, learn = render_chat((("user", "\U0001f44b?"), ("assistant", answer)), smollm, template)
+    ids, learn = render_chat(turns(("user", "\U0001f44b?"), ("assistant", answer)), smollm, template)
     assert smollm.decode(ids[learn]) == answer + "<|im_end|>"
 
 
 def test_what_is_trained_on_is_what_is_asked_later(smollm: Any) -> None:
     """The tokens before an answer in training are those of the prompt when the adapter is used."""
     template, _ = chat_template(smollm)
-    ids, learn = render_chat(tuple(TALK), smollm, template)
+    ids, learn = render_chat(turns(*TALK), smollm, template)
     prompt = chat_prompt(smollm, [{"role": role, "content": content} for role, content in TALK[:3]], template)
     asked = smollm(prompt, add_special_tokens=False)["input_ids"]
     last = int(np.flatnonzero(~learn[:-1] & learn[1:])[-1]) + 1
     assert ids[:last].tolist() == asked
+
+
+TOOLS = (  # in the manner of Qwen 2.5
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}({{ call.function.arguments | tojson }})"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "find_capital", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "function": {"name": "find_capital", "arguments": {"land": "Peru"}}}
+CALLING = (
+    *turns(("user", "Capital of Peru?")),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    *turns(("tool", '{"city": "Lima"}'), ("assistant", "It is Lima.")),
+)
+
+
+def test_tools_are_read_and_calls_are_learned(smollm: Any) -> None:
+    ids, learn = render_chat(CALLING, smollm, TOOLS, tools=[TOOL])
+    assert '"name": "find_capital"' in smollm.decode(ids[~learn])
+    assert smollm.decode(ids[learn]) == '<call>find_capital({"land": "Peru"})<|im_end|>It is Lima.<|im_end|>'
+
+
+@pytest.mark.parametrize(("read_only", "learned"), [((1,), ["Fine, thanks."]), ((3,), ["Hi!"])])
+def test_turns_can_be_read_and_not_learned(read_only: tuple[int, ...], learned: list[str], smollm: Any) -> None:
+    ids, learn = render_chat(turns(*TALK), smollm, QWEN3, read_only=read_only)
+    assert smollm.decode(ids[learn]) == "".join(f"{text}<|im_end|>" for text in learned)
+    assert "Hi!" in smollm.decode(ids)

@@ -64,10 +64,10 @@ def template_twice(facts: Facts) -> Finding | None:
     if facts.task == "classify":
         return None
     marks = [mark for mark in _marks(facts) if len(mark) > 2]
-    rows = [example.row for example in facts.examples.train if any(mark in _text(example) for mark in marks)]
+    rows = [example.row for example in facts.examples.train if any(mark in example.words for mark in marks)]
     if not rows:
         return None
-    mark = next(mark for mark in marks for example in facts.examples.train if mark in _text(example))
+    mark = next(mark for mark in marks for example in facts.examples.train if mark in example.words)
     twice = facts.task == "chat"
     return Finding(
         "template-twice",
@@ -95,13 +95,8 @@ def end_never_learned(facts: Facts) -> Finding | None:
     )
 
 
-def _text(example: Example) -> str:
-    turns = "\n".join(content for _, content in example.messages)
-    return "\n".join((turns, example.text, example.completion or ""))
-
-
 def _bare(example: Example) -> str:
-    return " ".join(re.findall(r"\w+", _text(example).casefold()))
+    return " ".join(re.findall(r"\w+", example.words.casefold()))
 
 
 def _marks(facts: Facts) -> list[str]:

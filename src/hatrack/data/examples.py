@@ -21,6 +21,7 @@ from hatrack.recipe import Recipe
 from hatrack.say import say
 
 EMPTY_LIST = "a list"
+PLAIN = {"role", "content"}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 
 
@@ -28,15 +29,31 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 class Example:
     """One row to learn from; `row` is its number in the file.
 
-    classify: `text`, `label` (an index, or for several labels a row a tuple of indices). chat: `messages` of (role,
-    content). complete: `text`, or `text` as the prompt and `completion` to learn.
+    classify: `text`, `label` (an index, or for several labels a row a tuple of indices). complete: `text`, or `text` as
+    the prompt and `completion` to learn. chat: `messages` as a chat template takes them (`role`, `content`, and where
+    there are any `tool_calls`, `reasoning_content`, ...), the `tools` they could call (JSON schemas), and which of the
+    assistant's turns are `read_only`: read, and not learned.
     """
 
     row: int
     text: str = ""
     label: int | tuple[int, ...] | None = None
-    messages: tuple[tuple[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     completion: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    read_only: tuple[int, ...] = ()
+
+    @property
+    def content(self) -> list[Any]:
+        """All of it but the row's number, as JSON takes it. Equal for equal examples, in every version of hatrack."""
+        plain = [[turn["role"], turn["content"]] if set(turn) == PLAIN else turn for turn in self.messages]
+        more = [self.tools, self.read_only] if self.tools or self.read_only else []
+        return [self.text, self.label, plain, self.completion, *more]
+
+    @property
+    def words(self) -> str:
+        """All of its text, a turn a line."""
+        return "\n".join([*(str(turn["content"]) for turn in self.messages), self.text, self.completion or ""])
 
 
 @dataclass(frozen=True)
@@ -314,7 +331,10 @@ def _indices(label: int | tuple[int, ...] | None) -> tuple[int, ...]:
 def _key(example: Example) -> str:
     """What makes two rows the same: their words, apart from white space and the way letters are composed."""
     if example.messages:
-        text = "\n".join(f"{role}\t{' '.join(content.split())}" for role, content in example.messages)
+        text = "\n".join(f"{turn['role']}\t{' '.join(turn['content'].split())}" for turn in example.messages)
+        more = [{name: turn[name] for name in sorted(turn.keys() - PLAIN)} for turn in example.messages]
+        if any(more) or example.tools or example.read_only:
+            text += json.dumps([more, example.tools, example.read_only])
     else:
         text = " ".join(example.text.split()) + (
             "\t" + " ".join(example.completion.split()) if example.completion else ""
@@ -323,6 +343,6 @@ def _key(example: Example) -> str:
 
 
 def _digest(train: list[Example], held_out: list[Example], labels: list[str]) -> str:
-    content = [[(e.text, e.label, e.messages, e.completion) for e in part] for part in (train, held_out)]
+    content = [[example.content for example in part] for part in (train, held_out)]
     text = json.dumps([content, labels], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from hatrack.data.examples import Example
+from hatrack.data.examples import PLAIN, Example
 from hatrack.data.render import encode
 from hatrack.data.template import chat_template
 
@@ -60,13 +60,19 @@ class LightTokenizer:
         return {"input_ids": ids[0] if one else ids, "offset_mapping": offsets[0] if one else offsets}
 
     def apply_chat_template(
-        self, turns: list[dict[str, str]], *, chat_template: str, add_generation_prompt: bool, **options: Any
+        self,
+        turns: list[dict[str, Any]],
+        *,
+        chat_template: str,
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,
     ) -> str:
         """A conversation as its template writes it, by Jinja's sandbox as transformers sets it up."""
         if chat_template not in self._compiled:
             self._compiled[chat_template] = _sandbox().from_string(GENERATION.sub("", chat_template))
         known = self._named | {"messages": turns, "add_generation_prompt": add_generation_prompt}
-        return str(self._compiled[chat_template].render(**known, tools=None, documents=None))
+        return str(self._compiled[chat_template].render(**known, tools=tools, documents=None))
 
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -78,8 +84,13 @@ def _sandbox() -> Any:
         raise TemplateError(message)
 
     found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    found.filters["tojson"] = _json  # Jinja's own escapes < and >, as for a web page
     found.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return found
+
+
+def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def row_sizes(examples: Sequence[Example], folder: Path, most: int) -> np.ndarray:
@@ -107,8 +118,9 @@ def row_sizes(examples: Sequence[Example], folder: Path, most: int) -> np.ndarra
 
 
 def _letters(example: Example) -> int:
-    said = sum(len(content) for _, content in example.messages)
-    return said + len(example.text) + len(example.completion or "")
+    more = [{name: turn[name] for name in turn.keys() - PLAIN} for turn in example.messages]
+    beside = len(json.dumps([more, example.tools])) if any(more) or example.tools else 0
+    return len(example.words) + beside
 
 
 def _size(encoded: tuple[np.ndarray, np.ndarray], most: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from hatrack.errors import DataError, MachineError, RecipeError
 from hatrack.say import say, say_once
 from hatrack.storage import cache_dir, new_folder
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
 TEXTS_AT_ONCE = 1000
 
@@ -173,7 +173,9 @@ def encode(example: Example, tokenizer: Any, template: str | None) -> tuple[np.n
     Raises DataError where the template refuses its conversation, BaseError as `render_chat` does.
     """
     if example.messages:
-        return render_chat(example.messages, tokenizer, template or "")
+        return render_chat(
+            example.messages, tokenizer, template or "", tools=example.tools, read_only=example.read_only
+        )
     return _plain([example], tokenizer)[0] if example.label is not None else _continued(example, tokenizer)
 
 
@@ -276,6 +278,5 @@ def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: dict[str, 
     described = [CACHE_FORMAT, settings, names, definition]
     hasher.update(json.dumps(described, sort_keys=True).encode("utf-8", "surrogatepass"))
     for example in examples:
-        fields = [example.row, example.text, example.label, example.messages, example.completion]
-        hasher.update(json.dumps(fields).encode())
+        hasher.update(json.dumps([example.row, *example.content]).encode())
     return hasher.hexdigest()[:32]

@@ -3,13 +3,17 @@
 Knows nothing of rows or files. The template is Jinja, run by transformers in its sandbox.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hatrack.errors import BaseError, DataError
 from hatrack.say import say_once
+
+Turn = dict[str, Any]
+"""A message as a chat template takes it: `role`, `content`, and what else it may hold."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
@@ -37,8 +41,16 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: st
     return _write(tokenizer, list(messages), template or chat_template(tokenizer)[0], prompt=True)
 
 
-def render_chat(messages: Sequence[tuple[str, str]], tokenizer: Any, template: str) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation's tokens (int32), and which the assistant says (bool): its turns with the token that ends each.
+def render_chat(
+    messages: Sequence[Turn],
+    tokenizer: Any,
+    template: str,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    read_only: Sequence[int] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """A conversation's tokens (int32), and which are learned (bool): the assistant's turns with the token that ends
+    each, but for those whose index is in `read_only`. `tools` are those that the assistant could call.
 
     Raises DataError where the template fails, or does not show where the assistant speaks; BaseError where the
     tokenizer cannot tell which characters a token stands for.
@@ -49,9 +61,9 @@ def render_chat(messages: Sequence[tuple[str, str]], tokenizer: Any, template: s
             got=type(tokenizer).__name__,
             fix="use a base with a tokenizer.json, or --task complete with prompt and completion",
         )
-    turns = [{"role": role, "content": content} for role, content in messages]
-    whole = _write(tokenizer, turns, template, prompt=False)
-    spans = assistant_spans(tokenizer, turns, template, whole)
+    turns = list(messages)
+    whole = _write(tokenizer, turns, template, prompt=False, tools=tools)
+    spans = assistant_spans(tokenizer, turns, template, whole, tools=tools, read_only=read_only)
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     learn = np.zeros(len(offsets), dtype=bool)
@@ -60,14 +72,23 @@ def render_chat(messages: Sequence[tuple[str, str]], tokenizer: Any, template: s
     return np.array(encoded["input_ids"], dtype=np.int32), learn
 
 
-def assistant_spans(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str) -> list[tuple[int, int]]:
-    """Where in `whole` the assistant speaks, as (start, end) of characters.
+def assistant_spans(
+    tokenizer: Any,
+    turns: list[Turn],
+    template: str,
+    whole: str,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    read_only: Sequence[int] = (),
+) -> list[tuple[int, int]]:
+    """Where in `whole` the assistant says what is learned, as (start, end) of characters.
 
     A turn is what lies between the conversation before it, ready for an answer, and the conversation up to it. Some
     templates write earlier turns anew once a later one follows (they drop old reasoning); then only the last counts.
     """
-    spoken = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and turn["content"].strip()]
-    spans = [_span(tokenizer, turns, template, whole, index) for index in spoken]
+    spoken = [index for index, turn in enumerate(turns) if speaks(turn) and index not in read_only]
+    write = partial(_write, tokenizer, template=template, tools=tools)
+    spans = [_span(write, turns, whole, index) for index in spoken]
     if not all(spans) and spoken and spoken[-1] == len(turns) - 1:
         spans = spans[-1:]
         if spans[0] is not None:
@@ -81,11 +102,17 @@ def assistant_spans(tokenizer: Any, turns: list[dict[str, str]], template: str, 
     return [span for span in spans if span is not None]
 
 
-def _span(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str, index: int) -> tuple[int, int] | None:
-    upto = whole if index == len(turns) - 1 else _write(tokenizer, turns[: index + 1], template, prompt=False)
+def speaks(turn: Turn) -> bool:
+    """Whether a turn is one of the assistant's, with anything in it to learn."""
+    said = turn["content"].strip() or any(value for name, value in turn.items() if name not in ("role", "content"))
+    return turn["role"] == "assistant" and bool(said)
+
+
+def _span(write: Callable[..., str], turns: list[Turn], whole: str, index: int) -> tuple[int, int] | None:
+    upto = whole if index == len(turns) - 1 else write(turns[: index + 1], prompt=False)
     if index == 0:
-        return _first_span(tokenizer, turns, template, whole, upto)
-    before = _write(tokenizer, turns[:index], template, prompt=True)
+        return _first_span(write, turns, whole, upto)
+    before = write(turns[:index], prompt=True)
     if not (whole.startswith(upto) and upto.startswith(before)):
         before = _common(before, upto)
         if not whole.startswith(upto) or turns[index]["content"].strip() not in upto[len(before) :]:
@@ -94,15 +121,13 @@ def _span(tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str
     return (len(before), end) if end > len(before) else None
 
 
-def _first_span(
-    tokenizer: Any, turns: list[dict[str, str]], template: str, whole: str, upto: str
-) -> tuple[int, int] | None:
+def _first_span(write: Callable[..., str], turns: list[Turn], whole: str, upto: str) -> tuple[int, int] | None:
     """Where the assistant speaks first: there is no conversation before it, and templates refuse an empty one.
 
     What the template adds to ask for an answer is also what it writes before this one.
     """
-    asked = _write(tokenizer, turns[:1], template, prompt=True)
-    single = _write(tokenizer, turns[:1], template, prompt=False)
+    asked = write(turns[:1], prompt=True)
+    single = write(turns[:1], prompt=False)
     opening = asked.removeprefix(single)
     start, end = upto.find(opening), len(upto.rstrip())
     if not opening or opening == asked or start < 0 or not whole.startswith(upto):
@@ -116,10 +141,16 @@ def _common(one: str, other: str) -> str:
     return one[:length]
 
 
-def _write(tokenizer: Any, turns: list[dict[str, str]], template: str, *, prompt: bool) -> str:
+def _write(
+    tokenizer: Any, turns: list[Turn], template: str, *, prompt: bool, tools: Sequence[dict[str, Any]] = ()
+) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            turns,
+            tools=list(tools) or None,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except Exception as error:  # templates raise what they like, for roles they do not know for example
         reason = " ".join(str(error).split())

@@ -41,7 +41,7 @@ def read_example(
                 return Bad(number, problem, columns[role])
             texts[role] = str(value)
     if "completion" in texts and task == "chat":
-        turns = (("user", texts["prompt"]), ("assistant", texts["completion"]))
+        turns = ({"role": "user", "content": texts["prompt"]}, {"role": "assistant", "content": texts["completion"]})
         return {"messages": turns}, ""
     if "completion" in texts:
         return {"text": texts["prompt"], "completion": texts["completion"]}, ""
@@ -98,8 +98,11 @@ def _label(value: Any) -> Any:
     return value
 
 
-def _messages(value: Any) -> tuple[tuple[str, str], ...] | str:
-    """The turns as (role, content), or what is wrong. Takes `role`/`content`, and `from`/`value` as some files have."""
+def _messages(value: Any) -> tuple[dict[str, Any], ...] | str:
+    """The turns as a chat template takes them, or what is wrong.
+
+    Takes `role` and `content`, and `from` and `value` as some files have.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -120,7 +123,7 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...] | str:
             return f"message {index} has no text as its content"
         if not _encodable(content):
             return f"message {index} holds half a character (a lone surrogate)"
-        turns.append((str(role), content))
-    if not any(role == "assistant" and content.strip() for role, content in turns):
+        turns.append({"role": str(role), "content": content})
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         return "the conversation has no assistant turn to learn from"
     return tuple(turns)
