@@ -1,5 +1,7 @@
 """Small bases with a tokenizer of their own, made once a session, and a rack that is nobody's."""
 
+import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hatrack import cpu
 from hatrack.base import packed
 
 WORDS = [
@@ -59,6 +62,18 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<start> {{ m.role }} : {{ m.content }} <end>\n{% endfor %}"
     "{% if add_generation_prompt %}<start> assistant : {% endif %}"
 )
+
+
+def pytest_report_header() -> str:
+    return f"CPU: {torch.backends.cpu.get_cpu_capability()}, {' '.join(cpu.compiler_flags())}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bitsandbytes_on_the_same_cpu() -> None:
+    """bitsandbytes asks the CPU itself, whatever `HATRACK_CPU` says."""
+    if cpu.level() is not None and importlib.util.find_spec("bitsandbytes") is not None:
+        has_bf16 = "avx512_bf16" in cpu.features()
+        importlib.import_module("bitsandbytes.cextension").lib.has_avx512bf16_cpu = lambda: has_bf16
 
 
 @pytest.fixture(autouse=True)

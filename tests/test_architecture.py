@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hatrack"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-GROUND = {"errors", "recipe", "say", "storage", "wheels"}
+GROUND = {"cpu", "errors", "recipe", "say", "storage", "wheels"}
 MAY_IMPORT = {
     "base": {"kernels.frozen"},
     "kernels": set(),
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "check": {"base", "adapter", "data", "plan"},
     "engine": {"base", "adapter", "data", "plan", "check", "evaluate", "kernels", "hat"},
 }
-WITHOUT_TORCH = ["errors", "recipe", "say", "storage", "wheels", "base/header", "adapter/count", "adapter/targets"]
+WITHOUT_TORCH = [*sorted(GROUND), "base/header", "adapter/count", "adapter/targets"]
 WITHOUT_TORCH += ["base/hub", "base/locate", "base/peek", "base/room", "data/light", "data/order", "engine/states"]
 WITHOUT_TORCH += [f"plan/{name}" for name in ("derive", "fit", "machine", "memory", "shape", "time")]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60

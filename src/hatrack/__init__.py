@@ -3,10 +3,12 @@
     hat = hatrack.train(base="distilbert-base-uncased", task="classify", data="reviews.csv")
     hat.predict(["A three-hour cinema master class."])
 
-Nothing happens at import; torch is imported with the first name that needs it.
+Nothing happens at import, except that one log message of bitsandbytes is left out; torch is imported with the first
+name that needs it.
 """
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,9 @@ _LATER = {
     "load": "hatrack.hat",
     "speed_up": "hatrack.engine.fast_base",
 }
+
+# a kernel for repacked weights, of which hatrack has none
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda told: "gemm_4bit_forward" not in str(told.msg))
 
 
 def train(recipe: Recipe | str | Path | None = None, /, **options: Any) -> "Hat":

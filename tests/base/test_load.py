@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging as python_logging
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -310,23 +309,13 @@ def test_a_number_beyond_the_last_device_is_refused(monkeypatch: pytest.MonkeyPa
 def test_bfloat16_is_chosen_where_the_device_is_fast_at_it(
     fast: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "_cpu_is_fast_at_bf16", lambda: fast)
+    monkeypatch.setattr(load, "fast_at_bfloat16", lambda: fast)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
     assert choose_dtype("auto", CPU)[0] == chosen
     assert choose_dtype("auto", torch.device("cuda"))[0] == chosen
     assert choose_dtype("auto", torch.device("mps"))[0] == torch.float32
     assert choose_dtype("auto", torch.device("xpu"))[0] == torch.bfloat16
     assert choose_dtype("float16", CPU) == (torch.float16, "as asked")
-
-
-@pytest.mark.parametrize(("checks", "fast"), [((True, False), True), ((False, True), True), ((False, False), False)])
-def test_processor_features_decide_on_bfloat16(
-    checks: tuple[bool, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: checks[0], raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: checks[1], raising=False)
-    assert load._cpu_is_fast_at_bf16() is fast
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

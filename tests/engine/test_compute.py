@@ -176,7 +176,7 @@ def test_without_the_kernels_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_processor_without_avx2_is_refused_before_anything_is_loaded(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hatrack.plan.machine._features", lambda: frozenset({"sse4_2"}))
+    monkeypatch.setattr("hatrack.cpu.features", lambda: frozenset({"sse4_2"}))
     with pytest.raises(RecipeError, match="--compute int8 is for processors that have AVX2"):
         train("old", compute="int8")
     assert not (tmp_path / "old").exists()

@@ -32,7 +32,9 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
+import hatrack
 from hatrack.engine.fast_base import NAME, FastDropout, FastGELU, FastRMSNorm, speed_up
+from hatrack.errors import BaseError
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**SIZES, "vocab_size": 97}
@@ -205,11 +207,13 @@ def test_matrices_in_four_bits_are_never_unpacked_as_a_whole(
     torch.manual_seed(0)
     base: Any = LlamaForCausalLM(LlamaConfig(**SMALL | {"intermediate_size": 128})).requires_grad_(False)
     base.is_loaded_in_4bit = True  # by which peft takes its layer for these
+    base.eval()
     mlp = base.model.layers[0].mlp
     for name in ("gate_proj", "down_proj"):
         d_out, d_in = getattr(mlp, name).weight.shape
         layer = bitsandbytes.nn.Linear4bit(d_in, d_out, bias=name == "down_proj", **shape).requires_grad_(False)
         setattr(mlp, name, layer.to("cpu"))
+        layer.support_avx512bf16_for_cpu = True  # by which it would repack itself, on whichever CPU
     if not adapted_first:
         speed_up(base)
     get_peft_model(base, LoraConfig(r=4, target_modules=["gate_proj", "down_proj"], init_lora_weights=False))
@@ -230,3 +234,17 @@ def test_matrices_in_four_bits_are_never_unpacked_as_a_whole(
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", None)
     for found, other in zip(answers(), wanted, strict=True):
         torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize(
+    "wrap", [speed_up, lambda base: hatrack.get_peft_model(base, LoraConfig(target_modules=["1"]))]
+)
+def test_a_base_that_bitsandbytes_repacked_is_refused(wrap: Any) -> None:
+    """It would answer, and learn nothing."""
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+    base: Any = nn.Sequential(nn.ReLU(), bitsandbytes.nn.Linear4bit(128, 64, compress_statistics=False))
+    base = base.requires_grad_(False).to("cpu").eval()
+    base.device, weight = torch.device("cpu"), base[1].weight
+    weight.data, _ = bitsandbytes.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    with pytest.raises(BaseError, match="repacked by bitsandbytes for inference, and cannot be trained on; got 1"):
+        wrap(base)

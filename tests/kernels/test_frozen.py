@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hatrack.errors import BaseError
 from hatrack.kernels import frozen
-from hatrack.kernels.frozen import FrozenLinear, back, linear, times
+from hatrack.kernels.frozen import FrozenLinear, back, keep_packed_as_is, linear, times
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
@@ -132,3 +133,50 @@ def test_a_matrix_in_four_bits_is_unpacked_a_few_rows_at_a_time(kind: str, dtype
     _near(y.detach(), x.detach() @ whole.t())
     assert x.grad is not None
     _near(x.grad, g @ whole)
+
+
+def _in_four_bits(d_in: int, d_out: int) -> Any:
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+    shape: dict[str, Any] = {"compute_dtype": torch.float32, "compress_statistics": False, "quant_type": "nf4"}
+    layer = bitsandbytes.nn.Linear4bit(d_in, d_out, bias=False, **shape).requires_grad_(False).to("cpu")
+    layer.support_avx512bf16_for_cpu = True
+    return layer
+
+
+def _repack(layer: Any, *, back_again: bool) -> None:
+    """What bitsandbytes does on a CPU with AVX512-BF16 when a layer is evaluated, and when it is saved after that."""
+    functional: Any = pytest.importorskip("bitsandbytes.functional")
+    layer.weight.data, _ = functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    if back_again:
+        layer.state_dict()
+
+
+@pytest.mark.parametrize("back_again", [False, True])
+@pytest.mark.parametrize("d_in", [64, 128])
+def test_a_matrix_that_was_repacked_is_never_read(d_in: int, back_again: bool) -> None:
+    layer = _in_four_bits(d_in, 64)
+    x, g = _random(4, d_in), _random(4, 64)
+    keep_packed_as_is(layer)
+    assert frozen.can_unpack(layer.weight)
+    layer.support_avx512bf16_for_cpu = True
+    _repack(layer, back_again=back_again)
+    assert not frozen.can_unpack(layer.weight)
+    with pytest.raises(BaseError, match=r"was repacked by bitsandbytes.*load the base again"):
+        times(x, layer.weight, None)
+    with pytest.raises(BaseError, match=r"was repacked by bitsandbytes"):
+        back(g, layer.weight)
+    with pytest.raises(BaseError, match=r"was repacked.*got 1;"):
+        keep_packed_as_is(torch.nn.Sequential(torch.nn.ReLU(), layer))
+
+
+def test_a_matrix_stays_as_it_is_from_then_on() -> None:
+    layer = _in_four_bits(128, 64)
+    kept, x = layer.weight.data.clone(), _random(4, 128)
+    keep_packed_as_is(layer)
+    wanted = times(x, layer.weight, None)
+    with torch.no_grad():
+        found = layer.eval()(x)
+    layer.state_dict()
+    assert torch.equal(layer.weight.data, kept)
+    _near(found, wanted)
+    _near(times(x, layer.weight, None), wanted)

@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hatrack import cpu
 from hatrack.base.room import available_memory
 from hatrack.errors import RecipeError
 from hatrack.plan import machine
@@ -61,7 +62,7 @@ def test_rounded_products_are_guessed_where_they_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, features: str, there: bool
 ) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path))
-    monkeypatch.setattr(machine, "_features", lambda: frozenset(features.split()))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(features.split()))
     prices = here("cpu").prices
     assert prices is not None and (list(prices.rounded) == ["int16", "int8"]) is there
     if there:
@@ -69,11 +70,11 @@ def test_rounded_products_are_guessed_where_they_are_known(
 
 
 def test_a_processor_without_avx2_cannot_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_features", lambda: frozenset({"sse4_2"}))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"sse4_2"}))
     check_compute("auto", "cpu")
     with pytest.raises(RecipeError, match="--compute int8 is for processors that have AVX2"):
         check_compute("int8", "cpu")
-    monkeypatch.setattr(machine, "_features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2"}))
     check_compute("int8", "cpu")
     with pytest.raises(RecipeError, match="got cuda"):
         check_compute("int8", "cuda")

@@ -3,7 +3,6 @@
 Knows nothing of adapters, rows or training.
 """
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,9 @@ from hatrack.base.packed import whole_base
 from hatrack.base.quiet import quiet
 from hatrack.base.room import available_memory, give_back
 from hatrack.base.sources import BaseFiles
+from hatrack.cpu import fast_at_bfloat16
 from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
+from hatrack.kernels.frozen import keep_packed_as_is
 from hatrack.say import say, say_once, size
 from hatrack.storage import folder_size
 
@@ -91,7 +92,7 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        fast = _cpu_is_fast_at_bf16()
+        fast = fast_at_bfloat16()
     else:
         fast = device.type == "xpu"
     if fast:
@@ -157,7 +158,7 @@ def load_base(
         model, found = _model(files, task, torch.device("cpu") if mapped else chosen, seed, options)
     _check_loaded(files, model, task, found, seed)
     model.config.pad_token_id = tokenizer.pad_token_id
-    _keep_gradients(model)
+    keep_packed_as_is(model)
     model.requires_grad_(False)
     model.eval()
     return Base(files, model, tokenizer, chosen, number_format, mapped)
@@ -183,18 +184,6 @@ def _devices() -> list[str]:
         "xpu": torch.xpu.is_available(),
     }
     return [*(kind for kind, present in there.items() if present), "cpu"]
-
-
-def _cpu_is_fast_at_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself: AMX, AVX512-BF16, or Arm's bf16 instructions."""
-    if platform.machine().lower() in ("aarch64", "arm64"):
-        try:
-            features = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-        except OSError:
-            return False
-        return any("bf16" in line.split() for line in features.splitlines() if line.startswith("Features"))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: absent from some torch versions
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
 def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
@@ -357,16 +346,6 @@ def _model(
             got=_first_line(error),
             fix="use another base, or another --task",
         ) from error
-
-
-def _keep_gradients(model: Any) -> None:
-    """Stops bitsandbytes from repacking 4-bit layers at their first evaluation on a processor with AVX512-BF16.
-
-    No gradient flows back through the repacked form, without a word: training after an evaluation would not learn.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _check_loaded(files: BaseFiles, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:

@@ -60,8 +60,9 @@ def _measure() -> None:
     """Runs the probe and keeps its result for later plans on the same processor."""
     leave_out(Recipe.make())  # as a run does, whose imports are part of what is measured
     import hatrack.engine.train  # noqa: F401
+    from hatrack.cpu import fast_at_bfloat16
     from hatrack.engine.measure import measure
-    from hatrack.plan.machine import fast_at_bfloat16, keep_probe
+    from hatrack.plan.machine import keep_probe
 
     say("measuring this machine: some seconds")
     found = measure()

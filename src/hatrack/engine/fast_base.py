@@ -26,7 +26,7 @@ from hatrack.base.trunk import Trunk
 from hatrack.errors import RecipeError
 from hatrack.kernels import drop, integers
 from hatrack.kernels.attention import attention
-from hatrack.kernels.frozen import FrozenLinear, can_unpack, linear, rounding_of
+from hatrack.kernels.frozen import FrozenLinear, can_unpack, keep_packed_as_is, linear, rounding_of
 from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.norm import rms_norm
 
@@ -46,6 +46,7 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "
     a processor; under autocast nothing is rounded. Raises RecipeError where that cannot be done.
     """
     on_processor = base.device.type == "cpu"
+    keep_packed_as_is(base)
     if compute != "auto":
         if trunk is None and base.dtype != torch.float32:  # swept, a base is multiplied in another format than its own
             raise RecipeError(

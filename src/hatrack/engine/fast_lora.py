@@ -44,7 +44,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hatrack.engine.lossless import LosslessMerge
 from hatrack.kernels.drop import Mask, draw
-from hatrack.kernels.frozen import FrozenLinear, back, rounding_of, times
+from hatrack.kernels.frozen import FrozenLinear, back, keep_packed_as_is, rounding_of, times
 from hatrack.kernels.low_rank import down, joined, outer, rows, up
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -316,7 +316,11 @@ LAYER_CLASSES: dict[type[nn.Module], Callable[..., FastLinear | None]] = dict.fr
 
 
 def get_peft_model(base: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:
-    """peft's own `get_peft_model`, with hatrack's layers: for anyone's own Trainer or TRL script."""
+    """peft's own `get_peft_model`, with hatrack's layers: for anyone's own Trainer or TRL script.
+
+    Raises BaseError where bitsandbytes has repacked the base for inference: it would not learn.
+    """
+    keep_packed_as_is(base)
     if isinstance(config, LoraConfig):
         config._register_custom_module(dict(LAYER_CLASSES))
     return peft_get_peft_model(base, config, **options)

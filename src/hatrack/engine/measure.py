@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from hatrack import cpu
 from hatrack.base.header import TensorInfo
 from hatrack.base.peek import Peek
 from hatrack.engine.fast_base import speed_up
@@ -25,7 +26,7 @@ from hatrack.engine.fast_lora import get_peft_model
 from hatrack.evaluate.loss import losses
 from hatrack.kernels import integers
 from hatrack.kernels.frozen import times
-from hatrack.plan.machine import Probe, fast_at_bfloat16, processor
+from hatrack.plan.machine import Probe, processor
 from hatrack.plan.memory import Batch, Method
 from hatrack.plan.shape import Anatomy, describe
 from hatrack.plan.time import Effort, Prices, step
@@ -46,7 +47,7 @@ def measure() -> Probe:
     disk = _disk_speed()
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     operation = {name: _seconds_per_operation(dtype) for name, dtype in dtypes.items()}
-    fast = "bfloat16" if fast_at_bfloat16() else "float32"
+    fast = "bfloat16" if cpu.fast_at_bfloat16() else "float32"
     steps = _timed_steps(dtypes[fast])
     operation[fast] = min(operation[fast], _seconds_per_operation(dtypes[fast]))  # again: others may use the machine
     number, call = _beside_products(steps, operation[fast])

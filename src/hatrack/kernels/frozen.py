@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hatrack.errors import BaseError
 from hatrack.kernels import integers
 
 AT_ONCE = 2**21
@@ -146,9 +147,40 @@ def can_unpack(W: Any) -> bool:
     return (
         state is not None
         and not state.nested
-        and not getattr(state, "packing_format_for_cpu", False)
+        and not _repacked(state)
         and len(state.shape) == 2
         and state.shape[1] % state.blocksize == 0
+    )
+
+
+def _repacked(state: Any) -> bool:
+    """Whether bitsandbytes has put a matrix in four bits into another order, or did and put it back: that turns the
+    bits back and leaves the scales, one a block (blocks,) before, as they are (d_in / blocksize, d_out)."""
+    return bool(getattr(state, "packing_format_for_cpu", False)) or (not state.nested and state.absmax.dim() != 1)
+
+
+def keep_packed_as_is(base: nn.Module) -> None:
+    """Has bitsandbytes leave matrices in four bits in the order they are in.
+
+    On a CPU with AVX512-BF16 its layers repack theirs at the first evaluation. No gradient flows back through that
+    form, without a word, and reading or saving the weights puts them back wrongly (`_repacked`): a model that was
+    evaluated before it is trained would not learn.
+
+    Raises BaseError where one has been repacked already.
+    """
+    for name, layer in base.named_modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+            state = getattr(layer.weight, "quant_state", None)
+            if state is not None and _repacked(state):
+                raise _repacked_error(name)
+
+
+def _repacked_error(name: str) -> BaseError:
+    return BaseError(
+        "a matrix in four bits was repacked by bitsandbytes for inference, and cannot be trained on",
+        got=name,
+        fix="load the base again, and wrap it or speed it up before it answers anything",
     )
 
 
@@ -178,6 +210,8 @@ def _cast(W: torch.Tensor, dtype: torch.dtype, count: int) -> Callable[[slice], 
 
 def _unpack(W: torch.Tensor, dtype: torch.dtype) -> Callable[[slice], torch.Tensor]:
     state: Any = W.quant_state  # type: ignore[attr-defined]
+    if _repacked(state):
+        raise _repacked_error(f"one of {tuple(state.shape)}")
     bits, width, size = W.detach().view(torch.uint8).view(-1), state.shape[1], state.blocksize
 
     def read(rows: slice) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 The shared library lies in the cache under a name made of its sources, the compiler and the processor. It has no
 dependency but the OpenMP runtime, of which torch has loaded one already: the same threads do both works.
-`HATRACK_NATIVE=0` leaves it out.
+`HATRACK_NATIVE=0` leaves it out; `HATRACK_CPU` compiles them for a lesser CPU (`cpu.py`).
 """
 
 import ctypes
@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
+from hatrack import cpu
 from hatrack.errors import MachineError
 from hatrack.say import say
 from hatrack.storage import cache_dir, machine_errors
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 INCLUDED = sorted(Path(__file__).parent.glob("*.h"))
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno")
+FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-fno-math-errno")
 FORMATS = (torch.float32, torch.bfloat16)
 SIGNATURES = {
     "down": (*[c_void_p] * 3, *[c_int64] * 4, c_float, c_uint32, c_void_p, c_int),
@@ -79,26 +80,17 @@ def _compiled(compiler: str) -> Path:
     """The library's file, made now if it is not in the cache."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     source = b"".join(path.read_bytes() for path in SOURCES + INCLUDED)
-    key = hashlib.sha256(source + version + " ".join(FLAGS).encode() + _processor().encode())
+    flags = (*FLAGS, *cpu.compiler_flags())
+    key = hashlib.sha256(source + version + " ".join(flags).encode() + cpu.kind().encode())
     path = cache_dir("native") / f"kernels-{key.hexdigest()[:16]}.so"
     if not path.exists():
         say("compiling kernels for this processor (once)")
         with machine_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *FLAGS, "-o", str(made), *map(str, SOURCES)]
+            command = [compiler, *flags, "-o", str(made), *map(str, SOURCES)]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
             made.replace(path)
     return path
-
-
-def _processor() -> str:
-    """What tells whether a library compiled with -march=native runs here."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return platform.machine() + "".join(sorted(told))
 
 
 def _reason(error: Exception) -> str:

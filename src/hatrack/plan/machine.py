@@ -14,6 +14,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from hatrack import cpu
 from hatrack.base.room import available_memory
 from hatrack.errors import RecipeError
 from hatrack.plan.time import Prices
@@ -99,7 +100,7 @@ def here(device: str = "auto", dtype: str = "auto") -> Machine:
     """
     if device in ("auto", "cuda") and (found := _accelerator()) is not None:
         return found
-    fast = "bfloat16" if fast_at_bfloat16() else "float32"
+    fast = "bfloat16" if cpu.fast_at_bfloat16() else "float32"
     memory, why = available_memory()
     probe = read_probe()
     prices = probe.prices.get(fast if dtype == "auto" else dtype) if probe else None
@@ -108,14 +109,9 @@ def here(device: str = "auto", dtype: str = "auto") -> Machine:
     )
 
 
-def fast_at_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself: AMX, AVX512-BF16, or Arm's bf16 instructions."""
-    return bool(_features() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
-
-
 def check_compute(compute: str, device: str) -> None:
     """Raises RecipeError where products cannot be rounded to integers, as `--compute` asks."""
-    if compute != "auto" and (device != "cpu" or "avx2" not in _features()):
+    if compute != "auto" and (device != "cpu" or "avx2" not in cpu.features()):
         raise RecipeError(
             f"--compute {compute} is for processors that have AVX2",
             got=device if device != "cpu" else processor(),
@@ -126,7 +122,7 @@ def check_compute(compute: str, device: str) -> None:
 @functools.cache
 def processor() -> str:
     """The processor's own name, and how many of them this process may use: `AMD EPYC x 2`."""
-    models = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    models = cpu.cpuinfo("model name")
     return f"{models[0] if models else platform.processor() or platform.machine()} x {processors()}"
 
 
@@ -157,7 +153,7 @@ def _probe_file() -> Path:
 
 def _guess() -> Prices:
     """Prices of a processor nobody measured: by its number of cores and its widest instructions."""
-    lanes = 32 if "avx512f" in _features() else 16 if "avx2" in _features() else 8
+    lanes = 32 if "avx512f" in cpu.features() else 16 if "avx2" in cpu.features() else 8
     operation = 1 / (processors() * 2.5e9 * lanes * 0.8)
     rounded = {"int16": operation / 1.4, "int8": operation / 2} if lanes == 16 else {}
     return Prices(operation, 1.2e-9 / processors(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured", rounded)
@@ -179,17 +175,3 @@ def _accelerator() -> Machine | None:
     known = next((key for key in ACCELERATORS if key in words), None)
     base = named(known) if known else Machine(name, memory, "", "bfloat16", accelerator=True)
     return dataclasses.replace(base, name=name, memory=int(memory * 0.97), why="free on this accelerator")
-
-
-@functools.cache
-def _features() -> frozenset[str]:
-    """The processor's instructions in Linux's words; none where they are not told."""
-    lines = [line.partition(":")[2] for line in _cpuinfo() if line.startswith(("flags", "Features"))]
-    return frozenset(lines[0].split()) if lines else frozenset()
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return []
