@@ -2,6 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
+import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -9,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners._buffer_dict import BufferDict
 
 import hatrack
+from hatrack.adapter import rack
+from hatrack.adapter.files import name_inside
 from hatrack.base.sources import BaseFiles
 from hatrack.errors import AdapterError, BaseError, WrongBase
 
@@ -105,10 +111,70 @@ def test_switching_takes_milliseconds(trained: dict[str, Path]) -> None:
 
 
 def test_names_on_the_rack_do_as_well(trained: dict[str, Path]) -> None:
-    from hatrack.adapter import rack
-
     rack.hang("legal", trained["of-2"])
-    assert hatrack.load("legal").hats.keys() == {"of-2"}
+    assert hatrack.load("legal").hats.keys() == {"legal"}
+
+
+def test_an_adapter_may_be_called_anything(trained: dict[str, Path]) -> None:
+    """Names that torch's containers, the base or peft have for something else, and names with dots."""
+    hat = hatrack.load(trained["of-3"], dtype="float32")
+    bare, expected = _bare(hat), _scores(hat)
+    attributes = {name for kind in CONTAINERS for name in dir(kind())}
+    modules = {part for name, _ in hat.base.model.named_modules() for part in name.split(".")}
+    names = sorted(name for name in attributes | modules if re.fullmatch("[a-z][a-z_]*", name)) + PEFTS
+    assert {"train", "eval", "half", "cpu", "items", "pop", "keys", "encoder", "classifier"} <= set(names)
+    for name in names:
+        assert hat.add(trained["of-3"], name=name, prove=False) == name
+        hat.use(name)
+        assert hat.active == name and name in hat.hats
+        if name in ("train", "pop", "classifier", "v1.5"):
+            for one, other in zip(_scores(hat), expected, strict=True):
+                assert one == pytest.approx(other, abs=1e-6)
+        hat.use("of-3")
+        hat.drop(name)
+    assert _bare(hat) == bare
+
+
+PEFTS = [
+    "default",
+    "lora_A",
+    "lora",
+    "base_layer",
+    "modules_to_save",
+    "original_module",
+    "0",
+    "a-b",
+    "a_b",
+    "v1.5",
+    "A",
+]
+CONTAINERS = (torch.nn.ModuleDict, torch.nn.ParameterDict, BufferDict)
+
+
+def test_no_two_names_are_one_inside_a_model() -> None:
+    names = ["".join(letters) for length in (1, 2, 3, 4) for letters in itertools.product("a-_.", repeat=length)]
+    inside = {name_inside(name) for name in names}
+    assert len(inside) == len(names) and not any("." in name for name in inside)
+    attributes = {name for kind in CONTAINERS for name in dir(kind())}
+    assert not attributes & {name_inside(name) for name in attributes}
+
+
+def test_one_name_everywhere(trained: dict[str, Path], tmp_path: Path) -> None:
+    """After a change of name, the rack, hatrack.json, the card and what is loaded say the same."""
+    folder = shutil.copytree(trained["of-2"], tmp_path / "copied")
+    rack.hang("train", folder)
+    assert hatrack.load("train").active == hatrack.load(folder).active == "train"
+    rack.rename("train", "pop.v2")
+    content = json.loads((folder / "hatrack.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert content["name"] == "pop.v2" and "\n# pop.v2\n" in card and 'hatrack.load("pop.v2")' in card
+    assert "of-2" not in card
+    hat = hatrack.load("pop.v2")
+    assert list(hat.hats) == ["pop.v2"] == list(hatrack.load(folder).hats)
+    rack.hang("other", trained["of-3"])
+    assert hat.add("other") == "other" and hat.add(trained["of-4"]) == "of-4"
+    with pytest.raises(AdapterError, match=r"no adapter named x is attached; got pop.v2, other, of-4"):
+        hat.use("x")
 
 
 def test_what_is_not_there_is_said(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Knows nothing of training or of how answers are shown.
 
 import functools
 import math
-import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any, cast
 import torch
 from transformers import TextIteratorStreamer
 
-from hatrack.adapter.files import AdapterFiles, attach, detach, is_part_of, read_adapter
+from hatrack.adapter.files import AdapterFiles, attach, detach, name_inside, read_adapter
 from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.proof import check_proof
-from hatrack.adapter.rack import find
+from hatrack.adapter.rack import check_name, find, known_as
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.header import read_header
 from hatrack.base.lending import as_loaded, open_window, settle
@@ -83,7 +82,7 @@ class Hat:
             self._known(name)
             if self.active is None:
                 self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(name, inference_mode=True)
+            self.model.set_adapter(name_inside(name), inference_mode=True)
         self.active = name
 
     def add(
@@ -96,7 +95,8 @@ class Hat:
         """
         folder = find(adapter)
         files = read_adapter(folder)
-        name = name or _name_of(files, folder, self.model)
+        name = name or known_as(adapter, folder)
+        check_name(name)
         if name in self.hats:
             raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
         hat = _hat_of(files, folder)
@@ -109,7 +109,7 @@ class Hat:
         check_base(folder, hat.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
         before = self.active
         with as_loaded(self.base):
-            self.model = attach(self.model, folder, name, layer_classes=LAYER_CLASSES)
+            self.model = attach(self.model, folder, name_inside(name), layer_classes=LAYER_CLASSES)
         self.hats[name], self.folders[name] = hat, folder
         try:
             if prove:
@@ -127,7 +127,7 @@ class Hat:
         self._known(name)
         before = None if self.active == name else self.active
         self.use(None if len(self.hats) == 1 else next(other for other in self.hats if other != name))
-        self.model = detach(self.model, name)
+        self.model = detach(self.model, name_inside(name))
         del self.hats[name], self.folders[name]
         self._restore(before)
 
@@ -292,10 +292,10 @@ def load(
         mapped=quantize == "none" and not holds(read_header(found.folder), number_format, free_memory(there), memory),
         seed=hat.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
-    name = _name_of(files, folder, loaded.model)
+    name = known_as(several[0], folder)
     window = _window(loaded) if loaded.mapped else None
     with as_loaded(loaded):
-        model = attach(loaded.model, folder, name, layer_classes=LAYER_CLASSES)
+        model = attach(loaded.model, folder, name_inside(name), layer_classes=LAYER_CLASSES)
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
     ready.window = window
     ready.quantize = quantize
@@ -331,13 +331,6 @@ def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:
     heads = [shape[0] for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name]
     labels = [f"LABEL_{index}" for index in range(min(heads, default=0))] if task == "classify" else []
     return HatFile(name="", base={"source": base, "revision": revision}, task=task, labels=labels)
-
-
-def _name_of(files: AdapterFiles, folder: Path, model: Any) -> str:
-    """The adapter's own name, or its folder's, as peft can take it: no dots, and no part of the model's own names."""
-    name = files.hat.name if files.hat is not None and files.hat.name else folder.resolve().name
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", name)[:60] or "hat"
-    return f"{name}-hat" if is_part_of(model, name) else name
 
 
 def _answer(text: str, probabilities: list[float], labels: list[str], several: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from hatrack.errors import AdapterError, BaseError
 from hatrack.storage import new_folder, write_file
 
 WEIGHTS, PICKLE, CARD = "adapter_model.safetensors", "adapter_model.bin", "README.md"
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,140}")
 """What an adapter may be called inside a model: it becomes part of parameter names, where peft allows no dots."""
 LARGEST_HEADER = 16 * 2**20
 """Bytes: room for 100,000 tensors."""
@@ -162,6 +162,17 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
             parameter.requires_grad_(False)
     model.eval()
     return model
+
+
+def name_inside(name: str) -> str:
+    """What an adapter of this name is called inside a model, where it is a key of torch's containers and a part of
+    parameter names: no attribute of a container (`train`, `pop`), no dot, and neither a part of the base's own names
+    nor ending like one (peft compares endings). Each name has its own.
+
+    >>> name_inside("train"), name_inside("tickets-v1.5")
+    ('hat-train-', 'hat-tickets--v1-_5-')
+    """
+    return f"hat-{name.replace('-', '--').replace('.', '-_')}-"
 
 
 def detach(model: Any, name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from hatrack.errors import AdapterError, RecipeError
 from hatrack.recipe import Recipe
+from hatrack.storage import write_file
 
 HATRACK_JSON = "hatrack.json"
 FORMAT = 1
@@ -133,6 +134,15 @@ def read_hat_file(folder: Path) -> HatFile | None:
     return HatFile(**{name: value for name, value in content.items() if name in KINDS})
 
 
+def as_name(text: str) -> str:
+    """A name like `text` that an adapter may have.
+
+    >>> as_name("my adapter (2)")
+    'my-adapter--2-'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:64] or "hat"
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object. Raises AdapterError naming it."""
     try:
@@ -152,6 +162,25 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AdapterError(f"{path} must hold one object", got=type(content).__name__, fix="copy the adapter again")
     return content
+
+
+def rename_in_files(folder: Path, new: str) -> None:
+    """Writes an adapter's new name into its hatrack.json and into its card, whatever else stands there.
+
+    Raises AdapterError or MachineError where they cannot be read or written. Does nothing to adapters made elsewhere.
+    """
+    if not (folder / HATRACK_JSON).is_file():
+        return
+    content = read_object(folder / HATRACK_JSON)
+    old = content.get("name")
+    write_file(folder / HATRACK_JSON, json.dumps(content | {"name": new}, indent=2, ensure_ascii=False) + "\n")
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="surrogateescape")
+        text = text.replace(f"\n# {old}\n", f"\n# {new}\n", 1).replace(
+            f'hatrack.load("{old}")', f'hatrack.load("{new}")'
+        )
+        write_file(card, text.encode("utf-8", errors="surrogateescape"))
 
 
 def model_card(hat: HatFile, config: Mapping[str, Any]) -> str:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hatrack.adapter.hatfile import NAME, HatFile, read_hat_file, read_object
-from hatrack.errors import AdapterError
+from hatrack.adapter.hatfile import NAME, HatFile, as_name, read_hat_file, read_object, rename_in_files
+from hatrack.errors import AdapterError, HatrackError
 from hatrack.recipe import nearest
+from hatrack.say import say
 from hatrack.storage import folder_size, locked, machine_errors, write_file
 
 CONFIG = "adapter_config.json"
@@ -72,14 +73,32 @@ def hats() -> list[Hanging]:
     return [_hanging(name) for name in _names()]
 
 
+def known_as(adapter: str | Path, folder: Path) -> str:
+    """An adapter's name, the same everywhere: on the rack the one it was asked for by, or the one its `folder` hangs
+    under; else the one in its hatrack.json, else its folder's."""
+    if NAME.fullmatch(str(adapter)) and _target(str(adapter)) == folder.resolve():
+        return str(adapter)
+    hat = read_hat_file(folder)
+    own = as_name(hat.name if hat and hat.name else folder.resolve().name)
+    on_rack = [name for name in _names() if _target(name) == folder.resolve()]
+    return own if own in on_rack or not on_rack else on_rack[0]
+
+
 def rename(old: str, new: str) -> None:
-    """Gives an adapter another name on the rack; its folder stays. Raises AdapterError where `new` is taken."""
+    """Gives an adapter another name, on the rack and in its hatrack.json and card; its folder stays.
+
+    Raises AdapterError where `new` is taken.
+    """
     with _writing():
         folder = _folder(old)
         if _pointer(new).exists():
             raise AdapterError(f"the name {new} is taken on the rack", got=_folder(new), fix="choose another one")
         _hang(new, folder)
         _pointer(old).unlink(missing_ok=True)
+    try:
+        rename_in_files(folder, new)
+    except HatrackError as error:
+        say(f"the name in its files stays: {error}")
 
 
 def take_down(name: str, *, delete_files: bool = False) -> None:
@@ -118,10 +137,23 @@ def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
             )
 
 
-def _pointer(name: str) -> Path:
+def check_name(name: str) -> None:
+    """Raises AdapterError where an adapter may not be called that."""
     if not NAME.fullmatch(name):
         raise AdapterError("that is no name", got=repr(name), fix="letters, digits, '.', '_' and '-', at most 64")
+
+
+def _pointer(name: str) -> Path:
+    check_name(name)
     return _rack() / f"{name}.json"
+
+
+def _target(name: str) -> Path | None:
+    """The folder that a name on the rack points to, there or not; None where nothing hangs under it."""
+    try:
+        return Path(str(read_object(_pointer(name)).get("folder"))).resolve()
+    except AdapterError:
+        return None
 
 
 def _names() -> list[str]:

@@ -53,16 +53,17 @@ def print_table(rows: list[list[str]]) -> None:
 def show(adapter: Name, as_json: Json = False) -> None:
     """Show one adapter: what it was made from, how well it does, where it lies."""
     from hatrack.adapter.files import read_adapter
-    from hatrack.adapter.rack import find
+    from hatrack.adapter.rack import find, known_as
 
     folder = find(adapter)
     files = read_adapter(folder)
-    hat = dataclasses.asdict(files.hat) if files.hat else None
+    name = known_as(adapter, folder)
+    hat = dataclasses.asdict(files.hat) | {"name": name} if files.hat else None
     if as_json:
-        print(json.dumps({"folder": str(folder), "config": files.config, "hat": hat}, default=str))
+        print(json.dumps({"name": name, "folder": str(folder), "config": files.config, "hat": hat}, default=str))
         return
-    for name, value in _facts(folder, files.config, hat or {}).items():
-        print(f"{name:<10} {value}")
+    for fact, value in _facts(name, folder, files.config, hat or {}).items():
+        print(f"{fact:<10} {value}")
 
 
 def add(
@@ -72,10 +73,11 @@ def add(
 ) -> None:
     """Hang an adapter on the rack, where it lies."""
     from hatrack.adapter.files import read_adapter
+    from hatrack.adapter.hatfile import as_name
     from hatrack.adapter.rack import hang
 
     files = read_adapter(folder)
-    name = name or (files.hat.name if files.hat else folder.resolve().name)
+    name = name or as_name(files.hat.name if files.hat and files.hat.name else folder.resolve().name)
     hang(name, folder)
     _done({"name": name, "folder": str(folder)}, f"{name} hangs on the rack", as_json)
 
@@ -114,15 +116,17 @@ def age(created: str | None) -> str:
     return "now"
 
 
-def _facts(folder: Path, config: dict[str, Any], hat: dict[str, Any]) -> dict[str, str]:
+def _facts(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any]) -> dict[str, str]:
     """The lines of `hatrack show`."""
     from hatrack.storage import folder_size
 
-    facts = {"name": hat.get("name") or folder.name, "folder": f"{folder} ({size(folder_size(folder))})"}
+    facts = {"name": name, "folder": f"{folder} ({size(folder_size(folder))})"}
     base = hat.get("base") or {}
     facts["base"] = str(base.get("source") or config.get("base_model_name_or_path"))
     facts["adapter"] = f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}"
     targets = config.get("target_modules") or []
+    if isinstance(targets, str):  # a regular expression, or all-linear: whole
+        targets = [targets]
     facts["targets"] = ", ".join(targets[:8]) + (f" and {len(targets) - 8} more" if len(targets) > 8 else "")
     if hat:
         facts["task"] = hat["task"] + (f": {', '.join(hat['labels'])}" if hat["labels"] else "")
