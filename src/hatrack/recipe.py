@@ -140,6 +140,9 @@ class Recipe(BaseModel):
     bad_rows: Literal["refuse", "skip"] = option(
         "refuse", "Rows that cannot be learned from: refuse to start, or leave them out.", group="Data"
     )
+    merge_labels: bool = option(
+        False, "Take labels that differ only in spelling (Yes, yes) for one: the commonest spelling.", group="Data"
+    )
 
     r: int = option(8, "Rank of the adapter: its width.", group="Adapter", word="N", ge=1, fix="try 8")
     alpha: float | None = option(

@@ -74,3 +74,12 @@ def size(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
         count /= 1024
     return f"{count:,.1f} GiB"
+
+
+def counted(rows: int) -> str:
+    """How many rows, in words.
+
+    >>> counted(1), counted(1200)
+    ('a row', '1,200 rows')
+    """
+    return f"{rows:,} rows" if rows != 1 else "a row"

@@ -5,7 +5,6 @@ Knows nothing of tokens or models.
 
 import hashlib
 import json
-import math
 import random
 import unicodedata
 from collections import Counter, defaultdict
@@ -13,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hatrack.data import labels
 from hatrack.data.columns import find_columns
+from hatrack.data.labels import Label
 from hatrack.data.read import Rows, read_rows
-from hatrack.data.values import Bad, Label, read_example
+from hatrack.data.values import Bad, read_example
 from hatrack.errors import DataError, short
 from hatrack.recipe import Recipe
-from hatrack.say import say
+from hatrack.say import counted, say
 
-EMPTY_LIST = "a list"
 PLAIN = {"role", "content"}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 
@@ -83,7 +83,11 @@ class _Part:
 def read_examples(recipe: Recipe) -> Examples:
     """The examples of the files that a recipe names. Raises DataError, see `prepare`."""
     rows = read_rows(str(recipe.data))
-    return prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+    examples = prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+    if examples.labels:
+        counts = Counter(index for e in (*examples.train, *examples.held_out) for index in _indices(e.label))
+        say(f"classes{' (several a row)' if examples.multi_label else ''}: {labels.listed(examples.labels, counts)}")
+    return examples
 
 
 def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:
@@ -97,18 +101,17 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
     if eval_rows is not None:
         find_columns(recipe.changed(task=task, **columns), eval_rows.columns, eval_rows.source)
         parts.append(_read(eval_rows, task, columns))
-    parts = [_without_duplicates(_with_one_type(part)) for part in parts]
-    labels: list[str] = []
+    classes: list[str] = []
     multi_label = False
     if task == "classify":
-        parts[0] = _without_lone_labels(parts[0])
-        labels, multi_label = _labels(parts[0])
-        parts = [_indexed(part, labels, multi_label) for part in parts]
+        parts, classes, multi_label = _with_classes(parts, merge=recipe.merge_labels)
+    else:
+        parts = [_without_duplicates(part) for part in parts]
     _refuse_or_skip(parts, recipe.bad_rows)
     if task == "classify":
-        _check_classes(parts[0], labels, multi_label)
+        _check_classes(parts[0], classes, multi_label)
     if len(parts) == 2:
-        train, held_out = _without_leaks(parts[0], parts[1], labels), parts[1].examples
+        train, held_out = _without_leaks(parts[0], parts[1], classes), parts[1].examples
     else:
         train, held_out = split(parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label)
     if not train or not held_out:
@@ -117,7 +120,7 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
             got=f"{len(train)} and {len(held_out)}",
             fix="give it at least 2 different rows",
         )
-    return Examples(task, train, held_out, labels, multi_label, columns, _digest(train, held_out, labels))
+    return Examples(task, train, held_out, classes, multi_label, columns, _digest(train, held_out, classes))
 
 
 def split(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:
@@ -153,109 +156,53 @@ def _read(rows: Rows, task: str, columns: dict[str, str]) -> _Part:
     return _Part(rows.source, columns.get("label", ""), examples, names, bad)
 
 
-def _with_one_type(part: _Part) -> _Part:
-    """Complains of labels whose type is not that of most: 1 among "1"s is a mistake, and nobody can tell which."""
-    kinds = [_kind(name) for name in part.names]
-    ranked = [kind for kind, _ in Counter(kinds).most_common()]
-    if len(ranked) < 2:
-        return part
-    usual = ranked[0]
-    if usual == EMPTY_LIST:  # fits lists of anything, so it does not say what the labels are
-        usual = next((kind for kind in ranked if kind.startswith("a list of")), EMPTY_LIST)
-    fits = {usual, EMPTY_LIST} if usual.startswith("a list") else {usual}
-    odd = [
-        Bad(example.row, f"mixed types in the labels: {short(name)} is {kind}, most are {usual}", part.label_column)
-        for example, name, kind in zip(part.examples, part.names, kinds, strict=True)
-        if kind not in fits
+def _with_classes(parts: list[_Part], *, merge: bool) -> tuple[list[_Part], list[str], bool]:
+    """The parts with their labels as indices of the classes of the training rows; these classes, and whether a row may
+    have several. Raises DataError where a column of labels is no column of classes."""
+    parts = [_without(part, labels.mixed_types(part.names, merge=merge)) for part in parts]
+    train = parts[0]
+    labels.refuse_vectors(train.names, train.source, train.label_column)
+    labels.refuse_scores(train.names, train.source, train.label_column)
+    spelling = labels.one_spelling(train.names, train.source, train.label_column, merge=merge)
+    train = _without_duplicates(_respelled(train, spelling))
+    while any(complaints := labels.seen_once(train.names)):  # leaving one out may leave another label alone
+        train = _without(train, complaints)
+    classes, multi_label = labels.class_names(train.names)
+    held_out = [_respelled(part, labels.as_in_training(part.names, classes) if merge else {}) for part in parts[1:]]
+    parts = [train, *map(_without_duplicates, held_out)]
+    return [_indexed(part, classes, multi_label) for part in parts], classes, multi_label
+
+
+def _respelled(part: _Part, spelling: dict[str, str]) -> _Part:
+    return replace(part, names=labels.respelled(part.names, spelling))
+
+
+def _indexed(part: _Part, classes: list[str], multi_label: bool) -> _Part:
+    """Label names become indices. Complains of labels that are not among `classes`."""
+    part = _without(part, labels.unknown(part.names, classes, multi_label))
+    index = {name: position for position, name in enumerate(classes)}
+    found = [tuple(sorted({index[item] for item in labels.items(name)})) for name in part.names]
+    examples = [
+        replace(example, label=several if multi_label else several[0])
+        for example, several in zip(part.examples, found, strict=True)
     ]
-    return _keep(part, [kind in fits for kind in kinds], odd)
+    return replace(part, examples=examples)
 
 
-def _kind(name: object) -> str:
-    """The type of a label in words; of a list, with the types of what is in it."""
-    if isinstance(name, list):
-        inside = sorted({_kind(item) for item in name})
-        return f"a list of {' and '.join(inside)}" if inside else EMPTY_LIST
-    if isinstance(name, bool):  # before numbers: Python takes True for 1
-        return "true or false"
-    return "text" if isinstance(name, str) else "a number" if isinstance(name, int | float) else type(name).__name__
-
-
-def _labels(part: _Part) -> tuple[list[str], bool]:
-    """The label names in order (numbers by value, words by the alphabet), and whether a row may have several."""
-    several = any(isinstance(name, list) for name in part.names)
-    # Sorted as text first: a set has another order in every process, and "1" and "1.0" are equal as numbers
-    found = sorted({item for name in part.names for item in _items(name)})
-    return sorted(found, key=float) if all(_is_number(item) for item in found) else found, several
-
-
-def _is_number(item: str) -> bool:
-    """Whether a label is a number with a place among others; "nan" is one that has none."""
-    try:
-        return math.isfinite(float(item))
-    except ValueError:
-        return False
-
-
-def _shown(item: object) -> str:
-    """A label as text: `true` for True, `1` for 1.0."""
-    if isinstance(item, bool):
-        return str(item).lower()
-    return str(int(item)) if isinstance(item, float) and item.is_integer() else str(item)
-
-
-def _without_lone_labels(part: _Part) -> _Part:
-    """Complains of rows whose label no other row has; leaving one out may leave another label alone."""
-    while True:
-        counts = Counter(item for name in part.names for item in set(_items(name)))
-        lone = [next((item for item in _items(name) if counts[item] == 1), None) for name in part.names]
-        bad = [
-            Bad(
-                example.row,
-                f"label {short(item)} is seen only once, so it cannot be learned and scored",
-                part.label_column,
-            )
-            for example, item in zip(part.examples, lone, strict=True)
-            if item is not None
-        ]
-        if not bad:
-            return part
-        part = _keep(part, [item is None for item in lone], bad)
-
-
-def _items(name: Label) -> list[str]:
-    """The labels of one row as text."""
-    return [_shown(item) for item in (name if isinstance(name, list) else [name])]
-
-
-def _indexed(part: _Part, labels: list[str], multi_label: bool) -> _Part:
-    """Label names become indices. Complains of labels that are not among `labels`."""
-    index = {name: position for position, name in enumerate(labels)}
-    bad, good, examples = [], [], []
-    for example, name in zip(part.examples, part.names, strict=True):
-        unknown = [item for item in _items(name) if item not in index]
-        problem = ""
-        if unknown:
-            problem = f"label {short(unknown[0])} does not occur in the training rows"
-        elif isinstance(name, list) and not multi_label:
-            problem = f"several labels ({len(name)}), where the training rows have one each"
-        if problem:
-            bad.append(Bad(example.row, problem, part.label_column))
-        good.append(not problem)
-        found = tuple(sorted({index[item] for item in _items(name) if item in index}))
-        examples.append(replace(example, label=found if multi_label else found[0] if found else None))
-    return _keep(replace(part, examples=examples), good, bad)
+def _without(part: _Part, complaints: list[str]) -> _Part:
+    """Without the rows whose label there is a complaint of: one a row, "" where it is fine."""
+    bad = [
+        Bad(example.row, words, part.label_column)
+        for example, words in zip(part.examples, complaints, strict=True)
+        if words
+    ]
+    return _keep(part, [not words for words in complaints], bad)
 
 
 def _keep(part: _Part, good: list[bool], bad: list[Bad]) -> _Part:
     examples = [example for example, fine in zip(part.examples, good, strict=True) if fine]
     names = [name for name, fine in zip(part.names, good, strict=True) if fine]
     return replace(part, examples=examples, names=names, bad=[*part.bad, *bad])
-
-
-def counted(rows: int) -> str:
-    """How many rows, in words: `a row`, `1,200 rows`."""
-    return f"{rows:,} rows" if rows > 1 else "a row"
 
 
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
@@ -279,15 +226,15 @@ def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
             raise DataError(f"{part.source} has no row to learn from", got="0 rows", fix="give it at least 2")
 
 
-def _check_classes(part: _Part, labels: list[str], multi_label: bool) -> None:
+def _check_classes(part: _Part, classes: list[str], multi_label: bool) -> None:
     used = {example.label for example in part.examples}
     if not multi_label and len(used) < 2:
         raise DataError(
             f"{part.source} has only one class",
-            got=labels[0] if labels else "none",
+            got=classes[0] if classes else "none",
             fix="give it rows of at least two labels",
         )
-    if multi_label and not labels:
+    if multi_label and not classes:
         raise DataError(f"{part.source} has no labels at all", got="empty lists", fix="put labels in the lists")
 
 
@@ -297,7 +244,7 @@ def _without_duplicates(part: _Part) -> _Part:
     conflicting = 0
     for index, example in enumerate(part.examples):
         earlier = first.setdefault(_key(example), index)
-        conflicting += set(_items(part.names[earlier])) != set(_items(part.names[index]))
+        conflicting += set(labels.items(part.names[earlier])) != set(labels.items(part.names[index]))
     dropped = len(part.examples) - len(first)
     if dropped:
         say(f"{part.source}: {dropped:,} duplicate rows dropped")
@@ -307,14 +254,14 @@ def _without_duplicates(part: _Part) -> _Part:
     return _keep(part, [index in kept for index in range(len(part.examples))], [])
 
 
-def _without_leaks(train: _Part, held_out: _Part, labels: list[str]) -> list[Example]:
+def _without_leaks(train: _Part, held_out: _Part, classes: list[str]) -> list[Example]:
     """The training rows that are not scored. Raises DataError where a label has no row left."""
     scored = {_key(example) for example in held_out.examples}
     kept = [example for example in train.examples if _key(example) not in scored]
     if len(kept) < len(train.examples):
         say(f"{len(train.examples) - len(kept):,} training rows dropped that are also in {held_out.source}")
     left = {item for example in kept for item in _indices(example.label)}
-    gone = [name for index, name in enumerate(labels) if index not in left]
+    gone = [name for index, name in enumerate(classes) if index not in left]
     if gone and kept:
         raise DataError(
             f"every training row of label {short(gone[0])} is also in {held_out.source}",
@@ -342,7 +289,7 @@ def _key(example: Example) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _digest(train: list[Example], held_out: list[Example], labels: list[str]) -> str:
+def _digest(train: list[Example], held_out: list[Example], classes: list[str]) -> str:
     content = [[example.content for example in part] for part in (train, held_out)]
-    text = json.dumps([content, labels], ensure_ascii=False)
+    text = json.dumps([content, classes], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from hatrack.data.examples import Example, counted
+from hatrack.data.examples import Example
 from hatrack.data.template import render_chat
 from hatrack.errors import DataError, MachineError, RecipeError
-from hatrack.say import say, say_once
+from hatrack.say import counted, say, say_once
 from hatrack.storage import cache_dir, new_folder
 
 CACHE_FORMAT = 3

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hatrack.data.labels import Label, encodable, read_label
 from hatrack.errors import short
-
-Label = str | int | float | bool | list[Any]
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 ROLES = ("system", "user", "assistant", "tool")
@@ -47,11 +46,10 @@ def read_example(
         return {"text": texts["prompt"], "completion": texts["completion"]}, ""
     if task != "classify":
         return {"text": texts["text"]}, ""
-    label = _label(row.get(columns["label"]))
-    if label is None:
-        return Bad(number, "the label is empty", columns["label"])
-    if isinstance(label, dict):
-        return Bad(number, "the label is not a word, a number or a list of them", columns["label"])
+    try:
+        label = read_label(row.get(columns["label"]))
+    except ValueError as error:
+        return Bad(number, str(error), columns["label"])
     return {"text": texts["text"]}, label
 
 
@@ -60,42 +58,9 @@ def _text_problem(value: object) -> str:
         return "the text is missing"
     if not isinstance(value, str):
         return f"mixed types: {type(value).__name__} where text was expected"
-    if not _encodable(value):
+    if not encodable(value):
         return "the text holds half a character (a lone surrogate)"
     return "" if value.strip() else "the text is empty"
-
-
-def _encodable(text: str) -> bool:
-    """Whether tokenizers can take a text: JSON can spell halves of characters, which no encoding has."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _label(value: Any) -> Any:
-    """The label as a value; None where there is none, {} where it is nothing that can be one.
-
-    A cell that holds a JSON list means several labels.
-    """
-    if isinstance(value, str):
-        value = value.strip()
-        if value.startswith("[") and value.endswith("]"):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return value
-        elif not value:
-            return None
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, list):
-        items = [_label(item) for item in value]
-        return {} if any(item is None or isinstance(item, list | dict) for item in items) else items
-    if isinstance(value, bytes | dict) or (isinstance(value, str) and not _encodable(value)):
-        return {}
-    return value
 
 
 def _messages(value: Any) -> tuple[dict[str, Any], ...] | str:
@@ -121,7 +86,7 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...] | str:
             return f"message {index} has the role {short(role)}, not one of {', '.join(ROLES)}"
         if not isinstance(content, str):
             return f"message {index} has no text as its content"
-        if not _encodable(content):
+        if not encodable(content):
             return f"message {index} holds half a character (a lone surrogate)"
         turns.append({"role": str(role), "content": content})
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):

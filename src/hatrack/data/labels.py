@@ -1,0 +1,329 @@
+"""Labels: a cell -> one label or a list of them, and all labels of a column -> the classes to learn.
+
+A column is refused where its values are no classes (0/1 vectors, scores), and where one class is spelled in several
+ways. Knows nothing of texts, files or splits: a column of labels comes as a list, one entry a row.
+"""
+
+import ast
+import json
+import math
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from hatrack.errors import DataError, short
+from hatrack.recipe import flag
+from hatrack.say import counted, say, say_once
+
+Label = str | int | float | bool | list[Any]
+
+EMPTY_LIST = "a list"
+SHOWN_CLASSES = 20
+MISSING = {"none", "null", "nan", "na", "n/a", "<na>", "nil"}
+"""How programs write that there is no value. One of them alone may be a class; two of them are one class."""
+
+BRACKETS = {"[": "]", "(": ")", "{": "}"}
+PYTHON_ITEM = r"""(?:'(?:[^'\\]|\\['"\\nrtxuU])*'|"(?:[^"\\]|\\['"\\nrtxuU])*"|[+-]?\d[\d.]*|True|False)"""
+PYTHON_LIST = re.compile(rf"[\[({{]\s*{PYTHON_ITEM}(?:\s*,\s*{PYTHON_ITEM})*\s*,?\s*[\])}}]")
+"""Lists, tuples and sets as Python prints them. Without a comma between them, Python would join two texts into one."""
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.IGNORECASE)
+BITS = re.compile(r"(?:0|1|true|false)(?:\.0*)?(?:[\s,;|]+(?:0|1|true|false)(?:\.0*)?)+", re.IGNORECASE)
+
+
+def read_label(value: Any) -> Label:
+    """The label in a cell: text (without the spaces around it), a number, true or false, or a list of these.
+
+    A list may also be written as text, in JSON or as Python prints it. Raises ValueError, in words for a row's
+    complaint, where there is no label or it cannot be one.
+    """
+    if isinstance(value, str):
+        value = value.strip()
+        if _looks_like_list(value):
+            value = _list_in(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise ValueError("the label is empty")
+    if isinstance(value, str) and _key(value) == "":  # spaces, or nothing that can be seen
+        raise ValueError("the label is empty")
+    if isinstance(value, list):
+        return [_item(item) for item in value]
+    if isinstance(value, bytes | dict) or (isinstance(value, str) and not encodable(value)):
+        raise ValueError("the label is not a word, a number or a list of them")
+    label: Label = value
+    return label
+
+
+def _item(value: Any) -> Label:
+    try:
+        item = read_label(value)
+    except ValueError:
+        item = []
+    if isinstance(item, list):  # a list in a list, or nothing at all
+        raise ValueError("the label is not a word, a number or a list of them")
+    return item
+
+
+def _looks_like_list(text: str) -> bool:
+    """Whether a text is in brackets. Round and curly ones are part of many a name: those need a comma or a quote."""
+    if not text or BRACKETS.get(text[0]) != text[-1]:
+        return False
+    return text[0] == "[" or any(mark in text for mark in (",", "'", '"'))
+
+
+def _list_in(text: str) -> list[Any]:
+    """The list that a text spells. Raises ValueError where it is neither JSON nor what Python prints."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, list):
+        return found
+    if found is None and PYTHON_LIST.fullmatch(text):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # 1.2.3 or 01, which are no numbers
+            found = None
+    if found is None:
+        raise ValueError('the label looks like a list, but is not one in JSON, such as ["a", "b"]')
+    say_once("labels such as ['a', 'b'] are read as lists, as Python prints them")
+    return (
+        sorted(found, key=str)
+        if isinstance(found, set)
+        else list(found)
+        if isinstance(found, tuple | list)
+        else [found]
+    )
+
+
+def encodable(text: str) -> bool:
+    """Whether a text can be written down: JSON can spell halves of characters, which no encoding has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def items(label: Label) -> list[str]:
+    """The labels of one row as text: `true` for True, `1` for 1.0."""
+    return [_shown(item) for item in (label if isinstance(label, list) else [label])]
+
+
+def _shown(item: object) -> str:
+    if isinstance(item, bool):
+        return str(item).lower()
+    return str(int(item)) if isinstance(item, float) and item.is_integer() else str(item)
+
+
+def mixed_types(labels: Sequence[Label], *, merge: bool = False) -> list[str]:
+    """A complaint for each label whose type is not that of most, "" for the others.
+
+    1 among "1"s is a mistake, and nobody can tell which; with `merge` both are the label 1.
+    """
+    kinds = [_kind(label, merge) for label in labels]
+    ranked = [kind for kind, _ in Counter(kinds).most_common()]
+    if len(ranked) < 2:
+        return [""] * len(labels)
+    usual = ranked[0]
+    if usual == EMPTY_LIST:  # fits lists of anything, so it does not say what the labels are
+        usual = next((kind for kind in ranked if kind.startswith("a list of")), EMPTY_LIST)
+    fits = {usual, EMPTY_LIST} if usual.startswith("a list") else {usual}
+    return [
+        "" if kind in fits else f"mixed types in the labels: {short(label)} is {kind}, most are {usual}"
+        for label, kind in zip(labels, kinds, strict=True)
+    ]
+
+
+def _kind(label: object, merge: bool) -> str:
+    """The type of a label in words; of a list, with the types of what is in it."""
+    if isinstance(label, list):
+        inside = sorted({_kind(item, merge) for item in label})
+        return f"a list of {' and '.join(inside)}" if inside else EMPTY_LIST
+    if isinstance(label, str) or merge:
+        return "text"
+    if isinstance(label, bool):  # before numbers: Python takes True for 1
+        return "true or false"
+    return "a number" if isinstance(label, int | float) else type(label).__name__
+
+
+def refuse_vectors(labels: Sequence[Label], source: str, column: str) -> None:
+    """Raises DataError where most labels are lists with a number for each class: which of them hold, or scores."""
+    given = [label for label in labels if label != []]
+    vectors = [vector for label in given if (vector := _vector(label))]
+    if 2 * len(vectors) <= len(given):
+        return
+    length, rows = Counter(map(len, vectors)).most_common(1)[0]
+    equally_long = length > 1 and 2 * rows > len(vectors)
+    repeating = sum(len(set(vector)) < len(vector) for vector in vectors)  # a list of labels names each once
+    inside = {number for vector in vectors for number in vector}
+    if inside <= {0, 1} and (equally_long or repeating):
+        kind = "lists of 0 and 1, a place for each class, and the classes have no names"
+    elif equally_long and (2 * repeating > len(vectors) or not all(map(_is_whole, inside))):
+        kind = "lists of numbers, one for each class, which cannot be learned"
+    else:
+        return
+    raise DataError(
+        f"{source}, column {column}: the labels are {kind}",
+        got=f"{short(given[0])} in the first row",
+        fix='give each row the list of its labels, such as ["sports", "politics"] or [0, 2]',
+        gotcha="labels-are-vectors",
+    )
+
+
+def refuse_scores(labels: Sequence[Label], source: str, column: str) -> None:
+    """Raises DataError where most labels are numbers that no other row has."""
+    counts = Counter(_shown(label) for label in labels if not isinstance(label, list))
+    alone = sum(count == 1 and _number(text) is not None for text, count in counts.items())
+    if len(counts) > 2 and 2 * alone > len(labels):
+        raise DataError(
+            f"{source}, column {column}: the labels are numbers, nearly all different; these look like scores, "
+            "and only classes can be learned",
+            got=f"{len(counts):,} different labels in {len(labels):,} rows",
+            fix=f"name a column of classes with {flag('label')}, or write a class for each range of scores",
+            gotcha="labels-are-scores",
+        )
+
+
+def _is_whole(number: Decimal) -> bool:
+    return number == number.to_integral_value()
+
+
+def _vector(label: Label) -> list[Decimal]:
+    """The numbers of a list of numbers, true and false, or of a text such as `1 0 0` or `100`; else nothing."""
+    if isinstance(label, list):
+        words = items(label)
+    elif isinstance(label, str) and BITS.fullmatch(label):
+        words = re.split(r"[\s,;|]+", label)
+    elif isinstance(label, str) and re.fullmatch(r"[01]{3,}", label):
+        words = list(label) if label[0] == "0" else []
+    else:
+        return []
+    numbers = [_number({"true": "1", "false": "0"}.get(word.lower(), word)) for word in words]
+    found = [number for number in numbers if number is not None]
+    return found if len(found) == len(words) else []
+
+
+def _number(text: str) -> Decimal | None:
+    """The exact value of a number's text: floats would take 2^53 + 1 for 2^53."""
+    try:
+        return Decimal(text) if NUMBER.fullmatch(text) else None
+    except InvalidOperation:
+        return None
+
+
+def one_spelling(labels: Sequence[Label], source: str, column: str, *, merge: bool) -> dict[str, str]:
+    """Each label that is spelled in several ways -> its commonest spelling.
+
+    Raises DataError with the spellings and how often each occurs where there are any, unless they are to be merged,
+    which is said.
+    """
+    counts = Counter(item for label in labels for item in items(label))
+    alike: dict[object, list[str]] = defaultdict(list)
+    for item, key in _keys(counts).items():
+        alike[key].append(item)
+    groups = [sorted(group, key=lambda item: -counts[item]) for group in alike.values() if len(group) > 1]
+    if not groups:
+        return {}
+    listed = [" and ".join(f"{short(item)} ({counted(counts[item])})" for item in group) for group in groups]
+    if not merge:
+        raise DataError(
+            f"{source}, column {column}: labels that differ in spelling only",
+            fix=f"spell them alike, or add {flag('merge_labels')}, which keeps the commonest spelling",
+            gotcha="labels-spelled-twice",
+            complaints=listed,
+        )
+    for group, line in zip(groups, listed, strict=True):
+        say(f"labels merged: {line} are {short(group[0])}")
+    return {item: group[0] for group in groups for item in group}
+
+
+def _keys(found: Collection[str]) -> dict[str, object]:
+    """What labels are equal by: not their case, spaces, form of numbers and of Unicode, or word for "no value"."""
+    keys: dict[str, object] = {item: _key(item) for item in found}
+    truth = {Decimal(1): "true", Decimal(0): "false"}
+    if set(keys.values()) <= {*truth, *truth.values()}:  # 1 is true only where there is nothing else
+        return {item: truth.get(key, key) if isinstance(key, Decimal) else key for item, key in keys.items()}
+    return keys
+
+
+def _key(item: str) -> Decimal | str:
+    plain = unicodedata.normalize("NFKC", item).casefold()
+    visible = (letter for letter in plain if unicodedata.category(letter) != "Cf" and letter not in "\ufe0e\ufe0f")
+    spaced = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in visible)
+    text = unicodedata.normalize("NFKC", " ".join(spaced.split()))
+    number = _number(text)
+    return "none" if text in MISSING else text if number is None else number
+
+
+def respelled(labels: Sequence[Label], spelling: Mapping[str, str]) -> list[Label]:
+    """The labels as text, each in the one spelling that was chosen for it."""
+    return [
+        [spelling.get(item, item) for item in items(label)]
+        if isinstance(label, list)
+        else spelling.get(_shown(label), _shown(label))
+        for label in labels
+    ]
+
+
+def as_in_training(labels: Sequence[Label], classes: Sequence[str]) -> dict[str, str]:
+    """Each label of held-out rows that a class is another spelling of -> that class."""
+    found = {item for label in labels for item in items(label)} - set(classes)
+    keys = _keys({*found, *classes})
+    known = {keys[name]: name for name in classes}
+    return {item: known[keys[item]] for item in sorted(found) if keys[item] in known}
+
+
+def class_names(labels: Sequence[Label]) -> tuple[list[str], bool]:
+    """The classes in order (numbers by value, words by the alphabet), and whether a row may have several."""
+    several = any(isinstance(label, list) for label in labels)
+    found = sorted({item for label in labels for item in items(label)})  # a set has another order in every process
+    numbers = {item: _number(item) for item in found}
+    if all(number is not None for number in numbers.values()):
+        found.sort(key=lambda item: numbers[item] or Decimal(0))
+    return found, several
+
+
+def seen_once(labels: Sequence[Label]) -> list[str]:
+    """A complaint for each row whose label no other row has, "" for the others."""
+    counts = Counter(item for label in labels for item in set(items(label)))
+    alone = [next((item for item in items(label) if counts[item] == 1), None) for label in labels]
+    return [
+        "" if item is None else f"label {short(item)} is seen only once, so it cannot be learned and scored"
+        for item in alone
+    ]
+
+
+def unknown(labels: Sequence[Label], classes: Sequence[str], multi_label: bool) -> list[str]:
+    """A complaint for each row with a label that is not among `classes`, "" for the others."""
+    known, spelled = set(classes), as_in_training(labels, classes)
+    found = []
+    for label in labels:
+        item = next((item for item in items(label) if item not in known), None)
+        if item is not None and item in spelled:
+            alike = f"spelled {short(spelled[item])} in the training rows ({flag('merge_labels')} takes it for that)"
+            found.append(f"label {short(item)} is {alike}")
+        elif item is not None:
+            found.append(f"label {short(item)} does not occur in the training rows")
+        elif (vector := _vector(label)) and len(set(vector)) < len(vector):
+            found.append("the label looks like a list with a number for each class, not a list of classes")
+        elif isinstance(label, list) and not multi_label:
+            found.append(f"several labels ({len(label)}), where the training rows have one each")
+        else:
+            found.append("")
+    return found
+
+
+def listed(classes: Sequence[str], counts: Mapping[int, int]) -> str:
+    """Every class (20 at most, the commonest first) with its number of rows: `good (12), bad (8)`."""
+    ranked = sorted(range(len(classes)), key=lambda index: -counts[index])
+    shown = [f"{_plain(classes[index])} ({counts[index]:,})" for index in ranked[:SHOWN_CLASSES]]
+    more = len(ranked) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+
+
+def _plain(name: str) -> str:
+    """A class name as it is, or in quotes where it would be misread in a list."""
+    return name if re.fullmatch(r"[\w.+-]([\w .+-]{0,38}[\w.+-])?", name) else short(name)
