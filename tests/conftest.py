@@ -18,6 +18,7 @@ from transformers import (
 
 from hatrack import cpu
 from hatrack.base import packed
+from hatrack.errors import Words
 
 WORDS = [
     "good",
@@ -88,6 +89,12 @@ def own_rack(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 def turns(*pairs: tuple[str, str]) -> tuple[dict[str, Any], ...]:
     """(role, content) each, as the messages of an example."""
     return tuple({"role": role, "content": content} for role, content in pairs)
+
+
+@pytest.fixture(autouse=True)
+def flags_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name options as at the command line; tests/test_words.py looks at Python's words."""
+    monkeypatch.setattr(Words, "flags", True)
 
 
 def tiny_tokenizer(chat: bool) -> PreTrainedTokenizerFast:

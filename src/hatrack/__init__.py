@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hatrack.errors import HatrackError
+from hatrack.errors import HatrackError, RecipeError
 from hatrack.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -34,19 +34,30 @@ _LATER = {
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda told: "gemm_4bit_forward" not in str(told.msg))
 
 
-def train(recipe: Recipe | str | Path | None = None, /, **options: Any) -> "Hat":
+def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **options: Any) -> "Hat":
     """Trains an adapter from a recipe, the path of one, or options by name; options win.
 
-    Returns it ready to use. Raises HatrackError, see `hatrack.errors`.
+    `data` and `eval_data` may be paths, lists of rows (one dict each), DataFrames or `datasets.Dataset`s. `like`, a
+    folder or a name on the rack, repeats the run of that adapter with the options given changed.
+    Returns the adapter on its base, ready to use. Raises HatrackError, see `hatrack.errors`.
     """
-    if isinstance(recipe, str | Path):
-        recipe = Recipe.read(recipe, **options)
-    elif recipe is None:
-        recipe = Recipe.make(**options)
-    elif options:
-        recipe = recipe.changed(**options)
+    made = _recipe(recipe, options, like)
     run = importlib.import_module("hatrack.engine.train").train
-    return run(recipe)  # type: ignore[no-any-return]
+    return run(made)  # type: ignore[no-any-return]
+
+
+def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: str | Path | None = None) -> Recipe:
+    """One recipe of all that was given; rows in memory are kept in a file."""
+    for name in ("data", "eval_data"):
+        if not isinstance(options.get(name), str | Path | None):
+            options = options | {name: importlib.import_module("hatrack.data.given").file_of(options[name])}
+    if like is not None:
+        if recipe is not None:
+            raise RecipeError("a recipe and `like` exclude each other", got=f"{recipe!r}, {like}", fix="keep one")
+        return importlib.import_module("hatrack.engine.repeat").recipe_like(like, **options)  # type: ignore[no-any-return]
+    if isinstance(recipe, str | Path):
+        return Recipe.read(recipe, **options)
+    return recipe.changed(**options) if recipe is not None else Recipe.make(**options)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ HatrackError                  exit 2: the input was wrong, or was refused
 └── Interrupted                 exit 130: stopped by the person, with a checkpoint saved
 """
 
+import re
 import reprlib
 from collections.abc import Sequence
 
@@ -20,6 +21,18 @@ LONGEST = 2000
 """Characters of a part of a message: names and values in it come from files, and may be of any length."""
 ONE_LINE = dict.fromkeys([*range(32), 127], " ")
 """Control characters, as in names from strangers' files: none reaches a terminal."""
+
+SWITCHES = {"no_proof": "prove=False"}
+SWITCHES |= {name: f"{name}=True" for name in ("resume", "force", "overwrite", "merge_labels", "allow_other_base")}
+"""What options without a value are in Python."""
+
+_OPTION = re.compile(
+    r"--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)"
+    r"(?: (?:(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?\b(?!\w))"
+    r"|(?P<word>\d\w+|top-\w+|auto|all-linear|all|none|skip|refuse|int8|int16|float32|bfloat16|float16"
+    r"|classify|chat|complete|cpu)\b|(?P<stand_in>[A-Z][A-Z_]*)\b))?"
+)
+_COMMAND = re.compile(r"(hatrack (?:train|plan|check|compare|predict|chat|add|rename|remove|list|show|cache)\b[^;,|]*)")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
@@ -39,13 +52,42 @@ def cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
+class Words:
+    """Whose words messages are in: `flags` says whether options are written as they are typed at a command line."""
+
+    flags = False
+
+
+def in_words(text: str) -> str:
+    """A message about options, written with their flags, in the words of whoever reads it: at the command line as it
+    stands, in Python with the options as keyword arguments. Whole commands of a shell stay.
+
+    >>> in_words("--max-length 512 keeps the answers, or --bad-rows skip; see hatrack add X --name Y")
+    'max_length=512 keeps the answers, or bad_rows="skip"; see hatrack add X --name Y'
+    >>> in_words("leave --alpha out; name it with --text COLUMN, or --resume")
+    'leave alpha out; name it with text=COLUMN, or resume=True'
+    """
+    if Words.flags or "--" not in text:
+        return text
+    parts = _COMMAND.split(text)
+    return "".join(part if index % 2 else _OPTION.sub(_argument, part) for index, part in enumerate(parts))
+
+
+def _argument(option: re.Match[str]) -> str:
+    name = option["name"].replace("-", "_")
+    if option["word"]:
+        return f'{name}="{option["word"]}"'
+    value = option["number"] or option["stand_in"]
+    return f"{name}={value}" if value else SWITCHES.get(name, name)
+
+
 class HatrackError(Exception):
     """An error a person can act on: what was asked, what was found, how to fix it.
 
     `gotcha` is its heading in docs/gotchas.md, where it has one of its own.
 
-    >>> str(HatrackError("r must be at least 1", got=0, fix="use --r 8"))
-    'r must be at least 1; got 0; fix: use --r 8'
+    >>> str(HatrackError("--r must be at least 1", got=0, fix="use --r 8"))
+    'r must be at least 1; got 0; fix: use r=8'
     >>> str(HatrackError("the labels are scores", fix="give classes", gotcha="labels-are-scores"))
     'the labels are scores; fix: give classes [labels-are-scores]'
     """
@@ -53,12 +95,13 @@ class HatrackError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, got: object = None, fix: str | None = None, gotcha: str = "") -> None:
-        self.what, self.got, self.fix, self.gotcha = cut(what), got, fix, gotcha
+        self.what, self.got, self.gotcha = cut(in_words(what)), got, gotcha
+        self.fix = None if fix is None else in_words(fix)
         parts = [self.what]
         if got is not None:
             parts.append(f"got {cut(str(got))}")
-        if fix is not None:
-            parts.append(f"fix: {fix}")
+        if self.fix is not None:
+            parts.append(f"fix: {self.fix}")
         line = "; ".join(parts) + (f" [{gotcha}]" if gotcha else "")
         super().__init__(line.translate(ONE_LINE))
 

@@ -28,7 +28,7 @@ from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window
 from hatrack.data.template import chat_prompt
 from hatrack.engine.fast_lora import LAYER_CLASSES
-from hatrack.errors import AdapterError
+from hatrack.errors import AdapterError, short
 from hatrack.recipe import Task
 from hatrack.say import say
 
@@ -50,6 +50,11 @@ class Hat:
         self.quantize = "none"
         self._first = hats[active]  # what the bare base answers as, whichever adapters come and go
         self.model.eval()
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name} (in use)" if name == self.active else name for name in self.hats)
+        labels = f", labels {short(self.labels)}" if self.labels else ""
+        return f"Hat({names or 'no adapter'}; {self.task}{labels}; base {self.base.files.source})"
 
     @property
     def task(self) -> str:

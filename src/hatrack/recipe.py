@@ -55,6 +55,14 @@ def _layers(value: str) -> str:
     return value
 
 
+def _path(value: object) -> object:
+    """A path as text."""
+    return str(value) if isinstance(value, Path) else value
+
+
+FilePath = Annotated[str | None, BeforeValidator(_path)]
+
+
 def _names(value: object) -> object:
     """A YAML list of names is the same as names with commas."""
     return ",".join(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
@@ -99,7 +107,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str | None = option(
+    base: FilePath = option(
         None,
         "The pretrained model: a hub id, a folder, a .gguf file, or pypi:NAME==VERSION[/path].",
         group="Base",
@@ -120,13 +128,13 @@ class Recipe(BaseModel):
         fix="use classify, chat or complete",
     )
 
-    data: str | None = option(
+    data: FilePath = option(
         None,
         "Training rows: a .csv (also .gz, .bz2), .jsonl or .parquet file, a hub data set, or pypi:NAME==VERSION/path.",
         group="Data",
         word="FILE",
     )
-    eval_data: str | None = option(
+    eval_data: FilePath = option(
         None, "Held-out rows. Without it, a part of the training rows is held out.", group="Data", word="FILE"
     )
     text: str | None = option(None, "Column that holds the text.", group="Data", word="COLUMN")
@@ -233,7 +241,7 @@ class Recipe(BaseModel):
     )
     force: bool = option(False, "Start even where the plan says that memory is too little.", group="Machine")
 
-    output: str | None = option(
+    output: FilePath = option(
         None, "Folder of the finished adapter. Default: the name, in the current folder.", group="Output", word="FOLDER"
     )
     name: Annotated[str, AfterValidator(_name)] | None = option(
@@ -294,6 +302,10 @@ class Recipe(BaseModel):
     def set_options(self) -> dict[str, Any]:
         """The options a person set, without the defaults, to be kept; trust is not: it is asked for each time."""
         return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"trust_remote_code"})
+
+    def __repr__(self) -> str:
+        """The options a person set."""
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.set_options().items())})"
 
     @property
     def scale_numerator(self) -> float:

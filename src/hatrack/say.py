@@ -11,6 +11,8 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
+from hatrack.errors import in_words
+
 
 class StandardError:
     """Standard error for as long as somebody reads it: work goes on when its terminal or pipe is closed."""
@@ -44,9 +46,9 @@ def console() -> Console:
 
 
 def say(line: str) -> None:
-    """Says one line. Markup is not interpreted: file names may hold any character."""
+    """Says one line, options in the reader's words. Markup is not interpreted: file names may hold any character."""
     if not os.environ.get("HATRACK_QUIET"):
-        console().print(line, markup=False)
+        console().print(in_words(line), markup=False)
 
 
 def say_in_signal(line: str) -> None:

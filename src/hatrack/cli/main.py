@@ -15,7 +15,7 @@ import typer
 from hatrack import __version__
 from hatrack.cli import cache, check, compare, demo, hats, plan, predict, train
 from hatrack.cli.spare import leave_out_of_torch, list_models_once
-from hatrack.errors import HatrackError
+from hatrack.errors import HatrackError, Words
 from hatrack.say import StandardError
 
 # The list of commands is to appear at once, and rich's boxes cost 0.2 s; the many options of one command deserve them.
@@ -63,6 +63,7 @@ INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Runs one command. Exit codes: 0 done, 1 the machine failed, 2 the input was wrong, 130 interrupted."""
+    Words.flags = True
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:

@@ -22,8 +22,14 @@ def hub_rows(name: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
             got=reason,
             fix="check the path or the name",
         ) from error
+    return named_classes(found)
+
+
+def named_classes(found: Any) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Columns and rows of a `datasets.Dataset`; numbered classes become their names."""
+    class_label = importlib.import_module("datasets").ClassLabel
     inner = {column: getattr(feature, "feature", feature) for column, feature in found.features.items()}
-    classes = {column: kind.names for column, kind in inner.items() if isinstance(kind, datasets.ClassLabel)}
+    classes = {column: kind.names for column, kind in inner.items() if isinstance(kind, class_label)}
     rows = [
         {column: _named(value, classes[column]) if column in classes else value for column, value in row.items()}
         for row in found

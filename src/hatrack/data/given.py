@@ -1,0 +1,89 @@
+"""Rows handed over in Python (a list, a DataFrame, a datasets.Dataset) -> a JSON Lines file in the cache.
+
+A run remembers its data by a file's name; rows in memory get one, named by their content, so that resuming, comparing
+and repeating work as with any other file. Knows nothing of tasks.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hatrack.data.hub import named_classes
+from hatrack.errors import DataError, short
+from hatrack.storage import cache_dir, write_file
+
+
+def file_of(data: Any) -> str:
+    """The path of a file that holds `data`.
+
+    `data` is a list of rows (one dict each, column -> value), a dict of columns (name -> list of values), or a table of
+    pandas, polars, pyarrow or datasets; the class numbers of a datasets.Dataset become their names.
+    Raises DataError where it is anything else, or holds values that JSON has no place for.
+    """
+    rows = _rows(data)
+    if not rows:
+        raise DataError("the data has no rows", got=f"an empty {type(data).__name__}", fix="give it at least 2")
+    lines = [json.dumps(_plain(row, number), ensure_ascii=True) for number, row in enumerate(rows, 1)]
+    content = "\n".join(lines) + "\n"
+    path = cache_dir("data") / hashlib.sha256(content.encode()).hexdigest()[:16] / "rows.jsonl"
+    if not path.exists():
+        write_file(path, content)
+    return str(path)
+
+
+def _rows(data: Any) -> Sequence[Any]:
+    """One dict for each row."""
+    if isinstance(data, Mapping) and any(hasattr(part, "column_names") for part in data.values()):
+        parts = ", ".join(map(str, data))
+        raise DataError(
+            "a DatasetDict holds several data sets",
+            got=f"splits {parts}",
+            fix=f"give one, such as data[{next(iter(data))!r}]",
+        )
+    if isinstance(data, Mapping) and data:
+        lengths = {
+            -1 if isinstance(values, str) or not hasattr(values, "__len__") else len(values) for values in data.values()
+        }
+        if len(lengths) != 1 or -1 in lengths:
+            raise DataError(
+                "a dict of columns needs one list of values for each, all of one length",
+                got=short(dict(data)),
+                fix='give {"text": [...], "label": [...]}, or a list of rows',
+            )
+        return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
+    if hasattr(data, "features") and hasattr(data, "column_names"):  # datasets.Dataset
+        return named_classes(data)[1]
+    for method, options in (("to_dicts", {}), ("to_pylist", {}), ("to_dict", {"orient": "records"})):
+        if hasattr(data, method):  # polars, pyarrow, pandas
+            return list(getattr(data, method)(**options))
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+        wrong = next((row for row in data if not isinstance(row, Mapping)), None)
+        if wrong is None:
+            return data
+        raise DataError("each row must be a dict, column -> value", got=short(wrong), fix='give {"text": ..., ...}')
+    raise DataError(
+        "the data must be a path, a list of rows, a DataFrame or a datasets.Dataset",
+        got=type(data).__name__,
+        fix="give one of these",
+    )
+
+
+def _plain(value: Any, row: int) -> Any:
+    """A value as JSON has it: numbers of numpy as numbers, whatever stands for a missing value as None."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, row) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, row) for item in value]
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        return _plain(value.tolist(), row)
+    if hasattr(value, "isoformat"):
+        return value.isoformat() if value == value else None  # a missing time is unequal to itself
+    if type(value).__name__ == "NAType":
+        return None
+    raise DataError(f"row {row} holds a value that is no text, number or list", got=short(value), fix="convert it")
