@@ -99,3 +99,20 @@ def test_without_a_tokenizer_file_letters_are_counted(tmp_path: Path) -> None:
     assert row_sizes(examples, tmp_path, 512).tolist() == [[20, 0], [512, 0]]
     talk = [Example(1, messages=turns(("user", "a" * 40), ("assistant", "b" * 40)))]
     assert row_sizes(talk, tmp_path, 512).tolist() == [[20, 20]]
+
+
+@pytest.mark.parametrize("config", [None, GEMMA, {"default": LLAMA3, "rag": GEMMA}])
+@pytest.mark.parametrize("own", [None, QWEN3])
+@pytest.mark.parametrize("more", [{}, {"rag": GEMMA}, {"default": GEMMA, "tool_use": LLAMA3}])
+def test_templates_are_found_where_transformers_finds_them(
+    config: str | dict[str, str] | None, own: str | None, more: dict[str, str], tiny_decoder: Path, tmp_path: Path
+) -> None:
+    full = AutoTokenizer.from_pretrained(tiny_decoder)
+    full.chat_template = config
+    full.save_pretrained(tmp_path, save_jinja_files=False)
+    if own:
+        (tmp_path / "chat_template.jinja").write_text(own)
+    for name, template in more.items():
+        (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+        (tmp_path / f"additional_chat_templates/{name}.jinja").write_text(template)
+    assert LightTokenizer(tmp_path).chat_template == AutoTokenizer.from_pretrained(tmp_path).chat_template

@@ -1,5 +1,7 @@
 """What the assistant says in a conversation, as several real families of templates write it."""
 
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,15 @@ import pytest
 from hatrack.base.load import load_base
 from hatrack.base.sources import find_base
 from hatrack.cli.demo import CHAT_MODEL
-from hatrack.data.template import PLAIN_TEMPLATE, assistant_spans, chat_prompt, chat_template, render_chat
+from hatrack.data.light import LightTokenizer
+from hatrack.data.template import (
+    PLAIN_TEMPLATE,
+    assistant_spans,
+    chat_prompt,
+    chat_template,
+    render_chat,
+    with_its_clock_stopped,
+)
 from hatrack.errors import BaseError, DataError
 from hatrack.say import say_once
 from tests.conftest import tiny_tokenizer, turns
@@ -182,3 +192,57 @@ def test_turns_can_be_read_and_not_learned(read_only: tuple[int, ...], learned: 
     ids, learn = render_chat(turns(*TALK), smollm, QWEN3, read_only=read_only)
     assert smollm.decode(ids[learn]) == "".join(f"{text}<|im_end|>" for text in learned)
     assert "Hi!" in smollm.decode(ids)
+
+
+DATED = "{{ 'Today is ' ~ strftime_now('%-d %B %Y, %H:%M:%S.%f') ~ '\n' if strftime_now is defined }}" + LLAMA3
+MAY = datetime(2026, 5, 4, 15, 30, 12, 345678)
+
+
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
+def test_a_clock_is_stopped_for_whoever_writes_with_the_template_later(light: bool, tmp_path: Path) -> None:
+    tokenizer: Any = tiny_tokenizer(chat=False)
+    tokenizer.chat_template = DATED
+    if light:
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = LightTokenizer(tmp_path)
+    template, own = chat_template(tokenizer, today=MAY)
+    prompt = chat_prompt(tokenizer, [{"role": "user", "content": "hi"}], template)
+    assert own and prompt.startswith("Today is 4 May 2026, 00:00:00.000000\n<|start_header_id|>user")
+    assert chat_template(tokenizer, today=MAY.replace(hour=23))[0] == template, "the same all day"
+    assert with_its_clock_stopped(template, MAY.replace(day=5)) == template, "stopped once"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["\n\n" + LLAMA3, "  {% set a = 1 %}\n" + LLAMA3, "{%- set a = 1 -%}\n" + LLAMA3, "{# a note #}\n" + LLAMA3],
+    ids=["line breaks", "spaces", "minus", "note"],
+)
+def test_a_stopped_clock_moves_nothing_else(template: str) -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    turns = [{"role": "user", "content": "hi"}]
+    asking = template + "{% if False %}{{ strftime_now('%Y') }}{% endif %}"
+    stopped = with_its_clock_stopped(asking, MAY)
+    assert stopped != asking
+    assert chat_prompt(tokenizer, turns, stopped) == chat_prompt(tokenizer, turns, template)
+
+
+def test_a_date_can_be_reckoned_with() -> None:
+    template = with_its_clock_stopped("{{ (strftime_now(format='%Y') | int) + 1 }}{{ strftime_now('%d%%') }}", MAY)
+    assert chat_prompt(tiny_tokenizer(chat=False), [{"role": "user", "content": "hi"}], template) == "202704%"
+
+
+def test_of_named_templates_the_default_is_taken_or_the_only_one() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.chat_template = {"rag": GEMMA}
+    assert chat_template(tokenizer) == (GEMMA, True)
+    tokenizer.chat_template = {"rag": GEMMA, "default": LLAMA3, "tool_use": QWEN3}
+    assert chat_template(tokenizer) == (LLAMA3, True)
+    assert chat_template(tokenizer, tools=True) == (QWEN3, True)
+    tokenizer.chat_template = {"rag": GEMMA, "tool_use": LLAMA3}
+    assert chat_template(tokenizer, tools=True) == (LLAMA3, True)
+    with pytest.raises(
+        BaseError, match=r"several chat templates, .*; got rag, tool_use; fix: name one of them 'default'"
+    ):
+        chat_template(tokenizer)
+    tokenizer.chat_template = {}
+    assert chat_template(tokenizer) == (PLAIN_TEMPLATE, False)

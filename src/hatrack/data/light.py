@@ -37,16 +37,13 @@ class LightTokenizer:
         self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        settings, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        settings = folder / "tokenizer_config.json"
         kept = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         names = {name: value for name, value in kept.items() if name.endswith("_token")}
         self._named = {
             name: value["content"] if isinstance(value, dict) else value for name, value in names.items() if value
         }
-        template = own.read_text(encoding="utf-8") if own.is_file() else kept.get("chat_template")
-        if isinstance(template, list):  # several by name, as older files have them
-            template = {each["name"]: each["template"] for each in template}
-        self.chat_template = template
+        self.chat_template = _templates(folder, kept.get("chat_template"))
         end = self._named.get("eos_token")
         self.eos_token_id = self._tokenizer.token_to_id(end) if isinstance(end, str) else None
         self._compiled: dict[str, Any] = {}
@@ -73,6 +70,18 @@ class LightTokenizer:
             self._compiled[chat_template] = _sandbox().from_string(GENERATION.sub("", chat_template))
         known = self._named | {"messages": turns, "add_generation_prompt": add_generation_prompt}
         return str(self._compiled[chat_template].render(**known, tools=tools, documents=None))
+
+
+def _templates(folder: Path, in_settings: Any) -> Any:
+    """A base's chat template, or several by their names: files of their own go before tokenizer_config.json."""
+    own, more = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    files = (
+        {"default": own, **{path.stem: path for path in more}} if own.is_file() else {path.stem: path for path in more}
+    )
+    found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    if not found and isinstance(in_settings, list):
+        return {each["name"]: each["template"] for each in in_settings}
+    return (found["default"] if found.keys() == {"default"} else found) if found else in_settings
 
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")

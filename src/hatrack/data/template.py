@@ -3,7 +3,10 @@
 Knows nothing of rows or files. The template is Jinja, run by transformers in its sandbox.
 """
 
+import json
+import re
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -25,15 +28,53 @@ PLAIN_TEMPLATE = (
 The prompt ends before the space, which most tokenizers join to the word after it."""
 
 
-def chat_template(tokenizer: Any) -> tuple[str, bool]:
-    """The template to write conversations with, and whether it is the base's own; where it is not, that is said."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
+def chat_template(tokenizer: Any, *, tools: bool = False, today: datetime | None = None) -> tuple[str, bool]:
+    """The template to write conversations with, and whether it is the base's own; where it is not, that is said.
+
+    Of several by name it is `tool_use` where the rows have `tools`, else `default`, or the only one. A template that
+    writes the time gets it written in: the beginning of `today`, whenever and wherever it is used from then on.
+    Raises BaseError where none of several is meant to be used without being asked for.
+    """
+    own = _chosen(tokenizer.chat_template, tools)
     if own:
-        return own, True
+        return with_its_clock_stopped(own, today or datetime.now()), True
     say_once("the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'")
     return PLAIN_TEMPLATE, False
+
+
+def _chosen(own: str | dict[str, str] | None, tools: bool) -> str | None:
+    """The base's template, of several the one that transformers would take, or the only one."""
+    if not isinstance(own, dict):
+        return own
+    if tools and "tool_use" in own:
+        return own["tool_use"]
+    if "default" in own or len(own) < 2:
+        return own.get("default", next(iter(own.values()), None))
+    raise BaseError(
+        "the base has several chat templates, and none of them is the default",
+        got=", ".join(sorted(own)),
+        fix="name one of them 'default', in the base's tokenizer_config.json or additional_chat_templates",
+        gotcha="several-chat-templates",
+    )
+
+
+def with_its_clock_stopped(template: str, today: datetime) -> str:
+    """A template whose `strftime_now` tells the beginning of `today` for ever; one that does not ask stays as it is.
+
+    The time becomes part of the text, by a macro in front: whoever has the template has the time it was stopped at.
+
+    >>> with_its_clock_stopped("{{ strftime_now('%d %b') }}", datetime(2026, 5, 4, 15, 30)).splitlines()[0]
+    '{% macro strftime_now(format) %}{{ format | replace("%d", "04") | replace("%b", "May") }}{% endmacro %}'
+    """
+    if not re.search(r"\bstrftime_now\b", template) or "macro strftime_now(" in template:
+        return template
+    start = today.replace(hour=0, minute=0, second=0, microsecond=0)
+    say_once(f"the chat template writes the date: it stays {start:%d %B %Y}, for training and for whoever asks later")
+    told = {part: start.strftime(part) for part in sorted(set(re.findall(r"%-?[A-Za-z%]", template)), reverse=True)}
+    parts = " ".join(
+        f"| replace({json.dumps(part)}, {json.dumps(text)})" for part, text in told.items() if part != text
+    )
+    return f"{{% macro strftime_now(format) %}}{{{{ format {parts} }}}}{{% endmacro %}}\n{template}"
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: str | None) -> str:
