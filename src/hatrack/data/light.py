@@ -114,7 +114,8 @@ def row_sizes(examples: Sequence[Example], folder: Path, most: int) -> np.ndarra
         learned = [example.label is None for example in examples]
         sizes = np.maximum(letters / LETTERS, 1)
         return np.array(np.minimum(np.stack([sizes, sizes * learned], axis=1), most), np.int64)
-    template = chat_template(tokenizer)[0] if examples[0].messages else None
+    tools = any(example.tools for example in examples)
+    template = chat_template(tokenizer, tools=tools)[0] if examples[0].messages else None
     order = np.argsort(letters, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SAMPLE, len(order))).astype(int))]
     found = np.array([_size(encode(examples[i], tokenizer, template), most) for i in chosen])

@@ -20,13 +20,16 @@ class Tokens:
     max_length: int
 
 
-def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any) -> Tokens:
+def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *, template: str | None = None) -> Tokens:
     """`examples` as tokens of the base that `tokenizer` and transformers' `config` belong to.
 
-    Says how many rows were cut. Raises RecipeError where rows are to be longer than the base can take, DataError where
-    nothing would be learned from a row.
+    Conversations are written with `template`, that of the run that goes on, or else with the base's own. Says how many
+    rows were cut. Raises RecipeError where rows are to be longer than the base can take, DataError where nothing would
+    be learned from a row.
     """
-    template = chat_template(tokenizer)[0] if examples.task == "chat" else None
+    if examples.task == "chat" and template is None:
+        tools = any(example.tools for part in (examples.train, examples.held_out) for example in part)
+        template = chat_template(tokenizer, tools=tools)[0]
     limit = getattr(config, "max_position_embeddings", None)
     length, why = choose_max_length(recipe.max_length, tokenizer, limit, examples.task)
     learn, held_out = (

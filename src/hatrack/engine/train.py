@@ -74,7 +74,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     trackers = _trackers(recipe)
     examples = read_examples(recipe)
     files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
-    tokenizer, tokens = _tokenise(recipe, files, examples)
+    tokenizer, tokens = _tokenise(run, files, examples)
     made_on = lineage(files, recipe.quantize)
     facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
     advise(facts)
@@ -96,7 +96,8 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     say(line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
         schedule = replace(schedule, lr=resumed["lr"] if resumed else measured_rate(base, model, facts))
-    run.remember({"rows": examples.digest, "base": made_on["fingerprint"], "schedule": asdict(schedule)})
+    told = {"rows": examples.digest, "base": made_on["fingerprint"], "template": tokens.template}
+    run.remember({**told, "schedule": asdict(schedule)})
     sweep, prefix = _parts(run, base, model, trunk, facts, states, known)
     trained = _fit(run, base, model, facts, schedule, trackers, sweep, prefix)
 
@@ -132,12 +133,12 @@ class Trained:
     train_loss: float
 
 
-def _tokenise(recipe: Recipe, files: BaseFiles, examples: Examples) -> tuple[Any, Tokens]:
+def _tokenise(run: Run, files: BaseFiles, examples: Examples) -> tuple[Any, Tokens]:
     """The base's tokenizer, and the rows as its tokens."""
     task = cast(Task, examples.task)
     config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
     tokenizer = load_tokenizer(files)
-    return tokenizer, tokenise(recipe, examples, tokenizer, config)
+    return tokenizer, tokenise(run.recipe, examples, tokenizer, config, template=run.recall("template"))
 
 
 def _prepare(
