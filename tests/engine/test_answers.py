@@ -19,7 +19,7 @@ DATED = "{{ 'Today is ' ~ strftime_now('%d %b %Y %H:%M:%S.%f') ~ '\\n' }}" + CHA
 def _on(day: int, patch: pytest.MonkeyPatch) -> None:
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: Any = None) -> Any:
             return datetime(2026, 5, day, 15, 30, 12, 345678)
 
     patch.setattr(templates, "datetime", Clock)
