@@ -72,21 +72,21 @@ BAD: list[tuple[str, bytes, str]] = [
     ("header.csv", b"text,label\n", "header.csv has no rows; got 0 rows; fix: give it at least 2"),
     ("twice.csv", b"text,text\na,b\n", "needs one name for each column; got 'text', 'text'; fix: rename them"),
     (
-        "latin.csv",
-        b"text,label\na,b\n\xe9,c\n",
-        "latin.csv is not UTF-8 text; got a stray byte in line 3; fix: save it as UTF-8",
+        "cyrillic.csv",
+        "text,label\na,b\nхорошо,c\n".encode("cp1251"),
+        "cyrillic.csv is not UTF-8 text; got a stray byte in line 3; fix: save it as UTF-8",
     ),
     (
         "open.csv",
-        b'text,label\na,b\n"c,d\ne,f\n',
-        "open.csv is not valid CSV; got a quote in the row at line 3 that is never closed; fix: close it",
+        b'text,label\na,b\n"c,d,e\ne,f\n',
+        "open.csv is not valid CSV; got a quote in the row at line 3 that is never closed; fix: mend its quotes",
     ),
     ("last.csv", b'text\na\nb "c"\n"d', "a quote in the row at line 4 that is never closed"),
     ("deep.json", b"[" * 200_000, "deep.json is not valid JSON; got nested too deeply"),
     ("flipped.csv.gz", FLIPPED, "flipped.csv.gz cannot be read"),
     ("half.csv.gz", gzip.compress(b"text,label\na,b\n" * 50)[:40], "half.csv.gz cannot be read"),
-    ("not.csv.bz2", b"text,label\n", "not.csv.bz2 cannot be read"),
-    ("object.json", b'{"a": 1}', "object.json must hold one array of objects; got dict"),
+    ("not.csv.bz2", b"text,label\n", "not.csv.bz2 is plain text, not what its name says; got"),
+    ("object.json", b'{"a": 1}', "object.json must hold one array of objects; got one object with the keys a; fix:"),
     ("broken.json", b"[{]", "broken.json is not valid JSON"),
     ("empty.jsonl", b"\n", "empty.jsonl has no rows"),
     ("no.parquet", b"PAR1", "no.parquet cannot be read as Parquet"),
@@ -105,13 +105,17 @@ def test_broken_files_are_one_line_with_their_name(tmp_path: Path, name: str, co
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("s.csv", "text;label\na, b;c\n", "is not separated by commas; got the header 'text;label'; fix: save it with"),
         (
-            "t.csv",
-            "text\tlabel\na\tb\n",
-            "is not separated by commas; got the header 'text\\tlabel'; fix: name it .tsv",
+            "s.csv",
+            "text;label\na, b;c;d\n",
+            "not separated by commas; got the header 'text;label', and rows that do not fit it; fix",
         ),
-        ("c.tsv", "text,label\na,b\n", "is not separated by tabs; got the header 'text,label'; fix: save it with tabs"),
+        ("t.csv", "text\tlabel\na\n", "is not separated by commas; got the header 'text\\tlabel', and rows"),
+        (
+            "c.tsv",
+            "text,label\na, b,c\n",
+            "not separated by tabs; got the header 'text,label', and rows that do not fit it; fix: save",
+        ),
     ],
 )
 def test_another_separator_is_noticed(tmp_path: Path, name: str, content: str, message: str) -> None:

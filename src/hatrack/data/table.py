@@ -1,0 +1,102 @@
+"""Rows as they come out of a file, each with the number a person would count, so that every complaint can point at one.
+
+Knows nothing of file formats, tasks or labels.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hatrack.errors import DataError
+from hatrack.say import say_once
+
+INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*|__index_level_\d+__)?")
+"""How pandas names the columns of its index: not at all in CSV, `Unnamed: 0` once that is read and written again."""
+_COUNT = re.compile(r"\d+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one source: column -> value each. `numbers` counts rows from 1, the header not counted.
+
+    `problems` are the rows that could not be read at all, in words.
+    """
+
+    source: str
+    columns: tuple[str, ...]
+    rows: list[dict[str, Any]]
+    numbers: list[int]
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the content, wherever the file lies."""
+        text = json.dumps([self.columns, self.rows], sort_keys=True, default=str, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def from_cells(
+    source: str, header: Sequence[str], rows: Sequence[tuple[int, Sequence[str]]], problems: Sequence[tuple[int, str]]
+) -> Rows:
+    """Rows of a table from its header and, by number, each row's cells, of which there is one for each column.
+
+    Columns that hold nothing to learn from are left out, see `_left_out`. Raises DataError where another column has no
+    name, or two have the same.
+    """
+    left_out = _left_out(source, header, lambda place: [cells[place] for _, cells in rows])
+    kept = [(place, name) for place, name in enumerate(header) if place not in left_out]
+    check_names(source, header, [name for _, name in kept])
+    found = [{name: cells[place] for place, name in kept} for _, cells in rows]
+    return Rows(source, tuple(name for _, name in kept), found, [number for number, _ in rows], list(problems))
+
+
+def from_objects(
+    source: str,
+    rows: Sequence[tuple[int, dict[str, Any]]],
+    problems: Sequence[tuple[int, str]] = (),
+    columns: Sequence[str] | None = None,
+) -> Rows:
+    """Rows from objects by number; `columns` are all of their keys where they are not given. Leaves out as above."""
+    names = list(columns if columns is not None else dict.fromkeys(name for _, row in rows for name in row))
+    left_out = _left_out(source, names, lambda place: [row.get(names[place]) for _, row in rows])
+    gone = {names[place] for place in left_out}
+    found = [{name: value for name, value in row.items() if name not in gone} if gone else row for _, row in rows]
+    kept = tuple(name for name in names if name not in gone)
+    return Rows(source, kept, found, [number for number, _ in rows], list(problems))
+
+
+def check_names(source: str, header: Sequence[str], kept: Sequence[str]) -> None:
+    """Raises DataError where the names of the columns that are kept do not tell them apart."""
+    if not kept or len(set(kept)) < len(kept) or not all(name.strip() for name in kept):
+        raise DataError(
+            f"the header of {source} needs one name for each column",
+            got=", ".join(map(repr, header)),
+            fix="rename them" if all(name.strip() for name in kept) else "give each column a name",
+            gotcha="columns-without-a-name",
+        )
+
+
+def _left_out(source: str, header: Sequence[str], column: Callable[[int], Sequence[Any]]) -> set[int]:
+    """The places of columns without a name of their own that are empty, or count rows as pandas' index; says which."""
+    nameless = {place: column(place) for place, name in enumerate(header) if INDEX.fullmatch(name.strip())}
+    empty = {place for place, cells in nameless.items() if not any(_shown(cell) for cell in cells)}
+    index = sorted(
+        place
+        for place, cells in nameless.items()
+        if place not in empty and all(_COUNT.fullmatch(_shown(cell)) for cell in cells)
+    )
+    if index:
+        shown = " and ".join(header[place] if header[place].strip() else f"column {place + 1}" for place in index)
+        no_name = "" if all(header[place].strip() for place in index) else ", which has no name"
+        say_once(f"{source}: not read: {shown}{no_name} (pandas' index, which index=False leaves out)")
+    if empty:
+        count = f"{len(empty)} columns" if len(empty) > 1 else "a column"
+        say_once(f"{source}: not read: {count} without a name or content")
+    return empty | set(index)
+
+
+def _shown(cell: Any) -> str:
+    return "" if cell is None else str(cell).strip()

@@ -1,0 +1,113 @@
+"""A file's bytes -> its text: unpacks what is compressed, finds the encoding, and says what it took it for.
+
+UTF-8 is read without a word; UTF-16, UTF-32 and Windows-1252 are read and said. Knows nothing of rows.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import re
+import zlib
+from pathlib import Path
+
+from hatrack.errors import DataError
+from hatrack.first_bytes import BZIP2, GZIP, PARQUET, Found, look
+from hatrack.say import say_once
+
+PACKED = {".gz": GZIP, ".bz2": BZIP2}
+"""The end of a file's name -> what such a file is."""
+
+_ACCENTS_ALONE = re.compile("[À-ÖØ-öø-ÿŠšŒœŽžŸƒ]{3}|(?<![A-Za-zÀ-ÖØ-öø-ÿ])[À-ÖØ-öø-ÿ]{2}(?![A-Za-zÀ-ÖØ-öø-ÿ])")
+_CAPITAL_INSIDE = re.compile("[a-zß-öø-ÿ][À-ÖØ-ÞŠŒŽŸ]")
+_SIGN_INSIDE = re.compile("[A-Za-zÀ-ÖØ-öø-ÿ][¡-©«¬®-³µ¶¸¹»-¿×÷€‚ƒ„†‡ˆ‰‹“”•˜™›][A-Za-zÀ-ÖØ-öø-ÿ]")
+"""What hardly stands in Western European text: accented letters among themselves, a capital or a sign amid a word."""
+
+
+def read_text(source: str, path: Path) -> str:
+    """The text of a file, unpacked where its name ends in .gz or .bz2; line ends stay as they are.
+
+    Raises DataError where it cannot be read, where it is a pointer, a page, an archive or another kind of file that
+    is no text, and where no encoding makes sense of it.
+    """
+    ending = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    try:
+        content = path.read_bytes()
+        found = look(io.BytesIO(content))
+        if ending and content and (found is None or found.kind != PACKED[ending]):
+            plain = Found("plain text, not what its name says", f"no bytes {PACKED[ending]}", f"name it {path.stem}")
+            raise _not_text(source, path, found or plain)
+        if ending:
+            content = (gzip if ending == ".gz" else bz2).decompress(content)
+            found = look(io.BytesIO(content))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source} cannot be read", got=str(error), fix="check the file and its permissions") from error
+    if found:
+        raise _not_text(source, path, found)
+    return decode(source, content)
+
+
+def decode(source: str, content: bytes) -> str:
+    """Bytes as text, without a mark at the beginning. `source` is what messages call them.
+
+    Raises DataError where they are neither UTF-8, UTF-16, UTF-32 nor plausible as Windows-1252, or hold NUL bytes.
+    """
+    encoding = json.detect_encoding(content)  # by the mark, else by where NUL bytes stand
+    name = encoding.upper().removesuffix("-SIG").removesuffix("-LE").removesuffix("-BE")
+    try:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if name == "UTF-8":
+            return _windows_1252(source, content, error)
+        raise _undecodable(source, f"bytes that are not {name}, which its beginning looks like") from error
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+    if name != "UTF-8" and not marked and ("\0" in text or not re.search(r"[\r\n]|^\s*[{\[]", text)):
+        # A stray NUL near the beginning of UTF-8 looks like UTF-16 too; read as that no line would end
+        raise _undecodable(source, "NUL bytes")
+    if "\0" in text:
+        raise _undecodable(source, f"NUL bytes, the first in line {_line(text, text.index(chr(0)))}")
+    if name != "UTF-8":
+        say_once(f"{source}: read as {name}")
+    return text
+
+
+def _windows_1252(source: str, content: bytes, error: UnicodeDecodeError) -> str:
+    """Text of Excel's "CSV" on Windows in Western Europe, where that is the only sensible reading."""
+    line = content[: error.start].count(b"\n") + 1
+    stray = _undecodable(source, f"a stray byte in line {line}")
+    halves = content.decode("utf-8", "replace")
+    damaged = halves.count("\ufffd")
+    if 4 * (sum(letter > "\x7f" for letter in halves) - damaged) >= damaged:
+        raise stray from error  # most of it is UTF-8: some bytes of it are lost
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError:
+        raise stray from error
+    odd = sum(len(pattern.findall(text)) for pattern in (_ACCENTS_ALONE, _CAPITAL_INSIDE, _SIGN_INSIDE))
+    if 20 * odd > damaged or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
+        raise stray from error
+    word = re.search(r"[^\s,;\"]*[^\x00-\x7f][^\s,;\"]*", text)
+    shown = f": {word[0][:30]} in line {_line(text, word.start())}" if word else ""
+    say_once(f"{source}: not UTF-8, read as Windows-1252{shown}; if that is wrong, save it as UTF-8")
+    return text
+
+
+def _undecodable(source: str, got: str) -> DataError:
+    return DataError(f"{source} is not UTF-8 text", got=got, fix="save it as UTF-8", gotcha="text-encoding")
+
+
+def _not_text(source: str, path: Path, found: Found) -> DataError:
+    """That a file is of another kind than its name says, with the name that would be right where one would be."""
+    fix = found.fix
+    if found.kind in PACKED.values():
+        fix = f"name it {path.name}.{'gz' if found.kind == GZIP else 'bz2'}"
+    elif found.kind == PARQUET:
+        fix = f"name it {path.name.partition('.')[0]}.parquet"
+    return DataError(f"{source} is {found.kind}", got=found.got, fix=fix, gotcha="another-kind-of-file")
+
+
+def _line(text: str, place: int) -> int:
+    """The number of the line in which a place lies, from 1."""
+    return len(re.findall(r"\r\n|\r|\n", text[:place])) + 1

@@ -1,0 +1,121 @@
+"""What a file is by its first bytes, whatever its name says: a Git LFS pointer, a web page, an archive, a spreadsheet.
+
+Knows nothing of what is inside it, and no torch.
+"""
+
+import contextlib
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from hatrack.errors import HatrackError
+
+LONGEST = 1024
+"""Bytes that are looked at; of a zip archive the names in it too."""
+
+GZIP, BZIP2, PARQUET = "compressed with gzip", "compressed with bzip2", "a Parquet file"
+SPREADSHEET, SAFETENSORS, GGUF = "a spreadsheet", "a safetensors file", "a GGUF file"
+LFS, PAGE, ZIP, PICKLE = "a Git LFS pointer", "a web page (HTML or XML)", "a zip archive", "a pickle"
+
+STARTS = {
+    b"version https://git-lfs.github.com/": LFS,
+    b"version https://hawser.github.com/": LFS,
+    b"\x1f\x8b": GZIP,
+    b"BZh": BZIP2,
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"PK\x03\x04": ZIP,
+    b"PK\x05\x06": ZIP,
+    b"PAR1": PARQUET,
+    b"ARROW1\0\0": "an Arrow file",
+    b"SQLite format 3\0": "an SQLite database",
+    b"\x89HDF\r\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": SPREADSHEET,  # Excel before 2007
+    b"GGUF": GGUF,
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "a text document (RTF)",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+INSIDE_ZIP = {
+    r"xl/|content\.xml$": SPREADSHEET,
+    r"word/": "a Word document",
+    r"(.*/)?data\.pkl$": PICKLE,  # as torch.save writes it
+    r".*\.npy$": "a NumPy archive",
+}
+"""What the names in a zip archive match -> what the archive is."""
+
+FIXES = {
+    LFS: "run git lfs pull in its folder, which fetches the file itself",
+    PAGE: "download the file again: a site sent this page in its place",
+    SPREADSHEET: "save it as CSV (UTF-8) in the program that made it",
+    "a Word document": "save it as CSV or plain text in the program that made it",
+    "a PDF": "give its text as CSV or JSON Lines",
+}
+ARCHIVE_FIX, OTHER_FIX = "unpack it, and name the file that was in it", "give the right file"
+
+_PAGE = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype|html|head|body|\?xml|svg)\b", re.DOTALL | re.IGNORECASE
+)
+_PICKLE = re.compile(rb"\x80[\x02-\x05][\x8a\x95}\](cq.K]")
+_ERROR = TypeVar("_ERROR", bound=HatrackError)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file is ("a zip archive"), how that was seen, and what to do with it where another kind was wanted."""
+
+    kind: str
+    got: str
+    fix: str
+
+
+def look(file: BinaryIO) -> Found | None:
+    """What an open file is; None for plain text, and for whatever else has no beginning of its own.
+
+    Reads from where the file stands, and moves it.
+    """
+    start = file.read(LONGEST)
+    kind = next((kind for mark, kind in STARTS.items() if start.startswith(mark)), "")
+    got = f"it begins with {start[:4].hex(' ')}"
+    if not kind and _PAGE.match(start):
+        kind = PAGE
+    elif not kind and _PICKLE.match(start):
+        kind = PICKLE
+    elif not kind and start[8:9] == b"{" and start[5:8] == b"\0\0\0":
+        kind = SAFETENSORS
+    if kind == ZIP:
+        kind, got = _in_zip(file)
+    elif kind in (LFS, PAGE):
+        first = start.decode("utf-8", "replace").strip().splitlines()[0]
+        got = f"it begins with {first[:50]!r}"
+    if not kind:
+        return None
+    packed = "archive" in kind or kind.startswith("compressed")
+    return Found(kind, got, FIXES.get(kind, ARCHIVE_FIX if packed else OTHER_FIX))
+
+
+def other_kind(path: Path, wanted: str, error: type[_ERROR]) -> _ERROR | None:
+    """The error that says what a file is in place of the kind `wanted` ("a safetensors file"); None where its first
+    bytes do not tell, or where it cannot be read."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        found = look(file)
+        if found and found.kind != wanted:
+            what = f"{path} is {found.kind}, not {wanted}"
+            return error(what, got=found.got, fix=found.fix, gotcha="another-kind-of-file")
+    return None
+
+
+def _in_zip(file: BinaryIO) -> tuple[str, str]:
+    """What a zip archive is by the names in it, and the first of them."""
+    names: list[str] = []
+    with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        names = zipfile.ZipFile(file).namelist()
+    kinds = (kind for pattern, kind in INSIDE_ZIP.items() if any(re.match(pattern, name) for name in names))
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    return next(kinds, ZIP), f"it holds {shown}" if names else "no names can be read in it"
