@@ -108,7 +108,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert f"{tmp_path} has no config.json; got notes.txt; fix: give the folder of a whole model" in refused(tmp_path)
     tiny.save(tmp_path / "inner", "Bert")
-    assert f"fix: did you mean {tmp_path / 'inner'}?" in refused(tmp_path)
+    assert f"is a folder of models; got inner; fix: give --base {tmp_path / 'inner'}" in refused(tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

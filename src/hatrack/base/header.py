@@ -6,6 +6,7 @@ one of https://github.com/huggingface/safetensors#format.
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,16 @@ LARGEST_HEADER = 100 * 2**20
 ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 ITEM_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64}
 ITEM_BITS |= {"F64": 64, "C64": 64}
+
+WRAPPERS = re.compile(
+    r"^(?:module\.|_orig_mod\.)+|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""What DistributedDataParallel, torch.compile and FSDP put into the names of a model that is saved through them."""
+
+PACKED_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6", "F8")
+"""Beginnings of the formats that quantised weights are packed in."""
+QUANTISATION = ("quantization_config", "compression_config")
+"""Where config.json tells of quantised weights."""
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
 # fmt: off
@@ -88,8 +99,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_header(folder: Path) -> dict[str, TensorInfo]:
     """Name -> where and what, for every tensor of `model.safetensors` or of the shards its index names.
 
-    Raises BaseError, naming the file, where one is missing, truncated or malformed, or lacks a tensor of the index.
+    Names come without what wrappers such as torch.compile put into them (`WRAPPERS`). Raises BaseError, naming the
+    file, where one is missing, truncated or malformed, or lacks a tensor of the index.
     """
+    return {WRAPPERS.sub("", name): info for name, info in read_stored_names(folder).items()}
+
+
+def read_stored_names(folder: Path) -> dict[str, TensorInfo]:
+    """The same under the very names that the files have. Raises BaseError as `read_header` does."""
     index = folder / INDEX
     if not index.is_file():
         weights = folder / WEIGHTS
@@ -130,6 +147,66 @@ def read_parameters(folder: Path) -> dict[str, TensorInfo]:
     }
     own = ("lm_head.", "embed_out.")
     return {name: info for name, info in named.items() if name.startswith(own) or not name.startswith(OTHER_HEADS)}
+
+
+def check_weights(source: str, config: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
+    """Raises BaseError where a base's tensors cannot be trained on, whatever the task: an adapter's among them (a model
+    that was saved with its adapters unmerged), empty ones, or ones packed in fewer bits."""
+    carried = [name for name in header if ".lora_" in name or ".base_layer." in name]
+    if carried:
+        raise BaseError(
+            f"{source} carries an adapter already",
+            got=f"{len(carried):,} tensors such as {carried[0]}",
+            fix="merge it first, or start from the bare base",
+            gotcha="base-with-adapters",
+        )
+    empty = [name for name, info in header.items() if 0 in info.shape]
+    if empty:
+        raise BaseError(
+            f"{len(empty):,} of the {len(header):,} tensors of {source} are empty",
+            got=f"{empty[0]} of shape {list(header[empty[0]].shape)}",
+            fix="save it again with all of its parts: DeepSpeed ZeRO-3 and FSDP keep a part in each process "
+            "(zero_to_fp32.py joins DeepSpeed's)",
+            gotcha="base-saved-in-parts",
+        )
+    packed = [name for name, info in header.items() if _is_packed(name, info, told=bool(quantisation(config)))]
+    if packed:
+        raise BaseError(
+            f"the weights of {source} are packed in {quantisation(config) or 'fewer bits'}, which cannot be trained on",
+            got=f"{packed[0]} as {header[packed[0]].dtype}",
+            fix="use the full model that it was made from, with --quantize 4bit to hold it in 4 bits",
+            gotcha="base-packed",
+        )
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """What config.json tells of quantised weights: `4 bits (bitsandbytes)`; None where it tells of none."""
+    parts = (config, config.get("text_config") or {})
+    told = next((part[key] for part in parts for key in QUANTISATION if part.get(key)), None)
+    if told is None:
+        return None
+    told = told if isinstance(told, dict) else {}
+    named = {"_load_in_4bit": 4, "load_in_4bit": 4, "_load_in_8bit": 8, "load_in_8bit": 8}
+    bits = next((told[key] for key in ("bits", "nbits", "w_bit", "num_bits") if type(told.get(key)) is int), None)
+    bits = bits or next((number for key, number in named.items() if told.get(key) is True), None)
+    method = str(told.get("quant_method") or "quantization_config")[:40]
+    return f"{bits} bits ({method})" if bits else method
+
+
+def check_task(source: str, config: Mapping[str, Any], task: str) -> None:
+    """Raises BaseError where a base of this kind cannot do the task."""
+    kind = family(config)
+    described = f"{source} ({config.get('model_type', 'unknown type')})"
+    if task != "classify" and kind == "encoder":
+        raise BaseError(
+            f"{described} is an encoder: it cannot generate text",
+            got=f"--task {task}",
+            fix="use --task classify, or a causal base such as a Llama",
+        )
+    if task != "classify" and kind == "encoder-decoder":
+        raise BaseError(
+            f"{described} is an encoder-decoder, which {task} cannot use yet", fix="use a causal base such as a Llama"
+        )
 
 
 def read_file_header(path: Path, largest: int = LARGEST_HEADER) -> dict[str, TensorInfo]:
@@ -325,6 +402,12 @@ def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     """Tensors of old checkpoints that are no parameters: positions, rotary frequencies, causal masks."""
     last = name.rsplit(".", 1)[-1]
     return last in ("position_ids", "token_type_ids", "inv_freq", "masked_bias") or (last == "bias" and len(shape) == 4)
+
+
+def _is_packed(name: str, info: TensorInfo, *, told: bool) -> bool:
+    """Whether a tensor holds weights in fewer bits than a float; `told`: config.json says that some do."""
+    matrix = len(info.shape) > 1 and info.dtype.startswith(PACKED_TYPES) and not _is_buffer(name, info.shape)
+    return matrix and (told or "weight" in name.rpartition(".")[2])
 
 
 def _is_tied(name: str, body: Mapping[str, tuple[int, ...]]) -> bool:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, read_config, read_json, weight_bytes
+from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, check_weights, read_config, read_json, weight_bytes
 from hatrack.base.locate import ADAPTER_CONFIG
 from hatrack.base.peek import Peek, peek_folder
 from hatrack.errors import BaseError, HatrackError, MachineError
@@ -53,7 +53,9 @@ def peek_hub(source: str, revision: str | None = None) -> Peek:
         for file, part in found.files_metadata.items()
         for name, info in part.tensors.items()
     }
-    return Peek(source, folder, read_config(folder), tensors, weight_bytes(tensors))
+    config = read_config(folder)
+    check_weights(source, config, tensors)
+    return Peek(source, folder, config, tensors, weight_bytes(tensors))
 
 
 def _cached(source: str, revision: str | None) -> Path | None:

@@ -23,7 +23,19 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hatrack.base import packed
 from hatrack.base.code import check_code
-from hatrack.base.header import family, read_config, read_header, read_json, stored_format, weight_bytes
+from hatrack.base.header import (
+    QUANTISATION,
+    WRAPPERS,
+    check_task,
+    check_weights,
+    quantisation,
+    read_config,
+    read_header,
+    read_json,
+    read_stored_names,
+    stored_format,
+    weight_bytes,
+)
 from hatrack.base.packed import whole_base
 from hatrack.base.quiet import quiet
 from hatrack.base.room import available_memory, give_back
@@ -135,7 +147,6 @@ def load_base(
     Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
     """
-    check_bare(files)  # a damaged file is named here; the library that maps it would not
     chosen, _ = choose_device(device)
     number_format, _ = choose_dtype(dtype, chosen)
     config = load_config(files, task=task, labels=labels, multi_label=multi_label)
@@ -164,16 +175,11 @@ def load_base(
     return Base(files, model, tokenizer, chosen, number_format, mapped)
 
 
-def check_bare(files: BaseFiles) -> None:
-    """Reads the headers of a base's weights. Raises BaseError where they are damaged, or hold an adapter's tensors:
-    a model that was saved with its adapters unmerged, whose adapted layers transformers would make anew."""
-    carried = [name for name in read_header(files.folder) if ".lora_" in name or ".base_layer." in name]
-    if carried:
-        raise BaseError(
-            f"{files.source} carries an adapter already",
-            got=f"{len(carried):,} tensors such as {carried[0]}",
-            fix="merge it first, or start from the bare base",
-        )
+def check_bare(files: BaseFiles) -> BaseFiles:
+    """The same files, once the headers of their weights are read. Raises BaseError where these are damaged (which the
+    library that maps them would not name), or cannot be trained on."""
+    check_weights(files.source, read_config(files.folder), read_header(files.folder))
+    return files
 
 
 def _devices() -> list[str]:
@@ -187,21 +193,9 @@ def _devices() -> list[str]:
 
 
 def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
-    """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task, or
-    needs code that may not run."""
-    written = read_config(check_code(files).folder)
-    kind = family(written)
-    described = f"{files.source} ({written.get('model_type', 'unknown type')})"
-    if task != "classify" and kind == "encoder":
-        raise BaseError(
-            f"{described} is an encoder: it cannot generate text",
-            got=f"--task {task}",
-            fix="use --task classify, or a causal base such as a Llama",
-        )
-    if task != "classify" and kind == "encoder-decoder":
-        raise BaseError(
-            f"{described} is an encoder-decoder, which {task} cannot use yet", fix="use a causal base such as a Llama"
-        )
+    """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task,
+    cannot be trained on, or needs code that may not run."""
+    check_task(files.source, read_config(check_code(check_bare(files)).folder), task)
     if task == "classify" and not labels:
         raise RecipeError("a classifier needs labels", got="none", fix="give the label column with --label")
     extra: dict[str, Any] = {}
@@ -217,7 +211,7 @@ def _own_config(files: BaseFiles, extra: Mapping[str, Any] = MappingProxyType({}
     try:
         with quiet():
             trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
-            return AutoConfig.from_pretrained(files.folder, **trusted, **extra)
+            return _unquantised(files, AutoConfig.from_pretrained(files.folder, **trusted, **extra))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BaseError(
             f"{files.source} ({read_config(files.folder).get('model_type', 'unknown type')}): "
@@ -225,6 +219,18 @@ def _own_config(files: BaseFiles, extra: Mapping[str, Any] = MappingProxyType({}
             got=_first_line(error),
             fix="pip install --upgrade transformers, or use another base",
         ) from error
+
+
+def _unquantised(files: BaseFiles, config: Any) -> Any:
+    """The configuration of full weights without what it tells of quantised ones, as after a merge; which is said."""
+    told = quantisation(config.to_dict())
+    if told:
+        kept = stored_format(read_header(files.folder))
+        say_once(f"{files.source}: config.json tells of {told}, the weights are full ({kept}): used as what they are")
+        for part in (config, config.get_text_config()):
+            for key in QUANTISATION:
+                vars(part).pop(key, None)
+    return config
 
 
 def load_tokenizer(files: BaseFiles) -> Any:
@@ -331,7 +337,7 @@ def _model(
     try:
         with quiet(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
             torch.manual_seed(seed)
-            model, found = kind.from_pretrained(files.folder, **options)
+            model, found = kind.from_pretrained(files.folder, **options, key_mapping=_renames(files))
             # a fresh head is drawn on the processor, so that it is the same wherever it is used
             return model if "device_map" in options else model.to(device), found
     except HatrackError:
@@ -346,6 +352,15 @@ def _model(
             got=_first_line(error),
             fix="use another base, or another --task",
         ) from error
+
+
+def _renames(files: BaseFiles) -> dict[str, str] | None:
+    """What transformers is to take out of the names in a base's files, where a wrapper put something into them."""
+    wrapped = sorted({match[0] for name in read_stored_names(files.folder) if (match := WRAPPERS.search(name))})
+    if not wrapped:
+        return None
+    say_once(f"{files.source} was saved through a wrapper: its tensors are read without {', '.join(wrapped)}")
+    return {WRAPPERS.pattern: ""}
 
 
 def _check_loaded(files: BaseFiles, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:

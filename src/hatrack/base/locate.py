@@ -22,7 +22,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 def looks_like_path(source: str) -> bool:
     """Whether a name that does not exist on disk was nevertheless meant to."""
-    return _HUB_ID.fullmatch(source) is None or source.lower().endswith((".gguf", ".safetensors", ".bin"))
+    return not is_hub_id(source) or source.lower().endswith((".gguf", ".safetensors", ".bin"))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name could be one on the hub: `name` or `owner/name`."""
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def gguf_folder(file: Path) -> Path:

@@ -10,9 +10,10 @@ from huggingface_hub import snapshot_download
 
 from hatrack import wheels
 from hatrack.base.convert import CODE, SMALL_FILES, from_gguf, from_pickle, has_pickle
-from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
+from hatrack.base.header import CONFIG, INDEX, WEIGHTS
 from hatrack.base.hub import hub_errors
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
+from hatrack.base.not_a_base import no_model_in, no_such_path, some
 from hatrack.errors import BaseError, RecipeError
 
 HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)
@@ -55,11 +56,11 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     if revision is not None and local:
         raise RecipeError("--revision is for bases on the hub", got=f"{revision} for {source}", fix="leave it out")
     if wheels.is_pypi(source):
-        return BaseFiles(source, _usable(in_wheel(source)), trusted=trust is not None)
+        return BaseFiles(source, _usable(in_wheel(source), source), trusted=trust is not None)
     if local:
-        return BaseFiles(source, _usable(path), trusted=trust is not None)
+        return BaseFiles(source, _usable(path, source), trusted=trust is not None)
     if looks_like_path(source):
-        raise BaseError(f"there is no base at {source}", got=_nearby(path), fix="check the path")
+        raise no_such_path(source)
     return _from_hub(source, revision, trusted=trust is not None)
 
 
@@ -68,7 +69,7 @@ def _same(one: str, other: str) -> bool:
     return one.strip() == other or (Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
-def _usable(path: Path) -> Path:
+def _usable(path: Path, source: str) -> Path:
     """A folder with config.json and safetensors, out of a folder or file; converted where it has another format."""
     if path.is_file():
         if path.suffix.lower() == ".gguf":
@@ -85,28 +86,7 @@ def _usable(path: Path) -> Path:
         return from_gguf(path / ggufs[0])
     if ggufs:
         raise BaseError(f"{path} has several .gguf files", got=", ".join(ggufs[:6]), fix=f"name one: {path / ggufs[0]}")
-    raise _unusable(path, names)
-
-
-def _unusable(path: Path, names: set[str]) -> BaseError:
-    """Why a folder is no base: an adapter, no config, or no weights."""
-    if ADAPTER_CONFIG in names:
-        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return BaseError(
-            f"{path} is an adapter, not a base", got=ADAPTER_CONFIG, fix=f"use its base: {base or 'see there'}"
-        )
-    if CONFIG not in names:
-        below = sorted(config.parent.name for config in path.glob(f"*/{CONFIG}"))
-        fix = f"did you mean {path / below[0]}?" if below else "give the folder of a whole model"
-        return BaseError(f"{path} has no {CONFIG}", got=_some(names), fix=fix)
-    others = sorted(
-        name for name in names if name.endswith((".safetensors", ".bin", ".h5", ".msgpack", ".pt", ".ckpt"))
-    )
-    return BaseError(
-        f"{path} has no weights that can be used",
-        got=f"{', '.join(others[:4])} but no {WEIGHTS}" if others else f"no {WEIGHTS}",
-        fix="copy the weights into it, or use another base",
-    )
+    raise no_model_in(path, names, source)
 
 
 def _exists(path: Path) -> bool:
@@ -123,21 +103,6 @@ def _names_in(folder: Path) -> set[str]:
         raise BaseError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions") from error
 
 
-def _nearby(path: Path) -> str | None:
-    """What the parent folder holds instead, or that it is missing too."""
-    try:
-        names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
-    except OSError:
-        return f"{path.parent} does not exist either"
-    return f"{path.parent} has {_some(names)}"
-
-
-def _some(names: set[str] | list[str], most: int = 6) -> str:
-    """The first few names in order; `nothing` where there are none."""
-    more = len(names) - most
-    return ", ".join(sorted(names)[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
-
-
 def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
     """Downloads, or finds in the hub's cache, the files of a base: safetensors, else the pickled weights, converted."""
     small = (*SMALL_FILES, CODE) if trusted else SMALL_FILES
@@ -147,12 +112,12 @@ def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
     if WEIGHTS not in names and INDEX not in names and ADAPTER_CONFIG not in names:
         folder = _snapshot(source, revision, (*HUB_PICKLES, *small))
     if (WEIGHTS in names or INDEX in names or has_pickle(folder)) and CONFIG in names:
-        return BaseFiles(source, _usable(folder), commit, trusted)
+        return BaseFiles(source, _usable(folder, source), commit, trusted)
     if ADAPTER_CONFIG in names:
-        raise _unusable(folder, names)
+        raise no_model_in(folder, names, source)
     raise BaseError(
         f"{source} on the hub has no {CONFIG} with safetensors weights",
-        got=_some(names),
+        got=some(names),
         fix="use another repository; a .gguf file can be downloaded and given by its path",
     )
 

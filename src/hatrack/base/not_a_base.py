@@ -1,0 +1,164 @@
+"""Why a path that was given for a base is none, and what to give instead. Reads names of files, knows no torch."""
+
+import re
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
+from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, is_hub_id
+from hatrack.errors import BaseError
+
+BELOW = ("*", "*/*", "models--*/snapshots/*", "*/models--*/snapshots/*")
+"""Where models lie in a folder of models, in the hub's cache, and in the folder around that."""
+WHOLE = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.distcp")
+OTHER_FORMATS = (
+    (
+        ("zero_to_fp32.py", "global_step*", "*_optim_states.pt", "*_model_states.pt"),
+        "was saved in parts by DeepSpeed",
+        "join them: python zero_to_fp32.py . pytorch_model.bin",
+    ),
+    (
+        ("*.distcp", "pytorch_model_fsdp*"),
+        "was saved in parts by FSDP",
+        "join them: accelerate merge-weights FOLDER_OF_PARTS THIS_FOLDER",
+    ),
+    (
+        ("params.json", "consolidated.*"),
+        "is in its maker's own format",
+        "use the version for transformers (on the hub its name often ends in -hf)",
+    ),
+)
+"""What a folder may hold in place of a model that transformers reads: patterns of names, what it is, what helps."""
+
+
+def no_model_in(path: Path, names: Collection[str], source: str) -> BaseError:
+    """Why a folder with files of these `names`, given as `source`, is no base."""
+    if ADAPTER_CONFIG in names:
+        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return BaseError(
+            f"{path} is an adapter, not a base", got=ADAPTER_CONFIG, fix=f"use its base: {base or 'see there'}"
+        )
+    return (
+        _models_below(path)
+        or _other_format(path, names)
+        or _adapters_below(path)
+        or _nothing_whole(path, names, source)
+    )
+
+
+def no_such_path(source: str) -> BaseError:
+    """Why there is no base at a path that does not exist."""
+    fix = "give its path on this machine with --base, or its hub id"
+    hub_id = _hub_id_in(source)
+    if hub_id:
+        fix = f"give its hub id: --base {hub_id}"
+    if re.match(r"[a-z][a-z0-9+.-]+://", source):
+        return BaseError(f"{source} is an address, not a folder or a hub id", fix=fix)
+    there = Path(source.replace("\\", "/")).expanduser()
+    if re.match(r"[A-Za-z]:[\\/]", source) or "\\" in source:
+        if there.exists():
+            return BaseError(f"there is no base at {source}", fix=f"did you mean {there}?")
+        return BaseError(f"there is no base at {source}", got="a Windows path", fix=fix)
+    missing = next((folder for folder in [*reversed(there.parents)] if not folder.exists()), None)
+    if missing is None:
+        near = f"{there.parent} has {some(entry.name for entry in _entries(there.parent))}"
+        return BaseError(f"there is no base at {source}", got=near, fix=fix if hub_id else "check the path")
+    other = ": a path of another machine" if there.is_absolute() and len(missing.parts) == 2 else ""
+    return BaseError(f"there is no base at {source}", got=f"no folder {missing} here{other}", fix=fix)
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """The first few names in order; `nothing in it` where there are none."""
+    ordered = sorted(names, key=_natural)
+    more = len(ordered) - most
+    return ", ".join(ordered[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
+
+
+def _models_below(path: Path) -> BaseError | None:
+    """Several models or one inside of a folder: checkpoints, a folder of models, the hub's cache."""
+    models = _below(path, CONFIG, WHOLE)
+    if not models:
+        return None
+    chosen = _current(models)
+    what = "the hub's cache, not a model" if "snapshots" in chosen.relative_to(path).parts else "a folder of models"
+    inside = some(str(model.relative_to(path)) for model in models)
+    fix = f"give {'' if len(models) == 1 else 'one of them: '}--base {chosen}"
+    return BaseError(f"{path} is {what}", got=inside, fix=fix, gotcha="base-folder-around")
+
+
+def _adapters_below(path: Path) -> BaseError | None:
+    adapters = _below(path, ADAPTER_CONFIG, (ADAPTER_CONFIG,))
+    if not adapters:
+        return None
+    base = read_json(adapters[0] / ADAPTER_CONFIG).get("base_model_name_or_path")
+    inside = some(str(adapter.relative_to(path)) for adapter in adapters)
+    return BaseError(f"{path} holds adapters, not a base", got=inside, fix=f"use their base: {base or 'see there'}")
+
+
+def _other_format(path: Path, names: Collection[str]) -> BaseError | None:
+    for patterns, what, fix in OTHER_FORMATS:
+        found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+        if found:
+            return BaseError(f"{path} {what}", got=some(found), fix=fix, gotcha="base-saved-in-parts")
+    return None
+
+
+def _nothing_whole(path: Path, names: Collection[str], source: str) -> BaseError:
+    """No model, nor a sign of one elsewhere: no config, no weights, or a folder that only has a model's name."""
+    weights = [name for name in names if any(fnmatch(name, pattern) for pattern in OTHER_WEIGHTS)]
+    if CONFIG in names:
+        return BaseError(
+            f"{path} has no weights that can be used",
+            got=f"{', '.join(sorted(weights)[:4])} but no {WEIGHTS}" if weights else f"no {WEIGHTS}",
+            fix="copy the weights into it, or use another base",
+        )
+    if not weights and is_hub_id(source.rstrip("/")):
+        return BaseError(
+            f"the folder {source} here has no model in it, and hides the one of that name on the hub",
+            got=some(names),
+            fix="rename or remove the folder, or give another one with --base",
+            gotcha="base-hidden-by-a-folder",
+        )
+    return BaseError(f"{path} has no {CONFIG}", got=some(names), fix="give the folder of a whole model")
+
+
+def _below(path: Path, needed: str, any_of: tuple[str, ...]) -> list[Path]:
+    """The folders that have the `needed` file and one of `any_of`, of the least depth there are any in."""
+    for pattern in BELOW:
+        files = path.glob(f"{pattern}/{needed}")
+        found = [file.parent for file in files if any((file.parent / name).exists() for name in any_of)]
+        if found:
+            return sorted(found, key=lambda folder: _natural(str(folder)))
+    return []
+
+
+def _current(models: list[Path]) -> Path:
+    """The one to name first: of snapshots the one that the hub's `main` was, of checkpoints the last."""
+    for model in models:
+        main = model.parent.parent / "refs" / "main"
+        if model.parent.name == "snapshots" and main.is_file() and main.read_text().strip() == model.name:
+            return model
+    return models[-1] if all(model.name.startswith("checkpoint-") for model in models) else models[0]
+
+
+def _hub_id_in(source: str) -> str | None:
+    """The hub id in a web address or in a path into another machine's hub cache."""
+    match = re.search(r"(?:huggingface\.co|hf\.co|hf:/)/([\w.-]+/[\w.-]+)", source)
+    if match:
+        return match[1]
+    match = re.search(r"models--([\w.-]+?)--([\w.-]+)", source)
+    return f"{match[1]}/{match[2]}" if match else None
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        return []
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """`checkpoint-9` before `checkpoint-10`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
