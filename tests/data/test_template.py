@@ -1,5 +1,6 @@
 """What the assistant says in a conversation, as several real families of templates write it."""
 
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hatrack.data.template import (
     assistant_spans,
     chat_prompt,
     chat_template,
+    check_steady,
     render_chat,
     with_its_clock_stopped,
 )
@@ -246,3 +248,87 @@ def test_of_named_templates_the_default_is_taken_or_the_only_one() -> None:
         chat_template(tokenizer)
     tokenizer.chat_template = {}
     assert chat_template(tokenizer) == (PLAIN_TEMPLATE, False)
+
+
+CUTS = (  # in the manner of R1's distilled models
+    "{% for m in messages %}{% if m.role == 'assistant' %}<bot>{{ m.content.split('</think>')[-1] }}<end>"
+    "{% else %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>OPENING{% endif %}"
+)
+KEEPS_LAST = (
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% set parts = m.content.split('</think>') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 "
+    "else m.reasoning_content or '' %}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ parts[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THOUGHTFUL = "<think>\nNorway lies north.\n</think>\n\nIt is Oslo."
+ASKED = ("user", "Capital of Norway?")
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+@pytest.mark.parametrize("before", [[], [ASKED, ("assistant", "It is Oslo.")]], ids=["first", "later"])
+def test_a_template_that_takes_thoughts_away_is_refused(opening: str, before: list[tuple[str, str]]) -> None:
+    talk = [ASKED, ("assistant", THOUGHTFUL), *before]
+    with pytest.raises(DataError, match=r"leaves out the thoughts of answers.*\[template-leaves-out\]"):
+        _spoken(CUTS.replace("OPENING", opening), talk)
+
+
+def test_thoughts_in_a_key_of_their_own_are_kept_or_refused() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    talk = [*turns(ASKED), {"role": "assistant", "content": "It is Oslo.", "reasoning_content": "Norway lies north."}]
+    with pytest.raises(DataError, match="leaves out the thoughts of answers"):
+        render_chat(talk, tokenizer, LLAMA3)
+    whole = str(tokenizer.apply_chat_template(talk, chat_template=KEEPS_LAST, tokenize=False))
+    ((start, end),) = assistant_spans(tokenizer, talk, KEEPS_LAST, whole)
+    assert whole[start:end] == THOUGHTFUL + "<|im_end|>"
+
+
+def test_a_template_that_drops_calls_is_refused() -> None:
+    talk = [*turns(ASKED), {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}]
+    with pytest.raises(DataError, match="leaves out the tool calls of answers"):
+        render_chat(talk, tiny_tokenizer(chat=False), LLAMA3)
+
+
+def test_a_template_that_keeps_the_last_thought_teaches_what_is_asked() -> None:
+    end = "<|im_end|>"
+    assert _spoken(KEEPS_LAST, [ASKED, ("assistant", THOUGHTFUL)]) == [THOUGHTFUL + end]
+    assert _spoken(KEEPS_LAST, [ASKED, ("assistant", "It is Oslo.")]) == [f"<think>\n\n</think>\n\nIt is Oslo.{end}"]
+    assert _spoken(KEEPS_LAST, [ASKED, ("assistant", THOUGHTFUL)] * 2) == [THOUGHTFUL + end]
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "\n", " ", "<think></think>"])
+def test_an_answer_that_is_asked_for_in_another_way_than_learned_is_refused(opening: str) -> None:
+    said = f"asked for after {'<bot>' + opening!r}, learned after '<bot>'"
+    with pytest.raises(DataError, match=re.escape(said) + r".*\[prompt-never-trained\]"):
+        _spoken(CUTS.replace("OPENING", opening), [ASKED, ("assistant", "It is Oslo.")])
+    later = [ASKED, ("assistant", "It is Oslo."), ("user", "And of Peru?"), ("assistant", "Lima.")]
+    with pytest.raises(DataError, match=re.escape(said)):
+        _spoken(CUTS.replace("OPENING", opening), later)
+
+
+def test_a_template_that_draws_lots_is_refused() -> None:
+    drawn = "{{ range(99999) | random }}" + LLAMA3
+    with pytest.raises(BaseError, match=r"writes something else each time; got '\d+.*\[template-changes\]"):
+        check_steady(turns(*TALK), tiny_tokenizer(chat=False), drawn)
+    check_steady(turns(*TALK), tiny_tokenizer(chat=False), LLAMA3)
+    check_steady(turns(*TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no') }}")
+
+
+def test_the_tokens_before_an_answer_are_those_that_ask_for_it(smollm: Any) -> None:
+    """A space at a prompt's end would go into the answer's first word, and two line breaks into one token."""
+    for opening in ("Assistant: ", "Assistant:\n\n", "Assis"):
+        template = (
+            "{% for m in messages %}{{ 'OPEN' if m.role == 'assistant' else 'User: ' }}{{ m.content }}<|im_end|>\n"
+            "{% endfor %}"
+            "{% if add_generation_prompt %}OPEN{% endif %}"
+        ).replace("OPEN", opening)
+        ids, learn = render_chat(turns(*TALK[:2]), smollm, template)
+        asked = smollm(chat_prompt(smollm, turns(TALK[0]), template), add_special_tokens=False)["input_ids"]
+        assert ids[: len(asked)].tolist() == asked
+        assert smollm.decode(ids[learn]) == "Hi!<|im_end|>" and not learn[: len(asked)].any()

@@ -199,17 +199,19 @@ def _each(
     examples: Sequence[Example], encode: Callable[[Example], tuple[np.ndarray, np.ndarray]], source: str
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Every example encoded. Raises DataError with every row that cannot be, by its number."""
-    encoded, complaints, fix = [], [], None
+    encoded, complaints, fix, gotcha = [], [], None, ""
     for index, example in enumerate(examples):
         try:
             encoded.append(encode(example))
         except DataError as error:
-            complaints.append(f"{source} row {example.row}: {error.what} ({error.got})")
-            fix = error.fix
+            complaints.append(f"{source} row {example.row}: {error.what}" + (f" ({error.got})" if error.got else ""))
+            fix, gotcha = error.fix, error.gotcha
         if index and index % 20_000 == 0:
             say(f"tokenised {index:,} of {len(examples):,} rows")
     if complaints:
-        raise DataError(f"{counted(len(complaints))} cannot be tokenised", fix=fix, complaints=complaints)
+        raise DataError(
+            f"{counted(len(complaints))} cannot be tokenised", fix=fix, gotcha=gotcha, complaints=complaints
+        )
     return encoded
 
 

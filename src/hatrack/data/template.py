@@ -6,8 +6,10 @@ Knows nothing of rows or files. The template is Jinja, run by transformers in it
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,13 @@ from hatrack.say import say_once
 
 Turn = dict[str, Any]
 """A message as a chat template takes it: `role`, `content`, and what else it may hold."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what the assistant thought; transformers gives one to the template by all these names."""
+THOUGHT = re.compile(r"</?think(ing)?>")
+WORD = re.compile(r"\w+")
+SHOWN = 20
+"""Characters of a text that are shown of the place where something is wrong."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
@@ -105,12 +114,45 @@ def render_chat(
     turns = list(messages)
     whole = _write(tokenizer, turns, template, prompt=False, tools=tools)
     spans = assistant_spans(tokenizer, turns, template, whole, tools=tools, read_only=read_only)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    ids, offsets = _tokens(tokenizer, whole, [start for start, _ in spans])
     learn = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
         learn |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
-    return np.array(encoded["input_ids"], dtype=np.int32), learn
+    return np.array(ids, dtype=np.int32), learn
+
+
+def _tokens(tokenizer: Any, whole: str, starts: Sequence[int]) -> tuple[list[int], np.ndarray]:
+    """The ids of a text, and where in it each token begins and ends (tokens, 2).
+
+    What stands before an answer, which begins at one of `starts`, becomes the tokens that it becomes while there is no
+    answer yet. Where the answer would change them (a prompt that ends with a space, say), it is tokenised by itself.
+    """
+    encode = partial(tokenizer, add_special_tokens=False, verbose=False)
+    found = encode(whole, return_offsets_mapping=True)
+    ids, offsets = list(found["input_ids"]), list(found["offset_mapping"])
+    prompts = (encode(whole[:start])["input_ids"] for start in starts if start)
+    if any(ids[: len(prompt)] != list(prompt) for prompt in prompts):
+        ids, offsets = [], []
+        for start, end in pairwise((0, *starts, len(whole))):
+            part = encode(whole[start:end], return_offsets_mapping=True)
+            ids += part["input_ids"]
+            offsets += [(start + first, start + last) for first, last in part["offset_mapping"]]
+    return ids, np.array(offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def check_steady(messages: Sequence[Turn], tokenizer: Any, template: str) -> None:
+    """Raises BaseError where the template writes one and the same conversation in two ways: what is asked for later is
+    then nothing that was learned. What it refuses is left to others to say."""
+    with suppress(DataError):
+        first, again = (_write(tokenizer, list(messages), template, prompt=False) for _ in range(2))
+        if first != again:
+            start = len(_common(first, again))
+            raise BaseError(
+                "the chat template writes something else each time",
+                got=f"{first[start : start + SHOWN]!r}, then {again[start : start + SHOWN]!r}",
+                fix="use a base with another template",
+                gotcha="template-changes",
+            )
 
 
 def assistant_spans(
@@ -151,18 +193,49 @@ def speaks(turn: Turn) -> bool:
 
 def _span(write: Callable[..., str], turns: list[Turn], whole: str, index: int) -> tuple[int, int] | None:
     upto = whole if index == len(turns) - 1 else write(turns[: index + 1], prompt=False)
+    if not whole.startswith(upto):
+        return None
     if index == 0:
-        return _first_span(write, turns, whole, upto)
+        return _first_span(write, turns, upto)
     before = write(turns[:index], prompt=True)
-    if not (whole.startswith(upto) and upto.startswith(before)):
-        before = _common(before, upto)
-        if not whole.startswith(upto) or turns[index]["content"].strip() not in upto[len(before) :]:
-            return None
-    end = len(upto.rstrip())  # the end-of-turn token is learned, the line break after it is not
-    return (len(before), end) if end > len(before) else None
+    start, end = len(_common(before, upto)), len(upto.rstrip())  # the end-of-turn token is learned, a line break not
+    if not _refuse_left_out(turns[index], upto[start:end] if start == len(before) else upto):
+        return None
+    if start < len(before):
+        since = len(_common(write(turns[:index], prompt=False), before[:start]))
+        raise DataError(
+            "the chat template asks for answers in another way than it writes them: what is learned is never asked for",
+            got=f"asked for after {before[since:]!r}, learned after {before[since:start]!r}",
+            fix="use a base with another template, or --task complete with prompt and completion",
+            gotcha="prompt-never-trained",
+        )
+    return (start, end) if end > start else None
 
 
-def _first_span(write: Callable[..., str], turns: list[Turn], whole: str, upto: str) -> tuple[int, int] | None:
+def _refuse_left_out(turn: Turn, written: str) -> bool:
+    """Raises DataError where the template leaves out words of what the assistant says: they would not be learned.
+
+    False where nothing of it is there at all.
+    """
+    calls = " ".join(str(call["function"]["name"]) for call in turn.get("tool_calls") or [])
+    thoughts = next((turn[name] for name in REASONING if turn.get(name)), "")
+    texts = ((turn["content"], "a part"), (thoughts, "the thoughts"), (calls, "the tool calls"))
+    said = [(WORD.findall(THOUGHT.sub(" ", text)), THOUGHT.search(text), what) for text, what in texts]
+    there, every = WORD.findall(written), {word for words, _, _ in said for word in words}
+    if every and not every & set(there):
+        return False
+    for words, thinks, what in said:
+        rest = iter(there)
+        if not all(word in rest for word in words):
+            raise DataError(
+                f"the chat template leaves out {'the thoughts' if thinks else what} of answers: they are not learned",
+                fix="use a base whose template keeps them, or take them out of the rows",
+                gotcha="template-leaves-out",
+            )
+    return True
+
+
+def _first_span(write: Callable[..., str], turns: list[Turn], upto: str) -> tuple[int, int] | None:
     """Where the assistant speaks first: there is no conversation before it, and templates refuse an empty one.
 
     What the template adds to ask for an answer is also what it writes before this one.
@@ -171,8 +244,9 @@ def _first_span(write: Callable[..., str], turns: list[Turn], whole: str, upto: 
     single = write(turns[:1], prompt=False)
     opening = asked.removeprefix(single)
     start, end = upto.find(opening), len(upto.rstrip())
-    if not opening or opening == asked or start < 0 or not whole.startswith(upto):
+    if not opening or opening == asked or start < 0:
         return None
+    _refuse_left_out(turns[0], upto[start:end])
     return (start + len(opening), end) if end > start + len(opening) else None
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from hatrack.data.examples import Examples
 from hatrack.data.render import TokenRows, choose_max_length, render_cached
-from hatrack.data.template import chat_template
+from hatrack.data.template import chat_template, check_steady
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
@@ -30,6 +30,8 @@ def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *,
     if examples.task == "chat" and template is None:
         tools = any(example.tools for part in (examples.train, examples.held_out) for example in part)
         template = chat_template(tokenizer, tools=tools)[0]
+    if template is not None:
+        check_steady(examples.train[0].messages, tokenizer, template)
     limit = getattr(config, "max_position_embeddings", None)
     length, why = choose_max_length(recipe.max_length, tokenizer, limit, examples.task)
     learn, held_out = (
