@@ -25,6 +25,7 @@ MAY_IMPORT = {
 }
 WITHOUT_TORCH = [*sorted(GROUND), "base/header", "adapter/count", "adapter/targets"]
 WITHOUT_TORCH += ["base/hub", "base/locate", "base/peek", "base/room", "data/light", "data/order", "engine/states"]
+WITHOUT_TORCH += ["data/seen", "evaluate/alike"]
 WITHOUT_TORCH += [f"plan/{name}" for name in ("derive", "fit", "machine", "memory", "shape", "time")]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 

@@ -52,6 +52,7 @@ def test_classify_learns_saves_and_proves(tmp_path: Path, tiny_encoder: Path, re
         "adapter_model.safetensors",
         "hatrack.json",
         "metrics.jsonl",
+        "trained_on.bin",
     ]
     assert not (tmp_path / "hat.run").exists()
     logged = [json.loads(line) for line in (tmp_path / "hat/metrics.jsonl").read_text().splitlines()]

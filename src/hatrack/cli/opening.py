@@ -40,7 +40,8 @@ OpenHat = Callable[[], "Hat"]
 
 
 def with_hat(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives `command(adapter, ..., open_hat, ...)` the options that opening `adapter` takes, in place of `open_hat`.
+    """Gives `command(adapter, ..., open_hat, ...)` the options that opening `adapter` takes, in place of `open_hat`;
+    `adapter` may be several.
 
     It is opened when the command calls `open_hat()`, after its own complaints: a base takes seconds to load.
     """
@@ -63,8 +64,8 @@ def with_hat(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _opened(adapter: str, *, memory: str | None, no_proof: bool, **options: Any) -> "Hat":
-    leave_out_to_open(adapter)
+def _opened(adapter: str | list[str], *, memory: str | None, no_proof: bool, **options: Any) -> "Hat":
+    leave_out_to_open(*([adapter] if isinstance(adapter, str) else adapter))
     from hatrack.hat import load
 
     return load(adapter, memory=parse_memory(memory), prove=not no_proof, **options)

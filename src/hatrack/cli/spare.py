@@ -35,16 +35,16 @@ def leave_out(recipe: Recipe) -> None:
     _not_installed(unused)
 
 
-def leave_out_to_open(adapter: str) -> None:
-    """The same for opening an adapter that hatrack made on a base which was not quantised.
+def leave_out_to_open(*adapters: str) -> None:
+    """The same for opening adapters that hatrack made, on a base which was not quantised.
 
     Raises AdapterError, before anything slow is imported, where there is no such adapter or hatrack.json is malformed.
     """
     from hatrack.adapter.hatfile import read_hat_file
     from hatrack.adapter.rack import find
 
-    hat = read_hat_file(find(adapter))
-    if hat is not None and hat.recipe.get("quantize", "none") == "none":
+    hats = [read_hat_file(find(adapter)) for adapter in adapters]
+    if all(hat is not None and hat.recipe.get("quantize", "none") == "none" for hat in hats):
         _not_installed(QUANTIZERS)
 
 

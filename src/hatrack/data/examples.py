@@ -8,7 +8,7 @@ import json
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +121,33 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
             fix="give it at least 2 different rows",
         )
     return Examples(task, train, held_out, classes, multi_label, columns, _digest(train, held_out, classes))
+
+
+def read_scored(
+    recipe: Recipe, rows: Rows, classes: Sequence[str], multi_label: bool, also: Mapping[str, str]
+) -> tuple[str, list[Example]]:
+    """The task, and all rows of a file to score an adapter on that knows `classes`; `also` maps other words to them.
+
+    Labels that a class is another spelling of count as that class. Raises DataError as `prepare` does, and where no row
+    has a label that the adapter knows.
+    """
+    task, columns = find_columns(recipe, rows.columns, rows.source)
+    part = _read(rows, task, columns)
+    if task == "classify":
+        given = part
+        spelling = labels.as_in_training(part.names, classes) | dict(also)
+        part = _indexed(_respelled(part, spelling), list(classes), multi_label)
+        if given.examples and not part.examples:
+            found = sorted({item for name in given.names for item in labels.items(name)})
+            raise DataError(
+                f"{rows.source}, column {part.label_column}: no label is one that the adapter knows",
+                got=", ".join(map(short, found[:10])),
+                fix=f"its labels are {', '.join(map(short, classes[:20]))}",
+                gotcha="labels-of-another-adapter",
+            )
+    part = _without_duplicates(part)
+    _refuse_or_skip([part], recipe.bad_rows)
+    return task, part.examples
 
 
 def split(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:

@@ -31,6 +31,7 @@ from hatrack.base.trunk import Trunk, find_trunk
 from hatrack.base.window import OUTSIDE, let_go
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
+from hatrack.data import seen
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
@@ -103,9 +104,8 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
 
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
     hat = _describe(run, made_on, examples, tokens, trained, took)
-    save_adapter(
-        model, run.adapter, hat, base=_loadable(files), extra_files={"metrics.jsonl": run.metrics.read_bytes()}
-    )
+    beside = {"metrics.jsonl": run.metrics.read_bytes(), seen.FILE: seen.to_bytes(seen.keys(examples.train))}
+    save_adapter(model, run.adapter, hat, base=_loadable(files), extra_files=beside)
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trunk, trained, sweep, prefix

@@ -1,20 +1,21 @@
-"""Base against adapter on the same held-out rows: which is better, by how much, and how sure that is.
+"""Base against adapters, and adapters against each other, on the same rows: which is better, by how much, how surely.
 
 Knows nothing of where the rows come from or how the answer is shown.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from hatrack.data.render import TokenRows
+from hatrack.evaluate.held_out import FEWEST_ROWS
 from hatrack.evaluate.score import Score, main_metric, score
 from hatrack.hat import Hat
 
 RESAMPLES = 2000
-FEWEST_ROWS = 20
-"""A bootstrap of fewer rows is surer than it has reason to be, so there is no verdict."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,60 @@ class Comparison:
         return {**asdict(self), "ci95": list(self.ci95)}
 
 
-def compare(hat: Hat, rows: TokenRows, *, batch_size: int = 16, seed: int = 0) -> Comparison:
-    """Scores the bare base and the adapter in use on `rows`; the adapter is in use again afterwards."""
-    name = hat.active
-    scores = {}
-    for choice in (None, name):
-        hat.use(choice)
-        scores[choice] = score(
-            hat.model, rows, task=hat.task, batch_size=batch_size, pad_id=hat.pad_id, device=hat.base.device
-        )
-    return decide(main_metric(hat.task), scores[None], scores[name], seed=seed)
+@dataclass(frozen=True)
+class Comparisons:
+    """`adapters`: each by its name, against the base. `pairs`: each pair of names, the second against the first, which
+    stands where the base stands else."""
+
+    adapters: dict[str, Comparison]
+    pairs: dict[tuple[str, str], Comparison]
+
+    def better(self, pair: tuple[str, str]) -> str | None:
+        """The name of the better one of a pair, where that is sure."""
+        return {"better": pair[1], "worse": pair[0]}.get(self.pairs[pair].verdict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object `hatrack compare --json` prints: one adapter's comparison, or those of all."""
+        if len(self.adapters) == 1:
+            return next(iter(self.adapters.values())).as_json()
+        return {
+            "adapters": [{"name": name, **found.as_json()} for name, found in self.adapters.items()],
+            "pairs": [
+                {
+                    "names": list(pair),
+                    "metric": found.metric,
+                    "scores": [found.base, found.adapter],
+                    "difference": found.difference,
+                    "ci95": list(found.ci95),
+                    "rows": found.rows,
+                    "better": self.better(pair),
+                }
+                for pair, found in self.pairs.items()
+            ],
+        }
+
+
+def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, seed: int = 0) -> Comparisons:
+    """Scores the bare base and each adapter in `rows`, which has the same rows for all as their tokens.
+
+    The adapter in use is in use again afterwards.
+    """
+    before, first = hat.active, next(iter(rows.values()))
+    scores: dict[str | None, Score] = {}
+    try:
+        for name in (None, *rows):
+            hat.use(name)
+            mine = first if name is None else rows[name]
+            scores[name] = score(
+                hat.model, mine, task=hat.task, batch_size=batch_size, pad_id=hat.pad_id, device=hat.base.device
+            )
+    finally:
+        hat.use(before)
+    metric = main_metric(hat.task)
+    return Comparisons(
+        {name: decide(metric, scores[None], scores[name], seed=seed) for name in rows},
+        {(one, other): decide(metric, scores[one], scores[other], seed=seed) for one, other in combinations(rows, 2)},
+    )
 
 
 def decide(metric: str, base: Score, adapter: Score, *, seed: int = 0) -> Comparison:

@@ -1,38 +1,181 @@
-"""The rows an adapter was not trained on, found again from what its hatrack.json remembers."""
+"""The rows to compare adapters on: none that one of them was trained on.
 
-from hatrack.data.examples import prepare
+What an adapter was trained on is known by content, from the file beside it (`data/seen.py`); of one that has no such
+file, from the rows that its hatrack.json names, as long as they are the same.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hatrack.adapter.hatfile import HatFile
+from hatrack.data import seen
+from hatrack.data.examples import Example, Examples, prepare, read_scored
 from hatrack.data.read import read_rows
-from hatrack.data.render import TokenRows, render_cached
-from hatrack.errors import AdapterError, DataError
+from hatrack.data.render import TokenRows, choose_max_length, render_cached
+from hatrack.data.template import chat_template
+from hatrack.errors import AdapterError, DataError, HatrackError
+from hatrack.evaluate.alike import check_alike
 from hatrack.hat import Hat
-from hatrack.recipe import Recipe
+from hatrack.recipe import Recipe, flag
+from hatrack.say import counted, say
+
+FEWEST_ROWS = 20
+"""A bootstrap of fewer rows is surer than it has reason to be, so there is no verdict."""
+COLUMNS = ("text", "label", "prompt", "completion", "messages")
 
 
-def held_out(hat: Hat, data: str | None = None) -> TokenRows:
-    """The held-out rows of the adapter in use as tokens; or all rows of `data`, with the adapter's labels.
+def held_out(hat: Hat, data: str | None = None, **options: str) -> dict[str, TokenRows]:
+    """The rows of `data`, else those that all attached adapters hold out, without any that one was trained on: the same
+    rows for each adapter, by its name, as the tokens that it takes them as.
 
-    Raises AdapterError where the adapter does not remember its data, DataError where the file has changed since:
-    then rows it was trained on could be among those held out.
+    `options` say how `data` is to be read: `text`, `label`, `prompt`, `completion`, `messages` name its columns,
+    `bad_rows` is refuse or skip. Raises AdapterError where the adapters cannot be compared or do not remember their
+    data, DataError where that has changed since, or where too few rows are left.
     """
-    made = hat.hats[str(hat.active)]
+    check_alike(hat.hats)
+    if data is None:
+        earlier = {name: _its_data(name, made) for name, made in hat.hats.items()}
+        task, examples = hat.task, _held_out_by_all(earlier)
+        source = " and ".join(dict.fromkeys(str(made.recipe["data"]) for made in hat.hats.values()))
+    else:
+        earlier, source = {}, data
+        task, examples = _given(next(iter(hat.hats.values())), data, options)
+    fresh = _never_seen(hat, examples, earlier, source)
+    return _as_tokens(hat, task, fresh, source)
+
+
+def _its_data(name: str, made: HatFile) -> Examples:
+    """The rows that an adapter was trained on and scored by, read again."""
     if not made.recipe.get("data"):
-        raise AdapterError(f"{made.name} does not remember what it was trained on", fix="name rows with --data")
+        raise AdapterError(f"{name} does not remember what it was trained on", fix=f"name rows with {flag('data')}")
     recipe = Recipe.make(**made.recipe)
-    train_rows = read_rows(str(recipe.data))
-    eval_source = data or recipe.eval_data
-    examples = prepare(recipe, train_rows, read_rows(eval_source) if eval_source else None)
-    if data is None and examples.digest != made.data.get("digest"):
+    rows = read_rows(str(recipe.data))
+    examples = prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+    if examples.digest != made.data.get("digest"):
         raise DataError(
-            f"{recipe.data} is not what {made.name} was trained on any more",
-            fix="name other rows with --data",
+            f"{recipe.data} is not what {name} was trained on any more",
+            fix=f"name rows with {flag('data')}; that may be the same file: rows that were trained on are left out",
         )
-    return render_cached(
-        examples.held_out,
-        hat.base.tokenizer,
-        task=hat.task,
-        max_length=made.max_length,
-        labels=len(made.labels),
-        multi_label=made.multi_label,
-        template=made.template,
-        source=str(eval_source or recipe.data),
+    return examples
+
+
+def _held_out_by_all(earlier: Mapping[str, Examples]) -> list[Example]:
+    first, *others = earlier.values()
+    shared = first.held_out
+    for other in others:
+        shared = _chosen(shared, np.isin(seen.row_keys(shared), seen.row_keys(other.held_out)))
+    if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in earlier.values())):
+        raise DataError(
+            f"{' and '.join(earlier)} hold out other rows",
+            got=f"{len(shared)} in common",
+            fix=f"name rows that none was trained on with {flag('data')}",
+            gotcha="scored-on-training-rows",
+        )
+    return shared
+
+
+def _given(made: HatFile, data: str, options: Mapping[str, str]) -> tuple[str, list[Example]]:
+    """The task of the rows in a file, and these rows with the adapter's labels."""
+    rows = read_rows(data)
+    kept = {role: made.recipe[role] for role in COLUMNS if made.recipe.get(role) in rows.columns}
+    kept |= {"bad_rows": made.recipe["bad_rows"]} if "bad_rows" in made.recipe else {}
+    elsewhere = made.task != "classify" and not made.recipe  # then its rows may be of either kind that generates
+    numbers = {str(index): f"LABEL_{index}" for index in range(len(made.labels))}
+    also = numbers if made.labels == list(numbers.values()) else {}
+    problems: list[DataError] = []
+    for task in ["chat", "complete"] if elsewhere else [made.task]:
+        recipe = Recipe.make(task=task, **{**kept, **options})
+        try:
+            return read_scored(recipe, rows, made.labels, made.multi_label, also)
+        except DataError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Examples], source: str) -> list[Example]:
+    """The rows that no adapter was trained on. Raises DataError where they are too few because of that."""
+    own, trained = seen.row_keys(examples), np.zeros(len(examples), dtype=bool)
+    for name, made in hat.hats.items():
+        known = _trained_on(hat, name, made, earlier.get(name))
+        if known is None:
+            say(f"{name} does not tell which rows it was trained on: whether these are among them is not known")
+        else:
+            trained |= np.isin(own, known)
+    count, fresh = int(trained.sum()), _chosen(examples, ~trained)
+    if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # of held-out rows few may be all there are
+        raise DataError(
+            f"these {count:,} rows were trained on, and do not tell how good an adapter is",
+            got=f"{source}, with {counted(len(fresh)) if fresh else 'no row'} beside them",
+            fix=f"name at least {FEWEST_ROWS} other rows with {flag('data')}",
+            gotcha="scored-on-training-rows",
+        )
+    if count:
+        say(f"{count:,} of {len(examples):,} rows were trained on and are left out")
+    return fresh
+
+
+def _trained_on(hat: Hat, name: str, made: HatFile, earlier: Examples | None) -> np.ndarray | None:
+    """The keys of the rows that an adapter was trained on; None where nothing tells."""
+    path = hat.folders[name] / seen.FILE
+    if path.exists():
+        try:
+            return seen.from_bytes(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{path} is damaged", got=error, fix="copy the adapter again") from error
+    if earlier is None and made.recipe.get("data"):
+        with contextlib.suppress(HatrackError):  # the file is gone, or another one now
+            earlier = _its_data(name, made)
+    return None if earlier is None else seen.keys(earlier.train)
+
+
+def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str) -> dict[str, TokenRows]:
+    """The rows as each adapter takes them: with its own numbers for labels, all written and cut alike."""
+    tokenizer, first = hat.base.tokenizer, next(iter(hat.hats.values()))
+    template = _template(hat) if task == "chat" else None
+    limit = getattr(hat.base.model.config, "max_position_embeddings", None)
+    lengths = {made.max_length or choose_max_length(None, tokenizer, limit, task)[0] for made in hat.hats.values()}
+    if len(lengths) > 1:
+        say(f"rows are cut at {min(lengths)} tokens, the least that one of the adapters was trained with")
+    rows = {}
+    for name, made in hat.hats.items():
+        numbers = [made.labels.index(label) for label in first.labels]
+        rows[name] = render_cached(
+            [_renumbered(each, numbers) for each in examples],
+            tokenizer,
+            task=task,
+            max_length=min(lengths),
+            labels=len(made.labels),
+            multi_label=made.multi_label,
+            template=template,
+            source=source,
+        )
+    return rows
+
+
+def _template(hat: Hat) -> str:
+    """The one chat template of all, the base's own for one made elsewhere. Raises AdapterError where they differ."""
+    found = {made.template or chat_template(hat.base.tokenizer)[0] for made in hat.hats.values()}
+    if len(found) > 1:
+        raise AdapterError(
+            f"{' and '.join(hat.hats)} were trained with other chat templates: their losses are not of the same tokens",
+            fix="compare each with the base",
+            gotcha="adapters-not-alike",
+        )
+    return found.pop()
+
+
+def _renumbered(example: Example, numbers: Sequence[int]) -> Example:
+    """The example with the label `numbers[i]` in place of label i."""
+    label = example.label
+    if label is None:
+        return example
+    return replace(
+        example, label=tuple(sorted(numbers[i] for i in label)) if isinstance(label, tuple) else numbers[label]
     )
+
+
+def _chosen(examples: Sequence[Example], chosen: np.ndarray) -> list[Example]:
+    return [example for example, one in zip(examples, chosen, strict=True) if one]
