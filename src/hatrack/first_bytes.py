@@ -17,7 +17,8 @@ LONGEST = 1024
 
 GZIP, BZIP2, PARQUET = "compressed with gzip", "compressed with bzip2", "a Parquet file"
 SPREADSHEET, SAFETENSORS, GGUF = "a spreadsheet", "a safetensors file", "a GGUF file"
-LFS, PAGE, ZIP, PICKLE = "a Git LFS pointer", "a web page (HTML or XML)", "a zip archive", "a pickle"
+LFS, PAGE, PICKLE = "a Git LFS pointer", "a web page (HTML or XML)", "a pickle"
+ZIP, DAMAGED_ZIP = "a zip archive", "a damaged zip archive"
 
 STARTS = {
     b"version https://git-lfs.github.com/": LFS,
@@ -55,6 +56,9 @@ FIXES = {
     PAGE: "download the file again: a site sent this page in its place",
     SPREADSHEET: "save it as CSV (UTF-8) in the program that made it",
     "a Word document": "save it as CSV or plain text in the program that made it",
+    SAFETENSORS: "let its name end in .safetensors, or give the right file",
+    GGUF: "let its name end in .gguf, or give the right file",
+    PICKLE: "get it as safetensors, or give the right file",
     "a PDF": "give its text as CSV or JSON Lines",
 }
 ARCHIVE_FIX, OTHER_FIX = "unpack it, and name the file that was in it", "give the right file"
@@ -105,7 +109,7 @@ def other_kind(path: Path, wanted: str, error: type[_ERROR]) -> _ERROR | None:
     bytes do not tell, or where it cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         found = look(file)
-        if found and found.kind != wanted:
+        if found and found.kind != wanted and (found.kind, wanted) != (DAMAGED_ZIP, PICKLE):  # as torch.save makes
             what = f"{path} is {found.kind}, not {wanted}"
             return error(what, got=found.got, fix=found.fix, gotcha="another-kind-of-file")
     return None
@@ -118,4 +122,4 @@ def _in_zip(file: BinaryIO) -> tuple[str, str]:
         names = zipfile.ZipFile(file).namelist()
     kinds = (kind for pattern, kind in INSIDE_ZIP.items() if any(re.match(pattern, name) for name in names))
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    return next(kinds, ZIP), f"it holds {shown}" if names else "no names can be read in it"
+    return (next(kinds, ZIP), f"it holds {shown}") if names else (DAMAGED_ZIP, "no names in it can be read")

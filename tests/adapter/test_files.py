@@ -196,7 +196,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "hat has no adapter_model.safetensors; got README.md",
     ),
     "a pickle": (
-        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        lambda f: torch.save({}, (f / "adapter_model.safetensors").rename(f / "adapter_model.bin")),
         "is a pickle, which can run code when it is opened; got no adapter_model.safetensors; fix: ask for safetensors",
     ),
     "empty weights": (

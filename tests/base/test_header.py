@@ -145,7 +145,7 @@ def damaged_files() -> list[tuple[str, bytes, str]]:
     return [
         ("empty", b"", "0 bytes, shorter than its own header"),
         ("short", b"\x10\0\0", "3 bytes, shorter than its own header"),
-        ("pickle", b"PK\x03\x04" + bytes(200), "204 bytes, shorter than its own header"),
+        ("pickle", b"\x80\x05" + bytes(200), "202 bytes, shorter than its own header"),
         ("long header", (1000).to_bytes(8, "little") + b"{}", "10 bytes, shorter than its own header"),
         ("no json", file({})[:8] + b"no", "a header that is no JSON"),
         ("list", file([]), "a header that is no JSON object"),

@@ -242,8 +242,8 @@ def test_a_disk_that_is_full_while_converting_leaves_nothing(
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"<html>")
-    assert "x.gguf is not a GGUF file; got it starts with b'<htm'; fix: " in refused(tmp_path / "x.gguf")
+    (tmp_path / "x.gguf").write_bytes(b"GGML....")
+    assert "x.gguf is not a GGUF file; got it starts with b'GGML'; fix: " in refused(tmp_path / "x.gguf")
 
 
 def test_a_damaged_gguf_is_refused_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:

@@ -24,6 +24,8 @@ from hatrack.adapter.hatfile import HATRACK_JSON, HatFile, model_card, read_hat_
 from hatrack.adapter.place import START, head_modules, heads_of, keep_head_in_float32
 from hatrack.base.header import read_file_header
 from hatrack.errors import AdapterError, BaseError
+from hatrack.first_bytes import PICKLE as PICKLED
+from hatrack.first_bytes import SAFETENSORS, other_kind
 from hatrack.storage import new_folder, write_file
 
 WEIGHTS, PICKLE, CARD = "adapter_model.safetensors", "adapter_model.bin", "README.md"
@@ -111,7 +113,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     try:
         header = read_file_header(folder / WEIGHTS, LARGEST_HEADER)
     except BaseError as error:
-        raise AdapterError(
+        raise other_kind(folder / WEIGHTS, SAFETENSORS, AdapterError) or AdapterError(
             f"{folder / WEIGHTS} is damaged or no safetensors file", got=error.got, fix="copy the adapter again"
         ) from error
     if not header:
@@ -194,7 +196,7 @@ def _check_weights_file(folder: Path) -> None:
     if (folder / WEIGHTS).is_file():
         return
     if (folder / PICKLE).is_file():
-        raise AdapterError(
+        raise other_kind(folder / PICKLE, PICKLED, AdapterError) or AdapterError(
             f"{folder / PICKLE} is a pickle, which can run code when it is opened",
             got=f"no {WEIGHTS}",
             fix="ask for safetensors, or convert it with torch.load(weights_only=True) and safetensors.torch.save_file",

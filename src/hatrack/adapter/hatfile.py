@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hatrack.errors import AdapterError, RecipeError
+from hatrack.first_bytes import other_kind
 from hatrack.recipe import Recipe
 from hatrack.storage import write_file
 
@@ -158,7 +159,9 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise AdapterError(f"{path} is not valid JSON", got=error, fix="copy the adapter again") from error
+        raise other_kind(path, "a JSON file", AdapterError) or AdapterError(
+            f"{path} is not valid JSON", got=error, fix="copy the adapter again"
+        ) from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path} must hold one object", got=type(content).__name__, fix="copy the adapter again")
     return content

@@ -21,6 +21,8 @@ from hatrack.base.header import INDEX, WEIGHTS, read_json
 from hatrack.base.locate import PICKLE, PICKLE_INDEX, digest, gguf_folder
 from hatrack.base.quiet import quiet
 from hatrack.errors import BaseError, HatrackError, MachineError
+from hatrack.first_bytes import GGUF, other_kind
+from hatrack.first_bytes import PICKLE as PICKLED
 from hatrack.say import say, size
 from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
 
@@ -107,7 +109,7 @@ def _check_magic(file: Path) -> None:
     with machine_errors(file), file.open("rb") as content:
         start = content.read(4)
     if start != b"GGUF":
-        raise BaseError(
+        raise other_kind(file, GGUF, BaseError) or BaseError(
             f"{file} is not a GGUF file", got=f"it starts with {start!r}", fix="check the path or download it again"
         )
 
@@ -144,7 +146,7 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise BaseError(
+        raise other_kind(file, PICKLED, BaseError) or BaseError(
             f"{file} is damaged, or holds more than tensors",
             got=str(error).split("\n")[0][:120],
             fix="use a base with safetensors",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hatrack.errors import BaseError
+from hatrack.first_bytes import SAFETENSORS, other_kind
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -364,7 +365,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise BaseError(f"{path} cannot be read", got=error.strerror) from error
     except (ValueError, RecursionError) as error:
-        raise BaseError(f"{path} is not valid JSON", got=" ".join(str(error).split())[:120]) from error
+        reason = " ".join(str(error).split())[:120]
+        fix = "copy or download the base again"
+        raise other_kind(path, "a JSON file", BaseError) or BaseError(
+            f"{path} is not valid JSON", got=reason, fix=fix
+        ) from error
     if not isinstance(content, dict):
         raise BaseError(f"{path} is not a JSON object", got=type(content).__name__)
     return content
@@ -418,4 +423,6 @@ def _is_tied(name: str, body: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _damaged(path: Path, got: str) -> BaseError:
-    return BaseError(f"{path} is damaged or no safetensors file", got=got, fix="copy or download the base again")
+    return other_kind(path, SAFETENSORS, BaseError) or BaseError(
+        f"{path} is damaged or no safetensors file", got=got, fix="copy or download the base again"
+    )

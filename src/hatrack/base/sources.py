@@ -15,6 +15,8 @@ from hatrack.base.hub import hub_errors
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
 from hatrack.base.not_a_base import no_model_in, no_such_path, some
 from hatrack.errors import BaseError, RecipeError
+from hatrack.first_bytes import PICKLE as PICKLED
+from hatrack.first_bytes import SAFETENSORS, other_kind
 
 HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)
 
@@ -78,15 +80,28 @@ def _usable(path: Path, source: str) -> Path:
         raise BaseError(f"{path} is a single file", fix=fix)
     names = _names_in(path)
     if (WEIGHTS in names or INDEX in names) and CONFIG in names:
-        return path
+        return _of_right_kinds(path, "model*.safetensors")
     if CONFIG in names and has_pickle(path):
-        return from_pickle(path)
+        return from_pickle(_of_right_kinds(path, "pytorch_model*.bin"))
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
     if len(ggufs) == 1:
         return from_gguf(path / ggufs[0])
     if ggufs:
         raise BaseError(f"{path} has several .gguf files", got=", ".join(ggufs[:6]), fix=f"name one: {path / ggufs[0]}")
     raise no_model_in(path, names, source)
+
+
+def _of_right_kinds(folder: Path, weights: str) -> Path:
+    """The same folder, once each of its files looks like what its name says: a tokenizer would take a pointer's lines
+    for words."""
+    kinds = {weights: SAFETENSORS if weights.endswith(".safetensors") else PICKLED}
+    kinds |= {pattern: f"a {pattern.removeprefix('*')} file" for pattern in SMALL_FILES}
+    for pattern, kind in kinds.items():
+        for path in sorted(folder.glob(pattern)):
+            other = other_kind(path, kind, BaseError)
+            if other:
+                raise other
+    return folder
 
 
 def _exists(path: Path) -> bool:

@@ -40,6 +40,10 @@ def read_text(source: str, path: Path) -> str:
         if ending:
             content = (gzip if ending == ".gz" else bz2).decompress(content)
             found = look(io.BytesIO(content))
+            if found and found.kind in PACKED.values():
+                raise DataError(
+                    f"{source} is packed twice", got=found.got, fix=f"unpack it once and name it {path.name}"
+                )
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, DataError):
             raise
@@ -102,7 +106,8 @@ def _not_text(source: str, path: Path, found: Found) -> DataError:
     """That a file is of another kind than its name says, with the name that would be right where one would be."""
     fix = found.fix
     if found.kind in PACKED.values():
-        fix = f"name it {path.name}.{'gz' if found.kind == GZIP else 'bz2'}"
+        plain = path.stem if path.suffix.lower() in PACKED else path.name
+        fix = f"name it {plain}.{'gz' if found.kind == GZIP else 'bz2'}"
     elif found.kind == PARQUET:
         fix = f"name it {path.name.partition('.')[0]}.parquet"
     return DataError(f"{source} is {found.kind}", got=found.got, fix=fix, gotcha="another-kind-of-file")
