@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hatrack"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-GROUND = {"cpu", "errors", "first_bytes", "recipe", "say", "storage", "wheels"}
+GROUND = {"cpu", "errors", "first_bytes", "other_names", "recipe", "say", "storage", "wheels"}
 MAY_IMPORT = {
     "base": {"kernels.frozen"},
     "kernels": set(),

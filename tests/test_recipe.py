@@ -1,5 +1,6 @@
 """Options: what is accepted, what is refused and in which words, and that all three generated forms agree."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 import hatrack
 from hatrack.cli.options import options_page
 from hatrack.errors import RecipeError
-from hatrack.recipe import Recipe, flag
+from hatrack.other_names import NOT_NEEDED, OTHER_NAMES
+from hatrack.recipe import Recipe, choices, flag
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,3 +121,38 @@ def test_public_names() -> None:
     assert all(hasattr(hatrack, name) for name in hatrack.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tain'"):
         _ = hatrack.tain
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("learning_rate", "did you mean lr?"),
+        ("lora_r", "did you mean r?"),
+        ("lora_alpha", "did you mean alpha?"),
+        ("num_train_epochs", "did you mean epochs?"),
+        ("per_device_train_batch_size", "did you mean batch_size?"),
+        ("max_seq_length", "did you mean max_length?"),
+        ("model_name_or_path", "did you mean base?"),
+        ("dataset", "did you mean data?"),
+        ("target_modules", "did you mean targets?"),
+        ("outputDir", "did you mean output?"),
+        ("load_in_4bit", "did you mean quantize: 4bit?"),
+        ("gradient_accumulation_steps", "leave it out: "),
+        ("epoch", "did you mean epochs?"),
+        ("xyzzy", "the options are base, "),
+    ],
+)
+def test_names_of_other_tools_lead_to_the_option(tmp_path: Path, name: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(f"there is no option {name!r}; {hint}")):
+        Recipe.make(**{name: 1})
+    (tmp_path / "r.yaml").write_text(f"{name}: 1\n")
+    with pytest.raises(RecipeError, match=re.escape(hint)):
+        Recipe.read(tmp_path / "r.yaml")
+
+
+def test_every_other_name_leads_to_an_option_that_is_there() -> None:
+    assert {meant.partition(" ")[0] for meant in OTHER_NAMES.values()} <= set(Recipe.model_fields)
+    assert not {*OTHER_NAMES, *NOT_NEEDED} & set(Recipe.model_fields) and not set(OTHER_NAMES) & set(NOT_NEEDED)
+    for meant in OTHER_NAMES.values():
+        option, _, value = meant.partition(" ")
+        assert not value or value in choices(Recipe.model_fields[option])

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from hatrack.errors import RecipeError, short
+from hatrack.other_names import NOT_NEEDED, OTHER_NAMES
 
 Task = Literal["classify", "chat", "complete"]
 
@@ -386,9 +387,23 @@ def nearest(name: str, names: Any) -> str | None:
     return found[0] if found else None
 
 
+def suggestion(name: str, known: Any) -> str | None:
+    """The option that a name which is none was most likely meant to be, as `lr` or, with a value, `quantize 4bit`; or
+    a sentence where hatrack has no such option on purpose. Names of other tools count: `learning_rate`."""
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip("-")).replace("-", "_").lower()
+    meant = OTHER_NAMES.get(plain)
+    if meant is not None and meant.partition(" ")[0] in known:
+        return meant
+    return nearest(plain, known) or (NOT_NEEDED.get(plain) if "lr" in known else None)
+
+
 def _unknown(name: str, known: Any) -> str:
-    guess = nearest(name, known)
-    hint = f"did you mean {guess}?" if guess else f"the options are {', '.join(known)}"
+    meant = suggestion(name, known)
+    if meant is None:
+        hint = f"the options are {', '.join(known)}"
+    else:
+        option, _, value = meant.partition(" ")
+        hint = f"did you mean {option}{f': {value}' if value else ''}?" if option in known else f"leave it out: {meant}"
     return f"there is no option {name!r}; {hint}"
 
 

@@ -42,7 +42,7 @@ class StandardError:
 @functools.cache
 def console() -> Console:
     """The one console of this process; progress bars and lines share it, so they never overwrite each other."""
-    return Console(file=cast(IO[str], StandardError()), highlight=False, soft_wrap=True)
+    return Console(file=cast(IO[str], StandardError()), highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(line: str) -> None:

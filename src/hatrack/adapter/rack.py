@@ -62,15 +62,15 @@ def find(adapter: str | Path) -> Path:
         return folder
     if path.is_dir():
         raise AdapterError("that folder holds no adapter", got=path, fix=f"an adapter has a file {CONFIG}")
-    names = _names()
-    guess = nearest(name, names)
-    fix = f"did you mean {guess}?" if guess else "hatrack list shows the names" if names else "hatrack train makes one"
+    known = names()
+    guess = nearest(name, known)
+    fix = f"did you mean {guess}?" if guess else "hatrack list shows the names" if known else "hatrack train makes one"
     raise AdapterError("there is no such adapter", got=name, fix=fix)
 
 
 def hats() -> list[Hanging]:
     """Everything on the rack, by name."""
-    return [_hanging(name) for name in _names()]
+    return [_hanging(name) for name in names()]
 
 
 def known_as(adapter: str | Path, folder: Path) -> str:
@@ -80,7 +80,7 @@ def known_as(adapter: str | Path, folder: Path) -> str:
         return str(adapter)
     hat = read_hat_file(folder)
     own = as_name(hat.name if hat and hat.name else folder.resolve().name)
-    on_rack = [name for name in _names() if _target(name) == folder.resolve()]
+    on_rack = [name for name in names() if _target(name) == folder.resolve()]
     return own if own in on_rack or not on_rack else on_rack[0]
 
 
@@ -156,7 +156,8 @@ def _target(name: str) -> Path | None:
         return None
 
 
-def _names() -> list[str]:
+def names() -> list[str]:
+    """Every name on the rack, in order."""
     return sorted(path.stem for path in _rack().glob("*.json")) if _rack().is_dir() else []
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hatrack.cli.hats import age, print_table
+from hatrack.cli.hats import age
 from hatrack.cli.options import Json
+from hatrack.cli.tables import print_table
 from hatrack.errors import RecipeError
 from hatrack.say import size
 from hatrack.storage import cache_dir

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hatrack.cli.opening import names_on_the_rack
 from hatrack.cli.options import Json
+from hatrack.cli.tables import print_facts, print_table
 from hatrack.say import size
 
 if TYPE_CHECKING:
     from hatrack.adapter.rack import Hanging
 
-Name = Annotated[str, typer.Argument(help="A name on the rack, or an adapter's folder.")]
+Name = Annotated[
+    str, typer.Argument(help="A name on the rack, or an adapter's folder.", autocompletion=names_on_the_rack)
+]
 
 
 def list_hats(as_json: Json = False) -> None:
@@ -43,13 +47,6 @@ def list_hats(as_json: Json = False) -> None:
     print_table(rows)
 
 
-def print_table(rows: list[list[str]]) -> None:
-    """Rows of as many cells each, in columns that are as wide as they need to be."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 def show(adapter: Name, as_json: Json = False) -> None:
     """Show one adapter: what it was made from, how well it does, where it lies."""
     from hatrack.adapter.files import read_adapter
@@ -62,8 +59,7 @@ def show(adapter: Name, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"name": name, "folder": str(folder), "config": files.config, "hat": hat}, default=str))
         return
-    for fact, value in _facts(name, folder, files.config, hat or {}).items():
-        print(f"{fact:<10} {value}")
+    print_facts(_facts(name, folder, files.config, hat or {}))
 
 
 def add(
@@ -91,7 +87,7 @@ def rename(old: Name, new: Annotated[str, typer.Argument(help="Its new name.")],
 
 
 def remove(
-    name: Annotated[str, typer.Argument(help="A name on the rack.")],
+    name: Annotated[str, typer.Argument(help="A name on the rack.", autocompletion=names_on_the_rack)],
     files: Annotated[bool, typer.Option("--files", help="Delete the adapter's folder as well.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -2,13 +2,14 @@
 
 import errno
 import gc
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
 import warnings
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -16,6 +17,7 @@ from hatrack import __version__
 from hatrack.cli import cache, check, compare, demo, hats, plan, predict, train
 from hatrack.cli.spare import leave_out_of_torch, list_models_once
 from hatrack.errors import HatrackError, Words
+from hatrack.recipe import flag, suggestion
 from hatrack.say import StandardError
 
 # The list of commands is to appear at once, and rich's boxes cost 0.2 s; the many options of one command deserve them.
@@ -24,7 +26,7 @@ BOXES: Literal["rich"] | None = "rich" if len(sys.argv) > 2 else None
 app = typer.Typer(
     epilog="--debug on any command shows the full traceback of an error.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=BOXES,
 )
 
@@ -63,6 +65,7 @@ INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Runs one command. Exit codes: 0 done, 1 the machine failed, 2 the input was wrong, 130 interrupted."""
+    _escape_what_cannot_be_written()
     Words.flags = True
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -111,9 +114,31 @@ def _explain(error: BaseException) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error)
         return 0
+    if type(error).__name__ == "NoSuchOption":
+        return _complain(_no_such_option(error), 2)
     if message is not None:
         return _complain(f"{' '.join(message().split())} (see hatrack --help)", 2)
     return _complain(f"unexpected {type(error).__name__}: {error} (this is a bug: --debug shows where)", 1)
+
+
+def _no_such_option(error: Any) -> str:
+    """What to say of an option that the command has not: the one that was meant, by hatrack's name for it."""
+    known = {name.lstrip("-").replace("-", "_") for option in error.ctx.command.params for name in option.opts}
+    meant = suggestion(error.option_name, known)
+    if meant is None:
+        hint = f"see {error.ctx.command_path} --help"
+    else:
+        option, _, value = meant.partition(" ")
+        hint = f"did you mean {flag(option)}{value and ' '}{value}?" if option in known else f"leave it out: {meant}"
+    return f"there is no option {error.option_name}; {hint}"
+
+
+def _escape_what_cannot_be_written() -> None:
+    """Has whatever a terminal's or file's encoding does not know written as `\\u2713`: no finished run ends in an error
+    over a letter."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _complain(line: str, code: int) -> int:

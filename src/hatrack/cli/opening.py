@@ -13,7 +13,18 @@ from hatrack.recipe import parse_memory
 if TYPE_CHECKING:
     from hatrack.hat import Hat
 
-Adapter = Annotated[str, typer.Argument(help="A name that `hatrack list` shows, or an adapter's folder.")]
+
+def names_on_the_rack(incomplete: str) -> list[str]:
+    """What a shell offers for an adapter that is half typed."""
+    from hatrack.adapter.rack import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+Adapter = Annotated[
+    str,
+    typer.Argument(help="A name that `hatrack list` shows, or an adapter's folder.", autocompletion=names_on_the_rack),
+]
 BaseOption = Annotated[str | None, typer.Option("--base", help="Where the base lies now, if it moved.")]
 OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Go on although the adapter was trained on other weights.")

@@ -7,6 +7,7 @@ import typer
 
 from hatrack.cli.options import Json, with_recipe
 from hatrack.cli.spare import leave_out
+from hatrack.cli.tables import print_columns
 from hatrack.errors import RecipeError
 from hatrack.recipe import Recipe
 from hatrack.say import say, size
@@ -169,10 +170,7 @@ def _table(ways: dict[str, "Plan"]) -> None:
     rows += [["read a step", *(size(way.read) for way in ways.values())]]
     rows += [["time a step", *(_duration(way.step_seconds) for way in ways.values())]]
     rows += [["time in all", *(_duration(way.whole_seconds) for way in ways.values())]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells))
+    print_columns(rows)
     if any(way.method.checkpointing for way in ways.values()):
         print("* activations are computed again in the backward pass: less memory, more time")
 

@@ -102,13 +102,21 @@ def chat(
 def _batches(texts: list[str] | None, file: Path | None, column: str | None) -> Iterator[list[str]]:
     """The texts, some at a time; from a pipe one at a time, so that each is answered as it comes."""
     if texts:
-        return _some(texts, BATCH)
+        return _some(map(_as_typed, texts), BATCH)
     if file:
         return _some(_file_texts(file, column), BATCH)
     if sys.stdin.isatty():
         raise RecipeError("there is no text to answer", fix='add one ("a text"), --file FILE, or pipe lines in')
     lines = (line.rstrip("\r\n") for line in sys.stdin)
     return _some((line for line in lines if line.strip()), BATCH if stat.S_ISREG(os.fstat(0).st_mode) else 1)
+
+
+def _as_typed(argument: str) -> str:
+    """An argument as UTF-8, which is what terminals send, also where the system's locale is a lesser one."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError:
+        return argument
 
 
 def _some(texts: Iterable[str], count: int) -> Iterator[list[str]]:

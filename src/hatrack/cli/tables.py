@@ -1,0 +1,91 @@
+"""Tables and lists of facts on standard output, no wider than the terminal.
+
+Where there is none, `COLUMNS` says how wide; without it a row stays on one line, for whatever reads it.
+"""
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from rich.cells import cell_len
+
+GAP = 2
+LABEL = 10
+UNLIMITED = 10**6
+
+
+def width() -> int:
+    """Columns of the terminal, or of `COLUMNS`."""
+    known = os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if known else UNLIMITED
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of as many cells each, the header first. Where they are too wide, each row's first cell on a line of its own
+    and the others below it."""
+    widths = _widths(rows)
+    if sum(widths) + GAP * (len(widths) - 1) <= width():
+        for row in rows:
+            print((" " * GAP).join(map(_left, row, widths)).rstrip())
+        return
+    for row in rows[1:]:
+        print(row[0])
+        print(_wrapped(", ".join(cell for cell in row[1:] if cell), "  ", "  "))
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """A table of numbers: the first column names the rows, the first row the columns. Where it is too wide, some
+    columns below the others."""
+    names, limit = [row[0] for row in rows], width()
+    first = max(map(cell_len, names))
+    columns = [[row[place] for row in rows] for place in range(1, len(rows[0]))]
+    widths = [max(max(map(cell_len, column[1:])), *map(cell_len, column[0].split())) for column in columns]
+    start = 0
+    while start < len(columns):
+        end = start + 1
+        while end < len(columns) and first + sum(GAP + each for each in widths[start : end + 1]) <= limit:
+            end += 1
+        if start:
+            print()
+        heads = [textwrap.wrap(column[0], each) for column, each in zip(columns, widths, strict=True)][start:end]
+        height = max(map(len, heads))
+        lines = [[""] * (height - len(head)) + head for head in heads]
+        for words in zip(*lines, strict=True):
+            _print_numbers("", words, first, widths[start:end])
+        for place, name in enumerate(names[1:], 1):
+            _print_numbers(name, [column[place] for column in columns[start:end]], first, widths[start:end])
+        start = end
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """A line for each fact, its name before it; long ones go on below themselves."""
+    for name, value in facts.items():
+        print(_wrapped(f"{name:<{LABEL}} {value}", " " * (LABEL + 1)).rstrip())
+
+
+def _wrapped(text: str, indent: str, first: str = "") -> str:
+    """A text in lines that fit. No word is broken, paths least of all."""
+    wrapper = textwrap.TextWrapper(
+        width(),
+        initial_indent=first,
+        subsequent_indent=indent,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(wrapper.wrap(text))
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
+
+
+def _left(cell: str, size: int) -> str:
+    return cell + " " * (size - cell_len(cell))
+
+
+def _print_numbers(name: str, cells: Sequence[str], first: int, widths: Sequence[int]) -> None:
+    right = [" " * (GAP + size - cell_len(cell)) + cell for cell, size in zip(cells, widths, strict=True)]
+    print((_left(name, first) + "".join(right)).rstrip())
