@@ -1,8 +1,10 @@
 """Which column is which: common names, the one that was probably meant, and where nobody can tell."""
 
+from typing import Any
+
 import pytest
 
-from hatrack.data.columns import COMMON, find_columns
+from hatrack.data.columns import COMMON, find_beside, find_columns
 from hatrack.errors import DataError, RecipeError
 from hatrack.recipe import Recipe
 
@@ -64,3 +66,116 @@ def test_what_a_person_named_is_not_said_back(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
     find_columns(Recipe.make(task="classify", text="a"), ["a", "category", "c"], "f.csv")
     assert capsys.readouterr().err == "columns: text = 'a', label = 'category' (guessed; --label to change)\n"
+
+
+ALPACA = {"instruction": ["name it"], "input": ["Peru"], "output": ["Lima"]}
+
+
+def _beside(filled: dict[str, list[Any]], **options: str) -> dict[str, str]:
+    recipe = Recipe.make(**options)
+    task, found = find_columns(recipe, list(filled), "f.jsonl")
+    return found | find_beside(task, found, recipe, filled)
+
+
+@pytest.mark.parametrize(
+    ("filled", "found", "words"),
+    [
+        (
+            ALPACA | {"text": ["### Instruction ..."]},
+            {"prompt": "instruction", "completion": "output", "input": "input"},
+            ["the prompt is 'instruction', and where there is one a blank line and 'input'", "not read: text\n"],
+        ),
+        (
+            {"question": ["q"], "context": ["c"], "answer": ["a"], "id": [1]},
+            {"prompt": "question", "completion": "answer", "input": "context"},
+            ["the prompt is 'question', and where there is one a blank line and 'context'", "not read: id\n"],
+        ),
+        (
+            {"conversations": [[]], "system": ["s"], "tools": ["[]"], "source": ["x"]},
+            {"messages": "conversations", "system": "system", "tools": "tools"},
+            ["'system' becomes the first turn", "'tools' are the tools", "not read: source\n"],
+        ),
+        (
+            ALPACA | {"system": ["s"], "history": [[["a", "b"]]], "": [0], "Unnamed: 0": [1], "__index_level_0__": [2]},
+            {"prompt": "instruction", "completion": "output"} | {name: name for name in ("input", "system", "history")},
+            ["'history' becomes earlier turns, whose answers are learned too"],
+        ),
+    ],
+)  # fmt: skip
+def test_common_layouts_are_read_whole_and_said(
+    filled: dict[str, list[Any]], found: dict[str, str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _beside(filled) == found
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and ("not read" in said) == ("not read" in " ".join(words))
+
+
+def test_who_names_the_prompt_has_named_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"prompt": "instruction", "completion": "output"}
+    assert _beside(ALPACA, **found) == found
+    assert capsys.readouterr().err.endswith("not read: input\n")
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("weight", [1, 0.5]), ("weight", [0]), ("train", [True, False]), ("mask", [[0, 1]]), ("loss", ["false"]),
+        ("function_call", ["{}"]), ("reasoning_content", ["so"]), ("images", [["a.png"]]), ("label", [True, False]),
+        ("tool_calls", [[{}]]), ("Weight", [3]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", [{"messages": [[]]}, ALPACA])
+def test_a_column_that_means_something_else_is_refused(
+    layout: dict[str, list[Any]], column: str, values: list[Any]
+) -> None:
+    with pytest.raises(DataError, match=rf"the column '{column}' means something .*remove or rename it"):
+        _beside(layout | {column: values})
+
+
+@pytest.mark.parametrize(("column", "values"), [("weight", [1, 1.0]), ("train", ["True"]), ("label", ["a", "b"])])
+def test_one_that_says_the_same_of_all_rows_is_only_named(
+    column: str, values: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert column not in _beside(ALPACA | {column: values})
+    assert f"not read: {column}" in capsys.readouterr().err
+
+
+def test_two_columns_that_could_be_one_thing_are_refused() -> None:
+    with pytest.raises(DataError, match="two columns could be the input; got input, context"):
+        _beside(ALPACA | {"context": ["c"]})
+
+
+def test_texts_alone_have_no_first_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match="the column 'system' has no place in --task complete"):
+        _beside(ALPACA | {"system": ["s"]}, task="complete")
+    assert _beside(ALPACA, task="complete")["input"] == "input"
+    assert _beside({"text": ["t"], "label": ["a"], "context": ["c"], "weight": [1]}) == {
+        "text": "text",
+        "label": "label",
+    }
+    assert "not read: context, weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "fix"),
+    [
+        (["prompt", "chosen", "rejected"], "learn the better one: --prompt prompt --completion chosen"),
+        (["id", "Chosen", "rejected"], "learn the better one: --messages Chosen"),
+        (
+            ["a", "b", "c"],
+            "name them: --text COLUMN --label COLUMN, or --messages COLUMN, or --prompt COLUMN --completion COLUMN, "
+            "or --task complete --text COLUMN",
+        ),
+    ],
+)
+def test_every_way_out_is_named(columns: list[str], fix: str) -> None:
+    with pytest.raises(DataError) as caught:
+        find_columns(Recipe.make(), columns, "f.jsonl")
+    assert caught.value.fix == fix
+
+
+def test_what_lies_inside_a_cell_is_told() -> None:
+    with pytest.raises(
+        DataError, match=r"got columns data \(an object of question, answer\), n; fix: bring what is in"
+    ):
+        find_columns(Recipe.make(), ["data", "n"], "f.jsonl", {"data": {"question": 1, "answer": 2}, "n": 1})

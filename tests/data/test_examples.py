@@ -89,7 +89,7 @@ def test_every_complaint_comes_at_once_with_row_and_column() -> None:
     assert caught.value.complaints == [
         "file.csv row 4, column text: the text is empty",
         "file.csv row 6, column label: the label is empty",
-        "file.csv row 8, column text: mixed types: int where text was expected",
+        "file.csv row 8, column text: mixed types: int where text was expected; put it in quotes",
         "file.csv row 10, column label: label 'seen once' is seen only once, so it cannot be learned and scored",
         "file.csv row 12, column text: the text is missing",
         "file.csv row 31: malformed JSON: x",
@@ -100,10 +100,23 @@ def test_every_complaint_comes_at_once_with_row_and_column() -> None:
 
 
 def test_ten_complaints_are_shown_and_the_rest_counted() -> None:
-    rows = _labelled(40) + [{"text": "", "label": "class 0"}] * 13
+    talks = [[{"role": "user", "content": "hi"}] * index + [{"role": "user"}] for index in range(13)]
+    with pytest.raises(DataError) as caught:
+        _prepare([{"messages": talk} for talk in talks])
+    assert len(caught.value.complaints) == 13 and str(caught.value).endswith("... and 3 more")
+
+
+def test_equal_complaints_are_one(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*_labelled(20), *[{"text": "", "label": "class 0"}] * 3, {"text": 1, "label": "class 0"}, {"text": ""}]
     with pytest.raises(DataError) as caught:
         _prepare(rows)
-    assert len(caught.value.complaints) == 13 and str(caught.value).endswith("... and 3 more")
+    assert caught.value.complaints == [
+        "file.csv rows 21-23, 25, column text: the text is empty",
+        "file.csv row 24, column text: mixed types: int where text was expected; put it in quotes",
+    ]
+    assert str(caught.value).startswith("5 rows cannot be learned from; fix: mend them, or leave them out with --bad")
+    _prepare(rows, bad_rows="skip")
+    assert "5 rows left out, the first: file.csv rows 21-23, 25, column text" in capsys.readouterr().err
 
 
 def test_bad_rows_can_be_left_out_and_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,10 +278,10 @@ def test_no_more_than_two_thousand_are_held_out() -> None:
         ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}], "no assistant turn"),
         ([], "the conversation is empty"),
         ("hello", "the conversation is text, not a list of messages"),
-        ([["user", "hi"]], "message 1 is list, not an object with role and content"),
+        ([["user", "hi"]], "message 1 is a list, not an object with role and content"),
         (
             [{"role": "wizard", "content": "x"}],
-            "message 1 has the role 'wizard', not one of system, user, assistant, tool",
+            "the role 'wizard' is not among system, user, assistant, tool",
         ),
         ([{"role": "user"}], "message 1 has no text as its content"),
     ],

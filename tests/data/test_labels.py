@@ -94,8 +94,9 @@ def test_true_is_1_where_there_is_nothing_else() -> None:
 
 def test_held_out_labels_in_another_spelling() -> None:
     error = _refused(["Yes", "No"], ["yes", "no"])
-    assert "held.csv row 1, column label: label 'yes' is spelled 'Yes' in the training rows (--merge-labels" in str(
-        error
+    assert (
+        "held.csv rows 1, 3, 5, column label: label 'yes' is spelled 'Yes' in the training rows (--merge-labels"
+        in str(error)
     )
     found = _prepare(["Yes", "No"], ["yes", "no"], merge_labels=True)
     assert found.labels == ["No", "Yes"] and [example.label for example in found.held_out[:2]] == [1, 0]
@@ -150,7 +151,7 @@ def test_lists_of_labels(values: list[Any], classes: list[str]) -> None:
 
 def test_held_out_vectors_are_no_lists_of_labels() -> None:
     error = _refused([[0], [1, 2]], [[1, 0, 0], [0, 0, 1]])
-    assert "held.csv row 1, column label: the label looks like a list with a number for each class" in str(error)
+    assert "held.csv rows 1-6, column label: the label looks like a list with a number for each class" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_few_different_numbers_are_classes() -> None:
 
 @pytest.mark.parametrize("value", [None, "", "  ", float("nan"), "\u200b", "\x00"])
 def test_no_label(value: Any) -> None:
-    assert "row 3, column label: the label is empty" in str(_refused(["a", "b", value]))
+    assert "rows 3, 6, 9, 12, 15, 18, 21, 24, column label: the label is empty" in str(_refused(["a", "b", value]))
 
 
 def test_every_class_is_said_with_its_count(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Rows counted without transformers are as long as transformers makes them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,16 +43,17 @@ def test_conversations_are_written_as_transformers_writes_them(
         np.testing.assert_array_equal(own, theirs)
 
 
-def test_tools_are_written_as_transformers_writes_them(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_tools_and_thoughts_are_written_as_transformers_writes_them(tiny_decoder: Path, tmp_path: Path) -> None:
+    template = TOOLS.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.thinking }}{{ m.content is defined }}")
     full = AutoTokenizer.from_pretrained(tiny_decoder)
-    light = LightTokenizer(_saved(full, tmp_path, TOOLS))
-    both = [
-        each.apply_chat_template(
-            list(CALLING), tools=[TOOL | {"x": "<a>"}], chat_template=TOOLS, tokenize=False, add_generation_prompt=True
-        )
-        for each in (full, light)
-    ]
-    assert both[0] == both[1] and "<a>" in both[1]
+    thought = {"role": "assistant", "content": "one", "reasoning_content": "so"}
+    absent = dict(CALLING[1]) | {"content": None}
+    options: dict[str, Any] = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+    theirs, own = (
+        each.apply_chat_template([*CALLING, absent, thought], tools=[TOOL | {"x": "<a>"}], **options)
+        for each in (full, LightTokenizer(_saved(full, tmp_path, TOOLS)))
+    )
+    assert own == theirs and "<a>" in own and "soso" in own
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def test_a_template_that_takes_thoughts_away_is_refused(opening: str, before: li
 def test_thoughts_in_a_key_of_their_own_are_kept_or_refused() -> None:
     tokenizer = tiny_tokenizer(chat=False)
     talk = [*turns(ASKED), {"role": "assistant", "content": "It is Oslo.", "reasoning_content": "Norway lies north."}]
-    with pytest.raises(DataError, match="leaves out the thoughts of answers"):
+    with pytest.raises(DataError, match=r"leaves out (the thoughts of answers|reasoning_content)"):
         render_chat(talk, tokenizer, LLAMA3)
     whole = str(tokenizer.apply_chat_template(talk, chat_template=KEEPS_LAST, tokenize=False))
     ((start, end),) = assistant_spans(tokenizer, talk, KEEPS_LAST, whole)
@@ -291,7 +291,7 @@ def test_thoughts_in_a_key_of_their_own_are_kept_or_refused() -> None:
 
 def test_a_template_that_drops_calls_is_refused() -> None:
     talk = [*turns(ASKED), {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}]
-    with pytest.raises(DataError, match="leaves out the tool calls of answers"):
+    with pytest.raises(DataError, match="leaves out tool_calls"):
         render_chat(talk, tiny_tokenizer(chat=False), LLAMA3)
 
 

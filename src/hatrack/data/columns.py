@@ -1,11 +1,12 @@
 """Which column is which, and which task they are made for. Guessed only where one reading is possible, and said.
 
-Knows nothing of what is in the rows.
+Knows nothing of what becomes of the rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from hatrack.errors import DataError
+from hatrack.errors import DataError, short
 from hatrack.recipe import Recipe, flag, nearest
 from hatrack.say import say
 
@@ -16,6 +17,23 @@ COMMON = {
     "prompt": ("prompt", "instruction", "question", "input", "query"),
     "completion": ("completion", "response", "answer", "output", "reply"),
 }
+BESIDE = {
+    "input": ("input", "context"),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "tools": ("tools",),
+}
+"""Columns beside a conversation, or a prompt and its completion, whose meaning is settled."""
+SAID = {
+    "input": "the prompt is {prompt!r}, and where there is one a blank line and {column!r}",
+    "system": "{column!r} becomes the first turn",
+    "history": "{column!r} becomes earlier turns, whose answers are learned too",
+    "tools": "{column!r} are the tools that the chat template writes",
+}
+WEIGHTS = ("weight", "weights", "sample_weight", "mask", "loss", "loss_mask", "train")
+ONE = ("1", "1.0", "true")
+MEANING: tuple[str, ...] = ("functions", "function_call", "tool_calls", "reasoning_content", "reasoning", "thinking")
+MEANING += ("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 NEVER_LABELS = ("id", "idx", "index", "uid", "title", "name", "url", "date", "time", "author")
 ROLES = {
     "classify": (("text", "label"),),
@@ -24,8 +42,10 @@ ROLES = {
 }
 
 
-def find_columns(recipe: Recipe, columns: Sequence[str], source: str) -> tuple[str, dict[str, str]]:
-    """The task, and the column of each role it needs.
+def find_columns(
+    recipe: Recipe, columns: Sequence[str], source: str, first: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, str]]:
+    """The task, and the column of each role it needs. `first` is a row, to tell what is inside of its cells.
 
     Raises DataError where a named column is missing, or where the columns leave the task or a role open.
     """
@@ -39,6 +59,7 @@ def find_columns(recipe: Recipe, columns: Sequence[str], source: str) -> tuple[s
                 fix=f"did you mean {guess}?" if guess else f"name one of them with {flag(role)}",
             )
     asked = recipe.task is not None
+    columns = [column for column in columns if not nameless(column)]
     for task in [recipe.task] if recipe.task else ["chat", "classify", "complete"]:
         for roles in ROLES[task]:
             found = _fill(roles, named, columns, asked)
@@ -47,14 +68,98 @@ def find_columns(recipe: Recipe, columns: Sequence[str], source: str) -> tuple[s
             if found and set(named) <= set(roles):
                 _say_guesses(task, found, named, recipe)
                 return task, found
-    wanted = " or ".join(" and ".join(roles) for roles in ROLES[recipe.task or "classify"])
-    flags = " ".join(f"{flag(role)} COLUMN" for role in ROLES[recipe.task or "classify"][0])
-    task = f"for {recipe.task}" if recipe.task else "to learn from"
-    raise DataError(
-        f"{source} has no clear columns {task} ({wanted})",
-        got=f"columns {', '.join(columns)}",
-        fix=f"name them: {flags}",
+    raise _unclear(recipe.task, columns, source, first or {})
+
+
+def nameless(column: str) -> bool:
+    """Whether a column is an index that pandas wrote: it has no name, and means nothing."""
+    return not column.strip() or column.startswith(("Unnamed: ", "__index_level_"))
+
+
+def _unclear(task: str | None, columns: Sequence[str], source: str, first: Mapping[str, Any]) -> DataError:
+    """What to say where no reading of the columns is the only one. `first` is a row, for what lies inside its cells."""
+    inside = {name: value for name, value in first.items() if isinstance(value, dict) and value}
+    told = [
+        f"{name} (an object of {', '.join(map(str, inside[name]))})" if name in inside else name for name in columns
+    ]
+    known = {column.strip().lower(): column for column in columns}
+    if {"chosen", "rejected"} <= set(known):
+        way = f"--prompt {known['prompt']} --completion {known['chosen']}" if "prompt" in known else ""
+        return DataError(
+            f"{source} has pairs of a better and a worse answer; hatrack learns from one answer",
+            got=f"columns {', '.join(told)}",
+            fix=f"learn the better one: {way or '--messages ' + known['chosen']}",
+        )
+    accepted = {each: ROLES[each] for each in ([task] if task else ["classify", "chat", "complete"])}
+    sets = dict.fromkeys(roles for each in accepted.values() for roles in each)
+    wanted = " or ".join(" and ".join(roles) for roles in sets)
+    ways = ", or ".join(
+        ("--task complete " if roles == ("text",) and not task else "")
+        + " ".join(f"{flag(role)} COLUMN" for role in roles)
+        for roles in sets
     )
+    lift = f"bring what is inside {next(iter(inside))} up into columns, then " if inside else ""
+    return DataError(
+        f"{source} has no clear columns {f'for {task}' if task else 'to learn from'} ({wanted})",
+        got=f"columns {', '.join(told)}",
+        fix=f"{lift}name them: {ways}",
+    )
+
+
+def find_beside(
+    task: str, found: Mapping[str, str], recipe: Recipe, filled: Mapping[str, Sequence[Any]]
+) -> dict[str, str]:
+    """The columns beside those of `found` that are read as well, by role: input, system, history, tools.
+
+    `filled` has the columns that hold anything, with their values. What becomes of each is said, and what is not read.
+    Raises DataError for columns that mean something which is not honoured.
+    """
+    left = {
+        column: column.strip().lower() for column in filled if column not in found.values() and not nameless(column)
+    }
+    for column, name in left.items():
+        if _carries_meaning(task, name, filled[column], recipe):
+            raise DataError(
+                f"the column {column!r} means something that hatrack does not honour",
+                got=f"values such as {short(filled[column][0])}",
+                fix="remove or rename it",
+                gotcha="columns-ignored",
+            )
+    beside: dict[str, str] = {}
+    paired = "completion" in found
+    for role, names in BESIDE.items() if task == "chat" or paired else ():
+        candidates = [column for column, name in left.items() if name in names]
+        if role == "input" and (not paired or recipe.prompt is not None):
+            continue  # whoever names the prompt has named all of it
+        if role == "history" and not paired:
+            continue
+        if len(candidates) > 1:
+            raise DataError(
+                f"two columns could be the {role}", got=", ".join(candidates), fix="remove or rename one of them"
+            )
+        if candidates and task == "complete" and role != "input":
+            raise DataError(
+                f"the column {candidates[0]!r} has no place in --task complete",
+                got=f"columns {', '.join(filled)}",
+                fix="use --task chat, or remove or rename it",
+            )
+        if candidates:
+            beside[role] = candidates[0]
+            say(SAID[role].format(prompt=found.get("prompt"), column=candidates[0]))
+    unread = [column for column in left if column not in beside.values()]
+    if unread:
+        say(f"not read: {', '.join(unread)}")
+    return beside
+
+
+def _carries_meaning(task: str, name: str, values: Sequence[Any], recipe: Recipe) -> bool:
+    """Whether a column that is not read says what or how much is to be learned, not the same for all rows."""
+    if name in WEIGHTS:
+        chosen = task == "classify" and recipe.text is not None and recipe.label is not None
+        return not chosen and any(str(value).strip().lower() not in ONE for value in values)
+    if task == "chat":
+        return name in MEANING or (name == "label" and all(isinstance(value, bool) for value in values))
+    return False
 
 
 def _fill(roles: Sequence[str], named: dict[str, str], columns: Sequence[str], asked: bool) -> dict[str, str] | None:
@@ -67,6 +172,9 @@ def _fill(roles: Sequence[str], named: dict[str, str], columns: Sequence[str], a
         if role not in found:
             free = [column for column in columns if column not in found.values()]
             candidates = [column for column in free if column.strip().lower() in COMMON[role]]
+            about = [column for column in candidates if column.strip().lower() in BESIDE["input"]]
+            if role == "prompt" and len(about) < len(candidates):  # what an instruction is about, not the instruction
+                candidates = [column for column in candidates if column not in about]
             exact = [column for column in candidates if column.strip().lower() == role]
             if len(exact) == 1 or len(candidates) == 1:
                 found[role] = (exact or candidates)[0]

@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hatrack.data import labels
-from hatrack.data.columns import find_columns
+from hatrack.data.columns import find_beside, find_columns
+from hatrack.data.complaints import Unlearnable, refuse_or_skip
 from hatrack.data.labels import Label
+from hatrack.data.messages import holds
 from hatrack.data.read import Rows, read_rows
 from hatrack.data.values import Bad, read_example
 from hatrack.errors import DataError, short
 from hatrack.recipe import Recipe
-from hatrack.say import counted, say
+from hatrack.say import say
 
 PLAIN = {"role", "content"}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
@@ -96,11 +98,7 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
     Raises DataError with every complaint at once; with `bad_rows: skip` rows that cannot be learned from are left out
     and counted instead.
     """
-    task, columns = find_columns(recipe, rows.columns, rows.source)
-    parts = [_read(rows, task, columns)]
-    if eval_rows is not None:
-        find_columns(recipe.changed(task=task, **columns), eval_rows.columns, eval_rows.source)
-        parts.append(_read(eval_rows, task, columns))
+    task, columns, parts = _read(recipe, [rows] if eval_rows is None else [rows, eval_rows])
     classes: list[str] = []
     multi_label = False
     if task == "classify":
@@ -131,8 +129,7 @@ def read_scored(
     Labels that a class is another spelling of count as that class. Raises DataError as `prepare` does, and where no row
     has a label that the adapter knows.
     """
-    task, columns = find_columns(recipe, rows.columns, rows.source)
-    part = _read(rows, task, columns)
+    task, _, (part,) = _read(recipe, [rows])
     if task == "classify":
         given = part
         spelling = labels.as_in_training(part.names, classes) | dict(also)
@@ -169,18 +166,36 @@ def split(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[
     return [example for index, example in enumerate(examples) if index not in chosen], held_out
 
 
-def _read(rows: Rows, task: str, columns: dict[str, str]) -> _Part:
-    examples, names = [], []
-    bad = [Bad(number, words) for number, words in rows.problems]
-    for number, row in zip(rows.numbers, rows.rows, strict=True):
-        found = read_example(number, row, task, columns)
-        if isinstance(found, Bad):
-            bad.append(found)
-        else:
-            fields, name = found
-            examples.append(Example(number, **fields))
-            names.append(name)
-    return _Part(rows.source, columns.get("label", ""), examples, names, bad)
+def _filled(sources: Sequence[Rows]) -> dict[str, list[Any]]:
+    """The columns that hold anything in any row, with the values of the rows where they do."""
+    names = dict.fromkeys(name for rows in sources for name in rows.columns)
+    held = {name: [row[name] for rows in sources for row in rows.rows if holds(row.get(name))] for name in names}
+    return {name: values for name, values in held.items() if values}
+
+
+def _read(recipe: Recipe, sources: Sequence[Rows]) -> tuple[str, dict[str, str], list[_Part]]:
+    """The task, the column of each role, and each source read by these. Columns and message keys not read are said."""
+    first = sources[0]
+    task, columns = find_columns(recipe, first.columns, first.source, next(iter(first.rows), None))
+    for rows in sources[1:]:
+        find_columns(recipe.changed(task=task, **columns), rows.columns, rows.source)
+    columns |= find_beside(task, columns, recipe, _filled(sources))
+    parts, unread = [], set[str]()
+    for rows in sources:
+        examples, names = [], []
+        bad = [Bad(number, words) for number, words in rows.problems]
+        for number, row in zip(rows.numbers, rows.rows, strict=True):
+            found = read_example(number, row, task, columns, unread)
+            if isinstance(found, Bad):
+                bad.append(found)
+            else:
+                fields, name = found
+                examples.append(Example(number, **fields))
+                names.append(name)
+        parts.append(_Part(rows.source, columns.get("label", ""), examples, names, bad))
+    if unread:
+        say(f"not read in the messages: {', '.join(sorted(unread))}")
+    return task, columns, parts
 
 
 def _with_classes(parts: list[_Part], *, merge: bool) -> tuple[list[_Part], list[str], bool]:
@@ -233,21 +248,8 @@ def _keep(part: _Part, good: list[bool], bad: list[Bad]) -> _Part:
 
 
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
-    complaints = [
-        f"{part.source} row {bad.row}" + (f", column {bad.column}" if bad.column else "") + f": {bad.words}"
-        for part in parts
-        for bad in sorted(part.bad, key=lambda bad: bad.row)
-    ]
-    if complaints and bad_rows == "refuse":
-        count = counted(len(complaints))
-        fix = (
-            "mend them, or leave them out with --bad-rows skip"
-            if len(complaints) > 1
-            else "mend it, or --bad-rows skip"
-        )
-        raise DataError(f"{count} cannot be learned from", fix=fix, complaints=complaints)
-    if complaints:
-        say(f"{len(complaints):,} rows left out, the first: {complaints[0]}")
+    """Raises Unlearnable with every complaint, or leaves the rows out. Raises DataError where no row is left."""
+    refuse_or_skip(Unlearnable([(part.source, part.bad) for part in parts]), bad_rows)
     for part in parts:
         if not part.examples:
             raise DataError(f"{part.source} has no row to learn from", got="0 rows", fix="give it at least 2")

@@ -68,7 +68,11 @@ class LightTokenizer:
         """A conversation as its template writes it, by Jinja's sandbox as transformers sets it up."""
         if chat_template not in self._compiled:
             self._compiled[chat_template] = _sandbox().from_string(GENERATION.sub("", chat_template))
-        known = self._named | {"messages": turns, "add_generation_prompt": add_generation_prompt}
+        plain = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+        messages = [
+            {"thinking": turn["reasoning_content"]} | turn if "reasoning_content" in turn else turn for turn in plain
+        ]
+        known = self._named | {"messages": messages, "add_generation_prompt": add_generation_prompt}
         return str(self._compiled[chat_template].render(**known, tools=tools, documents=None))
 
 

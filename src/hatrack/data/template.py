@@ -14,14 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from hatrack.data.messages import Turn, speaks
+from hatrack.data.whole import written
 from hatrack.errors import BaseError, DataError
 from hatrack.say import say_once
 
-Turn = dict[str, Any]
-"""A message as a chat template takes it: `role`, `content`, and what else it may hold."""
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message that hold what the assistant thought; transformers gives one to the template by all these names."""
 THOUGHT = re.compile(r"</?think(ing)?>")
 WORD = re.compile(r"\w+")
 SHOWN = 20
@@ -102,8 +99,8 @@ def render_chat(
     """A conversation's tokens (int32), and which are learned (bool): the assistant's turns with the token that ends
     each, but for those whose index is in `read_only`. `tools` are those that the assistant could call.
 
-    Raises DataError where the template fails, or does not show where the assistant speaks; BaseError where the
-    tokenizer cannot tell which characters a token stands for.
+    Raises DataError where the template fails, leaves out anything of the conversation, or does not show where the
+    assistant speaks; BaseError where the tokenizer cannot tell which characters a token stands for.
     """
     if not tokenizer.is_fast:
         raise BaseError(
@@ -111,8 +108,7 @@ def render_chat(
             got=type(tokenizer).__name__,
             fix="use a base with a tokenizer.json, or --task complete with prompt and completion",
         )
-    turns = list(messages)
-    whole = _write(tokenizer, turns, template, prompt=False, tools=tools)
+    turns, whole = written(partial(_write, tokenizer, template=template, prompt=False), list(messages), tools)
     spans = assistant_spans(tokenizer, turns, template, whole, tools=tools, read_only=read_only)
     ids, offsets = _tokens(tokenizer, whole, [start for start, _ in spans])
     learn = np.zeros(len(offsets), dtype=bool)
@@ -185,12 +181,6 @@ def assistant_spans(
     return [span for span in spans if span is not None]
 
 
-def speaks(turn: Turn) -> bool:
-    """Whether a turn is one of the assistant's, with anything in it to learn."""
-    said = turn["content"].strip() or any(value for name, value in turn.items() if name not in ("role", "content"))
-    return turn["role"] == "assistant" and bool(said)
-
-
 def _span(write: Callable[..., str], turns: list[Turn], whole: str, index: int) -> tuple[int, int] | None:
     upto = whole if index == len(turns) - 1 else write(turns[: index + 1], prompt=False)
     if not whole.startswith(upto):
@@ -218,8 +208,8 @@ def _refuse_left_out(turn: Turn, written: str) -> bool:
     False where nothing of it is there at all.
     """
     calls = " ".join(str(call["function"]["name"]) for call in turn.get("tool_calls") or [])
-    thoughts = next((turn[name] for name in REASONING if turn.get(name)), "")
-    texts = ((turn["content"], "a part"), (thoughts, "the thoughts"), (calls, "the tool calls"))
+    thoughts = turn.get("reasoning_content", "")
+    texts = ((turn["content"] or "", "a part"), (thoughts, "the thoughts"), (calls, "the tool calls"))
     said = [(WORD.findall(THOUGHT.sub(" ", text)), THOUGHT.search(text), what) for text, what in texts]
     there, every = WORD.findall(written), {word for words, _, _ in said for word in words}
     if every and not every & set(there):

@@ -1,16 +1,26 @@
 """One row's cells -> the fields of an example, or what is wrong with them. Knows nothing of other rows."""
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from hatrack.data.labels import Label, encodable, read_label
-from hatrack.errors import short
+from hatrack.data.messages import (
+    Talk,
+    Unusable,
+    holds,
+    looks_like_talk,
+    read_history,
+    read_talk,
+    read_tools,
+    said,
+    unlearned,
+    with_answer,
+    with_system,
+)
 
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-ROLES = ("system", "user", "assistant", "tool")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -23,27 +33,24 @@ class Bad:
 
 
 def read_example(
-    number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str]
+    number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str], unread: set[str] | None = None
 ) -> tuple[dict[str, Any], Label] | Bad:
-    """The fields of an example and its label as it stands in the row ("" where the task has none), or a complaint."""
-    if "messages" in columns:
-        messages = _messages(row.get(columns["messages"]))
-        if isinstance(messages, str):
-            return Bad(number, messages, columns["messages"])
-        return {"messages": messages}, ""
-    texts: dict[str, str] = {}
-    for role in ("text", "prompt", "completion"):
-        if role in columns:
-            value = row.get(columns[role])
-            problem = _text_problem(value)
-            if problem:
-                return Bad(number, problem, columns[role])
-            texts[role] = str(value)
-    if "completion" in texts and task == "chat":
-        turns = ({"role": "user", "content": texts["prompt"]}, {"role": "assistant", "content": texts["completion"]})
-        return {"messages": turns}, ""
+    """The fields of an example and its label as it stands in the row ("" where the task has none), or a complaint.
+
+    `unread` gets the names of message keys that hold something and are not read.
+    """
+    try:
+        if task == "chat":
+            talk = _talk(row, columns)
+            tools = _read(row, columns, "tools", read_tools) if "tools" in columns else ()
+            if unread is not None:
+                unread |= talk.unread
+            return {"messages": talk.turns, "read_only": talk.read_only, "tools": tools}, ""
+        texts = {role: _text(row, columns, role) for role in ("text", "prompt", "completion") if role in columns}
+    except Unusable as error:
+        return Bad(number, str(error), error.column)
     if "completion" in texts:
-        return {"text": texts["prompt"], "completion": texts["completion"]}, ""
+        return {"text": _with_input(texts["prompt"], row, columns), "completion": texts["completion"]}, ""
     if task != "classify":
         return {"text": texts["text"]}, ""
     try:
@@ -53,42 +60,61 @@ def read_example(
     return {"text": texts["text"]}, label
 
 
+def _talk(row: Mapping[str, Any], columns: Mapping[str, str]) -> Talk:
+    """The conversation of a row: its messages, or a prompt and its completion; what the columns beside them say."""
+    if "messages" in columns:
+        talk = _read(row, columns, "messages", read_talk)
+    else:
+        talk = unlearned(_turns(row, columns, "prompt")) + _turns(row, columns, "completion")
+    if "history" in columns:
+        talk = _read(row, columns, "history", read_history) + talk
+    if "system" in columns and holds(row.get(columns["system"])):
+        text = _text(row, columns, "system")
+        talk = _read(row, columns, "system", lambda _: with_system(talk, text))
+    return _read(row, columns, "messages" if "messages" in columns else "completion", lambda _: with_answer(talk))
+
+
+def _turns(row: Mapping[str, Any], columns: Mapping[str, str], role: str) -> Talk:
+    """A prompt or a completion, which is a text or a list of messages."""
+    if not looks_like_talk(row.get(columns[role])):
+        text = _text(row, columns, role)
+        return said("assistant", text) if role == "completion" else said("user", _with_input(text, row, columns))
+    if role == "prompt" and holds(row.get(columns.get("input", ""))):
+        raise Unusable("there is text beside a prompt that is a list of messages", columns["input"])
+    return _read(row, columns, role, read_talk)
+
+
+def _with_input(prompt: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """The prompt and, where the row has one, a blank line and the input it is about."""
+    if "input" not in columns or not holds(row.get(columns["input"])):
+        return prompt
+    return f"{prompt}\n\n{_text(row, columns, 'input')}"
+
+
+def _read(row: Mapping[str, Any], columns: Mapping[str, str], role: str, read: Callable[[Any], Found]) -> Found:
+    """What `read` makes of a cell. Raises Unusable that names its column."""
+    try:
+        return read(row.get(columns[role]))
+    except Unusable as error:
+        raise Unusable(str(error), columns[role]) from error
+
+
+def _text(row: Mapping[str, Any], columns: Mapping[str, str], role: str) -> str:
+    """The text of a cell. Raises Unusable where it has none."""
+    value = row.get(columns[role])
+    problem = _text_problem(value)
+    if problem:
+        raise Unusable(problem, columns[role])
+    return str(value)
+
+
 def _text_problem(value: object) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "the text is missing"
     if not isinstance(value, str):
-        return f"mixed types: {type(value).__name__} where text was expected"
+        hint = "; put it in quotes" if isinstance(value, int | float) and not isinstance(value, bool) else ""
+        hint = "; a list of messages goes with --task chat" if looks_like_talk(value) else hint
+        return f"mixed types: {type(value).__name__} where text was expected{hint}"
     if not encodable(value):
         return "the text holds half a character (a lone surrogate)"
     return "" if value.strip() else "the text is empty"
-
-
-def _messages(value: Any) -> tuple[dict[str, Any], ...] | str:
-    """The turns as a chat template takes them, or what is wrong.
-
-    Takes `role` and `content`, and `from` and `value` as some files have.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return "the conversation is text, not a list of messages"
-    if not isinstance(value, list) or not value:
-        return "the conversation is not a list of messages" if value else "the conversation is empty"
-    turns = []
-    for index, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            return f"message {index} is {type(message).__name__}, not an object with role and content"
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        role = ROLE_NAMES.get(str(role), role)
-        if role not in ROLES:
-            return f"message {index} has the role {short(role)}, not one of {', '.join(ROLES)}"
-        if not isinstance(content, str):
-            return f"message {index} has no text as its content"
-        if not encodable(content):
-            return f"message {index} holds half a character (a lone surrogate)"
-        turns.append({"role": str(role), "content": content})
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
-        return "the conversation has no assistant turn to learn from"
-    return tuple(turns)

@@ -1,0 +1,70 @@
+"""Rows that cannot be learned from, told to a person: equal complaints as one, all of them at once.
+
+Knows nothing of what is wrong with them.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from hatrack.data.values import Bad
+from hatrack.errors import DataError
+from hatrack.say import counted, say
+
+SHOWN_SPANS = 8
+
+
+class Unlearnable(DataError):
+    """Rows of one or two sources that cannot be learned from: `bad`, those of each source."""
+
+    def __init__(self, bad: Sequence[tuple[str, Sequence[Bad]]], fixes: Sequence[str] = ("mend them",)) -> None:
+        self.bad, self.fixes = bad, list(dict.fromkeys(fixes))
+        count = sum(len(each) for _, each in bad)
+        skip = "leave them out with --bad-rows skip" if count > 1 else "--bad-rows skip"
+        fix = "; ".join(self.fixes) if count > 1 else "; ".join(self.fixes).replace("mend them", "mend it")
+        super().__init__(
+            f"{counted(count)} cannot be learned from",
+            fix=f"{fix}, or {skip}",
+            complaints=[line for source, each in bad for line in listed(source, each)],
+        )
+
+
+def refuse_or_skip(error: Unlearnable, bad_rows: str) -> None:
+    """Raises `error`, or with `bad_rows: skip` says how many rows are left out."""
+    count = sum(len(each) for _, each in error.bad)
+    if bad_rows == "refuse" and count:
+        raise error
+    if count:
+        say(f"{count:,} row{'s' * (count > 1)} left out, the first: {error.complaints[0]}")
+
+
+def listed(source: str, bad: Sequence[Bad]) -> list[str]:
+    """The complaints of a source in the order of its rows, equal ones as one.
+
+    >>> listed("f.csv", [Bad(3, "empty", "text"), Bad(4, "empty", "text"), Bad(9, "empty", "text"), Bad(5, "odd")])
+    ['f.csv rows 3-4, 9, column text: empty', 'f.csv row 5: odd']
+    """
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for each in sorted(bad, key=lambda each: each.row):
+        groups[each.column, each.words].append(each.row)
+    return [
+        f"{source} {numbered(rows)}" + (f", column {column}" if column else "") + f": {words}"
+        for (column, words), rows in groups.items()
+    ]
+
+
+def numbered(rows: Sequence[int]) -> str:
+    """Row numbers in few words.
+
+    >>> numbered([4]), numbered([1, 2, 3, 7]), numbered(range(1, 41, 2))
+    ('row 4', 'rows 1-3, 7', 'rows 1, 3, 5, 7, 9, 11, 13, 15, ... (20 rows)')
+    """
+    if len(rows) == 1:
+        return f"row {rows[0]}"
+    spans: list[list[int]] = []
+    for row in rows:
+        if spans and row == spans[-1][1] + 1:
+            spans[-1][1] = row
+        else:
+            spans.append([row, row])
+    told = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans[:SHOWN_SPANS])
+    return f"rows {told}" + (f", ... ({len(rows):,} rows)" if len(spans) > SHOWN_SPANS else "")
