@@ -5,6 +5,7 @@ Knows nothing of training or of how answers are shown.
 
 import functools
 import math
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window
 from hatrack.data.template import chat_prompt
 from hatrack.engine.fast_lora import LAYER_CLASSES
-from hatrack.errors import AdapterError, short
+from hatrack.errors import AdapterError, DataError, short
 from hatrack.recipe import Task
 from hatrack.say import say
 
@@ -139,7 +140,8 @@ class Hat:
     def predict(self, texts: str | Iterable[str], **generation: Any) -> list[dict[str, Any]]:
         """One answer for each text.
 
-        classify: `text`, `label` (a list of labels where a row may have several) and `scores` (label -> probability).
+        classify: `text`, `label` (a list of labels where a row may have several), `scores` (label -> probability) and,
+        where the text is longer than the adapter takes, `cut`: its end was left out, as in training.
         chat and complete: `prompt` and `text`; `generation` may set `max_new_tokens` and `temperature` (0 by default:
         the likeliest words, the same every time).
         """
@@ -163,7 +165,8 @@ class Hat:
         inputs = self._encode(prompt)
         streamer = TextIteratorStreamer(self.base.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        options = {**inputs, **sampling, "max_new_tokens": max_new_tokens, "streamer": streamer}
+        room = self._longest - inputs["input_ids"].shape[1]
+        options = {**inputs, **sampling, "max_new_tokens": min(max_new_tokens, room), "streamer": streamer}
         failures: Queue[BaseException] = Queue()
         stopped = threading.Event()
 
@@ -199,16 +202,29 @@ class Hat:
 
     @torch.no_grad()
     def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
-        inputs = self.base.tokenizer(
-            texts, padding=True, truncation=True, max_length=self._current.max_length, return_tensors="pt"
-        )
+        tokenizer = self.base.tokenizer
+        most = min(self._current.max_length or tokenizer.model_max_length, self._longest)
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        if not all(lengths):
+            raise DataError("the tokenizer makes no token of this text", fix="give it text that the base knows")
         logits = self.model(
             input_ids=inputs["input_ids"].to(self.base.device),
             attention_mask=inputs["attention_mask"].to(self.base.device),
         ).logits.float()
         several = self._current.multi_label
         probabilities = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
-        return [_answer(text, row, self.labels, several) for text, row in zip(texts, probabilities, strict=True)]
+        answers = [_answer(text, row, self.labels, several) for text, row in zip(texts, probabilities, strict=True)]
+        for answer, length in zip(answers, lengths, strict=True):
+            if length == most and len(tokenizer(answer["text"], verbose=False)["input_ids"]) > most:
+                answer["cut"] = True
+        return answers
+
+    @property
+    def _longest(self) -> int:
+        """The most tokens that the base takes; where it does not tell, more than anybody asks of it."""
+        found = getattr(self.base.model.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else sys.maxsize
 
     def _encode(self, prompt: str | Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
         tokenizer = self.base.tokenizer
@@ -221,6 +237,12 @@ class Hat:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             text = chat_prompt(tokenizer, messages, self._current.template)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= self._longest:
+            raise DataError(
+                "the prompt leaves no room for an answer",
+                got=f"{len(ids):,} tokens",
+                fix=f"fewer than {self._longest:,}",
+            )
         tensor = torch.tensor([ids], device=self.base.device)
         return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hatrack.errors import HatrackError, MachineError
 
@@ -186,18 +186,24 @@ def move(source: Path, target: Path) -> None:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a whole file, or leaves the one that was there."""
-    data = content.encode() if isinstance(content, str) else content
-    with machine_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, working = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write, which takes the place of `final` once the block ends without an error."""
+    with machine_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, working = tempfile.mkstemp(prefix=f".{final.name}.", dir=final.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             Path(working).chmod(0o644)
-            Path(working).replace(path)
-            _sync_entries(path.parent)
+            Path(working).replace(final)
+            _sync_entries(final.parent)
         except BaseException:
             Path(working).unlink(missing_ok=True)
             raise

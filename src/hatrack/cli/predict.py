@@ -1,10 +1,10 @@
 """`hatrack predict` and `hatrack chat`: using an adapter."""
 
+import functools
 import json
-import os
-import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +13,11 @@ import typer
 
 from hatrack.cli.opening import Adapter, OpenHat, with_hat
 from hatrack.cli.options import Json
-from hatrack.errors import DataError, RecipeError
+from hatrack.errors import DataError, RecipeError, cut
+from hatrack.say import counted, say
 
 if TYPE_CHECKING:
+    from hatrack.cli.asked import Asked
     from hatrack.hat import Hat
 
 Bare = Annotated[bool, typer.Option("--without-adapter", help="Answer with the bare base instead.")]
@@ -23,6 +25,7 @@ Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The most t
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest words.")]
 
 BATCH = 32
+Show = Callable[["Asked", dict[str, Any]], None]
 
 
 @with_hat
@@ -36,28 +39,53 @@ def predict(
         Path | None, typer.Option("--file", help="Take the texts from a file: a line each, or a column of a table.")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="The column of --file that holds the text.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Write a new .csv, .tsv or .jsonl: the columns of the rows, and the answers."),
+    ] = None,
     open_hat: OpenHat,
     without_adapter: Bare = False,
     max_new_tokens: Length = 128,
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Answer texts: hatrack predict NAME "a text", or hatrack predict NAME < lines.txt"""
-    if texts and file:
-        raise RecipeError("texts come from the arguments or from --file, not both", fix="leave one out")
-    batches = _batches(texts, file, text)
+    """Answer texts: hatrack predict NAME "a text", or hatrack predict NAME < lines.txt
+
+    Each row gets one answer, in order; one that cannot be answered gets an error, and the exit code is then 2.
+    """
+    from hatrack.cli.answers import check_output, print_answer, refuse_failed, written
+    from hatrack.cli.asked import open_source, read_asked
+
+    check_output(output)
+    source = open_source(texts, file, text)
     hat = open_hat()
+    generates, several = hat.task != "classify", not source.streamed and len(texts or ()) != 1
+    trained_on = next(iter(hat.hats.values())).recipe
     if without_adapter:
         hat.use(None)
-    for batch in batches:
-        if hat.task == "classify":
-            for answer in hat.predict(batch):
-                _print_label(answer, as_json)
-        else:
-            for prompt in batch:
-                _print_answer(
-                    hat, prompt, as_json, several=len(batch) > 1, max_new_tokens=max_new_tokens, temperature=temperature
-                )
+    rows = read_asked(source, hat.task, text, trained_on)
+    generation = {"max_new_tokens": max_new_tokens, "temperature": temperature} if generates else {}
+    answers = _answers(hat, rows, 1 if generates or source.streamed else BATCH, generation)
+    show: Show = functools.partial(print_answer, as_json=as_json)
+    count = shortened = 0
+    failed: list[tuple[int, str]] = []
+    with ExitStack() as opened:
+        if output is not None:
+            columns = source.columns("prompt" if generates else "text")
+            show = opened.enter_context(written(output, columns, hat.task))
+        elif generates and not as_json:
+            answers = _aloud(hat, rows, generation, several=several)
+            show = _shown_already
+        for asked, answer in answers:
+            show(asked, answer)
+            count, shortened = count + 1, shortened + bool(answer.get("cut"))
+            failed += [(asked.row, answer["error"])] if "error" in answer else []
+    if shortened:
+        say(f"{counted(shortened)} longer than the adapter takes: cut, as in training")
+    if output is not None:
+        told = {"output": str(output), "rows": count, "failed": len(failed)}
+        print(json.dumps(told) if as_json else f"answers to {counted(count)} are in {output}")
+    refuse_failed(failed, count, source.name)
 
 
 @with_hat
@@ -99,72 +127,51 @@ def chat(
         print(json.dumps({"adapter": name, "messages": messages}))
 
 
-def _batches(texts: list[str] | None, file: Path | None, column: str | None) -> Iterator[list[str]]:
-    """The texts, some at a time; from a pipe one at a time, so that each is answered as it comes."""
-    if texts:
-        return _some(map(_as_typed, texts), BATCH)
-    if file:
-        return _some(_file_texts(file, column), BATCH)
-    if sys.stdin.isatty():
-        raise RecipeError("there is no text to answer", fix='add one ("a text"), --file FILE, or pipe lines in')
-    lines = (line.rstrip("\r\n") for line in sys.stdin)
-    return _some((line for line in lines if line.strip()), BATCH if stat.S_ISREG(os.fstat(0).st_mode) else 1)
+def _answers(
+    hat: "Hat", rows: Iterable["Asked"], at_once: int, generation: dict[str, Any]
+) -> Iterator[tuple["Asked", dict[str, Any]]]:
+    """Each row with its answer, or with its error, so many at a time."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, at_once)):
+        found = iter(_predicted(hat, [asked for asked in batch if not asked.problem], generation))
+        for asked in batch:
+            yield asked, _error(hat, asked, asked.problem) if asked.problem else next(found)
 
 
-def _as_typed(argument: str) -> str:
-    """An argument as UTF-8, which is what terminals send, also where the system's locale is a lesser one."""
+def _predicted(hat: "Hat", batch: list["Asked"], generation: dict[str, Any]) -> list[dict[str, Any]]:
     try:
-        return os.fsencode(argument).decode()
-    except UnicodeDecodeError:
-        return argument
+        return hat.predict([asked.prompt for asked in batch], **generation) if batch else []
+    except DataError as error:  # one prompt that is too long, or that the chat template refuses
+        if len(batch) > 1:
+            return [answer for asked in batch for answer in _predicted(hat, [asked], generation)]
+        return [_error(hat, batch[0], str(error))]
 
 
-def _some(texts: Iterable[str], count: int) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, count)):
-        yield batch
-
-
-def _file_texts(path: Path, column: str | None) -> list[str]:
-    """A column of a table, or the lines of any other file."""
-    from hatrack.data.read import is_table, read_rows
-
-    if not is_table(str(path)):
+def _aloud(
+    hat: "Hat", rows: Iterable["Asked"], generation: dict[str, Any], *, several: bool
+) -> Iterator[tuple["Asked", dict[str, Any]]]:
+    """The same for people, who read the answer of a generator while it comes."""
+    for asked in rows:
+        problem = asked.problem
+        if several:
+            print(f"> {cut(str(asked.prompt))}", flush=True)
         try:
-            return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                "the file cannot be read", got=f"{path}: {error}", fix="check the path and the encoding"
-            ) from error
-    rows = read_rows(str(path))
-    column = column or next((name for name in ("text", "prompt") if name in rows.columns), None)
-    if column is None or column not in rows.columns:
-        raise DataError(
-            f"{path} has no such column",
-            got=column or "no --text",
-            fix=f"use --text with one of {', '.join(rows.columns)}",
-        )
-    return [str(row[column]) for row in rows.rows]
+            for piece in hat.stream(asked.prompt, **generation) if not problem else ():
+                print(piece, end="", flush=True)
+        except DataError as error:
+            problem = str(error)
+        if problem:
+            print(f"error: row {asked.row}: {problem}", end="")
+        print("\n" if several else "", flush=True)
+        yield asked, _error(hat, asked, problem) if problem else {}
 
 
-def _print_label(answer: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer), flush=True)
-        return
-    label = answer["label"] if isinstance(answer["label"], str) else ",".join(answer["label"]) or "-"
-    chosen = [answer["scores"][name] for name in ([label] if isinstance(answer["label"], str) else answer["label"])]
-    print(f"{label}\t{min(chosen, default=0.0):.3f}\t{answer['text']}", flush=True)
+def _shown_already(asked: "Asked", answer: dict[str, Any]) -> None:
+    """What an answer is shown with that was printed while it came."""
 
 
-def _print_answer(hat: "Hat", prompt: str, as_json: bool, *, several: bool, **generation: Any) -> None:
-    if as_json:
-        print(json.dumps(hat.predict(prompt, **generation)[0]), flush=True)
-        return
-    if several:
-        print(f"> {prompt}", flush=True)
-    for piece in hat.stream(prompt, **generation):
-        print(piece, end="", flush=True)
-    print("\n" if several else "", flush=True)
+def _error(hat: "Hat", asked: "Asked", problem: str) -> dict[str, Any]:
+    return {"text" if hat.task == "classify" else "prompt": asked.prompt, "error": problem}
 
 
 def _read_line(prompt: str) -> str | None:

@@ -152,6 +152,37 @@ def find_beside(
     return beside
 
 
+def find_question(task: str, columns: Sequence[str], source: str, named: Mapping[str, str]) -> dict[str, str]:
+    """The columns that an adapter for `task` is asked by, by role, in rows without labels or completions. `named` are
+    those a person named, now or for training. Says what is guessed; raises DataError where nothing is clear."""
+    roles = {"classify": ("text",), "chat": ("messages", "prompt"), "complete": ("prompt", "text")}[task]
+    found: dict[str, str] | None = next(({role: named[role]} for role in roles if named.get(role) in columns), None)
+    if found is None:
+        filled = (_fill((role,), {}, columns, asked=role != "messages") for role in roles)
+        found = next((each for each in filled if each), None)
+        if found is None:
+            raise DataError(
+                f"{source} does not tell which column to answer",
+                got=f"columns {', '.join(columns)}",
+                fix=f"name it with {flag('text')}",
+            )
+        beside = {"chat": ("system", "tools", "history", "input"), "complete": ("input",), "classify": ()}[task]
+        for other in beside if "prompt" in found else beside[:2]:
+            names = [each for each in columns if each.strip().lower() in BESIDE[other] and each not in found.values()]
+            if names:
+                found[other] = names[0]
+    if "tools" in found:
+        raise DataError(
+            f"{source} brings tools, which are not used when an adapter is asked",
+            got=f"column {found['tools']}",
+            fix="remove or rename it",
+            gotcha="columns-ignored",
+        )
+    if any(role != column for role, column in found.items()):
+        say(f"columns: {', '.join(f'{role} = {column!r}' for role, column in found.items())}")
+    return found
+
+
 def _carries_meaning(task: str, name: str, values: Sequence[Any], recipe: Recipe) -> bool:
     """Whether a column that is not read says what or how much is to be learned, not the same for all rows."""
     if name in WEIGHTS:

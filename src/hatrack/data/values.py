@@ -60,18 +60,44 @@ def read_example(
     return {"text": texts["text"]}, label
 
 
+def read_question(
+    number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str]
+) -> str | list[dict[str, Any]] | Bad:
+    """What a row asks an adapter for `task`: its text, or the turns of its conversation before the answer; or a
+    complaint. Reads what `read_example` reads, without completions and labels."""
+    try:
+        if task != "chat":
+            return _with_input(_text(row, columns, "prompt" if "prompt" in columns else "text"), row, columns)
+        turns = list(_conversation(row, columns).turns)
+    except Unusable as error:
+        return Bad(number, str(error), error.column)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        return Bad(number, "the conversation has no turn to answer", next(iter(columns.values())))
+    plain = len(turns) == 1 and turns[0] == {"role": "user", "content": turns[0]["content"]}
+    return str(turns[0]["content"]) if plain else turns
+
+
 def _talk(row: Mapping[str, Any], columns: Mapping[str, str]) -> Talk:
-    """The conversation of a row: its messages, or a prompt and its completion; what the columns beside them say."""
+    """The conversation of a row. Raises Unusable where it has no answer to learn."""
+    talk = _conversation(row, columns)
+    return _read(row, columns, "messages" if "messages" in columns else "completion", lambda _: with_answer(talk))
+
+
+def _conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> Talk:
+    """The turns of a row: its messages, or a prompt and its completion; what the columns beside them say."""
     if "messages" in columns:
         talk = _read(row, columns, "messages", read_talk)
     else:
-        talk = unlearned(_turns(row, columns, "prompt")) + _turns(row, columns, "completion")
+        talk = unlearned(_turns(row, columns, "prompt"))
+        talk = talk + _turns(row, columns, "completion") if "completion" in columns else talk
     if "history" in columns:
         talk = _read(row, columns, "history", read_history) + talk
     if "system" in columns and holds(row.get(columns["system"])):
         text = _text(row, columns, "system")
         talk = _read(row, columns, "system", lambda _: with_system(talk, text))
-    return _read(row, columns, "messages" if "messages" in columns else "completion", lambda _: with_answer(talk))
+    return talk
 
 
 def _turns(row: Mapping[str, Any], columns: Mapping[str, str], role: str) -> Talk:
@@ -102,13 +128,14 @@ def _read(row: Mapping[str, Any], columns: Mapping[str, str], role: str, read: C
 def _text(row: Mapping[str, Any], columns: Mapping[str, str], role: str) -> str:
     """The text of a cell. Raises Unusable where it has none."""
     value = row.get(columns[role])
-    problem = _text_problem(value)
+    problem = text_problem(value)
     if problem:
         raise Unusable(problem, columns[role])
     return str(value)
 
 
-def _text_problem(value: object) -> str:
+def text_problem(value: object) -> str:
+    """Why a cell is no text to read, or ""."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "the text is missing"
     if not isinstance(value, str):
