@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,11 @@ csv.field_size_limit(2**31 - 1)
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
-_SEP_LINE = re.compile(r'"?sep=(.)"?(\r\n|\r|\n|$)', re.IGNORECASE)
+LONGEST_LABEL = 40
+"""Letters of a cell that may be one of a few labels."""
+
+_BEFORE_QUOTE = re.compile(r"\S +\"")
+_SEP_LINE = re.compile(r'"?sep=([^\w"\\\r\n])"?(\r\n|\r|\n|$)', re.IGNORECASE)
 _BACKSLASH_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
 
 
@@ -37,12 +41,13 @@ class _Record(NamedTuple):
 class _Reading:
     """One way to read a file: its records, and in words what is wrong with that way.
 
-    `ragged`: rows that have another number of cells than the header.
+    `ragged`: rows that have another number of cells than the header. `swallows`: all quotes close, but around rows.
     """
 
     records: list[_Record]
     fault: str = ""
     ragged: list[int] = field(default_factory=list)
+    swallows: bool = False
 
     @property
     def width(self) -> int:
@@ -61,13 +66,12 @@ def read_csv(source: str, text: str, separator: str) -> Rows:
     named = _SEP_LINE.match(text)
     if named:
         separator = named[1]
-        say_once(f"{source}: the first line, sep={named[1]}, is taken as the separator and is no row")
+        say_once(f"{source}: the first line, {named[0].strip()!r}, names the separator and is no row")
     lines = list(io.StringIO(text, newline=""))
     skipped = 1 if named else 0
     if not any(line.strip() for line in lines[skipped:]):
         raise DataError(f"{source} is empty", got="no header line", fix="the first line must name the columns")
-    if not named:
-        separator = _separator(source, lines, separator)
+    separator = _separator(source, lines, separator, skipped)
     reading = _whole_reading(source, lines, separator, skipped)
     if reading.fault:
         raise _misquoted(source, reading.fault)
@@ -78,16 +82,25 @@ def read_csv(source: str, text: str, separator: str) -> Rows:
 def _table(source: str, header: list[str], lines: list[list[str]]) -> Rows:
     rows, problems = [], []
     for number, cells in enumerate(lines, 1):
-        if _fits(cells, len(header)):
-            rows.append((number, cells[: len(header)]))
+        if _fits(cells, header):
+            rows.append((number, [*cells, *[""] * (len(header) - len(cells))][: len(header)]))
         else:
             problems.append((number, f"{len(cells)} cells where the header has {len(header)}"))
+    counts = {len(cells) for cells in lines}
+    if len(problems) > 1 and not rows and len(counts) == 1:
+        raise DataError(
+            f"the header of {source} has {len(header)} columns and every row {counts.pop()} cells",
+            got=", ".join(map(repr, header)),
+            fix="give each column a name",
+            gotcha="columns-without-a-name",
+        )
     return from_cells(source, header, rows, problems)
 
 
-def _fits(cells: Sequence[str], width: int) -> bool:
-    """Whether a row has a cell for each column; more are nothing where they are empty."""
-    return len(cells) >= width and not any(cells[width:])
+def _fits(cells: Sequence[str], header: Sequence[str]) -> bool:
+    """Whether a row has a cell for each column up to the last that has a name, and no more but empty ones."""
+    named = max((place for place, name in enumerate(header, 1) if name.strip()), default=len(header))
+    return len(cells) >= named and not any(cells[len(header) :])
 
 
 def _refuse_json(source: str, text: str) -> None:
@@ -106,15 +119,15 @@ def _refuse_json(source: str, text: str) -> None:
             )
 
 
-def _separator(source: str, lines: list[str], promised: str) -> str:
+def _separator(source: str, lines: list[str], promised: str, skipped: int) -> str:
     """The separator of a file: the promised one, or another that alone stands in the header and fits every row.
 
     Raises DataError where another one stands there and does not: every line would be taken for one long text.
     """
-    header = next(line for line in lines if line.strip()).rstrip("\r\n")
+    header = next(line for line in lines[skipped:] if line.strip()).rstrip("\r\n")
     if promised in header:
         return promised
-    others = {mark: _whole_reading(source, lines, mark, 0, aloud=False) for mark in SEPARATORS if mark in header}
+    others = {mark: _whole_reading(source, lines, mark, skipped, aloud=False) for mark in SEPARATORS if mark in header}
     others = {mark: reading for mark, reading in others.items() if reading.width > 1}
     for mark, reading in others.items():
         if not reading.fault and not reading.ragged:
@@ -122,9 +135,9 @@ def _separator(source: str, lines: list[str], promised: str) -> str:
             return mark
     if others:
         raise DataError(
-            f"{source} is not separated by {SEPARATORS[promised]}",
+            f"{source} is not separated by {SEPARATORS.get(promised, repr(promised))}",
             got=f"the header {header!r}, and rows that do not fit it",
-            fix=f"save it with {SEPARATORS[promised]} between the cells",
+            fix=f"save it with {SEPARATORS.get(promised, repr(promised))} between the cells",
         )
     return promised
 
@@ -158,7 +171,10 @@ def _others(lines: list[str], separator: str, skipped: int, plain: _Reading) -> 
         doubled = list(io.StringIO(_BACKSLASH_QUOTE.sub(r'\1""', text), newline=""))
         yield r"\" is read as a quote inside a cell", _read(doubled, separator, skipped)
     if plain.fault:
-        yield "quotes are read as letters, as they stand", _as_letters(lines, separator, skipped)
+        yield (
+            "quotes are read as letters, as they stand",
+            _as_letters(lines, separator, skipped, swallows=plain.swallows),
+        )
 
 
 def _read(lines: list[str], separator: str, skipped: int, **form: Any) -> _Reading:
@@ -185,43 +201,65 @@ def _read(lines: list[str], separator: str, skipped: int, **form: Any) -> _Readi
 
 def _judged(records: list[_Record], lines: list[str], separator: str) -> _Reading:
     """The reading of these records, with the fault of one that swallowed others."""
-    width = _Reading(records).width
-    ragged = [number for number, record in enumerate(records[1:], 1) if not _fits(record.cells, width)]
+    width, ragged = _Reading(records).width, _ragged(records)
+    spaced = _BEFORE_QUOTE.search("".join(lines[:100])) and _column_in_quotes(records)
+    if spaced:
+        return _Reading(records, f"a space before each quote of {spaced}", ragged)
     if width > 1:
-        looks_whole = None
+        is_row = None
         for record in records[1:]:
             if record.last > record.first:
-                looks_whole = looks_whole or _row_test(records, width)
+                is_row = is_row or _RowTest(records)
                 inside = lines[record.first - 1 : record.last]
-                whole = sum(looks_whole(line.rstrip("\r\n").split(separator)) for line in inside)
+                whole = sum(is_row(line.rstrip("\r\n").split(separator)) for line in inside)
                 if whole >= 2 and 2 * whole > len(inside):
                     span = f"a quote that opens in line {record.first} and closes in line {record.last}"
-                    return _Reading(records, f"{span}, around {whole} lines that look like rows", ragged)
+                    return _Reading(records, f"{span}, around {whole} lines that look like rows", ragged, True)
     return _Reading(records, "", ragged)
 
 
-def _row_test(records: Sequence[_Record], width: int) -> Callable[[Sequence[str]], bool]:
+def _ragged(records: Sequence[_Record]) -> list[int]:
+    """The numbers of the rows that do not fit the header."""
+    return [n for n, record in enumerate(records[1:], 1) if not _fits(record.cells, records[0].cells)]
+
+
+def _column_in_quotes(records: Sequence[_Record]) -> str:
+    """The name of a column whose every cell is in quotes after a space, which CSV takes for letters; empty if none."""
+    for place, name in enumerate(records[0].cells if len(records) > 1 else []):
+        cells = [record.cells[place] for record in records[1:] if len(record.cells) > place]
+        if cells and all(cell.startswith(" ") and cell.lstrip(" ").startswith('"') for cell in cells):
+            return name.strip() or f"column {place + 1}"
+    return ""
+
+
+class _RowTest:
     """Whether the cells of a line look like a row of this table, by the rows that stand on one line each.
 
-    A comma in prose has a space behind it, and what follows is none of the few labels.
+    A comma in prose has a space behind it, and what follows is none of the few labels. `tells`: whether the table has
+    a column of few values or of numbers, by which to tell.
     """
-    known = [record.cells for record in records[1:] if record.first == record.last and len(record.cells) == width]
-    columns = [{cells[place] for cells in known} for place in range(width)]
-    few = [len(known) > 3 and 2 * len(values) <= len(known) for values in columns]
-    numeric = [bool(values) and all(_is_number(value) for value in values) for values in columns]
 
-    def looks_whole(cells: Sequence[str]) -> bool:
-        if len(cells) != width:
-            return False
-        for place, cell in enumerate(cells):
-            value = cell.strip('"')
-            if few[place] and value not in columns[place]:
-                return False
-            if not few[place] and (not value or value[0].isspace() or (numeric[place] and not _is_number(value))):
-                return False
-        return True
+    def __init__(self, records: Sequence[_Record]) -> None:
+        self.width = len(records[0].cells)
+        known = [record.cells for record in records[1:] if record.first == record.last]
+        known = [cells for cells in known if len(cells) == self.width]
+        self.values = [{cells[place] for cells in known} for place in range(self.width)]
+        self.few = [len(known) > 3 and 2 * len(values) <= len(known) and _short(values) for values in self.values]
+        self.numeric = [bool(values) and all(_is_number(value) for value in values) for values in self.values]
+        self.tells = any(self.few) or any(self.numeric)
 
-    return looks_whole
+    def __call__(self, cells: Sequence[str]) -> bool:
+        """Whether each cell fits its column."""
+        return len(cells) == self.width and all(self._fits(place, cell.strip('"')) for place, cell in enumerate(cells))
+
+    def _fits(self, place: int, value: str) -> bool:
+        if self.few[place]:
+            return value in self.values[place]
+        return bool(value) and not value[0].isspace() and (not self.numeric[place] or _is_number(value))
+
+
+def _short(values: Iterable[str]) -> bool:
+    return all(len(value) <= LONGEST_LABEL for value in values)
 
 
 def _is_number(cell: str) -> bool:
@@ -232,20 +270,20 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _as_letters(lines: list[str], separator: str, skipped: int) -> _Reading:
-    """Each line a row and each quote a letter; a fault where some cell is in quotes as a whole, or a line with quotes
-    is unlike the other rows: there quotes were meant as quotes."""
+def _as_letters(lines: list[str], separator: str, skipped: int, *, swallows: bool) -> _Reading:
+    """Each line a row and each quote a letter; with a fault where quotes were meant as quotes: a cell is in quotes as a
+    whole, a line with a quote is unlike the other rows, or all quotes close and nothing else tells rows from prose."""
     reader = csv.reader(lines[skipped:], delimiter=separator, quoting=csv.QUOTE_NONE)
     records = [_Record(cells, number, number) for number, cells in enumerate(reader, skipped + 1) if cells]
-    width = len(records[0].cells)
-    without = [record for record in records if not any('"' in cell for cell in record.cells)]
-    looks_whole = _row_test([records[0], *without], width)
+    header = records[0].cells
+    is_row = _RowTest([records[0], *(record for record in records if not any('"' in cell for cell in record.cells))])
+    if len(header) < 2 or any('"' in name for name in header) or (swallows and separator != "\t" and not is_row.tells):
+        return _Reading(records, "quotes are meant as quotes")
     for record in records:
         quoted = any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in record.cells)
-        odd = any(cell.startswith('"') for cell in record.cells) and not looks_whole(record.cells)
-        if width < 2 or quoted or odd:
-            return _Reading(records, f"line {record.first}")
-    return _Reading(records, "", [n for n, record in enumerate(records[1:], 1) if not _fits(record.cells, width)])
+        if quoted or (any(cell.startswith('"') for cell in record.cells) and not is_row(record.cells)):
+            return _Reading(records, "quotes are meant as quotes")
+    return _Reading(records, "", _ragged(records))
 
 
 def _misquoted(source: str, fault: str) -> DataError:
