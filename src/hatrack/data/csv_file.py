@@ -154,7 +154,7 @@ def _whole_reading(source: str, lines: list[str], separator: str, skipped: int, 
         if not reading.fault and not reading.ragged:
             if aloud:
                 reason = plain.fault or f"another number of cells in row {plain.ragged[0]}"
-                say_once(f"{source}: {words}: by the rules of CSV it has {reason}")
+                say_once(f"{source}: {words} (by the rules of CSV there is {reason})")
             return reading
     return plain
 

@@ -21,6 +21,9 @@ LARGEST_LITERAL = 2**26
 ARRAY = "holds one array"
 _BEGINNING, _BETWEEN = re.compile(r"\s*\[?\s*"), re.compile(r"\s*,?\s*")
 
+JSON_TYPES = {str: "a text", list: "an array", int: "a number", float: "a number", bool: "true or false"}
+JSON_TYPES |= {type(None): "null"}
+
 Values = list[Any]
 """What stands in a file, one by one: an object each where all is well, the ValueError of a line that is no JSON."""
 
@@ -35,14 +38,16 @@ def read_json_lines(source: str, text: str) -> Rows:
     """
     values, python = _by_line(text)
     good = sum(isinstance(value, dict) for value in values)
-    found = None if good == len(values) else _other_layout(text, (_array, _one_by_one, _python))
+    layouts = (_array, _under_a_key, _one_by_one, _python) if good < len(values) else (_under_a_key,)
+    found = _other_layout(text, layouts) if good < len(values) or len(values) == 1 else None
     if found:
         say_once(f"{source} {found[1]}, not one object a line: read as such")
         return _rows(source, found[0])
     if 2 * good < len(values):
-        raise _not_json(source, text, "JSON Lines")
+        raise _not_json(source, text, "JSON Lines", values)
     if python:
-        say_once(f"{source}: read as Python writes objects, with single quotes ({python:,} lines)")
+        lines = f"{python:,} lines are" if python > 1 else "a line is"
+        say_once(f"{source}: {lines} not JSON, but as Python writes objects: read as such")
     return _rows(source, values)
 
 
@@ -54,8 +59,8 @@ def read_json_array(source: str, text: str) -> Rows:
     if not text.strip():
         return Rows(source, (), [], [])
     found = _other_layout(text, (_array, _under_a_key, _as_columns, _lines, _one_by_one, _python))
-    if found is None:
-        raise _not_json(source, text, "JSON")
+    if found is None or (found[0] and not any(isinstance(value, dict) for value in found[0])):
+        raise _not_json(source, text, "JSON", found[0] if found else [])
     if found[1] != ARRAY:
         say_once(f"{source} {found[1]}, not one array of objects: read as such")
     return _rows(source, found[0])
@@ -67,7 +72,8 @@ def _rows(source: str, values: Values) -> Rows:
         if isinstance(value, dict):
             rows.append((number, value))
         elif isinstance(value, ValueError):
-            problems.append((number, f"malformed JSON: {value}"))
+            why = f"{value.msg} at character {value.pos + 1}" if isinstance(value, json.JSONDecodeError) else value
+            problems.append((number, f"malformed JSON: {why}"))
         else:
             problems.append((number, f"{type(value).__name__} where an object was expected"))
     return from_objects(source, rows, problems)
@@ -118,9 +124,13 @@ def _under_a_key(text: str, whole: Any) -> tuple[Values, str] | None:
 
 def _as_columns(text: str, whole: Any) -> tuple[Values, str] | None:
     """`{"text": {"0": ..., "1": ...}, ...}` as pandas' to_json writes it, or with a list for each column."""
-    if not isinstance(whole, dict) or len(whole) < 2:
+    if not isinstance(whole, dict) or len(whole) < 2 or any(_are_objects(value) for value in whole.values()):
         return None
     columns = list(whole.values())
+    if set(whole) == {"columns", "index", "data"}:  # pandas' orient="split"
+        names, cells = whole["columns"], whole["data"]
+        fits = all(isinstance(row, list) and isinstance(names, list) and len(row) == len(names) for row in cells or [])
+        return ([dict(zip(map(str, names), row, strict=True)) for row in cells], "holds columns") if fits else None
     if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
         rows = zip(*columns, strict=True)
     elif all(isinstance(column, dict) and column and column.keys() == columns[0].keys() for column in columns):
@@ -202,19 +212,25 @@ def _literal(text: str) -> Any:
         return None
 
 
-def _not_json(source: str, text: str, wanted: str) -> DataError:
+def _not_json(source: str, text: str, wanted: str, values: Values) -> DataError:
     """What keeps a text from being rows: the place where it stops being JSON, or what it holds instead."""
     whole = _loads(text)
-    fix = "give one object a line, or one array of objects"
-    if not isinstance(whole, ValueError):
-        kind = f"one object with the keys {', '.join(whole)[:80]}" if isinstance(whole, dict) else type(whole).__name__
-        return DataError(
-            f"{source} must hold one array of objects", got=kind, fix="put the rows in [...]", gotcha="json-layout"
-        )
-    got = _problem(text, whole)
-    if not text.lstrip().startswith(("{", "[")):
-        fix = "name it .csv if it is a table"
-    return DataError(f"{source} is not valid {wanted}", got=got, fix=fix, gotcha="json-layout")
+    what, fix = f"{source} is not valid {wanted}", "give one object a line, or one array of objects"
+    if isinstance(whole, dict):
+        what, got = f"{source} must hold one array of objects", f"one object with the keys {', '.join(whole)[:80]}"
+        several = sum(_are_objects(value) for value in whole.values()) > 1
+        fix = "put the rows of one key into a file of their own" if several else "put the rows in [...]"
+    elif not isinstance(whole, ValueError) or (values and not any(isinstance(v, ValueError | dict) for v in values)):
+        what, first = f"{source} must hold objects", values[0] if values else whole
+        got = f"{JSON_TYPES.get(type(first), type(first).__name__)} as the first row"
+        fix = "give one object a line" if _are_objects(first) else 'write each row as {"text": ...}'
+        if _are_objects(first) and {"role", "from"} & set(first[0]):
+            fix = 'write each row as {"messages": [...]}'
+    else:
+        got = _problem(text, whole)
+        if not text.lstrip().startswith(("{", "[")):
+            fix = "name it .csv if it is a table"
+    return DataError(what, got=got, fix=fix, gotcha="json-layout")
 
 
 def _problem(text: str, whole: ValueError) -> str:
@@ -231,5 +247,5 @@ def _problem(text: str, whole: ValueError) -> str:
     line = len(split_lines(text[:place]))
     shown = split_lines(text[place : place + 200])[0].strip()
     if shown.startswith(("//", "/*", "#")):
-        why = "a comment, which JSON has not"
-    return f"line {line}: {why}" + (f" at {shown[:40]!r}" if shown else ", the end of the file")
+        why = "a comment, which JSON has no place for"
+    return f"line {line}: {why}: " + (repr(shown[:40]) if shown else "the end of the file")

@@ -18,6 +18,11 @@ from hatrack.say import say_once
 PACKED = {".gz": GZIP, ".bz2": BZIP2}
 """The end of a file's name -> what such a file is."""
 
+NEVER_TOGETHER = [("ðþÐÞ", "çüÇÜ"), ("øØ", "ìùýž")]
+"""Letters of no one language: Turkish and Czech text looks so where it is read as Windows-1252."""
+
+_HALF_LETTER = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
+"""A lone surrogate, which some programs write as if it were UTF-8."""
 _ACCENTS_ALONE = re.compile("[À-ÖØ-öø-ÿŠšŒœŽžŸƒ]{3}|(?<![A-Za-zÀ-ÖØ-öø-ÿ])[À-ÖØ-öø-ÿ]{2}(?![A-Za-zÀ-ÖØ-öø-ÿ])")
 _CAPITAL_INSIDE = re.compile("[a-zß-öø-ÿ][À-ÖØ-ÞŠŒŽŸ]")
 _SIGN_INSIDE = re.compile("[A-Za-zÀ-ÖØ-öø-ÿ][¡-©«¬®-³µ¶¸¹»-¿×÷€‚ƒ„†‡ˆ‰‹“”•˜™›][A-Za-zÀ-ÖØ-öø-ÿ]")
@@ -60,13 +65,13 @@ def decode(source: str, content: bytes) -> str:
     """
     encoding = json.detect_encoding(content)  # by the mark, else by where NUL bytes stand
     name = encoding.upper().removesuffix("-SIG").removesuffix("-LE").removesuffix("-BE")
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
     try:
         text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         if name == "UTF-8":
             return _windows_1252(source, content, error)
-        raise _undecodable(source, f"bytes that are not {name}, which its beginning looks like") from error
-    marked = content.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+        raise _undecodable(source, f"a mark of {name}, and bytes that are not" if marked else "NUL bytes") from error
     if name != "UTF-8" and not marked and ("\0" in text or not re.search(r"[\r\n]|^\s*[{\[]", text)):
         # A stray NUL near the beginning of UTF-8 looks like UTF-16 too; read as that no line would end
         raise _undecodable(source, "NUL bytes")
@@ -89,8 +94,14 @@ def _windows_1252(source: str, content: bytes, error: UnicodeDecodeError) -> str
         text = content.decode("cp1252")
     except UnicodeDecodeError:
         raise stray from error
+    mixed = any(re.search(f"[{one}]", text) and re.search(f"[{other}]", text) for one, other in NEVER_TOGETHER)
     odd = sum(len(pattern.findall(text)) for pattern in (_ACCENTS_ALONE, _CAPITAL_INSIDE, _SIGN_INSIDE))
-    if 20 * odd > damaged or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
+    if (
+        mixed
+        or 20 * odd > damaged
+        or _HALF_LETTER.search(content)
+        or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text)
+    ):
         raise stray from error
     word = re.search(r"[^\s,;\"]*[^\x00-\x7f][^\s,;\"]*", text)
     shown = f": {word[0][:30]} in line {_line(text, word.start())}" if word else ""
