@@ -108,7 +108,8 @@ def test_a_classifier_always_has_a_task_type(tmp_path: Path, tiny_encoder: Path,
     foreign = get_peft_model(tiny.model("Bert", "classify", num_labels=2), LoraConfig(r=2, target_modules=["query"]))
     foreign.save_pretrained(tmp_path / "adapter")
     found = {finding.gotcha: finding for finding in check_adapter(tmp_path / "adapter")}["head-not-saved"]
-    assert "has no task type" in found.what and "of which 0 of a head" in found.got and "with a task type" in found.fix
+    assert "does not tell what the adapter is for" in found.what and "task_type None" in found.got
+    assert "SEQ_CLS" in found.fix and found.refused
 
 
 def test_a_classifiers_task_on_a_causal_model(tmp_path: Path, tiny_decoder: Path, reviews: Path) -> None:
@@ -121,7 +122,7 @@ def test_a_classifiers_task_on_a_causal_model(tmp_path: Path, tiny_decoder: Path
     assert type(hat.base.model).__name__ == "LlamaForSequenceClassification"
     with pytest.raises(AdapterError) as raised:
         load = load_base(find_base(str(tiny_decoder)), task="chat", device="cpu")
-        hatrack.adapter.files.attach(load.model, tmp_path / "hat", "hat")
+        hatrack.adapter.attach.attach(load.model, tmp_path / "hat", "hat")
     what, got, fix = _parts(raised.value)
     assert what.endswith("is a classifier's adapter") and got == "a base loaded as LlamaForCausalLM"
     assert fix == "load the base to classify"

@@ -117,7 +117,8 @@ def test_missing_keys(hat: Path) -> None:
     _tensors(hat, lambda t: {name: tensor for name, tensor in t.items() if "layers.0.self_attn.q_proj" not in name})
     error = _refused(hat)
     assert (
-        error.what == f"2 tensors do not fit in {hat / WEIGHTS}" and error.fix == "give it the base it was trained on"
+        error.what == f"2 tensors do not fit in {hat / WEIGHTS}"
+        and error.fix == "copy the adapter again: its file is not whole"
     )
     assert str(error.got).count("q_proj.lora_") == 2 and str(error.got).count("missing from the file") == 2
 
@@ -154,12 +155,12 @@ def test_a_malformed_config(hat: Path) -> None:
     path.write_text(good)
     _set(hat, peft_type="GONE")
     error = _refused(hat)
-    assert (error.what, error.got) == (f"{path} is not of a LoRA adapter", "peft_type None")
-    assert error.fix == "hatrack loads LoRA and its variants"
+    assert (error.what, error.got) == (f"{path} does not say what kind of adapter it is", "no peft_type")
+    assert error.fix == 'if it is a LoRA adapter, set "peft_type": "LORA" in it'
     path.write_text(good)
     _set(hat, r="4")
     error = _refused(hat)
-    assert (error.what, error.got, error.fix) == (f"{path} is malformed", "r '4'", "copy the adapter again")
+    assert (error.what, error.got, error.fix) == (f"{path} is malformed", "r '4'", "correct these fields in the file")
     path.write_text(good)
     _set(hat, lora_alpha=0)
     error = _refused(hat)
@@ -174,7 +175,8 @@ def test_numbers_that_are_none(hat: Path) -> None:
     _tensors(hat, change)
     error = _refused(hat)
     assert (
-        error.what == f"a tensor does not fit in {hat / WEIGHTS}" and error.fix == "give it the base it was trained on"
+        error.what == f"a tensor does not fit in {hat / WEIGHTS}"
+        and error.fix == "copy the adapter again, or train it again with a lower --lr"
     )
     assert str(error.got).endswith("q_proj.lora_A.weight: holds numbers that are not finite")
 
@@ -240,8 +242,9 @@ def test_a_huge_rank_is_refused_before_anything_is_allocated(hat: Path) -> None:
     [
         {"layer_replication": [[0, 2], [0, 2]]},
         {"trainable_token_indices": [0]},
+        {"trainable_token_indices": "all"},
+        {"alora_invocation_tokens": [3]},
         {"of_a_later_peft": True},
-        {"bias": "all"},
         {"modules_to_save": ["model"]},
         {"layers_pattern": "(a+)+$", "layers_to_transform": [0]},
     ],

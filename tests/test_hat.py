@@ -16,7 +16,7 @@ from peft.tuners._buffer_dict import BufferDict
 
 import hatrack
 from hatrack.adapter import rack
-from hatrack.adapter.files import name_inside
+from hatrack.adapter.attach import name_inside
 from hatrack.base.sources import BaseFiles
 from hatrack.errors import AdapterError, BaseError, WrongBase
 

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from transformers import TextIteratorStreamer
 
-from hatrack.adapter.files import AdapterFiles, attach, detach, name_inside, read_adapter
+from hatrack.adapter.attach import attach, detach, name_inside
+from hatrack.adapter.files import AdapterFiles, read_adapter
 from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import check_name, find, known_as

@@ -16,7 +16,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from hatrack.adapter.files import attach, detach, read_adapter, save_adapter
+from hatrack.adapter.attach import attach, detach
+from hatrack.adapter.files import read_adapter, save_adapter
 from hatrack.adapter.hatfile import HatFile, read_hat_file
 from hatrack.adapter.place import place
 from hatrack.errors import AdapterError, MachineError
@@ -163,7 +164,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda f: shutil.rmtree(f), "there is no such adapter folder; got .*hat; fix: hatrack list"),
     "no config": (
         lambda f: (f / "adapter_config.json").unlink(),
-        "hat has no adapter_config.json; fix: give the folder",
+        "hat has no adapter_config.json; got README.md, .*; fix: give the folder",
     ),
     "no JSON": (
         lambda f: (f / "adapter_config.json").write_text("{"),
@@ -175,7 +176,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no peft_type": (
         lambda f: _change(f, peft_type="GONE"),
-        "adapter_config.json is not of a LoRA adapter; got peft_type None",
+        "adapter_config.json does not say what kind of adapter it is; got no peft_type",
     ),
     "another kind": (
         lambda f: _change(f, peft_type="IA3"),
@@ -183,7 +184,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "r as text": (
         lambda f: _change(f, r="4"),
-        "adapter_config.json is malformed; got r '4'; fix: copy the adapter again",
+        "adapter_config.json is malformed; got r '4'; fix: correct these fields",
     ),
     "r of zero": (lambda f: _change(f, r=0), "adapter_config.json is malformed; got r 0"),
     "alpha as text": (lambda f: _change(f, lora_alpha="x"), "is malformed; got lora_alpha 'x'"),
@@ -214,7 +215,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing keys": (
         lambda f: _tensors(f, lambda t: {n: v for n, v in t.items() if n != _first(t)}),
-        "a tensor does not fit in .*model.safetensors; got .*lora_A.weight: missing from the file; fix: give it",
+        "a tensor does not fit in .*model.safetensors; got .*lora_A.weight: missing from the file; fix: copy",
     ),
     "extra keys": (
         lambda f: _tensors(f, lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(2, 2), "y": torch.ones(1)}),
@@ -230,7 +231,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "wrong targets": (
         lambda f: _change(f, target_modules=["nothing"]),
-        "hat does not fit this base; got .*; fix: give it the base",
+        r"adapter_config.json names no layer of this base; got .*nothing.*; the base has .*query.*; fix: give",
     ),
     "no head": (
         lambda f: _tensors(f, lambda t: {n: v for n, v in t.items() if "lora_" in n}),

@@ -134,6 +134,6 @@ def test_in_a_hat_one_bad_adapter_leaves_the_others(made: Path, hat: Path) -> No
     _tensors(hat, lambda t: {name: v * 2 for name, v in t.items()})
     with pytest.raises(AdapterError, match=r"is not what hatrack.json says was trained"):
         ready.add(hat, name="bad")
-    assert list(ready.hats) == list(ready.model.peft_config) == [ready.active]
+    assert list(ready.hats) == [ready.active] and len(ready.model.peft_config) == 1
     assert ready.predict("what film is a ?", max_new_tokens=4) == before
     assert not any(parameter.requires_grad for parameter in ready.model.parameters())

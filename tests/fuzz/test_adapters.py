@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hatrack.adapter.files import attach, detach, read_adapter, save_adapter
+from hatrack.adapter.attach import attach, detach
+from hatrack.adapter.files import read_adapter, save_adapter
 from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.place import place
 from hatrack.adapter.proof import check_proof, record

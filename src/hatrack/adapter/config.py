@@ -10,20 +10,32 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
+from hatrack.adapter.targets import matches
 from hatrack.errors import AdapterError, short
+from hatrack.recipe import flag
 
-CONFIG = "adapter_config.json"
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """`init_lora_weights` of adapters that belong on the base as it is; others changed the base's weights first."""
 PATTERN_SECONDS = 2.0
 """How long all regular expressions of an adapter together may take."""
 LONGEST_PATTERN = 2000
-AGAIN = "copy the adapter again"
+CORRECT = "correct these fields in the file"
+PEFT_ITSELF = "use it with peft itself"
+
+TASKS = {
+    "SEQ_2_SEQ_LM": "an encoder-decoder",
+    "FEATURE_EXTRACTION": "a model that embeds texts",
+    "TOKEN_CLS": "a tagger of words",
+    "QUESTION_ANS": "a model that finds answers in a text",
+}
+"""peft's kinds of task that hatrack does not do."""
+OURS = ("CAUSAL_LM", "SEQ_CLS")
 
 
 def _whole(value: Any) -> bool:
@@ -42,6 +54,12 @@ def _layers(value: Any) -> bool:
     return type(value) is int or (isinstance(value, list) and all(type(number) is int for number in value))
 
 
+def _token_ids(value: Any) -> bool:
+    """Ids of an embedding's rows, or a table of such by the embedding's name."""
+    several = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids) for ids in several)
+
+
 def _plain_name(value: Any) -> bool:
     """peft builds a regular expression around it: it must be none itself."""
     several = [value] if isinstance(value, str) else value
@@ -56,6 +74,7 @@ USED: dict[str, Callable[[Any], bool]] = {
     "r": _whole,
     "lora_alpha": _number,
     "target_modules": lambda value: (isinstance(value, str) and value != "") or (_names(value) and value != []),
+    "target_parameters": _names,
     "exclude_modules": lambda value: isinstance(value, str) or _names(value),
     "lora_dropout": lambda value: _number(value) and 0 <= value <= 1,
     "fan_in_fan_out": lambda value: isinstance(value, bool),
@@ -63,36 +82,60 @@ USED: dict[str, Callable[[Any], bool]] = {
     "use_dora": lambda value: isinstance(value, bool),
     "lora_bias": lambda value: isinstance(value, bool),
     "modules_to_save": _names,
+    "trainable_token_indices": _token_ids,
+    "ensure_weight_tying": lambda value: isinstance(value, bool),
     "layers_to_transform": _layers,
     "layers_pattern": _plain_name,
     "rank_pattern": _table(_whole),
     "alpha_pattern": _table(_number),
     "task_type": lambda value: isinstance(value, str),
 }
-"""The fields that decide what an adapter computes, each with what it must hold. The first three must be there."""
+"""The fields that decide what an adapter computes, each with what it must hold. The first three must be there, but
+`target_parameters` may stand for the third."""
 
 PASSED_OVER = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "bias"}
 PASSED_OVER |= {"init_lora_weights", "runtime_config", "ephemeral_gpu_offload", "qalora_group_size"}
 PASSED_OVER |= {"auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"}
-PASSED_OVER |= {"lora_ga_config"}
-"""Fields that say how it was made or where it came from, or name code and files; those peft never gets to see."""
+PASSED_OVER |= {"lora_ga_config", "merge_weights"}
+"""Fields that say how it was made or where it came from, or name code and files; those peft never gets to see. Biases
+of the base that an adapter brings (`bias`) are known by the tensors in its file."""
+NEUTRAL = {option.name: option.default for option in fields(LoraConfig) if option.default is not MISSING}
+"""The values of peft's own fields that change nothing."""
+
+
+MAY_BE_EMPTY = ("exclude_modules", "layers_pattern", "modules_to_save", "target_parameters", "trainable_token_indices")
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with whole numbers written as whole numbers, and nothing in place of empty texts and lists."""
+    plain = {field: _whole_numbers(value) if field in USED else value for field, value in config.items()}
+    for field in ("target_modules", *MAY_BE_EMPTY):
+        if field in plain and plain[field] in ("", [], {}):
+            plain[field] = None
+    return plain
+
+
+def _whole_numbers(value: Any) -> Any:
+    """8 for 8.0, in lists and tables too."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(entry) for entry in value]
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises AdapterError, naming `path`, for a config that is malformed, no LoRA, or needs what is not loaded here."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(
-            f"{path} is not of a LoRA adapter", got=f"peft_type {kind!r}", fix="hatrack loads LoRA and its variants"
-        )
-    must = list(USED)[:3]
+    """Raises AdapterError, naming `path`, for a config that is malformed, of another tool or kind, or needs what is not
+    loaded here."""
+    _check_format(path, config)
+    must = ["r", "lora_alpha"] if config.get("target_parameters") else ["r", "lora_alpha", "target_modules"]
     wrong = [
         f"{field} {short(config.get(field))}"
         for field, fits in USED.items()
         if (field in must or config.get(field) is not None) and not fits(config.get(field))
     ]
     if wrong:
-        raise AdapterError(f"{path} is malformed", got=", ".join(wrong), fix=AGAIN)
+        raise AdapterError(f"{path} is malformed", got=", ".join(wrong), fix=CORRECT)
     if config["lora_alpha"] == 0:
         raise AdapterError(f"{path} turns its adapter off", got="lora_alpha 0", fix="train it with another --alpha")
     start = config.get("init_lora_weights")
@@ -102,19 +145,62 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             got=f"init_lora_weights {short(start)}",
             fix="convert it with peft's path_initial_model_for_weight_conversion",
         )
-    if config.get("bias") not in (None, "none"):
-        raise AdapterError(
-            f"{path} replaces biases of the base itself", got=f"bias {short(config['bias'])}", fix="train without bias"
-        )
     more = [f"{field} {short(value)}" for field, value in config.items() if _unknown(field, value)]
     if more:
+        raise AdapterError(f"{path} needs what hatrack does not load", got=", ".join(sorted(more)[:5]), fix=PEFT_ITSELF)
+    _check_task(path, config)
+
+
+def _check_format(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a file that is no LoraConfig of peft's, by what it is."""
+    kind = config.get("peft_type")
+    if kind == "LORA":
+        return
+    if kind is None and ("fine_tune_type" in config or "lora_parameters" in config):
         raise AdapterError(
-            f"{path} needs what hatrack does not load", got=", ".join(sorted(more)[:5]), fix="use it with peft itself"
+            f"{path} is in mlx-lm's format, which is not peft's",
+            got=f"fine_tune_type {short(config.get('fine_tune_type'))}, no peft_type",
+            fix="merge it into its base with mlx_lm.fuse and use that as --base, or train it again with hatrack",
         )
+    if kind is None and "model_type" in config and ("architectures" in config or "hidden_size" in config):
+        raise AdapterError(
+            f"{path} is a model's config.json, not an adapter's",
+            got=f"model_type {short(config['model_type'])}, no peft_type",
+            fix="copy adapter_config.json from where the adapter was trained",
+        )
+    if kind is None:
+        raise AdapterError(
+            f"{path} does not say what kind of adapter it is",
+            got="no peft_type",
+            fix='if it is a LoRA adapter, set "peft_type": "LORA" in it',
+        )
+    raise AdapterError(
+        f"{path} is not of a LoRA adapter",
+        got=f"peft_type {kind!r}",
+        fix=f"hatrack loads LoRA and its variants; {PEFT_ITSELF}",
+    )
+
+
+def _check_task(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses an adapter whose task hatrack does not do, or that does not tell it."""
+    task, base = config.get("task_type"), config.get("base_model_name_or_path")
+    if task in OURS:
+        return
+    if task in TASKS:
+        raise AdapterError(f"{path} is of an adapter for {TASKS[task]}", got=f"task_type {task}", fix=PEFT_ITSELF)
+    fix = 'set "task_type" in it: "CAUSAL_LM" for a generator, "SEQ_CLS" for a classifier'
+    got = f"task_type {short(task)}"
+    if not base:
+        got += f", base_model_name_or_path {short(base)}"
+        fix += f'; and "base_model_name_or_path", or give {flag("base")}'
+    if task is not None:
+        raise AdapterError(f"{path} has a task_type that peft does not know", got=got, fix=fix)
+    raise AdapterError(f"{path} does not tell what the adapter is for", got=got, fix=fix, gotcha="head-not-saved")
 
 
 def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) -> LoraConfig:
-    """peft's config for a base with these module names; every pattern in it replaced by the names it matches.
+    """peft's config for a base with these names of modules and parameters; every pattern in it replaced by the names it
+    matches.
 
     Raises AdapterError, naming `path`, where a pattern is no pattern, takes too long, or matches nothing.
     """
@@ -125,10 +211,14 @@ def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) ->
     found = matching(path, whole, layers) if whole else []
     for field, names in zip(patterns, found, strict=False):
         given[field] = names
-    if not given["target_modules"]:
+    targets = given.get("target_modules")
+    if isinstance(targets, list) and not any(matches(layer, target) for target in targets for layer in layers):
+        leaves = sorted(
+            {layer.removesuffix(".weight").rpartition(".")[2] for layer in layers if layer.endswith(".weight")}
+        )
         raise AdapterError(
             f"{path} names no layer of this base",
-            got=f"target_modules {short(config['target_modules'])}",
+            got=f"target_modules {short(config['target_modules'])}; the base has {', '.join(leaves[:12])}",
             fix="give it the base it was trained on",
         )
     for table in ("rank_pattern", "alpha_pattern"):
@@ -143,7 +233,7 @@ def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) ->
             warnings.simplefilter("ignore")
             return LoraConfig(**given, inference_mode=True)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"{path} is malformed", got=" ".join(str(error).split())[:200], fix=AGAIN) from error
+        raise AdapterError(f"{path} is malformed", got=" ".join(str(error).split())[:200], fix=CORRECT) from error
 
 
 _MATCHER = """
@@ -191,5 +281,5 @@ def _is_pattern(value: Any) -> bool:
 
 def _unknown(field: str, value: Any) -> bool:
     """Whether a field is none of those above and is not at rest."""
-    empty: Collection[Any] = (None, False, 0, "")
-    return field not in USED and field not in PASSED_OVER and value not in empty and value not in ([], {})
+    empty: Collection[Any] = (None, False, 0, "", [], {}, NEUTRAL.get(field))
+    return field not in USED and field not in PASSED_OVER and value not in empty

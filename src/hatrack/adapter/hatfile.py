@@ -13,10 +13,10 @@ from typing import Any
 
 from hatrack.errors import AdapterError, RecipeError
 from hatrack.first_bytes import other_kind
-from hatrack.recipe import Recipe
+from hatrack.recipe import Recipe, flag
 from hatrack.storage import write_file
 
-HATRACK_JSON = "hatrack.json"
+HATRACK_JSON, CONFIG = "hatrack.json", "adapter_config.json"
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What an adapter may be called, on the rack and off it."""
@@ -165,6 +165,24 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AdapterError(f"{path} must hold one object", got=type(content).__name__, fix="copy the adapter again")
     return content
+
+
+def no_adapter(folder: Path) -> AdapterError:
+    """Why this path is not an adapter's folder: what lies there instead, and which folders in it are adapters'."""
+    if folder.is_file():
+        return AdapterError(f"{folder} is a file", fix=f"give the adapter's folder: {folder.parent}")
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return AdapterError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions")
+    got = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing in it"
+    below = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}")})
+    if below:
+        shown = ", ".join(str(path) for path in below[:5]) + (f" and {len(below) - 5} more" if len(below) > 5 else "")
+        return AdapterError(f"{folder} holds no adapter itself", got=got, fix=f"give one of the folders in it: {shown}")
+    if "config.json" in names:
+        return AdapterError(f"{folder} is a model, not an adapter", got=got, fix=f"use it with {flag('base')}")
+    return AdapterError(f"{folder} has no {CONFIG}", got=got, fix="give the folder of an adapter")
 
 
 def rename_in_files(folder: Path, new: str) -> None:

@@ -95,8 +95,20 @@ def heads_of(model: Any, name: str) -> dict[str, nn.Module]:
 
 
 def keep_head_in_float32(model: Any, name: str) -> None:
-    """Casts the adapter's head to float32, and what goes into it by a hook (docs/decisions/0004)."""
-    for head in heads_of(model, name).values():
+    """Casts the adapter's head to float32, and what goes into it by a hook (docs/decisions/0004).
+
+    Other modules that an adapter has a copy of (an embedding, a norm) stay in the base's dtype, as what follows them
+    computes in it; so does a head whose weight is tied to an embedding.
+    """
+    if getattr(model.peft_config[name], "ensure_weight_tying", False):
+        return
+    outer = [f"base_model.model.{module}" for module in head_modules(model.get_base_model())]
+    heads = {
+        full: head
+        for full, head in heads_of(model, name).items()
+        if f"{full}.".startswith(tuple(f"{o}." for o in outer))
+    }
+    for head in heads.values():
         head.float()
         if not head._forward_pre_hooks:
             head.register_forward_pre_hook(_inputs_to_float32)

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hatrack.adapter.hatfile import NAME, HatFile, as_name, read_hat_file, read_object, rename_in_files
+from hatrack.adapter.hatfile import (
+    CONFIG,
+    NAME,
+    HatFile,
+    as_name,
+    no_adapter,
+    read_hat_file,
+    read_object,
+    rename_in_files,
+)
 from hatrack.errors import AdapterError, HatrackError
 from hatrack.recipe import nearest
 from hatrack.say import say
 from hatrack.storage import folder_size, locked, machine_errors, write_file
-
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ def find(adapter: str | Path) -> Path:
                 f"{name} is on the rack, but its folder is gone", got=folder, fix=f"hatrack remove {name}"
             )
         return folder
-    if path.is_dir():
-        raise AdapterError("that folder holds no adapter", got=path, fix=f"an adapter has a file {CONFIG}")
+    if path.exists():
+        raise no_adapter(path)
     known = names()
     guess = nearest(name, known)
     fix = f"did you mean {guess}?" if guess else "hatrack list shows the names" if known else "hatrack train makes one"

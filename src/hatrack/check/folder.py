@@ -63,18 +63,6 @@ def modules_to_save_unknown(files: AdapterFiles, tensors: Tensors) -> Finding | 
     )
 
 
-def head_not_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """A classifier answers at random after loading: without a task type its head was neither trained nor saved."""
-    if files.config.get("task_type") is not None or files.hat is not None:
-        return None
-    return Finding(
-        "head-not-saved",
-        f"{files.folder} has no task type: for a classifier, peft then leaves the head untrained and unsaved",
-        f"task_type None, {len(tensors)} tensors, of which {sum('.lora_' not in name for name in tensors)} of a head",
-        "train it again with a task type (hatrack train sets it); for a generator set CAUSAL_LM in adapter_config.json",
-    )
-
-
 def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     """The adapter is hundreds of megabytes: peft saved the embeddings with it, without being asked."""
     asked = files.config.get("modules_to_save") or []
@@ -145,7 +133,6 @@ GOTCHAS: tuple[Callable[[AdapterFiles, Any], Finding | None], ...] = (
     modules_to_save_unknown,
     scale_far_from_2,
     inert_adapter,
-    head_not_saved,
     embeddings_saved,
     quantised_base,
     no_better_than_base,

@@ -16,6 +16,7 @@ from typing import Any
 
 from hatrack.adapter import rack
 from hatrack.adapter.files import WEIGHTS
+from hatrack.adapter.hatfile import CONFIG
 from hatrack.engine import checkpoint
 from hatrack.engine.output import RUN, Output, candidates, interrupted, name_of_data
 from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, short
@@ -220,7 +221,7 @@ def _claim(recipe: Recipe, output: Output, claimed: contextlib.ExitStack) -> Non
 
 def _check_replaceable(output: Path) -> None:
     """Raises RecipeError for a folder that is not an adapter's: --overwrite removes nothing else."""
-    if not (output / rack.CONFIG).is_file():
+    if not (output / CONFIG).is_file():
         raise RecipeError(
             "--overwrite replaces adapters only", got=f"{output}, which is none", fix="choose another --output"
         )
