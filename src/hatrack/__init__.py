@@ -18,13 +18,15 @@ from hatrack.recipe import Recipe
 if TYPE_CHECKING:
     from hatrack.engine.fast_base import speed_up
     from hatrack.engine.fast_lora import get_peft_model
+    from hatrack.evaluate.by_name import compare
     from hatrack.hat import Hat, load
 
 __version__ = "0.1.0"
-__all__ = ["Hat", "HatrackError", "Recipe", "get_peft_model", "load", "speed_up", "train"]
+__all__ = ["Hat", "HatrackError", "Recipe", "compare", "get_peft_model", "load", "speed_up", "train"]
 
 _LATER = {
     "Hat": "hatrack.hat",
+    "compare": "hatrack.evaluate.by_name",
     "get_peft_model": "hatrack.engine.fast_lora",
     "load": "hatrack.hat",
     "speed_up": "hatrack.engine.fast_base",
