@@ -28,6 +28,16 @@ def test_one_label_nearly_everywhere(facts: Make, tmp_path: Path) -> None:
     assert found.got == "41 of 45 rows with one label" and "f1" in found.fix
 
 
+def test_classes_that_are_scores(facts: Make, tmp_path: Path) -> None:
+    def data(step: float) -> str:
+        table = [{"text": f"film {'so ' * (n % 9)} good {n}", "label": n % 25 * step} for n in range(100)]
+        return _write(tmp_path / "rows.jsonl", table)
+
+    assert rows.labels_are_scores(facts(data=data(1))) is None
+    found = rows.labels_are_scores(facts(data=data(0.25)))
+    assert found is not None and found.got == "25 classes such as '0' and '0.25'"
+
+
 def test_rows_that_differ_in_nothing_that_matters(facts: Make, tmp_path: Path) -> None:
     assert rows.near_duplicates(facts()) is None
     learn = _write(tmp_path / "a.jsonl", [{"text": f"good film {n}", "label": n % 2} for n in range(20)])

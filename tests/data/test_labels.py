@@ -162,6 +162,7 @@ def test_held_out_vectors_are_no_lists_of_labels() -> None:
         "['a' 'b']",
         "['a', b]",
         "{'a': 1}",
+        '{"a": 1, "b": 0}',
         "(a, b)",
         "[a]",
         "[1.2.3]",

@@ -31,6 +31,7 @@ BEFORE_TRAINING = (
     settings.alpha_far_from_2r,
     settings.rank_before_data,
     settings.float16_overflow,
+    rows.labels_are_scores,
     rows.class_imbalance,
     rows.near_duplicates,
     rows.answers_cut,

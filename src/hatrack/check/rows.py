@@ -6,10 +6,12 @@ from collections import Counter
 from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
 from hatrack.data.examples import Example
+from hatrack.data.labels import is_number
 from hatrack.errors import short
 
 LOPSIDED = 0.8
 MANY_CUT = 0.05
+MANY_NUMBERS = 20
 
 
 def class_imbalance(facts: Facts) -> Finding | None:
@@ -26,6 +28,19 @@ def class_imbalance(facts: Facts) -> Finding | None:
         f"always answering {short(examples.labels[label])} would already be {share:.0%} accurate",
         f"{count:,} of {len(examples.train):,} rows with one label",
         "go by f1, which is shown beside accuracy, or give it more rows of the other labels",
+    )
+
+
+def labels_are_scores(facts: Facts) -> Finding | None:
+    """There are dozens of classes, each a number with decimals: scores, whose order a classifier does not know."""
+    names = facts.examples.labels
+    if len(names) <= MANY_NUMBERS or not all(map(is_number, names)) or not any("." in name for name in names):
+        return None
+    return Finding(
+        "labels-are-scores",
+        "the classes are numbers with decimals; if these are scores, a classifier learns nothing of their order",
+        f"{len(names)} classes such as {short(names[0])} and {short(names[1])}",
+        "write a class for each range of scores",
     )
 
 

@@ -5,6 +5,7 @@ ways. Knows nothing of texts, files or splits: a column of labels comes as a lis
 """
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -75,18 +76,15 @@ def _looks_like_list(text: str) -> bool:
 
 def _list_in(text: str) -> list[Any]:
     """The list that a text spells. Raises ValueError where it is neither JSON nor what Python prints."""
-    try:
+    found = None
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
     if isinstance(found, list):
         return found
     if found is None and PYTHON_LIST.fullmatch(text):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):  # 1.2.3 or 01, which are no numbers
             found = ast.literal_eval(text)
-        except (ValueError, SyntaxError):  # 1.2.3 or 01, which are no numbers
-            found = None
-    if found is None:
+    if found is None or isinstance(found, dict):
         raise ValueError('the label looks like a list, but is not one in JSON, such as ["a", "b"]')
     say_once("labels such as ['a', 'b'] are read as lists, as Python prints them")
     return (
@@ -212,6 +210,11 @@ def _number(text: str) -> Decimal | None:
         return Decimal(text) if NUMBER.fullmatch(text) else None
     except InvalidOperation:
         return None
+
+
+def is_number(text: str) -> bool:
+    """Whether a label is written as a number."""
+    return _number(text) is not None
 
 
 def one_spelling(labels: Sequence[Label], source: str, column: str, *, merge: bool) -> dict[str, str]:
