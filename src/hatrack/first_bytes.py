@@ -15,6 +15,9 @@ from hatrack.errors import HatrackError
 LONGEST = 1024
 """Bytes that are looked at; of a zip archive the names in it too."""
 
+LARGEST_HEADER = 100 * 2**20
+"""Bytes of a safetensors header, whose length stands before it."""
+
 GZIP, BZIP2, PARQUET = "compressed with gzip", "compressed with bzip2", "a Parquet file"
 SPREADSHEET, SAFETENSORS, GGUF = "a spreadsheet", "a safetensors file", "a GGUF file"
 LFS, PAGE, PICKLE = "a Git LFS pointer", "a web page (HTML or XML)", "a pickle"
@@ -91,7 +94,7 @@ def look(file: BinaryIO) -> Found | None:
         kind = PAGE
     elif not kind and _PICKLE.match(start):
         kind = PICKLE
-    elif not kind and start[8:9] == b"{" and start[5:8] == b"\0\0\0":
+    elif not kind and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER:
         kind = SAFETENSORS
     if kind == ZIP:
         kind, got = _in_zip(file)

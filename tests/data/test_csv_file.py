@@ -15,7 +15,7 @@ THINGS, ENDS = (
     ("kettle", "lamp", "tent", "desk", "mug", "radio", "scarf"),
     ("works well", "broke", "came late", "is fine"),
 )
-ROWS = [(f"The {thing} I bought {end}.", "good" if "e" in end else "bad") for thing in THINGS for end in ENDS]
+ROWS = [(f"The {thing} I bought {end}.", "good" if end in ENDS[::3] else "bad") for thing in THINGS for end in ENDS]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def texts(rows: Rows) -> list[str]:
 OPEN = [
     ("closes amid a cell", {"_4": '"Never came', "_10": 'The "best" one'}),
     ("closes at a cell's end", {"_4": '"Never came', "_20": 'It is the "best"'}),
-    ("closes in the next row", {"_4": '"Never came', "_5": 'the best"'}),
+    ("closes two rows later", {"_4": '"Never came', "_6": 'the best"'}),
     ("never closes", {"_4": '"Never came'}),
     ("opens in the last row", {"_28": '"Never came'}),
     ("text after it closes", {"_4": '"Best" ever'}),
@@ -93,6 +93,7 @@ UNSURE = [
         "in the row at line 5 that is never closed",
     ),
     ("an unknown label", lines(_4='"Never came, and'), "a quote in the row at line 5 that is never closed"),
+    ("closes in the next row", lines(_4='"Never came,bad', _5='at all",good'), "around 2 lines that look like rows"),
     ("the header", ['"text,label', "a,b", "c,d"], "a quote in the row at line 1 that is never closed"),
     (
         "questions and answers",
@@ -167,8 +168,8 @@ def test_spaces_after_separators() -> None:
 def test_another_separator_that_fits_every_row_is_read_and_said(
     mark: str, name: str, promised: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rows = read(lines(mark, _4=f'"Never{mark} ever\ncame"{mark}bad'), promised)
-    assert len(rows.rows) == 28 and texts(rows)[3] == f"Never{mark} ever\ncame" and rows.columns == ("text", "label")
+    rows = read(lines(mark, _4=f'"Never{mark} ever came"{mark}bad'), promised)
+    assert len(rows.rows) == 28 and texts(rows)[3] == f"Never{mark} ever came" and rows.columns == ("text", "label")
     said = "" if mark == promised else f"x: read with {name} between the cells, as its header has them\n"
     assert capfd.readouterr().err == said
 

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ csv.field_size_limit(2**31 - 1)
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
+SURE = 3
+"""Lines that end in a known label each: so many in one cell are rows, not prose."""
 LONGEST_LABEL = 40
 """Letters of a cell that may be one of a few labels."""
 
@@ -41,13 +43,14 @@ class _Record(NamedTuple):
 class _Reading:
     """One way to read a file: its records, and in words what is wrong with that way.
 
-    `ragged`: rows that have another number of cells than the header. `swallows`: all quotes close, but around rows.
+    `ragged`: rows that have another number of cells than the header. `swallows`: how
+    many lines that look like rows are in one cell, though all quotes close.
     """
 
     records: list[_Record]
     fault: str = ""
     ragged: list[int] = field(default_factory=list)
-    swallows: bool = False
+    swallows: int = 0
 
     @property
     def width(self) -> int:
@@ -211,10 +214,12 @@ def _judged(records: list[_Record], lines: list[str], separator: str) -> _Readin
             if record.last > record.first:
                 is_row = is_row or _RowTest(records)
                 inside = lines[record.first - 1 : record.last]
-                whole = sum(is_row(line.rstrip("\r\n").split(separator)) for line in inside)
+                free = {place for place, cell in enumerate(record.cells) if "\n" in cell or "\r" in cell}
+                free |= set(range(width)) if separator == "\t" else set()  # prose has no tabs
+                whole = sum(is_row(line.rstrip("\r\n").split(separator), free) for line in inside)
                 if whole >= 2 and 2 * whole > len(inside):
                     span = f"a quote that opens in line {record.first} and closes in line {record.last}"
-                    return _Reading(records, f"{span}, around {whole} lines that look like rows", ragged, True)
+                    return _Reading(records, f"{span}, around {whole} lines that look like rows", ragged, whole)
     return _Reading(records, "", ragged)
 
 
@@ -235,8 +240,7 @@ def _column_in_quotes(records: Sequence[_Record]) -> str:
 class _RowTest:
     """Whether the cells of a line look like a row of this table, by the rows that stand on one line each.
 
-    A comma in prose has a space behind it, and what follows is none of the few labels. `tells`: whether the table has
-    a column of few values or of numbers, by which to tell.
+    What follows a comma in prose is none of the few labels, and has a space before it.
     """
 
     def __init__(self, records: Sequence[_Record]) -> None:
@@ -246,16 +250,24 @@ class _RowTest:
         self.values = [{cells[place] for cells in known} for place in range(self.width)]
         self.few = [len(known) > 3 and 2 * len(values) <= len(known) and _short(values) for values in self.values]
         self.numeric = [bool(values) and all(_is_number(value) for value in values) for values in self.values]
-        self.tells = any(self.few) or any(self.numeric)
 
-    def __call__(self, cells: Sequence[str]) -> bool:
-        """Whether each cell fits its column."""
-        return len(cells) == self.width and all(self._fits(place, cell.strip('"')) for place, cell in enumerate(cells))
+    def __call__(self, cells: Sequence[str], free: Container[int] = ()) -> bool:
+        """Whether each cell fits its column; one in a place of `free`, or with a quote in it, may be anything."""
+        tells = self.tells(free)
+        return len(cells) == self.width and all(
+            place in free or '"' in cell or self._fits(place, cell, tells) for place, cell in enumerate(cells)
+        )
 
-    def _fits(self, place: int, value: str) -> bool:
+    def tells(self, free: Container[int] = ()) -> bool:
+        """Whether the table has a column of a few labels, by which rows are known from prose."""
+        return any(few and place not in free for place, few in enumerate(self.few))
+
+    def _fits(self, place: int, cell: str, tells: bool) -> bool:
         if self.few[place]:
-            return value in self.values[place]
-        return bool(value) and not value[0].isspace() and (not self.numeric[place] or _is_number(value))
+            return cell in self.values[place]
+        if self.numeric[place]:
+            return _is_number(cell)
+        return tells or (cell != "" and not (place and cell[0].isspace()))
 
 
 def _short(values: Iterable[str]) -> bool:
@@ -270,14 +282,15 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _as_letters(lines: list[str], separator: str, skipped: int, *, swallows: bool) -> _Reading:
+def _as_letters(lines: list[str], separator: str, skipped: int, *, swallows: int) -> _Reading:
     """Each line a row and each quote a letter; with a fault where quotes were meant as quotes: a cell is in quotes as a
     whole, a line with a quote is unlike the other rows, or all quotes close and nothing else tells rows from prose."""
     reader = csv.reader(lines[skipped:], delimiter=separator, quoting=csv.QUOTE_NONE)
     records = [_Record(cells, number, number) for number, cells in enumerate(reader, skipped + 1) if cells]
     header = records[0].cells
     is_row = _RowTest([records[0], *(record for record in records if not any('"' in cell for cell in record.cells))])
-    if len(header) < 2 or any('"' in name for name in header) or (swallows and separator != "\t" and not is_row.tells):
+    unsure = swallows and separator != "\t" and (swallows < SURE or not is_row.tells())
+    if len(header) < 2 or any('"' in name for name in header) or unsure:
         return _Reading(records, "quotes are meant as quotes")
     for record in records:
         quoted = any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in record.cells)
