@@ -116,8 +116,11 @@ def test_a_loss_that_stays_is_told_once(tmp_path: Path, capsys: pytest.CaptureFi
     watch.before = 0.7
 
     class State:
-        global_step = 20
+        global_step, max_steps = 20, 41
 
+    watch.on_evaluate(None, State(), None, {"eval_loss": 0.7})
+    assert capsys.readouterr().err == ""  # not before half of the run
+    State.max_steps = 40
     for _ in range(3):
         watch.on_evaluate(None, State(), None, {"eval_loss": 0.7})
     assert capsys.readouterr().err.count("advice: the held-out loss has barely moved in 20 steps") == 1

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,10 @@ GIVE_BACK_EVERY = 16
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """A bar with the loss and the time left; where there is no terminal, a line now and then."""
+    """A bar with the loss and the time left; where there is no terminal, a line now and then.
+
+    `loss` gives what is to be shown of it: single steps jump too much to be read.
+    """
 
     def __init__(self) -> None:
         self.bar = Progress(
@@ -43,28 +46,24 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             disable=not console().is_terminal,
         )
         self.task: Any = None
-        self.mean: float | None = None
-        self.loss = "..."  # a running mean: single steps jump too much to be read
+        self.loss: Callable[[], float | None] = lambda: None
         self.said, self.began, self.first_step = 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss=self.loss)
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="...")
         self.bar.start()
         self.said = self.began = time.monotonic()
         self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step, loss=self.loss)
+        loss = self.loss()
+        shown = "..." if loss is None else f"{loss:.3f}"
+        self.bar.update(self.task, completed=state.global_step, loss=shown)
         now = time.monotonic()
         if self.bar.disable and now - self.said > SAY_EVERY_SECONDS:
             left = (now - self.began) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-            say(f"step {state.global_step} of {state.max_steps}, loss {self.loss}, {left:,.0f} s left")
+            say(f"step {state.global_step} of {state.max_steps}, loss {shown}, {left:,.0f} s left")
             self.said = now
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.mean = logs["loss"] if self.mean is None else 0.8 * self.mean + 0.2 * logs["loss"]
-            self.loss = f"{self.mean:.3f}"
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         shown = ", ".join(

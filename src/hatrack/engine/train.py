@@ -290,13 +290,15 @@ def _fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    watch.few = trainer.loss_before
+    watch.few, bar.loss = trainer.loss_before, lambda: trainer.smoothed.value
     if sweep is None:  # a row shows the layers which of them share an input: the first step is then as it is resumed
         trainer.score_held_out(1)
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         say(f"going on from step {trainer.state.global_step:,} of {schedule.steps:,}")
+    else:
+        say("held-out rows are scored after each epoch; with the first, what they scored before training is measured")
     earlier, began = int(trainer.state.num_input_tokens_seen), time.monotonic()
     if trainer.state.global_step < schedule.steps:
         with stop.listening(), bar.shown():

@@ -18,6 +18,7 @@ from hatrack.data.batch import LengthBatches, RowsDataset, collate
 from hatrack.data.render import TokenRows
 from hatrack.engine import checkpoint
 from hatrack.engine.cache import Prefix
+from hatrack.engine.smooth import SmoothedLoss
 from hatrack.engine.sweep import Sweep
 from hatrack.evaluate.loss import Batch, items, losses
 from hatrack.evaluate.score import Score, score
@@ -63,6 +64,8 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.step_loss: torch.Tensor | float = 0.0
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
         self._waiting: list[Batch] = []  # this step's micro-batches so far
+        self._length = 0.0  # tokens of a row in this step, padding included
+        self.smoothed = SmoothedLoss(rows)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """A base that is swept stays where its window takes it from."""
@@ -106,6 +109,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
                 lambda batch: self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch),
             )
         if self.accelerator.sync_gradients:
+            self._length = float(np.mean([batch["input_ids"].shape[1] for batch in self._waiting]))
             self._waiting = []
         return loss
 
@@ -210,6 +214,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         loss, self.step_loss = float(self.step_loss), 0.0
         number = self.state.global_step + 1
         self.watch(number, loss, float(norm), lambda: self.rows_of_step(number))
+        self.smoothed.add(loss, self._length)
         return norm
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:

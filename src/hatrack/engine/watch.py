@@ -75,6 +75,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         recipe, loss = self.run.recipe, metrics["eval_loss"]
+        if 2 * state.global_step < state.max_steps:  # a rate that still warms up, or a slow start, is no reason yet
+            return
         found = loss_barely_moves(
             self.before or 0.0, loss, state.global_step, self.lr, self.usual_lr, recipe.r, measured=recipe.lr == "auto"
         )
