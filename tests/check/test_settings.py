@@ -48,3 +48,15 @@ def test_float16_is_doubted_for_a_base_of_another_format(facts: Make) -> None:
     assert settings.float16_overflow(facts()) is None
     found = settings.float16_overflow(replace(facts(), dtype="float16"))
     assert found is not None and "stored as F32" in found.got and "--dtype bfloat16" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("compute", "fast", "found"), [("int8", True, True), ("int8", False, False), ("auto", True, False)]
+)
+def test_rounding_where_bfloat16_is_fast(
+    facts: Make, monkeypatch: pytest.MonkeyPatch, compute: str, fast: bool, found: bool
+) -> None:
+    monkeypatch.setattr("hatrack.cpu.fast_at_bfloat16", lambda: fast)
+    told = settings.rounding_slower(facts(compute=compute))
+    assert (told is not None) is found
+    assert told is None or "--compute int8, which computes all else in float32" in str(told)

@@ -182,6 +182,17 @@ def test_a_processor_without_avx2_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "old").exists()
 
 
+def test_a_run_without_the_kernels_is_refused_before_anything_is_loaded(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hatrack.cpu.features", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(integers, "available", lambda: False)
+    monkeypatch.setattr("hatrack.engine.load.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    with pytest.raises(RecipeError, match="--compute int8 is for processors with AVX2 and hatrack's compiled kernels"):
+        train("old", compute="int8")
+    assert not (tmp_path / "old").exists()
+
+
 @needs_integers
 @pytest.mark.parametrize("task", ["classify", "chat"])
 def test_a_run_learns_and_is_what_its_score_says(train: Any, tmp_path: Path, task: str) -> None:

@@ -32,6 +32,7 @@ BEFORE_TRAINING = (
     settings.rank_before_data,
     settings.float16_overflow,
     rows.labels_are_scores,
+    settings.rounding_slower,
     rows.class_imbalance,
     rows.near_duplicates,
     rows.answers_cut,

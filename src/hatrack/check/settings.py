@@ -2,8 +2,10 @@
 
 import math
 
+from hatrack import cpu
 from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
+from hatrack.recipe import flag
 
 TIMID, WILD = 1 / 30, 5
 """Times the usual learning rate. Three times it still learns well, ten times no longer (docs/log.md)."""
@@ -69,6 +71,20 @@ def rank_before_data(facts: Facts) -> Finding | None:
         "r is raised where the data is the limit",
         f"r {facts.recipe.r} has room for {room / bits:,.0f} times what {len(learn):,} rows can teach",
         "--r 8; more rows help, and --lr before --r",
+    )
+
+
+def rounding_slower(facts: Facts) -> Finding | None:
+    """The run takes longer with `--compute` than without: a CPU that multiplies bfloat16 itself does that as fast as
+    integers, and all else in half the bytes."""
+    compute = facts.recipe.compute
+    if compute == "auto" or not cpu.fast_at_bfloat16():
+        return None
+    return Finding(
+        "rounding-slower",
+        "this CPU multiplies bfloat16 itself, which is exact and likely faster than rounding to integers",
+        f"{flag('compute')} {compute}, which computes all else in float32",
+        f"leave {flag('compute')} out; hatrack plan --probe measures both",
     )
 
 

@@ -82,16 +82,21 @@ def _keep_freed_memory(largest: int) -> None:
         mallopt(M_MMAP_THRESHOLD, largest) or mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
+def check_rounding(compute: str, device: str) -> None:
+    """Raises RecipeError where a kind of device cannot round products as `compute` (int16, int8 or auto) asks."""
+    if compute != "auto" and (device != "cpu" or not integers.available()):
+        raise RecipeError(
+            f"--compute {compute} is for processors with AVX2 and hatrack's compiled kernels",
+            got=f"{device}{'' if integers.available() else ', without them'}",
+            fix="leave it out",
+        )
+
+
 def _round_products(base: PreTrainedModel, compute: str) -> None:
     """Marks every frozen matrix of the base, so that the layer it is in has its products rounded."""
     if compute not in integers.BITS:
         raise RecipeError(f"compute: {compute} is not known", fix=f"use auto, {' or '.join(integers.BITS)}")
-    if base.device.type != "cpu" or not integers.available():
-        raise RecipeError(
-            f"--compute {compute} is for processors with AVX2 and hatrack's compiled kernels",
-            got=f"{base.device.type}{'' if integers.available() else ', without them'}",
-            fix="leave it out",
-        )
+    check_rounding(compute, base.device.type)
     for parent in base.modules():
         for layer in parent.children():
             of_adapter = isinstance(parent, nn.ModuleDict)  # peft keeps its own layers so

@@ -38,7 +38,7 @@ from hatrack.engine import cost
 from hatrack.engine.cache import Prefix
 from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.checkpoint import STATE
-from hatrack.engine.fast_base import speed_up
+from hatrack.engine.fast_base import check_rounding, speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.load import load_for
 from hatrack.engine.proof import read_back
@@ -154,6 +154,7 @@ def _prepare(
     adapters, with the share of rows it is kept of. Raises RecipeError where the run does not fit this machine."""
     recipe, device = run.recipe, choose_device(run.recipe.device)[0]
     check_compute(recipe.compute, device.type)
+    check_rounding(recipe.compute, device.type)
     dtype = choose_dtype(recipe.dtype, device)[0]
     states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, name_of(dtype))
     if states is not None:
