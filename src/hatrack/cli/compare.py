@@ -21,7 +21,7 @@ def _as_in_recipes(name: str) -> OptionInfo:
 
 
 Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER...", help="Names that `hatrack list` shows, or adapters' folders.")
+    list[str], typer.Argument(metavar="ADAPTER", help="Names that `hatrack list` shows, or adapters' folders.")
 ]
 Data = Annotated[
     str | None,
