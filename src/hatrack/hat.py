@@ -16,8 +16,9 @@ import torch
 from transformers import TextIteratorStreamer
 
 from hatrack.adapter.attach import attach, detach, name_inside
-from hatrack.adapter.files import AdapterFiles, read_adapter
+from hatrack.adapter.files import read_adapter
 from hatrack.adapter.hatfile import HatFile
+from hatrack.adapter.origin import find_its_base, made_from
 from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import check_name, find, known_as
 from hatrack.base.fingerprint import check_base, fingerprint
@@ -25,7 +26,6 @@ from hatrack.base.header import read_header
 from hatrack.base.lending import as_loaded, open_window, settle
 from hatrack.base.load import Base, choose_device, choose_dtype, free_memory, load_base, name_of
 from hatrack.base.room import holds
-from hatrack.base.sources import find_base
 from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window
 from hatrack.data.template import chat_prompt
@@ -106,7 +106,7 @@ class Hat:
         check_name(name)
         if name in self.hats:
             raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
-        hat = _hat_of(files, folder)
+        hat = made_from(files, self.base.files.source)
         if (hat.task == "classify") != (self.task == "classify"):
             raise AdapterError(
                 f"{name} cannot share this base in memory, whose output is made for {self.task}",
@@ -302,9 +302,8 @@ def load(
         raise AdapterError("no adapter was named", fix="give a folder, or a name that hatrack list shows")
     folder = find(several[0])
     files = read_adapter(folder)
-    hat = _hat_of(files, folder)
-    source = base or hat.base["source"]
-    found = find_base(source, None if base else hat.base.get("revision"), trust=trust_remote_code)
+    hat = made_from(files, base)
+    found = find_its_base(files, base, trust=trust_remote_code)
     check_base(folder, hat.base, found, allow_other=allow_other_base)
     quantize = quantize or hat.recipe.get("quantize", "none")
     there = choose_device(device)[0]
@@ -342,23 +341,6 @@ def _window(base: Base) -> Window:
     window = open_window(base.model, trunk, base.dtype, base.files.folder, base.device)
     window.stream()
     return window
-
-
-def _hat_of(files: AdapterFiles, folder: Path) -> HatFile:
-    """hatrack.json, or for an adapter made elsewhere what its own config tells."""
-    if files.hat is not None:
-        return files.hat
-    task = {"SEQ_CLS": "classify", "CAUSAL_LM": "chat"}.get(str(files.config.get("task_type")))
-    base, revision = files.config.get("base_model_name_or_path"), files.config.get("revision")
-    if task is None or not (isinstance(base, str) and base) or not isinstance(revision, str | None):
-        raise AdapterError(
-            f"{folder} was not made by hatrack and does not tell its task and base",
-            got=f"task_type {files.config.get('task_type')!r}, base {base!r}",
-            fix="set task_type and base_model_name_or_path in its adapter_config.json",
-        )
-    heads = [shape[0] for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name]
-    labels = [f"LABEL_{index}" for index in range(min(heads, default=0))] if task == "classify" else []
-    return HatFile(name="", base={"source": base, "revision": revision}, task=task, labels=labels)
 
 
 def _answer(text: str, probabilities: list[float], labels: list[str], several: bool) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def save_adapter(
 ) -> None:
     """Writes the adapter in use as a folder: peft's two files, hatrack.json and a model card, all or nothing.
 
-    `base` is what plain peft can load the base from: a hub id or a folder. Raises AdapterError where `folder` exists,
-    or where a tensor that was placed would not be saved.
+    `base` is the base's name as it means the same elsewhere: a hub id, a `pypi:` name, or a path. Raises AdapterError
+    where `folder` exists, or where a tensor that was placed would not be saved.
     """
     if folder.exists() and any(folder.iterdir()):
         raise AdapterError("the adapter's folder exists already", got=folder, fix="choose another one")

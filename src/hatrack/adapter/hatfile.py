@@ -15,6 +15,7 @@ from hatrack.errors import AdapterError, RecipeError
 from hatrack.first_bytes import other_kind
 from hatrack.recipe import Recipe, flag
 from hatrack.storage import write_file
+from hatrack.wheels import is_pypi
 
 HATRACK_JSON, CONFIG = "hatrack.json", "adapter_config.json"
 FORMAT = 1
@@ -204,6 +205,15 @@ def rename_in_files(folder: Path, new: str) -> None:
         write_file(card, text.encode("utf-8", errors="surrogateescape"))
 
 
+def _for_transformers(source: str) -> str:
+    """A base's name as the arguments that transformers loads it by."""
+    path = Path(source)
+    folder = "path/of/the/base" if is_pypi(source) else str(path.parent)
+    if path.suffix.lower() == ".gguf":
+        return f"{json.dumps(folder)}, gguf_file={json.dumps(path.name)}"
+    return json.dumps(folder if is_pypi(source) else source)
+
+
 def model_card(hat: HatFile, config: Mapping[str, Any]) -> str:
     """README.md of an adapter: what it is, how well it does, how to use it with and without hatrack."""
     source = hat.base["source"]
@@ -225,7 +235,8 @@ def model_card(hat: HatFile, config: Mapping[str, Any]) -> str:
     ]
     lines += ["", f'hat = hatrack.load("{hat.name}")  # or the path of this folder', 'hat.predict(["..."])', "```", ""]
     kind = "SequenceClassification" if hat.task == "classify" else "CausalLM"
-    labels = f", num_labels={len(hat.labels)}" if hat.labels else ""
+    classes = {"id2label": dict(enumerate(hat.labels)), "label2id": {label: n for n, label in enumerate(hat.labels)}}
+    labels = "".join(f", {name}={table!r}" for name, table in classes.items()) if hat.labels else ""
     lines += [
         "Without hatrack:",
         "",
@@ -234,7 +245,7 @@ def model_card(hat: HatFile, config: Mapping[str, Any]) -> str:
         f"from transformers import AutoModelFor{kind}",
         "",
     ]
-    base = config.get("base_model_name_or_path")
-    lines += [f'base = AutoModelFor{kind}.from_pretrained("{base}"{labels})']
+    lines += [f"# path/of/the/base: unpacked from {source}"] if is_pypi(source) else []
+    lines += [f"base = AutoModelFor{kind}.from_pretrained({_for_transformers(source)}{labels})"]
     lines += ['model = PeftModel.from_pretrained(base, "path/of/this/folder")', "```", ""]
     return "\n".join(head + lines)

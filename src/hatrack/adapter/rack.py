@@ -183,7 +183,7 @@ def _hanging(name: str) -> Hanging:
         hat = read_hat_file(folder)
     except AdapterError:
         return Hanging(name, folder, "", "", 0, "", "", missing=True)
-    base = hat.base["source"] if hat else str(config.get("base_model_name_or_path"))
+    base = hat.base["source"] if hat else str(config.get("base_model_name_or_path") or "?")
     task = hat.task if hat else str(config.get("task_type"))
     return Hanging(
         name, folder, base, task, folder_size(folder), _metric(hat), hat.created if hat else "", missing=False

@@ -58,13 +58,14 @@ def lineage(base: "BaseFiles", quantize: str = "none") -> dict[str, Any]:
     The fingerprint is of the weights as they lie on disk. `form` tells of a base that was converted from a GGUF or
     pickled file, or held in fewer bits while training: of the full base it is a relative, not the same.
     """
+    source, revision = _portable(base)
     converted = base.folder.parent == cache_dir("bases")  # into a folder named after the file
     origin = base.folder.name.rpartition("-")[0] if converted else None
     forms = [f"converted from {origin}"] if origin else []
     forms += [f"held in {quantize}"] if quantize != "none" else []
     return {
-        "source": _lasting(base),
-        "revision": base.revision,
+        "source": source,
+        "revision": revision,
         "fingerprint": fingerprint(base.folder),
         "fingerprint_kind": KIND,
         "model_type": read_config(base.folder).get("model_type"),
@@ -101,7 +102,8 @@ def check_base(
         what, there = "names another base", there + revision
         here = base.source + (f" at {base.revision}" if base.revision and revision else "")
     else:
-        say_once(f"{adapter} {why}: it fits {base.source} by name and shapes, its weights unknown")
+        by = "name and shapes" if made_on.get("named", True) else "shapes alone, as it names no base"
+        say_once(f"{adapter} {why}: it fits {base.source} by {by}, its weights unknown")
         return
     if not allow_other:
         raise WrongBase(
@@ -160,7 +162,14 @@ def _same_name(made_on: Mapping[str, Any], base: "BaseFiles") -> bool:
     return names[0] == names[1] and (len(known) < 2 or known[0] == known[1])
 
 
-def _lasting(base: "BaseFiles") -> str:
-    """The base's name as it still means the same in another working folder."""
+def _portable(base: "BaseFiles") -> tuple[str, str | None]:
+    """The base's name and commit as they mean the same on another machine: its hub id, its name on a package index, or
+    else its path. A folder in the hub's cache is the hub's."""
     path = Path(base.source).expanduser()
-    return str(path.resolve()) if path.exists() else base.source
+    if not path.exists():
+        return base.source, base.revision
+    whole = str(path.absolute())
+    cached = re.search(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})$", whole)
+    if cached:
+        return cached[1].replace("--", "/", 1), cached[2]
+    return str(path.resolve()), base.revision

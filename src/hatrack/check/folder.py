@@ -1,6 +1,7 @@
 """Gotchas in an adapter's folder: what its files tell before it is put on its base."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from hatrack.adapter.files import AdapterFiles, read_adapter
+from hatrack.adapter.origin import find_its_base
 from hatrack.adapter.rack import find
-from hatrack.base.sources import find_base
 from hatrack.check.finding import Finding, Looking
 
 Tensors = dict[str, torch.Tensor]
@@ -26,9 +27,7 @@ def check_adapter(adapter: str | Path, base: str | None = None, *, trust: str | 
     files = looking.at("adapter-refused", read_adapter, folder)
     if files is None:
         return looking.found
-    hat = files.hat.base if files.hat else {}
-    source = base or hat.get("source") or files.config.get("base_model_name_or_path")
-    looking.at("base-lost", find_base, str(source or ""), revision=None if base else hat.get("revision"), trust=trust)
+    looking.at("base-lost", partial(find_its_base, base=base, trust=trust), files)
     tensors = load_file(files.weights)
     return looking.found + [found for gotcha in GOTCHAS if (found := gotcha(files, tensors)) is not None]
 

@@ -118,7 +118,7 @@ def _facts(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any])
 
     facts = {"name": name, "folder": f"{folder} ({size(folder_size(folder))})"}
     base = hat.get("base") or {}
-    facts["base"] = str(base.get("source") or config.get("base_model_name_or_path"))
+    facts["base"] = str(base.get("source") or config.get("base_model_name_or_path") or "not named")
     facts["adapter"] = f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}"
     targets = config.get("target_modules") or []
     if isinstance(targets, str):  # a regular expression, or all-linear: whole

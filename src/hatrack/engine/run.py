@@ -16,7 +16,7 @@ from typing import Any
 
 from hatrack.adapter import rack
 from hatrack.adapter.files import WEIGHTS
-from hatrack.adapter.hatfile import CONFIG
+from hatrack.adapter.hatfile import CONFIG, HATRACK_JSON
 from hatrack.engine import checkpoint
 from hatrack.engine.output import RUN, Output, candidates, interrupted, name_of_data
 from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, short
@@ -300,7 +300,12 @@ def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
     """The interrupted run's recipe; options given now must not contradict it."""
     path = folder / RUN
     if not path.exists():
-        there = f"{output} is finished" if output.exists() else f"there is no {path}"
+        ours = (output / HATRACK_JSON).exists()
+        there = (
+            f"{output} is {'finished' if ours else 'not a run of hatrack'}"
+            if output.exists()
+            else f"there is no {path}"
+        )
         raise RecipeError(
             "there is no interrupted run to resume",
             got=there,

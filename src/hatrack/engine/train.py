@@ -105,7 +105,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
     hat = _describe(run, made_on, examples, tokens, trained, took)
     beside = {"metrics.jsonl": run.metrics.read_bytes(), seen.FILE: seen.to_bytes(seen.keys(examples.train))}
-    save_adapter(model, run.adapter, hat, base=_loadable(files), extra_files=beside)
+    save_adapter(model, run.adapter, hat, base=made_on["source"], extra_files=beside)
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trunk, trained, sweep, prefix
@@ -375,11 +375,6 @@ def _describe(
         metrics={"before": trained.before.metrics, "after": trained.after.metrics},
         cost=took,
     )
-
-
-def _loadable(files: BaseFiles) -> str:
-    """What plain peft finds the base by: its hub id, or the folder it lies in."""
-    return files.source if files.revision else str(files.folder.resolve())
 
 
 def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, parameters: tuple[int, int]) -> dict[str, Any]:

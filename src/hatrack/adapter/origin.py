@@ -1,0 +1,64 @@
+"""What an adapter says of its task and its base, and where that base lies now. Knows nothing of tensors."""
+
+from pathlib import Path
+
+from hatrack import wheels
+from hatrack.adapter.files import AdapterFiles
+from hatrack.adapter.hatfile import CONFIG, HatFile
+from hatrack.base.sources import BaseFiles, find_base
+from hatrack.errors import AdapterError, BaseError, MachineError
+from hatrack.recipe import flag
+from hatrack.say import say_once
+
+TASKS = {"SEQ_CLS": "classify", "CAUSAL_LM": "chat"}
+HEADS = (".score.", ".classifier.", ".classification_head.")
+
+
+def made_from(files: AdapterFiles, base: str | None = None) -> HatFile:
+    """hatrack.json, or for an adapter made elsewhere what its own config tells; `base` is its base where it names none.
+
+    Raises AdapterError where neither names one.
+    """
+    if files.hat is not None:
+        return files.hat
+    task = TASKS[files.config["task_type"]]  # no other is read
+    source, revision = files.config.get("base_model_name_or_path"), files.config.get("revision")
+    named = isinstance(source, str) and source.strip() != ""
+    if not named and base is None:
+        raise AdapterError(
+            f"{files.folder} does not name its base",
+            got=f"base_model_name_or_path {source!r} in {CONFIG}",
+            fix=f"name it with {flag('base')}",
+        )
+    labels = [f"LABEL_{index}" for index in range(_outputs(files))] if task == "classify" else []
+    told = {"source": source if named else base, "revision": revision if isinstance(revision, str) else None}
+    return HatFile(name="", base=told | {"named": named}, task=task, labels=labels)
+
+
+def find_its_base(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseFiles:
+    """The files of an adapter's base: of `base` where that names where it lies now, else of the one it was made from.
+
+    Raises AdapterError where it names none, BaseError or MachineError, with `--base` as a way on, where that one cannot
+    be had.
+    """
+    if base is not None:
+        return find_base(base, trust=trust)
+    made_on = made_from(files).base
+    source, revision = str(made_on["source"]), made_on.get("revision") or None
+    if revision is not None and (wheels.is_pypi(source) or Path(source).expanduser().exists()):
+        say_once(f"{files.folder / CONFIG}: revision {revision} is passed over, as {source} is not on the hub")
+        revision = None
+    try:
+        return find_base(source, revision, trust=trust)
+    except (BaseError, MachineError) as error:
+        way_on = "" if flag("base") in (error.fix or "") else f"name where it lies now with {flag('base')}"
+        fix = "; or ".join(part for part in (error.fix, way_on) if part)
+        what = f"the base of {files.folder} cannot be had: {error.what}"
+        raise type(error)(what, got=error.got, fix=fix, gotcha=error.gotcha) from error
+
+
+def _outputs(files: AdapterFiles) -> int:
+    """How many labels a classifier's adapter tells apart, by the shapes of its head."""
+    whole = {name: shape for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name}
+    heads = [shape[0] for name, shape in whole.items() if any(head in name for head in HEADS)]
+    return min(heads or [shape[0] for shape in whole.values()], default=0)
