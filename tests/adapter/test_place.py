@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from hatrack.adapter.count import Experts
 from hatrack.adapter.place import head_modules, linear_layers, place
-from hatrack.adapter.targets import choose, depth
+from hatrack.adapter.targets import check_rank, choose, depth
 from hatrack.errors import AdapterError, RecipeError, TargetError
 from hatrack.recipe import Recipe
 from tests.base import tiny
@@ -72,11 +73,92 @@ def test_all_linear_takes_everything_but_the_output() -> None:
     }
 
 
-def test_routers_are_left_alone() -> None:
-    experts = {f"m.layers.{i}.mlp.experts.{e}.up": (8, 8) for i in range(2) for e in range(2)}
-    routers = {f"m.layers.{i}.mlp.gate": (8, 2) for i in range(2)}
-    assert set(choose(experts | routers, "auto", None).names) == set(experts)
-    assert "m.layers.0.gate" in choose({"m.layers.0.gate": (8, 8)}, "auto", None).names
+ATTENTION = {f"m.layers.{i}.self_attn.q_proj": (32, 32) for i in range(2)}
+DIALS = {
+    f"m.layers.{i}.{name}": sides
+    for i in range(2)
+    for name, sides in {
+        "mlp.gate": (32, 4),
+        "mlp.router": (32, 4),
+        "mlp.router.layer": (32, 4),
+        "mlp.shared_expert_gate": (32, 1),
+        "feed_forward.router_mlp.fc1": (32, 32),
+        "self_attn.indexer.wq_b": (32, 32),
+        "altup.modality_router": (32, 4),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+def test_routers_never_get_an_adapter(targets: str) -> None:
+    assert set(choose(ATTENTION | DIALS, targets, None).names) == set(ATTENTION)
+
+
+@pytest.mark.parametrize("name", ["gate", "router", "shared_expert_gate", "modality_router"])
+def test_a_router_that_is_named_is_refused(name: str) -> None:
+    with pytest.raises(TargetError, match=f"'{name}' sends tokens to experts; got a model with q_proj; fix: use those"):
+        choose(ATTENTION | DIALS, f"q_proj,{name}", None)
+
+
+def test_experts_that_are_joined_are_refused_by_name_and_told_of() -> None:
+    modules, experts = [*ATTENTION, "m.layers.0.mlp.experts"], Experts(("m.layers.0.mlp.experts",), ("w1", "w2", "w3"))
+    for name in ("experts", "w1", "mlp.w1"):
+        with pytest.raises(TargetError, match=f"^{name}: the experts here are joined into one tensor"):
+            choose(ATTENTION, name, None, modules=modules, experts=experts)
+    with pytest.raises(TargetError, match="'fc' matches no layer; got a model with q_proj, whose experts are joined"):
+        choose(ATTENTION, "fc", None, modules=modules, experts=experts)
+    dense = {"m.layers.0.mlp.w1": (32, 32)}
+    choice = choose(ATTENTION | dense, "auto", None, experts=experts)
+    assert set(choice.names) == set(ATTENTION)
+    assert choice.notes == (
+        "none on the experts: they are joined into one tensor in each layer, which takes no adapter",
+        "none on 1 layers beside them, whose names peft takes for the experts' (w1)",
+    )
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+def test_layers_much_narrower_than_the_rank_are_left_out_and_others_refused(targets: str) -> None:
+    dials = {"m.layers.0.mlp.dt": (32, 4), "m.layers.0.mlp.one": (32, 1), "m.layers.0.mlp.k_proj": (32, 8)}
+    choice = choose(ATTENTION | dials, targets, None, r=8)
+    assert choice.notes == ("none on 2 layers narrower than --r 8 (dt, one)",)
+    assert set(choice.names) == set(ATTENTION) | {"m.layers.0.mlp.k_proj"}
+    assert choose(ATTENTION | dials, targets, None, r=4).notes == ("none on 1 layers narrower than --r 4 (one)",)
+    with pytest.raises(RecipeError, match=r"--r is larger than m\.layers\.0\.mlp\.k_proj is wide; got 16 and 8"):
+        check_rank(16, choose(ATTENTION | dials, targets, None, r=16), ATTENTION | dials)
+
+
+def test_parts_that_text_does_not_pass_are_left_out() -> None:
+    seen = {
+        f"m.{part}.layers.0.self_attn.q_proj": (32, 32) for part in ("vision_tower", "audio_tower", "image_encoder")
+    }
+    for targets in ("auto", "all-linear"):
+        assert set(choose(ATTENTION | seen, targets, None).names) == set(ATTENTION)
+    assert set(choose(ATTENTION | seen, "q_proj", None).names) == set(ATTENTION) | set(seen)
+
+
+def test_of_a_state_space_layer_only_what_its_kernels_call_is_adapted() -> None:
+    mixer = {f"m.layers.0.mixer.{name}": (32, 32) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    choice = choose(mixer, "auto", None)
+    assert choice.names == ("m.layers.0.mixer.in_proj",)
+    assert choice.why == "state-space projections"
+    with pytest.raises(TargetError, match="'out_proj' is read by the kernels of state-space layers past any adapter"):
+        choose(mixer, "out_proj", None)
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["self_attn.q_proj"], "attention projections"),
+        (["self_attn.q_proj", "mlp.up_proj"], "attention and MLP projections"),
+        (
+            ["mlp.shared_expert.up_proj", "attention.query", "output.dense"],
+            "attention, shared expert and MLP projections",
+        ),
+        (["ff.layer_1"], "MLP projections"),
+    ],
+)
+def test_what_is_adapted_is_said_truly(names: list[str], why: str) -> None:
+    assert choose({f"m.layers.0.{name}": (8, 8) for name in names}, "auto", None).why == why
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Puts a new adapter on a base. Knows nothing of training, files or data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hatrack.adapter.count import joined_experts
 from hatrack.adapter.targets import Choice, check_rank, choose
 from hatrack.errors import AdapterError, TargetError
 from hatrack.recipe import Recipe
@@ -35,7 +36,12 @@ def place(
     linears = linear_layers(model)
     heads = head_modules(model) if task == "classify" else []
     modules = [module_name for module_name, _ in model.named_modules() if module_name]
-    choice = choose(linears, recipe.targets, recipe.top_layers, heads=heads, modules=modules)
+    outputs = heads or output_modules(model)
+    shapes = {parameter: tuple(weight.shape) for parameter, weight in model.named_parameters()}
+    experts = joined_experts(shapes, str(model.config.model_type))
+    choice = choose(
+        linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=outputs, modules=modules, experts=experts
+    )
     check_rank(recipe.r, choice, linears)
     config = LoraConfig(
         r=recipe.r,
@@ -58,7 +64,9 @@ def place(
     keep_head_in_float32(wrapped, name)
     if recipe.variant == "pissa":
         _remember_start(wrapped, name)
-    say(f"adapters on {len(choice.names)} layers: {choice.why} ({', '.join(_leaves(choice))})")
+    say(f"adapters on {len(choice.names)} layers: {choice.why} ({', '.join(_leaves(choice.names))})")
+    for note in choice.notes:
+        say(note)
     return wrapped
 
 
@@ -81,6 +89,12 @@ def head_modules(model: Any) -> list[str]:
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
     ]
+
+
+def output_modules(model: Any) -> list[str]:
+    """The module that turns a language model's hidden states into logits, by full name."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in model.named_modules() if module is output]
 
 
 def heads_of(model: Any, name: str) -> dict[str, nn.Module]:
@@ -133,5 +147,5 @@ def _remember_start(model: Any, name: str) -> None:
     setattr(model, START, {key: tensor.detach().clone() for key, tensor in state.items() if ".lora_" in key})
 
 
-def _leaves(choice: Choice) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in choice.names})
+def _leaves(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})

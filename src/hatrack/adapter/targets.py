@@ -5,11 +5,33 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hatrack.adapter.count import Experts
 from hatrack.errors import RecipeError, TargetError
-from hatrack.recipe import nearest
+from hatrack.recipe import flag, nearest
 
-ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Layers that send a token to experts: adapting one changes which experts run, not what they say."""
+NEVER = {
+    r"(^|\.)(gate|shared_experts?_gate|\w*router\w*)(\.|$)": "sends tokens to experts",
+    r"(^|\.)(indexer|scorer)\.": "chooses the tokens that attention looks at, which no gradient tells it",
+    r"(^|\.)(mamba|mixer)\.(x_proj|dt_proj|out_proj)$": "is read by the kernels of state-space layers past any adapter",
+}
+"""Layers that never get an adapter, and why: one on a router changes which experts run, not what they say."""
+
+OTHER_SENSES = re.compile(r"vision|visual|image|img_|audio|speech", re.IGNORECASE)
+"""Parts of a model that text does not pass through: an adapter there learns nothing from it."""
+
+NARROW = 8
+"""A layer narrower than the adapter's rank is left out if the widest one is so many times as wide."""
+
+NO_EXPERTS = Experts()
+
+KINDS = {
+    "attention": r"attn|attention|(^|\.)([qkvo]|qkv)_proj$",
+    "shared expert": r"shared_expert|shared_mlp",
+    "expert": r"(^|\.)experts\.",
+    "state-space": r"(^|\.)(mamba|mixer)\.in_proj$",
+    "MLP": "",
+}
+"""What a projection belongs to, by the first pattern that its place in a layer matches."""
 
 OUTPUT_HEADS = (
     "lm_head",
@@ -20,16 +42,23 @@ OUTPUT_HEADS = (
     "classification_head",
     "qa_outputs",
     "cls",
+    "generator_lm_head",
+    "lm_loss",
+    "head",
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The layers that get an adapter by full name, what to call them in peft's `target_modules`, and why these."""
+    """The layers that get an adapter by full name, what to call them in peft's `target_modules`, and why these.
+
+    `notes` say which others could be expected to get one, and why they do not.
+    """
 
     names: tuple[str, ...]
     target_modules: tuple[str, ...]
     why: str
+    notes: tuple[str, ...] = ()
 
 
 def choose(
@@ -37,26 +66,35 @@ def choose(
     targets: str,
     top_layers: int | None,
     *,
+    r: int = 1,
     heads: Collection[str] = (),
     modules: Collection[str] = (),
+    experts: Experts = NO_EXPERTS,
 ) -> Choice:
     """Chooses among `linears` (full name -> (d_in, d_out)).
 
     `targets`: auto (every projection inside the repeated layers), all-linear (every linear layer but the output's), or
-    names with commas. `top_layers`: only the last N of the repeated layers. `heads`: modules of the output head.
-    `modules`: every module's name, so that no short name catches something else.
+    names with commas. Both leave out what no text passes through, and layers 1 wide or much narrower than `r`.
+    `top_layers`: only the last N of the repeated layers. `heads`: modules of the output head. `modules`: every module's
+    name, so that no short name catches something else. `experts`: those that are one tensor, no layers.
 
-    Raises TargetError for names that match nothing, RecipeError where there are fewer than N layers.
+    Raises TargetError for names that match nothing or layers that never get an adapter, RecipeError where there are
+    fewer than N layers.
     """
     everything = set(modules) | set(linears)
-    body = {name for name in linears if not _in_head(name, heads)}
-    if targets == "auto":
-        names = {name for name in body if _place(name) and not _is_router(name, body)}
-        why = "attention and MLP projections"
-    elif targets == "all-linear":
-        names, why = set(body), "every linear layer but the output's"
+    body = {name for name in linears if not _in_head(name, heads) and not never(name)}
+    confused = {name for name in body if _short(name) in experts.names}
+    body -= confused
+    notes = _notes(experts, confused)
+    if targets in ("auto", "all-linear"):
+        names = {name for name in body if not OTHER_SENSES.search(name) and (targets == "all-linear" or _place(name))}
+        narrow = _narrow(names, linears, r)
+        names -= narrow
+        if narrow:
+            notes.append(f"none on {len(narrow)} layers narrower than {flag('r')} {r} ({_some(_leaves(narrow))})")
+        why = f"{_kinds(names)} projections" if targets == "auto" else "every linear layer but the output's"
     else:
-        names = _named([name.strip() for name in targets.split(",")], body, linears, everything)
+        names = _named([name.strip() for name in targets.split(",")], body, linears, everything, experts)
         why = f"the layers named {targets}"
     if top_layers is not None:
         names, depth = _top(names, linears, top_layers), f"the last {top_layers} layers"
@@ -66,7 +104,7 @@ def choose(
             f"no layer to adapt: {why}", got=_some(_leaves(body)), fix="name layers with --targets NAME,NAME"
         )
     ordered = tuple(name for name in linears if name in names)
-    return Choice(ordered, tuple(_short_names(ordered, everything)), why)
+    return Choice(ordered, tuple(_short_names(ordered, everything)), why, tuple(notes))
 
 
 def check_rank(r: int, choice: Choice, linears: Mapping[str, tuple[int, int]]) -> None:
@@ -103,28 +141,70 @@ def _in_head(name: str, heads: Collection[str]) -> bool:
     return first in OUTPUT_HEADS or any(name == head or name.startswith(head + ".") for head in heads)
 
 
-def _is_router(name: str, names: Collection[str]) -> bool:
-    parent, _, leaf = name.rpartition(".")
-    return leaf in ROUTERS and any(other.startswith(f"{parent}.experts.") for other in names)
+def never(name: str) -> str | None:
+    """Why a layer gets no adapter, whatever the targets are; None where it may get one."""
+    return next((why for pattern, why in NEVER.items() if re.search(pattern, name)), None)
 
 
-def _named(targets: Sequence[str], body: set[str], linears: Mapping[str, object], modules: set[str]) -> set[str]:
+def _notes(experts: Experts, confused: Collection[str]) -> list[str]:
+    joined = "none on the experts: they are joined into one tensor in each layer, which takes no adapter"
+    notes = [joined] if experts.modules else []
+    if confused:
+        called = _some(_leaves(confused))
+        notes.append(f"none on {len(confused)} layers beside them, whose names peft takes for the experts' ({called})")
+    return notes
+
+
+def _narrow(names: Collection[str], linears: Mapping[str, tuple[int, int]], r: int) -> set[str]:
+    """Those 1 wide, or narrower than `r` and than an eighth of the widest: small dials beside the projections."""
+    widest = max((max(linears[name]) for name in names), default=0)
+    sides = {name: min(linears[name]) for name in names}
+    return {name for name, side in sides.items() if side == 1 or (side < r and NARROW * side <= widest)}
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """What projections belong to: `attention and MLP`."""
+    places = {(_place(name) or ("", 0, name))[2] for name in names}
+    found = {next(kind for kind, pattern in KINDS.items() if re.search(pattern, place)) for place in places}
+    ordered = [kind for kind in KINDS if kind in found]
+    return " and ".join(filter(None, [", ".join(ordered[:-1]), *ordered[-1:]]))
+
+
+def _named(
+    targets: Sequence[str],
+    body: set[str],
+    linears: Mapping[str, object],
+    modules: set[str],
+    experts: Experts,
+) -> set[str]:
     """Every layer that one of the names means; each name must mean at least one."""
+    fused = [t for t in targets if _short(t) in experts.names or any(matches(name, t) for name in experts.modules)]
+    if fused:
+        raise TargetError(
+            f"{', '.join(fused)}: the experts here are joined into one tensor in each layer, which takes no adapter",
+            got=f"a model with {_some(_leaves(body))}",
+            fix=f"use those names, or {flag('targets')} auto",
+            gotcha="experts-joined",
+        )
     missing = [target for target in targets if not any(matches(name, target) for name in body)]
     if missing:
         leaves = _leaves(body)
         problems = []
         for target in missing:
             guess = nearest(target, leaves)
-            if any(matches(name, target) for name in linears):
+            refused = next(
+                (why for name in {*linears, *modules} if matches(name, target) and (why := never(name))), None
+            )
+            if refused:
+                problems.append(f"{target!r} {refused}")
+            elif any(matches(name, target) for name in linears):
                 problems.append(f"{target!r} is the output head, which is trained without being named")
             elif any(matches(name, target) for name in modules):
                 problems.append(f"{target!r} is not a linear layer" + (f" (did you mean {guess}?)" if guess else ""))
             else:
                 problems.append(f"{target!r} matches no layer" + (f" (did you mean {guess}?)" if guess else ""))
-        raise TargetError(
-            "; ".join(problems), got=f"a model with {_some(leaves)}", fix="use those names, or --targets auto"
-        )
+        got = f"a model with {_some(leaves)}{', whose experts are joined tensors' if experts.modules else ''}"
+        raise TargetError("; ".join(problems), got=got, fix="use those names, or --targets auto")
     return {name for name in body if any(matches(name, target) for target in targets)}
 
 
@@ -155,8 +235,13 @@ def _short_names(names: Sequence[str], modules: set[str]) -> list[str]:
     return found
 
 
+def _short(name: str) -> str:
+    """The last part of a full name."""
+    return name.rpartition(".")[2]
+
+
 def _leaves(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})
+    return sorted(set(map(_short, names)))
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

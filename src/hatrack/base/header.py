@@ -68,6 +68,11 @@ POOLERS = dict.fromkeys(("bert", "megatron-bert", "ernie", "mobilebert", "rember
 POOLERS |= {"albert": "pooler", "big_bird": "pooler"}
 """Model types whose classifier reads a pooler that belongs to the base model; the others have none there."""
 
+LANGUAGE_HEADS = ("lm_head.", "embed_out.", "head.")
+"""A language model's output head; the last one is RWKV's."""
+BALANCES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+"""Buffers that steer how many tokens each expert gets: in the files, but no parameters."""
+
 OTHER_HEADS: tuple[str, ...] = (
     "cls.",
     "lm_head.",
@@ -323,13 +328,16 @@ def task_shapes(
     """`model_shapes` of a config and tensors that were read already."""
     kind, prefix = str(config.get("model_type")), _prefix(config)
     shapes = {_renamed(name): info.shape for name, info in header.items() if not _is_buffer(name, info.shape)}
+    shapes = {
+        name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in BALANCES or len(shape) > 1
+    }
     if any(name.startswith(prefix) for name in shapes):
         body = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
     else:
         body = {prefix + name: shape for name, shape in shapes.items() if not name.startswith(OTHER_HEADS)}
     body = {name: shape for name, shape in body.items() if not _is_tied(name, body)}
     if task != "classify":
-        heads = {name: shape for name, shape in shapes.items() if name.startswith(("lm_head.", "embed_out."))}
+        heads = {name: shape for name, shape in shapes.items() if name.startswith(LANGUAGE_HEADS)}
         heads = {name.replace("embed_out.", "lm_head."): shape for name, shape in heads.items()}
         if config.get("tie_word_embeddings", not heads):
             heads.pop("lm_head.weight", None)

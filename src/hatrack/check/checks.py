@@ -7,7 +7,7 @@ second mechanism. docs/gotchas.md has a heading for each. Knows nothing of train
 from collections.abc import Sequence
 from typing import Any, cast
 
-from hatrack.adapter.count import linears_from_shapes
+from hatrack.adapter.count import joined_experts, linears_from_shapes
 from hatrack.adapter.targets import Choice, check_rank, choose
 from hatrack.base.code import check_code
 from hatrack.base.header import head_shapes, model_shapes, read_config
@@ -70,9 +70,9 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
     labels = examples.labels if examples else ["", ""]  # how many matters to the head alone
     config = look("task-and-base", load_config, files, task=cast(Task, task), labels=labels) if task else None
     tokenizer = look("tokenizer-refused", load_tokenizer, files)
-    linears = look("base-refused", _linears, files, config, task=task, labels=len(labels))
-    choice = look("target-names", _targets, recipe, files, config, linears, task=task)
-    look("rank-too-large", check_rank, recipe.r, choice, linears)
+    shapes = look("base-refused", _shapes, files, config, task=task, labels=len(labels))
+    chosen = look("target-names", _targets, recipe, files, config, shapes, task=task)
+    look("rank-too-large", _rank, recipe, chosen)
     tokens = look("nothing-to-learn", tokenise, recipe, examples, tokenizer, config)
     dtype = look("device-not-there", _dtype, recipe)
     if looking.found or not (examples and files and tokens and dtype and task):
@@ -99,18 +99,24 @@ def _base(recipe: Recipe) -> BaseFiles:
     return find_base(recipe.base, recipe.revision, trust=recipe.trust_remote_code)
 
 
-def _linears(files: BaseFiles, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, int]]:
-    """Full name -> (d_in, d_out) of the layers that could be adapted."""
-    return linears_from_shapes(model_shapes(files.folder, task, labels), str(config.model_type))
+def _shapes(files: BaseFiles, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, ...]]:
+    return model_shapes(files.folder, task, labels)
 
 
 def _targets(
-    recipe: Recipe, files: BaseFiles, config: Any, linears: dict[str, tuple[int, int]], *, task: str
-) -> Choice:
+    recipe: Recipe, files: BaseFiles, config: Any, shapes: dict[str, tuple[int, ...]], *, task: str
+) -> tuple[Choice, dict[str, tuple[int, int]]]:
+    """The layers that get an adapter, among all that could: full name -> (d_in, d_out)."""
     heads: Sequence[str] = ()
     if task == "classify":
         heads = sorted({name.rpartition(".")[0] for name in head_shapes(read_config(files.folder), 1)})
-    return choose(linears, recipe.targets, recipe.top_layers, heads=heads)
+    linears = linears_from_shapes(shapes, str(config.model_type))
+    experts = joined_experts(shapes, str(config.model_type))
+    return choose(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts), linears
+
+
+def _rank(recipe: Recipe, chosen: tuple[Choice, dict[str, tuple[int, int]]]) -> None:
+    check_rank(recipe.r, *chosen)
 
 
 def _dtype(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ torch's fused ones: attention and dropout are fused already.
 """
 
 import ctypes
+import inspect
 import platform
 from contextlib import nullcontext
 from functools import partial
@@ -176,6 +177,8 @@ def _as_rms_norm(layer: nn.Module) -> FastRMSNorm | None:
     epsilons = {value for value in vars(layer).values() if isinstance(value, float) and 0 < value < 1e-2}
     if weight.dim() != 1 or weight.requires_grad or len(epsilons) != 1 or _watched(layer) or weight.shape[0] % 32:
         return None
+    if not isinstance(weight, nn.Parameter) or len(inspect.signature(layer.forward).parameters) != 1:
+        return None  # a weight that is not used, or a norm that is given a gate as well
     probe = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 4)[:, None]
     probe = probe.to(weight)
     try:
@@ -184,7 +187,7 @@ def _as_rms_norm(layer: nn.Module) -> FastRMSNorm | None:
         return None
     bound = 1e-5 if weight.dtype == torch.float32 else 2e-2
     for added in (0.0, 1.0):
-        norm = FastRMSNorm(weight, next(iter(epsilons)), added)  # type: ignore[arg-type]
+        norm = FastRMSNorm(weight, next(iter(epsilons)), added)
         same_kind = isinstance(wanted, torch.Tensor) and (wanted.dtype, wanted.shape) == (probe.dtype, probe.shape)
         if same_kind and torch.allclose(norm(probe).float(), wanted.float(), rtol=bound, atol=bound * 1e-2):
             return norm

@@ -60,10 +60,12 @@ def _classify(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class _Pass(nn.Module):
-    """Stands in for the output head and hands its input on; `given` holds what it was handed."""
+    """Stands in for the output head and hands its input on; `given` holds what it was handed. It has the head's weight,
+    since some models ask that for its format."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
+        self.weight = weight
         self.given: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +89,8 @@ def _before_head(
 def _headless(model: Any, whole: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
     """What `model` gives as logits without the head of `whole` inside it: states (B, T, d), and whether they are the
     very tensor that the head would have been given."""
-    head, stand_in = whole.get_output_embeddings(), _Pass()
+    head = whole.get_output_embeddings()
+    stand_in = _Pass(head.weight)
     whole.set_output_embeddings(stand_in)
     try:
         logits = model(**inputs).logits

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hatrack.adapter.count import Count, count, linears_from_shapes
+from hatrack.adapter.count import Count, count, joined_experts, linears_from_shapes
 from hatrack.adapter.targets import Choice, check_rank, choose
 from hatrack.base.header import head_shapes, parameter_count, stored_format, task_shapes, weight_bytes
 from hatrack.base.peek import Peek
@@ -110,7 +110,8 @@ def describe(peeked: Peek, recipe: Recipe, *, task: str, labels: int) -> Anatomy
     shapes = task_shapes(config, peeked.tensors, task, labels)
     linears = linears_from_shapes(shapes, str(config.get("model_type")))
     heads = sorted({name.rpartition(".")[0] for name in head_shapes(config, labels)}) if task == "classify" else []
-    choice = choose(linears, recipe.targets, recipe.top_layers, heads=heads)
+    experts = joined_experts(shapes, str(config.get("model_type")))
+    choice = choose(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts)
     check_rank(recipe.r, choice, linears)
     adapted = [linears[name] for name in choice.names]
     shape = shape_of(config, linears)
