@@ -186,8 +186,8 @@ def move(source: Path, target: Path) -> None:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a whole file, or leaves the one that was there."""
-    with new_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+    with new_file(path) as file:  # names of files hold surrogates where the locale knows too few letters
+        file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

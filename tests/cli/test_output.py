@@ -31,12 +31,15 @@ def test_what_an_encoding_does_not_know_is_escaped(tmp_path: Path, tiny_encoder:
         for index in range(8)
         for word, label in (("good", "ja \U0001f600"), ("bad", "n\u00e9"))
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": a, "label": b}) + "\n" for a, b in rows))
+    (tmp_path / "gr\u00f6\u00dfe.jsonl").write_text(
+        "".join(json.dumps({"text": a, "label": b}) + "\n" for a, b in rows)
+    )
     home = {"HATRACK_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"} | poor
-    train = ["train", "--base", str(tiny_encoder), "--data", "rows.jsonl", "--steps", "1", "--device", "cpu"]
+    train = ["train", "--base", str(tiny_encoder), "--data", "gr\u00f6\u00dfe.jsonl", "--steps", "1", "--device", "cpu"]
     trained = _hatrack(tmp_path, *train, "--name", "cats", **home)
     assert trained.returncode == 0, trained.stderr
     assert b"ja \\U0001f600" in trained.stderr
+    assert json.loads((tmp_path / "cats" / "hatrack.json").read_text())["data"]["source"] == "gr\u00f6\u00dfe.jsonl"
     shown = _hatrack(tmp_path, "show", "cats", **home)
     assert shown.returncode == 0 and rb"ja \U0001f600" in shown.stdout
     answer = _hatrack(tmp_path, "predict", "cats", "film \u732b", **home)
