@@ -237,7 +237,7 @@ def test_a_generator_and_a_classifier_do_not_share_a_base(
     assert chat.predict("what film is red ?", max_new_tokens=5, temperature=5.0)[0]["prompt"] == "what film is red ?"
     stream = chat.stream("what film is red ?", max_new_tokens=30)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]  # stops generating, and does not hang
+    stream.close()  # stops generating, and does not hang
 
 
 def test_an_adapter_made_elsewhere_is_used_with_a_word_about_it(

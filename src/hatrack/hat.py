@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from queue import Queue
 from typing import Any, cast
@@ -28,7 +28,8 @@ from hatrack.base.load import Base, choose_device, choose_dtype, free_memory, lo
 from hatrack.base.room import holds
 from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window
-from hatrack.data.template import chat_prompt
+from hatrack.data.ends import Ends, ends_of_template
+from hatrack.data.template import chat_prompt, chat_template
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.errors import AdapterError, DataError, short
 from hatrack.recipe import Task
@@ -159,29 +160,34 @@ class Hat:
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         temperature: float = 0.0,
-    ) -> Iterator[str]:
-        """The answer of a generator, piece by piece. `prompt` is a text, or the messages of a conversation."""
+    ) -> Generator[str, None, bool]:
+        """The answer of a generator, piece by piece. `prompt` is a text, or the messages of a conversation.
+
+        What the generator returns is whether the answer is whole: False where it was cut at `max_new_tokens`.
+        """
         if self.task == "classify":
             raise AdapterError("a classifier does not generate text", fix="use predict")
-        inputs = self._encode(prompt)
+        inputs, ends = self._encode(prompt), self._ends()
         streamer = TextIteratorStreamer(self.base.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         room = self._longest - inputs["input_ids"].shape[1]
         options = {**inputs, **sampling, "max_new_tokens": min(max_new_tokens, room), "streamer": streamer}
         failures: Queue[BaseException] = Queue()
         stopped = threading.Event()
+        last: list[int] = []
 
         def generate() -> None:
             try:
                 with torch.no_grad():
-                    self.model.generate(
+                    found = self.model.generate(
                         **options,
-                        eos_token_id=self._end_tokens(),
+                        eos_token_id=self._end_tokens(ends),
                         pad_token_id=self.pad_id,
                         stopping_criteria=[
                             lambda ids, scores: torch.full((len(ids),), stopped.is_set(), device=ids.device)
                         ],
                     )
+                    last.append(int(found[0, -1]))
             except BaseException as error:  # handed to the reading thread: an iterator must not end as if all were well
                 failures.put(error)
                 streamer.end()
@@ -189,17 +195,22 @@ class Hat:
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
         try:
-            begun = self.task == "complete"  # an answer begins with its first word, whatever the template leaves before
-            for piece in streamer:
-                piece = piece if begun else piece.lstrip()
-                begun = begun or bool(piece)
-                if piece:
-                    yield piece
+            whole = yield from _until(self._stop_strings(ends), self._begun(streamer))
         finally:
             stopped.set()
             thread.join()
         if not failures.empty():
             raise failures.get()
+        return whole or last[0] in self._end_tokens(ends)
+
+    def _begun(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Without the spaces at the beginning, which the template leaves to the answer."""
+        begun = self.task == "complete"
+        for piece in pieces:
+            piece = piece if begun else piece.lstrip()
+            begun = begun or bool(piece)
+            if piece:
+                yield piece
 
     @torch.no_grad()
     def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
@@ -247,11 +258,24 @@ class Hat:
         tensor = torch.tensor([ids], device=self.base.device)
         return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
 
-    def _end_tokens(self) -> list[int]:
-        """Whatever the tokenizer or the base's generation settings end an answer with."""
-        configured = getattr(self.base.model.generation_config, "eos_token_id", None)
-        ends = configured if isinstance(configured, list) else [configured]
-        return sorted({token for token in [*ends, self.base.tokenizer.eos_token_id] if token is not None})
+    def _ends(self) -> Ends:
+        """How answers end: as the adapter in use was taught, or else as the chat template ends them."""
+        hat = self._current
+        if hat.end_tokens or hat.stop_strings:
+            return Ends(tuple(hat.end_tokens), tuple(hat.stop_strings))
+        if self.task != "chat":
+            return Ends()
+        return ends_of_template(self.base.tokenizer, hat.template or chat_template(self.base.tokenizer)[0])
+
+    def _end_tokens(self, ends: Ends) -> list[int]:
+        """The tokens of `ends`, and whatever the tokenizer or the base's generation settings end an answer with."""
+        return end_tokens(self.base, ends.tokens)
+
+    def _stop_strings(self, ends: Ends) -> list[str]:
+        """The texts of `ends`, and those of its tokens that the tokenizer does not leave out by itself."""
+        tokenizer = self.base.tokenizer
+        shown = [token for token in ends.tokens if token not in tokenizer.all_special_ids]
+        return [*ends.texts, *(tokenizer.decode([token]) for token in shown)]
 
     @property
     def pad_id(self) -> int:
@@ -331,6 +355,33 @@ def load(
     for other in several[1:]:
         ready.add(other, allow_other_base=allow_other_base, prove=prove)
     return ready
+
+
+def end_tokens(base: Base, learned: Iterable[int]) -> list[int]:
+    """All tokens that end an answer: those `learned`, and those of the base's tokenizer and generation settings."""
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({*learned, *(token for token in [*ends, base.tokenizer.eos_token_id] if token is not None)})
+
+
+def _until(stops: Sequence[str], pieces: Iterable[str]) -> Generator[str, None, bool]:
+    """The pieces of a text up to the first of `stops`, and whether there was one. What may be the beginning of one is
+    held back until it is known."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = min((place for stop in stops if (place := held.find(stop)) >= 0), default=None)
+        if found is not None:
+            if found:
+                yield held[:found]
+            return True
+        longest = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        ready, held = held[: len(held) - longest], held[len(held) - longest :]
+        if ready:
+            yield ready
+    if held:
+        yield held
+    return False
 
 
 def _window(base: Base) -> Window:

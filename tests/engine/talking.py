@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,16 @@ def byte_tokenizer(template: Any = None, *, eos: str = "<|endoftext|>", pad: str
     return tokenizer
 
 
-def talking_base(folder: Path, template: Any = CHATML, *, eos: str = "<|endoftext|>", pad: str = "<pad>") -> Path:
-    """A Llama of two small layers with random weights."""
+def talking_base(
+    folder: Path, template: Any = CHATML, *, eos: str = "<|endoftext|>", pad: str = "<pad>", says: str = ""
+) -> Path:
+    """A Llama of two small layers with random weights. With `says` each of its characters is followed by the next,
+    whatever came before, and the last one by itself."""
     tokenizer = byte_tokenizer(template, eos=eos, pad=pad)
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=-(-len(tokenizer) // 32) * 32,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -44,7 +48,16 @@ def talking_base(folder: Path, template: Any = CHATML, *, eos: str = "<|endoftex
         bos_token_id=None,
         eos_token_id=SPECIAL.index(eos),
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    if says:
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
+            model.model.embed_tokens.weight.copy_(torch.eye(*model.model.embed_tokens.weight.shape))
+            model.lm_head.weight.zero_()
+            for this, following in pairwise(tokenizer(says)["input_ids"]):
+                model.lm_head.weight[following, this] = 1.0
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

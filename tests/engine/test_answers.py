@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hatrack
 from hatrack.data import template as templates
+from hatrack.hat import _until
 from tests.engine.stopping import stopped_at_five
-from tests.engine.talking import CHATML, capitals, talking_base
+from tests.engine.talking import CHATML, SPECIAL, capitals, talking_base
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.01, "batch_size": 4, "steps": 8}
+EOS, END = SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")
 DATED = "{{ 'Today is ' ~ strftime_now('%d %b %Y %H:%M:%S.%f') ~ '\\n' }}" + CHATML
 
 
@@ -39,3 +43,64 @@ def test_the_date_of_a_run_is_kept_when_it_goes_on_and_when_it_is_used(
     asked = hatrack.load(output)._encode("Capital of Peru?")["input_ids"][0]
     assert hat.base.tokenizer.decode(asked).startswith("Today is 04 May 2026 00:00:00.000000\n<|im_start|>user")
     assert "04" in json.loads((tmp_path / "hat/hatrack.json").read_text())["template"].partition("\n")[0]
+
+
+def _said(stream: Any) -> tuple[str, bool]:
+    """An answer, and whether it is whole."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as ended:
+            return "".join(pieces), ended.value
+
+
+def _trained(tmp_path: Path, template: str, **base: str) -> hatrack.Hat:
+    """Hardly anything is learned: what is said is what the base says."""
+    folder = talking_base(tmp_path / "base", template, **base)
+    data = capitals(tmp_path / "capitals.jsonl")
+    options = FAST | {"steps": 2, "lr": 1e-4}
+    return hatrack.train(base=str(folder), data=str(data), output=str(tmp_path / "hat"), name="hat", **options)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<|endoftext|>"])
+def test_an_answer_stops_at_the_templates_end_on_a_base_with_another(tmp_path: Path, pad: str) -> None:
+    hat = _trained(tmp_path, CHATML, pad=pad, says="\nIt.<|im_end|>ab")
+    assert json.loads((tmp_path / "hat/hatrack.json").read_text())["end_tokens"] == [END]
+    written = GenerationConfig.from_pretrained(tmp_path / "hat")
+    assert written.eos_token_id == [EOS, END] and written.pad_token_id == SPECIAL.index(pad)
+    assert _said(hat.stream("Capital of Peru?", max_new_tokens=9)) == ("It.", True)
+    assert _said(hat.stream("Capital of Peru?", max_new_tokens=2)) == ("It", False)
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "hat")
+    plain.generation_config = written
+    asked = hat._encode("Capital of Peru?")
+    found = plain.generate(**asked, max_new_tokens=9, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert hat.base.tokenizer.decode(found) == "It.<|im_end|>"
+
+
+def test_an_answer_stops_at_a_text_where_the_template_ends_with_one(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ 'User: ' if m.role == 'user' else ' ' }}{{ m.content }}"
+        "{{ '\\nBot;' if m.role == 'user' else '\\nUser:' }}{% endfor %}"
+    )
+    hat = _trained(tmp_path, template, says="; It.\nUser:abc")
+    assert json.loads((tmp_path / "hat/hatrack.json").read_text())["stop_strings"] == ["\nUser:"]
+    assert GenerationConfig.from_pretrained(tmp_path / "hat").stop_strings == ["\nUser:"]
+    assert _said(hat.stream("Capital of Peru?", max_new_tokens=20)) == ("It.", True)
+    assert _said(hat.stream("Capital of Peru?", max_new_tokens=8)) == ("It.\nUse", False)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said", "stopped"),
+    [
+        (["It is Oslo.", "\nUs", "er:", " next"], "It is Oslo.", True),
+        (["It is Oslo.\nUs", "ual"], "It is Oslo.\nUsual", False),
+        (["It", " is\nUser: a", "\nUser:"], "It is", True),
+        (["It is\nUse"], "It is\nUse", False),
+        ([], "", False),
+    ],
+)
+def test_text_up_to_a_stop_is_said_and_nothing_of_it(pieces: list[str], said: str, stopped: bool) -> None:
+    assert _said(_until(["\nUser:", "###"], pieces)) == (said, stopped)
+    assert _said(_until([], pieces)) == ("".join(pieces), False)

@@ -42,7 +42,8 @@ def _versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class HatFile:
     """What peft's config has no place for. `base` has at least `source`; `metrics` has `before` and `after`;
-    `proof` is what `hatrack.adapter.proof` recorded; `cost` has `planned` and `actual`, what the run took."""
+    `proof` is what `hatrack.adapter.proof` recorded; `cost` has `planned` and `actual`, what the run took. An answer
+    ends with one of `end_tokens`, or where there are none before one of `stop_strings`."""
 
     name: str
     base: dict[str, Any]
@@ -50,6 +51,8 @@ class HatFile:
     labels: list[str] = field(default_factory=list)
     multi_label: bool = False
     template: str | None = None
+    end_tokens: list[int] = field(default_factory=list)
+    stop_strings: list[str] = field(default_factory=list)
     max_length: int | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,8 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "labels": list,
     "multi_label": bool,
     "template": (str, type(None)),
+    "end_tokens": list,
+    "stop_strings": list,
     "max_length": (int, type(None)),
     "recipe": dict,
     "data": dict,
@@ -107,6 +112,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
         and type(value.get("fingerprint_kind", 0)) is int
     ),
     "labels": lambda value: all(isinstance(label, str) for label in value) and len(set(value)) == len(value),
+    "end_tokens": lambda value: all(type(token) is int and token >= 0 for token in value),
+    "stop_strings": lambda value: all(isinstance(text, str) and text for text in value),
     "max_length": lambda value: value is None or (type(value) is int and value > 0),
     "recipe": _is_recipe,
     "data": lambda value: _text_or_none(value.get("source")),
@@ -242,10 +249,15 @@ def model_card(hat: HatFile, config: Mapping[str, Any]) -> str:
         "",
         "```python",
         "from peft import PeftModel",
-        f"from transformers import AutoModelFor{kind}",
+        f"from transformers import AutoModelFor{kind}" + ("" if hat.task == "classify" else ", GenerationConfig"),
         "",
     ]
     lines += [f"# path/of/the/base: unpacked from {source}"] if is_pypi(source) else []
     lines += [f"base = AutoModelFor{kind}.from_pretrained({_for_transformers(source)}{labels})"]
-    lines += ['model = PeftModel.from_pretrained(base, "path/of/this/folder")', "```", ""]
+    lines += ['model = PeftModel.from_pretrained(base, "path/of/this/folder")']
+    if hat.task != "classify":
+        lines += [
+            'model.generation_config = GenerationConfig.from_pretrained("path/of/this/folder")  # where answers end'
+        ]
+    lines += ["```", ""]
     return "\n".join(head + lines)

@@ -5,6 +5,7 @@ from collections import Counter
 
 from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
+from hatrack.data.ends import Ends
 from hatrack.data.examples import Example
 from hatrack.data.labels import is_number
 from hatrack.errors import short
@@ -97,11 +98,10 @@ def end_never_learned(facts: Facts) -> Finding | None:
     if facts.task == "classify":
         return None
     learn, tokenizer = facts.tokens.learn, facts.tokenizer
-    ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     whole = [index for index in range(len(learn)) if learn.lengths[index] < facts.tokens.max_length]
-    last = {int(learn.row(index)[0][learn.row(index)[1]][-1]) for index in whole[:2000]}
-    if not whole or last & ends:
+    if not whole or facts.tokens.ends != Ends():
         return None
+    last = {int(learn.row(index)[0][learn.row(index)[1]][-1]) for index in whole[:2000]}
     return Finding(
         "end-never-learned",
         "no row teaches where an answer ends: the tuned model will not stop",

@@ -88,6 +88,12 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: st
     return _write(tokenizer, list(messages), template or chat_template(tokenizer)[0], prompt=True)
 
 
+def written_after(tokenizer: Any, answer: str, template: str) -> str:
+    """What the template writes after an answer and is learned with it: the end of a turn, without the line break."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+    return _write(tokenizer, turns, template, prompt=False).rpartition(answer)[2].rstrip()
+
+
 def render_chat(
     messages: Sequence[Turn],
     tokenizer: Any,

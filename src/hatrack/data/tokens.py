@@ -1,8 +1,9 @@
 """All of a run's rows as tokens, those to learn from and those held out. Knows nothing of files or batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from hatrack.data.ends import Ends, find_ends
 from hatrack.data.examples import Examples
 from hatrack.data.render import TokenRows, choose_max_length, render_cached
 from hatrack.data.template import chat_template, check_steady
@@ -12,12 +13,14 @@ from hatrack.say import say
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of both parts, and how they came to be: `template` of conversations, `max_length` of a row."""
+    """The rows of both parts, and how they came to be: `template` of conversations, `max_length` of a row; `ends` is
+    how the answers to learn end."""
 
     learn: TokenRows
     held_out: TokenRows
     template: str | None
     max_length: int
+    ends: Ends = field(default_factory=Ends)
 
 
 def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *, template: str | None = None) -> Tokens:
@@ -52,4 +55,5 @@ def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *,
     )
     if learn.cut or held_out.cut:
         say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
-    return Tokens(learn, held_out, template, length)
+    ends = Ends() if examples.task == "classify" else find_ends(learn, tokenizer, length, template)
+    return Tokens(learn, held_out, template, length, ends)

@@ -32,6 +32,7 @@ from hatrack.base.window import OUTSIDE, let_go
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
 from hatrack.data import seen
+from hatrack.data.ends import Ends
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
@@ -50,7 +51,7 @@ from hatrack.engine.tune import measured_depth, measured_rate
 from hatrack.engine.watch import Watch
 from hatrack.errors import BaseError, RecipeError
 from hatrack.evaluate.score import Score
-from hatrack.hat import Hat
+from hatrack.hat import Hat, end_tokens
 from hatrack.plan.derive import Schedule
 from hatrack.plan.fit import Plan
 from hatrack.plan.machine import check_compute
@@ -104,7 +105,10 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
 
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
     hat = _describe(run, made_on, examples, tokens, trained, took)
-    beside = {"metrics.jsonl": run.metrics.read_bytes(), seen.FILE: seen.to_bytes(seen.keys(examples.train))}
+    beside: dict[str, bytes | str] = {"metrics.jsonl": run.metrics.read_bytes()}
+    beside[seen.FILE] = seen.to_bytes(seen.keys(examples.train))
+    if facts.task != "classify":
+        beside["generation_config.json"] = _generation_config(base, tokens.ends)
     save_adapter(model, run.adapter, hat, base=made_on["source"], extra_files=beside)
     answers = logits(model.eval(), probe_of(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
@@ -364,6 +368,8 @@ def _describe(
         labels=examples.labels,
         multi_label=examples.multi_label,
         template=tokens.template,
+        end_tokens=list(tokens.ends.tokens),
+        stop_strings=list(tokens.ends.texts),
         max_length=tokens.max_length,
         recipe=run.recipe.set_options(),
         data={
@@ -375,6 +381,14 @@ def _describe(
         metrics={"before": trained.before.metrics, "after": trained.after.metrics},
         cost=took,
     )
+
+
+def _generation_config(base: Base, ends: Ends) -> str:
+    """What plain transformers and vLLM read: the base's own settings, and where an answer of the adapter ends."""
+    own = base.model.generation_config.to_diff_dict()
+    more = {"eos_token_id": end_tokens(base, ends.tokens), "pad_token_id": base.tokenizer.pad_token_id}
+    texts = {"stop_strings": list(ends.texts)} if ends.texts else {}
+    return json.dumps(own | more | texts, indent=2) + "\n"
 
 
 def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, parameters: tuple[int, int]) -> dict[str, Any]:
