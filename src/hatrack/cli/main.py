@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from hatrack import __version__
-from hatrack.cli import cache, check, compare, demo, hats, plan, predict, train
+from hatrack.cli import cache, chat, check, compare, demo, hats, plan, predict, train
 from hatrack.cli.spare import leave_out_of_torch, list_models_once
 from hatrack.errors import HatrackError, Words
 from hatrack.recipe import flag, suggestion
@@ -51,7 +51,7 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("predict")(predict.predict)
-app.command("chat")(predict.chat)
+app.command("chat")(chat.chat)
 app.command("compare")(compare.compare)
 app.command("list")(hats.list_hats)
 app.command("show")(hats.show)

@@ -1,8 +1,7 @@
-"""`hatrack predict` and `hatrack chat`: using an adapter."""
+"""`hatrack predict`: one answer for each text."""
 
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -13,7 +12,7 @@ import typer
 
 from hatrack.cli.opening import Adapter, OpenHat, with_hat
 from hatrack.cli.options import Json
-from hatrack.errors import DataError, RecipeError, cut
+from hatrack.errors import DataError, cut
 from hatrack.say import counted, say
 
 if TYPE_CHECKING:
@@ -88,45 +87,6 @@ def predict(
     refuse_failed(failed, count, source.name)
 
 
-@with_hat
-def chat(
-    adapter: Adapter,
-    open_hat: OpenHat,
-    max_new_tokens: Length = 256,
-    temperature: Temperature = 0.0,
-    as_json: Json = False,
-) -> None:
-    """Talk with an adapter. /base answers without it, /hat with it again, /new starts over, /quit leaves."""
-    from hatrack.say import say
-
-    hat = open_hat()
-    if hat.task == "classify":
-        raise RecipeError(f"{adapter} is a classifier and does not talk", fix=f'use hatrack predict {adapter} "a text"')
-    name = hat.active
-    person = sys.stdin.isatty()
-    if person:
-        say(f"talking with {name}: /base, /hat, /new, /quit")
-    messages: list[dict[str, str]] = []
-    while (line := _read_line("> " if person else "")) is not None and line != "/quit":
-        if line == "/new":
-            messages = []
-        elif line in ("/base", "/hat"):
-            hat.use(None if line == "/base" else name)
-            say("the bare base answers" if line == "/base" else f"{name} answers")
-        elif line:
-            messages.append({"role": "user", "content": line})
-            answer = ""
-            for piece in hat.stream(messages, max_new_tokens=max_new_tokens, temperature=temperature):
-                answer += piece
-                if not as_json:
-                    print(piece, end="", flush=True)
-            if not as_json:
-                print(flush=True)
-            messages.append({"role": "assistant", "content": answer})
-    if as_json:
-        print(json.dumps({"adapter": name, "messages": messages}))
-
-
 def _answers(
     hat: "Hat", rows: Iterable["Asked"], at_once: int, generation: dict[str, Any]
 ) -> Iterator[tuple["Asked", dict[str, Any]]]:
@@ -172,10 +132,3 @@ def _shown_already(asked: "Asked", answer: dict[str, Any]) -> None:
 
 def _error(hat: "Hat", asked: "Asked", problem: str) -> dict[str, Any]:
     return {"text" if hat.task == "classify" else "prompt": asked.prompt, "error": problem}
-
-
-def _read_line(prompt: str) -> str | None:
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return None
