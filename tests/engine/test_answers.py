@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hatrack
 from hatrack.data import template as templates
+from hatrack.data.examples import Example
+from hatrack.data.render import render
+from hatrack.engine import answers
 from hatrack.hat import _until
+from tests.conftest import turns
 from tests.engine.stopping import stopped_at_five
-from tests.engine.talking import CHATML, SPECIAL, capitals, talking_base
+from tests.engine.talking import CAPITALS, CHATML, LANDS, SPECIAL, byte_tokenizer, capitals, talking_base
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.01, "batch_size": 4, "steps": 8}
 EOS, END = SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")
@@ -104,3 +109,52 @@ def test_an_answer_stops_at_a_text_where_the_template_ends_with_one(tmp_path: Pa
 def test_text_up_to_a_stop_is_said_and_nothing_of_it(pieces: list[str], said: str, stopped: bool) -> None:
     assert _said(_until(["\nUser:", "###"], pieces)) == (said, stopped)
     assert _said(_until([], pieces)) == ("".join(pieces), False)
+
+
+def test_held_out_questions_are_answered_at_each_evaluation_and_change_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = talking_base(tmp_path / "base", says="\nIt.<|im_end|>ab")
+    given = {"base": str(base), "data": str(capitals(tmp_path / "capitals.jsonl")), **FAST, "lr": 1e-3}
+    hatrack.train(**given, output=str(tmp_path / "asked"), name="asked")
+    said = capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "asked/metrics.jsonl").read_text().splitlines()]
+    rounds = [line for line in lines if "answers" in line]
+    assert [line["step"] for line in rounds] == [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 8]
+    (answer,) = rounds[0]["answers"]  # a tenth of twelve rows is held out
+    assert answer["answer"] == "It." and answer["ended"]
+    assert f"Capital of {LANDS[answer['row'] - 1]}?" in answer["prompt"]
+    assert answer["wanted"] == f"It is {CAPITALS[answer['row'] - 1]}."
+    assert said.count(f"row {answer['row']}, 'Capital of {LANDS[answer['row'] - 1]}?': 'It.'\n") == 3
+    assert "[end-not-learned]" not in said
+
+    monkeypatch.setattr(answers, "QUESTIONS", 0)
+    hatrack.train(**given, output=str(tmp_path / "quiet"), name="quiet")
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("asked", "quiet"))
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_answers_that_do_not_end_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _trained(tmp_path, CHATML, says="\nIt is.ab")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "[end-not-learned]" in line]
+    assert "'<|im_end|>' 0% likely at the end of row" in line and "tokens without it when asked" in line
+    last = json.loads((tmp_path / "hat/metrics.jsonl").read_text().splitlines()[-1])
+    assert "train_loss" in last or "answers" in last
+
+
+def test_a_question_is_what_stands_before_the_last_answer() -> None:
+    tokenizer = byte_tokenizer()
+    talk = [("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D.")]
+    examples = [
+        Example(1, text="no question"),
+        Example(2, messages=turns(*talk)),
+        Example(3, text="C?", completion=" D."),
+    ]
+    rows = [render([each], tokenizer, task="chat", max_length=300, template=CHATML) for each in examples]
+    assert answers.questions(rows[0], 2) == []
+    (asked,) = answers.questions(rows[1], 2)
+    assert tokenizer.decode(asked.prompt).endswith("C?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(asked.answer) == "D.<|im_end|>"
+    (asked,) = answers.questions(rows[2], 2)
+    assert (tokenizer.decode(asked.prompt), tokenizer.decode(asked.answer)) == ("C?", " D.<|endoftext|>")
+    assert answers.questions(rows[1], 2, longest=10) == []

@@ -111,3 +111,13 @@ def loss_barely_moves(
         f"{before:.4f} before, {now:.4f} now, with --lr {lr:g} and --r {r}",
         f"--lr {faster:.2g} before a larger --r, then more --epochs{'' if measured else '; --lr auto measures'}",
     )
+
+
+def end_not_learned(row: int, end: str, likely: float, tokens: int) -> Finding:
+    """The tuned model goes on where the answers it learned from end."""
+    return Finding(
+        "end-not-learned",
+        "the answers do not end by themselves yet",
+        f"{end!r} {likely:.0%} likely at the end of row {row}'s answer, and {tokens} tokens without it when asked",
+        "more --epochs or --steps, or a higher --lr; until then --max-new-tokens bounds them",
+    )

@@ -99,7 +99,11 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         write_file(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **(logs or {})}
+        self.write(state, logs or {})
+
+    def write(self, state: Any, what: dict[str, Any]) -> None:
+        """Appends a line about the step that the run is at."""
+        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **what}
         with machine_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -36,6 +36,7 @@ from hatrack.data.ends import Ends
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
+from hatrack.engine.answers import SampleAnswers, check_ends
 from hatrack.engine.cache import Prefix
 from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.checkpoint import STATE
@@ -115,6 +116,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     del model, base, trunk, trained, sweep, prefix
     give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
+    check_ends(ready, tokens.learn, tokens.ends.tokens)
     run.finish()
     ready.folders = dict.fromkeys(ready.folders, run.output)
     say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
@@ -276,6 +278,11 @@ def _fit(
     stop, bar = GracefulStop(), ProgressBar()
     watch = Watch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
 
+    metrics = MetricsFile(run.metrics)
+    asks = facts.task != "classify" and sweep is None  # each token would read a base larger than memory once
+    ends = end_tokens(base, facts.tokens.ends.tokens)
+    answers = [SampleAnswers(facts.tokens.held_out, base, ends, metrics)] if asks else []
+
     def tell_before(found: Score) -> None:
         watch.before = found.metrics["loss"]
         say(f"before training: held-out {shown(found.metrics)}")
@@ -291,7 +298,7 @@ def _fit(
         pad_id=base.tokenizer.pad_token_id,
         watch=watch.step,
         tell_before=tell_before,
-        callbacks=[bar, MetricsFile(run.metrics), stop, watch, GiveBack()],
+        callbacks=[bar, metrics, stop, watch, GiveBack(), *answers],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
