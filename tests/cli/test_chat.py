@@ -131,36 +131,45 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
         talking._answer(talk, "hello")
 
 
-def _read_until(screen: int, words: str) -> str:
-    seen, deadline = "", time.monotonic() + 120
-    while words not in seen:
-        assert time.monotonic() < deadline, seen
-        if select.select([screen], [], [], 1)[0]:
-            seen += os.read(screen, 4096).decode()
-    return seen
+class Screen:
+    """What a terminal shows, read on from where it was last read."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.shown = number, ""
+
+    def until(self, words: str) -> str:
+        """What is shown until `words` are."""
+        deadline = time.monotonic() + 120
+        while words not in self.shown:
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self.number], [], [], 1)[0]:
+                self.shown += os.read(self.number, 4096).decode()
+        found, _, self.shown = self.shown.partition(words)
+        return found
 
 
 def test_at_a_terminal_lines_are_edited_and_ctrl_c_twice_leaves(home: Path) -> None:
-    screen, inside = pty.openpty()
+    number, inside = pty.openpty()
+    screen = Screen(number)
     environment = os.environ | {"HATRACK_HOME": str(home / "home"), "TERM": "xterm"}
     command = [sys.executable, "-m", "hatrack", "chat", "one", "--device", "cpu", "--dtype", "float32"]
     talk = subprocess.Popen(
         command, stdin=inside, stdout=inside, stderr=inside, env=environment, start_new_session=True
     )
     try:
-        _read_until(screen, "talking with one: /help, /quit")
-        _read_until(screen, "> ")
-        os.write(screen, b"hellp\x7fo\n")
-        assert "It." in _read_until(screen, "It.")
-        _read_until(screen, "> ")
-        os.write(screen, b"\x1b[A\n")  # the line before again
-        _read_until(screen, "It.")
-        _read_until(screen, "> ")
+        screen.until("talking with one: /help, /quit")
+        screen.until("> ")
+        os.write(number, b"hellp\x7fo\n")
+        screen.until("It.")
+        screen.until("> ")
+        os.write(number, b"\x1b[A\n")  # the line before again
+        screen.until("It.")
+        screen.until("> ")
         talk.send_signal(2)
-        _read_until(screen, "Ctrl-C once more leaves")
+        screen.until("Ctrl-C once more leaves")
         talk.send_signal(2)
         assert talk.wait(60) == 0
     finally:
         talk.kill()
-        os.close(screen)
+        os.close(number)
         os.close(inside)

@@ -14,7 +14,7 @@ import hatrack
 from hatrack.data import template as templates
 from hatrack.data.examples import Example
 from hatrack.data.render import render
-from hatrack.engine import answers
+from hatrack.engine import samples
 from hatrack.hat import _until
 from tests.conftest import turns
 from tests.engine.stopping import stopped_at_five
@@ -128,7 +128,7 @@ def test_held_out_questions_are_answered_at_each_evaluation_and_change_nothing(
     assert said.count(f"row {answer['row']}, 'Capital of {LANDS[answer['row'] - 1]}?': 'It.'\n") == 3
     assert "[end-not-learned]" not in said
 
-    monkeypatch.setattr(answers, "QUESTIONS", 0)
+    monkeypatch.setattr(samples, "QUESTIONS", 0)
     hatrack.train(**given, output=str(tmp_path / "quiet"), name="quiet")
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("asked", "quiet"))
     assert all((one[name] == other[name]).all() for name in one)
@@ -151,10 +151,10 @@ def test_a_question_is_what_stands_before_the_last_answer() -> None:
         Example(3, text="C?", completion=" D."),
     ]
     rows = [render([each], tokenizer, task="chat", max_length=300, template=CHATML) for each in examples]
-    assert answers.questions(rows[0], 2) == []
-    (asked,) = answers.questions(rows[1], 2)
+    assert samples.questions(rows[0], 2) == []
+    (asked,) = samples.questions(rows[1], 2)
     assert tokenizer.decode(asked.prompt).endswith("C?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(asked.answer) == "D.<|im_end|>"
-    (asked,) = answers.questions(rows[2], 2)
+    (asked,) = samples.questions(rows[2], 2)
     assert (tokenizer.decode(asked.prompt), tokenizer.decode(asked.answer)) == ("C?", " D.<|endoftext|>")
-    assert answers.questions(rows[1], 2, longest=10) == []
+    assert samples.questions(rows[1], 2, longest=10) == []

@@ -36,7 +36,6 @@ from hatrack.data.ends import Ends
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
-from hatrack.engine.answers import SampleAnswers, check_ends
 from hatrack.engine.cache import Prefix
 from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, ProgressBar
 from hatrack.engine.checkpoint import STATE
@@ -45,6 +44,7 @@ from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.engine.load import load_for
 from hatrack.engine.proof import read_back
 from hatrack.engine.run import Run, open_run
+from hatrack.engine.samples import SampleAnswers, check_ends
 from hatrack.engine.states import States, open_states, row_key
 from hatrack.engine.sweep import Sweep
 from hatrack.engine.trainer import BEST, HatTrainer
