@@ -5,12 +5,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hatrack
+from hatrack.base.load import load_base
+from hatrack.base.sources import find_base
 from hatrack.data import template as templates
 from hatrack.data.examples import Example
 from hatrack.data.render import render
@@ -158,3 +161,24 @@ def test_a_question_is_what_stands_before_the_last_answer() -> None:
     (asked,) = samples.questions(rows[2], 2)
     assert (tokenizer.decode(asked.prompt), tokenizer.decode(asked.answer)) == ("C?", " D.<|endoftext|>")
     assert samples.questions(rows[1], 2, longest=10) == []
+
+
+def test_a_model_that_cannot_generate_is_trained_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such cache\nmore")
+
+    monkeypatch.setattr(samples, "answered", fail)
+    _trained(tmp_path, CHATML, says="\nIt is.ab")
+    said = capsys.readouterr().err
+    assert said.count("no held-out question is answered on the way: no such cache\n") == 1
+    assert "whether answers end by themselves could not be found out: no such cache\n" in said
+    assert (tmp_path / "hat/adapter_model.safetensors").is_file()
+
+
+def test_an_answer_is_no_longer_than_the_model_takes(tmp_path: Path) -> None:
+    base = load_base(find_base(str(talking_base(tmp_path / "base", says="ab"))), task="chat", device="cpu")
+    for tokens, most in ((512, 0), (509, 3), (5, 40)):
+        prompt = np.full(tokens, base.tokenizer("b")["input_ids"][0])
+        assert len(samples.answered(base.model, prompt, [EOS], base, 40)) == most

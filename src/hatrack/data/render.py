@@ -19,7 +19,7 @@ from hatrack.errors import DataError, MachineError, RecipeError
 from hatrack.say import counted, say, say_once
 from hatrack.storage import cache_dir, new_folder
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
 TEXTS_AT_ONCE = 1000
 

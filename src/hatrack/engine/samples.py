@@ -3,6 +3,7 @@
 Short, and with the likeliest words alone: no random number is drawn, and the model is as it was afterwards.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from hatrack.say import say
 
 QUESTIONS, TOKENS, SECONDS = 2, 40, 3.0
 """How many are asked at each evaluation, and the most that an answer takes."""
+SHARE, FREE = 0.05, 5.0
+"""Of a run's time for answers on the way, beside so many seconds; at the end there always are some."""
 LONGEST = 512
 """Tokens of a question that is asked: longer ones take their time."""
 
@@ -53,11 +56,20 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, held_out: TokenRows, base: Base, ends: list[int], metrics: MetricsFile) -> None:
         self.asked, self.base, self.ends, self.metrics = questions(held_out, QUESTIONS), base, ends, metrics
+        self.began, self.took = time.monotonic(), 0.0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.asked or not state.is_world_process_zero:
+        now = time.monotonic()
+        too_much = self.took > FREE + SHARE * (now - self.began) and state.global_step < state.max_steps
+        if not self.asked or too_much or not state.is_world_process_zero:
             return
-        answers = [self._answer(model, question) for question in self.asked]
+        try:
+            answers = [self._answer(model, question) for question in self.asked]
+        except Exception as error:  # whatever keeps a model from generating, it can be trained all the same
+            say(f"no held-out question is answered on the way: {_first_line(error)}")
+            self.asked = []
+            return
+        self.took += time.monotonic() - now
         self.metrics.write(state, {"answers": answers})
         for answer in answers:
             going_on = "" if answer["ended"] else " ..."
@@ -71,6 +83,10 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]
         return {"row": question.row, "prompt": prompt, "answer": said, "wanted": wanted, "ended": ended}
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _last_line(prompt: str) -> str:
     """The words of a question that tell it from others: its last line but for the name of who is to answer."""
     lines = [line.strip() for line in prompt.splitlines() if line.strip()]
@@ -79,7 +95,12 @@ def _last_line(prompt: str) -> str:
 
 @torch.no_grad()
 def answered(model: Any, prompt: np.ndarray, ends: list[int], base: Base, most: int) -> list[int]:
-    """The likeliest tokens after `prompt` (n,), the one that ends them included, `most` at most."""
+    """The likeliest tokens after `prompt` (n,), the one that ends them included; `most` at most, and no more than the
+    model takes."""
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    most = min(most, limit - len(prompt)) if limit else most
+    if most < 1:
+        return []
     ids = torch.tensor(np.array([prompt]), dtype=torch.long, device=base.device)
     was_training, pad = model.training, base.tokenizer.pad_token_id
     model.eval()
@@ -109,15 +130,18 @@ def check_ends(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
     if not asked:
         return
     shortest = min(asked, key=lambda each: len(each.answer))
-    likely = _end_likely(hat, shortest, tokens)
-    if likely >= 0.5:
-        return
     ends = end_tokens(hat.base, tokens)
-    said = answered(hat.model, shortest.prompt, ends, hat.base, min(len(shortest.answer) + 24, 2 * TOKENS))
-    if said and said[-1] in ends:
+    try:
+        likely = _end_likely(hat, shortest, tokens)
+        if likely >= 0.5:
+            return
+        said = answered(hat.model, shortest.prompt, ends, hat.base, min(len(shortest.answer) + 24, 2 * TOKENS))
+    except Exception as error:  # the adapter is trained and proven: this is no reason to lose it
+        say(f"whether answers end by themselves could not be found out: {_first_line(error)}")
         return
-    end = hat.base.tokenizer.decode([int(shortest.answer[-1])])
-    say(f"advice: {end_not_learned(shortest.row, end, likely, len(said))}")
+    if said and said[-1] not in ends:
+        end = hat.base.tokenizer.decode([int(shortest.answer[-1])])
+        say(f"advice: {end_not_learned(shortest.row, end, likely, len(said))}")
 
 
 @torch.no_grad()
