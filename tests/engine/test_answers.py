@@ -28,6 +28,13 @@ EOS, END = SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")
 DATED = "{{ 'Today is ' ~ strftime_now('%d %b %Y %H:%M:%S.%f') ~ '\\n' }}" + CHATML
 
 
+@pytest.fixture(autouse=True)
+def time_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is."""
+    monkeypatch.setattr(samples, "SECONDS", 600.0)
+    monkeypatch.setattr(samples, "FREE", 600.0)
+
+
 def _on(day: int, patch: pytest.MonkeyPatch) -> None:
     class Clock(datetime):
         @classmethod
