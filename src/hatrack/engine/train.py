@@ -393,6 +393,7 @@ def _describe(
 def _generation_config(base: Base, ends: Ends) -> str:
     """What plain transformers and vLLM read: the base's own settings, and where an answer of the adapter ends."""
     own = base.model.generation_config.to_diff_dict()
+    own.pop("_from_model_config", None)  # would have transformers take the base's end for it
     more = {"eos_token_id": end_tokens(base, ends.tokens), "pad_token_id": base.tokenizer.pad_token_id}
     texts = {"stop_strings": list(ends.texts)} if ends.texts else {}
     return json.dumps(own | more | texts, indent=2) + "\n"
