@@ -102,6 +102,8 @@ def _table(source: str, header: list[str], lines: list[list[str]]) -> Rows:
 
 def _fits(cells: Sequence[str], header: Sequence[str]) -> bool:
     """Whether a row has a cell for each column up to the last that has a name, and no more but empty ones."""
+    if len(cells) == len(header):
+        return True
     named = max((place for place, name in enumerate(header, 1) if name.strip()), default=len(header))
     return len(cells) >= named and not any(cells[len(header) :])
 
