@@ -144,6 +144,22 @@ def test_a_revision_does_not_go_with_a_folder(
     assert "revision main is passed over" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "accident"),
+    [
+        (QV | {"trainable_token_indices": [3, 4]}, False),
+        (QV | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+    ],
+    ids=str,
+)
+def test_embeddings_that_were_asked_for_are_no_accident(
+    tmp_path: Path, options: dict[str, Any], accident: bool
+) -> None:
+    folder = _adapter(tmp_path / "hat", _base("Tied"), options)
+    assert ("embeddings-saved" in {finding.gotcha for finding in check_adapter(folder)}) == accident
+
+
 def test_what_a_base_is_called_elsewhere(tiny_decoder: Path, tmp_path: Path) -> None:
     """A hub id or a package's name where there is one; a folder in the hub's cache is the hub's; else the path."""
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -69,6 +69,8 @@ def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
         name: tensor.numel() * tensor.element_size()
         for name, tensor in tensors.items()
         if ".lora_" not in name
+        and "trainable_tokens_delta" not in name  # the rows that were to be trained
+        and not files.config.get("ensure_weight_tying")  # one of the two is in modules_to_save, the other follows it
         and any(part in f".{name}." for part in EMBEDDINGS)
         and not any(f".{module}." in f".{name}" for module in asked)
     }
