@@ -3,6 +3,7 @@
 Knows nothing of adapters, rows or training.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,8 @@ STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes", "*.model", "*.tiktoken")
 """Files of which a tokenizer needs at least one, unless it splits text into bytes or characters."""
+WITHOUT_MASK = ("fnet",)
+"""Model types that see padding, whatever the attention mask says."""
 WITHOUT_VOCABULARY = ("ByT5", "Canine", "Perceiver")
 
 
@@ -168,7 +171,10 @@ def load_base(
     else:
         model, found = _model(files, task, torch.device("cpu") if mapped else chosen, seed, options)
     _check_loaded(files, model, task, found, seed)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for part in (model.config, model.config.get_text_config()):
+        part.pad_token_id = tokenizer.pad_token_id
+    if task == "classify":  # as in training, whatever side it generates from: many models count positions from the left
+        tokenizer.padding_side = "right"
     keep_packed_as_is(model)
     model.requires_grad_(False)
     model.eval()
@@ -196,6 +202,12 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
     """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task,
     cannot be trained on, or needs code that may not run."""
     check_task(files.source, read_config(check_code(check_bare(files)).folder), task)
+    if task == "classify" and read_config(files.folder).get("model_type") in WITHOUT_MASK:
+        raise BaseError(
+            f"{files.source} mixes padding into its answers: a text's label would depend on its neighbours",
+            got=str(read_config(files.folder)["model_type"]),
+            fix="use another base, such as a BERT",
+        )
     if task == "classify" and not labels:
         raise RecipeError("a classifier needs labels", got="none", fix="give the label column with --label")
     extra: dict[str, Any] = {}
@@ -258,8 +270,17 @@ def load_tokenizer(files: BaseFiles) -> Any:
             got=_first_line(error),
             fix="copy or download the base again",
         ) from error
+    rows = read_config(files.folder).get("vocab_size")
+    inside = rows if isinstance(rows, int) else math.inf
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= inside:
+        say_once(
+            f"{files.source}: its padding token {tokenizer.pad_token} has none of its {rows:,} embeddings; "
+            "another token pads, which no answer sees"
+        )
+        tokenizer.pad_token = None
     if tokenizer.pad_token_id is None:
-        stand_in = tokenizer.eos_token or tokenizer.unk_token
+        stand_ins = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        stand_in = next((t for t in stand_ins if t and tokenizer.convert_tokens_to_ids(t) < inside), None)
         if stand_in is None:
             raise BaseError(
                 f"{files.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"

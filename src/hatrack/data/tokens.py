@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from hatrack.data.ends import Ends, find_ends
 from hatrack.data.examples import Examples
 from hatrack.data.render import TokenRows, choose_max_length, render_cached
 from hatrack.data.template import chat_template, check_steady
+from hatrack.errors import BaseError
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
@@ -53,7 +56,24 @@ def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *,
             (examples.held_out, str(recipe.eval_data or recipe.data)),
         )
     )
+    for part in (learn, held_out):
+        _check_embedded(part, tokenizer, config)
     if learn.cut or held_out.cut:
         say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
     ends = Ends() if examples.task == "classify" else find_ends(learn, tokenizer, length, template)
     return Tokens(learn, held_out, template, length, ends)
+
+
+def _check_embedded(part: TokenRows, tokenizer: Any, config: Any) -> None:
+    """Raises BaseError where a row has a token that the base has no embedding for."""
+    known = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    if known is None or not len(part.ids) or part.ids.max() < known:
+        return
+    place = int((part.ids >= known).argmax())
+    row, token = part.rows[np.searchsorted(part.offsets, place, side="right") - 1], int(part.ids[place])
+    raise BaseError(
+        "the tokenizer has tokens that the base has no embedding for",
+        got=f"{tokenizer.convert_ids_to_tokens(token)!r} as {token:,} in row {row}, and {known:,} embeddings",
+        fix="use tokenizer and weights of one model, or weights whose embeddings were resized for it",
+        gotcha="token-without-embedding",
+    )
