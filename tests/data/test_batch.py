@@ -87,7 +87,7 @@ def test_nine_tenths_of_what_the_demo_computes_are_real_tokens(tmp_path: Path) -
         recipe = Recipe.make(base=base, data=str(data), max_length=length)
         examples, files = read_examples(recipe), find_base(base)
         config = load_config(files, task=cast(Task, examples.task), labels=examples.labels)
-        lengths = tokenise(recipe, examples, load_tokenizer(files), config).learn.lengths
+        lengths = tokenise(recipe, examples, load_tokenizer(files), config)[1].learn.lengths
         rows = batch_rows(recipe, task=examples.task, rows=len(lengths))
         batches = LengthBatches(lengths, rows, recipe.seed, by_tokens=examples.task != "classify")
         for epoch in range(2):

@@ -1,12 +1,15 @@
 """Rows -> examples: what is guessed, what is refused, what is dropped, and the split."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from hatrack.data.columns import find_columns
-from hatrack.data.examples import Examples, prepare, split
+from hatrack.data.complaints import Unlearnable
+from hatrack.data.examples import Example, Examples, of_both, prepare, split
 from hatrack.data.read import Rows
+from hatrack.data.values import Bad
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
 
@@ -306,3 +309,121 @@ def test_rows_of_plain_turns_keep_the_digest_that_adapters_remember() -> None:
     rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(10)]
     assert _prepare(rows).digest == "7d15e98a052b57fa"
     assert _prepare(_labelled(20)).digest == "cf5527c25e05e3eb"
+
+
+def _refusing(*words: str) -> Callable[[list[Example], str], list[int]]:
+    """Refuses the examples whose text has one of these words, as a tokenizer would."""
+
+    def make(part: list[Example], source: str) -> list[int]:
+        bad = [Bad(each.row, "not for me") for each in part if set(words) & set(each.words.split())]
+        if bad:
+            raise Unlearnable([(source, bad)], len(part), ["write other words"])
+        return [each.row for each in part]
+
+    return make
+
+
+@pytest.mark.parametrize("bad", [("3",), ("3", "7", "11"), tuple(map(str, range(0, 30, 2)))])
+def test_rows_left_out_late_are_as_if_they_had_never_been_there(
+    bad: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe.make(bad_rows="skip", data="file.csv", seed=4)
+    rows = [row for row in _labelled(60, classes=2) if row["text"].split()[1] not in bad]
+    numbers = [index for index in range(1, 61) if str(index - 1) not in bad]
+    without = prepare(recipe, Rows("file.csv", ("text", "label"), rows, numbers))
+    left, train, held_out = of_both(recipe, prepare(recipe, _rows(_labelled(60))), _refusing(*bad))
+    assert left == without
+    assert train == [each.row for each in left.train] and held_out == [each.row for each in left.held_out]
+    assert f"{len(bad)} row{'s' * (len(bad) > 1)} left out, the first: file.csv row" in capsys.readouterr().err
+
+
+def test_both_parts_are_refused_at_once() -> None:
+    recipe = Recipe.make(data="file.csv", eval_data="held.csv")
+    examples = prepare(recipe, _rows(_labelled(20)), _rows([{"text": "x 3", "label": "class 1"}] * 2, "held.csv"))
+    with pytest.raises(Unlearnable) as caught:
+        of_both(recipe, examples, _refusing("3", "8"))
+    assert caught.value.complaints == ["file.csv rows 4, 9: not for me", "held.csv row 1: not for me"]
+    assert caught.value.fix == "write other words, or leave them out with --bad-rows skip"
+    one = Recipe.make(data="file.csv")
+    with pytest.raises(Unlearnable) as caught:  # wherever the split has put them
+        of_both(one, prepare(one, _rows(_labelled(20))), _refusing(*map(str, range(20))))
+    assert caught.value.complaints == ["file.csv rows 1-20: not for me"] and caught.value.fix == "write other words"
+
+
+def test_rows_left_out_late_may_leave_too_little() -> None:
+    recipe = Recipe.make(data="file.csv", bad_rows="skip")
+    examples = prepare(recipe, _rows(_labelled(8)))
+    with pytest.raises(DataError, match=r"no row of label 'class 0' in file.csv can be learned from"):
+        of_both(recipe, examples, _refusing("0", "2", "4", "6"))
+    with pytest.raises(DataError, match="too few rows to learn from"):
+        of_both(recipe, examples, _refusing(*map(str, range(8))))
+    apart = Recipe.make(data="file.csv", eval_data="held.csv", bad_rows="skip")
+    given = prepare(apart, _rows(_labelled(8)), _rows([{"text": "x 30", "label": "class 1"}] * 2, "held.csv"))
+    with pytest.raises(DataError, match="too few rows"):
+        of_both(apart, given, _refusing("30"))
+    assert [each.row for each in of_both(apart, given, _refusing("3"))[0].train] == [1, 2, 3, 5, 6, 7, 8]
+
+
+def _chat(row: dict[str, Any], **options: Any) -> Example:
+    rows: list[dict[str, Any]] = [dict(row), dict(row)]
+    for index, each in enumerate(rows):  # two different rows, of which the first counts
+        if index:
+            last = "completion" if "completion" in each else "messages"
+            each[last] = (
+                [*each[last], {"role": "user", "content": "and now ?"}] if isinstance(each[last], list) else "x"
+            )
+    found = _prepare(rows, **options)
+    return next(example for example in (*found.train, *found.held_out) if example.row == 1)
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_prompts_and_completions_of_messages_are_one_conversation() -> None:
+    prompt = [_turn("user", "a"), _turn("assistant", "b"), _turn("user", "c")]
+    found = _chat({"prompt": prompt, "completion": [_turn("assistant", "d")]})
+    assert found.messages == (*prompt, _turn("assistant", "d")) and found.read_only == (1,)
+    assert _chat({"prompt": prompt, "completion": "d"}) == found
+    assert _chat({"prompt": "a", "completion": [_turn("assistant", "d")]}).messages == (
+        _turn("user", "a"),
+        _turn("assistant", "d"),
+    )
+    with pytest.raises(
+        DataError, match="mixed types: list where text was expected; a list of messages goes with --task c"
+    ):
+        _prepare([{"prompt": prompt, "completion": "d"}] * 2, task="complete")
+    with pytest.raises(DataError, match="column context: there is text beside a prompt that is a list of messages"):
+        _prepare([{"prompt": prompt, "completion": "d", "context": "x"}] * 2)
+
+
+def test_columns_beside_a_conversation_become_part_of_it() -> None:
+    talk = [
+        _turn("user", "a"),
+        {**_turn("assistant", "b"), "train": False},
+        _turn("user", "c"),
+        _turn("assistant", "d"),
+    ]
+    found = _chat({"messages": talk, "system": "Be brief.", "tools": '[{"name": "f"}]', "id": 0})
+    assert [turn["content"] for turn in found.messages] == ["Be brief.", "a", "b", "c", "d"]
+    assert found.read_only == (2,) and found.tools == ({"type": "function", "function": {"name": "f"}},)
+    row = {"instruction": "c", "input": "e", "output": "d", "history": [["a", "b"]], "system": "s", "weight": 1}
+    found = _chat(row | {"completion": row.pop("output")})
+    assert [turn["content"] for turn in found.messages] == ["s", "a", "b", "c\n\ne", "d"] and found.read_only == ()
+
+
+def test_what_only_tools_or_marks_tell_apart_is_no_duplicate() -> None:
+    talk = [_turn("user", "a"), _turn("assistant", "b"), _turn("user", "c"), _turn("assistant", "d")]
+    marked = [talk[0], {**talk[1], "weight": 0}, *talk[2:]]
+    rows: list[dict[str, Any]] = [
+        {"messages": talk},
+        {"messages": marked},
+        {"messages": talk, "tools": [{"name": "f"}]},
+    ]
+    found = _prepare([*rows, {"messages": talk}])
+    assert len(found.train) + len(found.held_out) == 3
+
+
+def test_message_keys_that_are_not_read_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    _prepare([{"prompt": [{**_turn("user", str(i)), "id": i}], "completion": "b"} for i in range(3)])
+    assert capsys.readouterr().err.count("not read in the messages: id\n") == 1

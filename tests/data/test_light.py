@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hatrack.data.examples import Example
+from hatrack.data.complaints import Unlearnable
+from hatrack.data.examples import Example, Examples
 from hatrack.data.light import SAMPLE, LightTokenizer, row_sizes
 from hatrack.data.render import encode, render
 from hatrack.data.template import PLAIN_TEMPLATE, chat_template
+from hatrack.recipe import Recipe
 from tests.conftest import WORDS, turns
 from tests.data.test_template import CALLING, GEMMA, LLAMA3, QWEN3, TALK, TOOL, TOOLS
 
@@ -27,6 +29,14 @@ def _saved(tokenizer: PreTrainedTokenizerFast, folder: Path, template: str | Non
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _sizes(examples: list[Example], folder: Path, most: int, bad_rows: str = "refuse") -> Any:
+    task = "chat" if examples[0].messages else "classify" if examples[0].label is not None else "complete"
+    given = Examples(task, examples, examples[:1], [], False, {}, "", apart=True)
+    left, learn, held_out = row_sizes(Recipe.make(data="f.jsonl", bad_rows=bad_rows), given, folder, most)
+    assert len(left.train) == len(learn) and len(left.held_out) == len(held_out)
+    return learn
 
 
 @pytest.mark.parametrize("template", [None, LLAMA3, GEMMA, QWEN3, TRACKED])
@@ -79,7 +89,7 @@ def test_sizes_are_those_that_are_trained_on(tiny_decoder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
     template = chat_template(tokenizer)[0]
     rendered = render(examples, tokenizer, task="chat", max_length=24, template=template)
-    np.testing.assert_array_equal(row_sizes(examples, tiny_decoder, 24), rendered.sizes)
+    np.testing.assert_array_equal(_sizes(examples, tiny_decoder, 24), rendered.sizes)
     assert rendered.sizes[:, 1].sum() == rendered.learn.sum() and rendered.sizes[:, 0].max() == 24
 
 
@@ -90,7 +100,7 @@ def test_of_many_rows_some_are_counted(tiny_decoder: Path) -> None:
     ]
     tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
     true = render(examples, tokenizer, task="complete", max_length=1000).sizes
-    found = row_sizes(examples, tiny_decoder, 1000)
+    found = _sizes(examples, tiny_decoder, 1000)
     assert abs(found.sum() / true.sum() - 1) < 0.02
     assert found[:, 0].max() == true[:, 0].max()  # the longest row decides how much memory a run takes
     assert np.abs(found - true).mean() < 1
@@ -98,9 +108,9 @@ def test_of_many_rows_some_are_counted(tiny_decoder: Path) -> None:
 
 def test_without_a_tokenizer_file_letters_are_counted(tmp_path: Path) -> None:
     examples = [Example(1, text="a" * 80, label=0), Example(2, text="a" * 8000, label=1)]
-    assert row_sizes(examples, tmp_path, 512).tolist() == [[20, 0], [512, 0]]
+    assert _sizes(examples, tmp_path, 512).tolist() == [[20, 0], [512, 0]]
     talk = [Example(1, messages=turns(("user", "a" * 40), ("assistant", "b" * 40)))]
-    assert row_sizes(talk, tmp_path, 512).tolist() == [[20, 20]]
+    assert _sizes(talk, tmp_path, 512).tolist() == [[20, 20]]
 
 
 @pytest.mark.parametrize("config", [None, GEMMA, {"default": LLAMA3, "rag": GEMMA}])
@@ -118,3 +128,22 @@ def test_templates_are_found_where_transformers_finds_them(
         (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
         (tmp_path / f"additional_chat_templates/{name}.jinja").write_text(template)
     assert LightTokenizer(tmp_path).chat_template == AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+def test_what_training_refuses_is_refused_and_left_out_before_it(tiny_decoder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + LLAMA3
+    folder = _saved(tokenizer, tmp_path, template)
+    bad = {2: turns(("system", "so"), ("user", "who ?"), ("assistant", "one"))}
+    bad |= {5: turns(("user", "so " * 90), ("assistant", "one"))}
+    plain = turns(("user", "what is red ?"), ("assistant", "the film"))
+    examples = [Example(row, messages=bad.get(row % SAMPLE, plain)) for row in range(1, 2 * SAMPLE)]
+    refused, cut = "the chat template refuses a conversation (no system turns)", "the answer begins after the 48 tokens"
+    with pytest.raises(Unlearnable) as caught:
+        _sizes(examples, folder, 48)
+    assert caught.value.complaints[0] == f"f.jsonl rows 2, {SAMPLE + 2}: {refused}"
+    assert caught.value.complaints[1].startswith(f"f.jsonl rows 5, {SAMPLE + 5}: {cut}")
+    with pytest.raises(Unlearnable) as trained:
+        render(examples, tokenizer, task="chat", max_length=48, template=template, source="f.jsonl")
+    assert trained.value.complaints == caught.value.complaints and trained.value.fix == caught.value.fix
+    assert len(_sizes(examples, folder, 48, "skip")) == 2 * SAMPLE - 5

@@ -21,8 +21,11 @@ from hypothesis import strategies as st
 
 from hatrack.check.checks import check_recipe
 from hatrack.data.examples import read_examples
-from hatrack.errors import HatrackError
+from hatrack.data.template import PLAIN_TEMPLATE, spoken
+from hatrack.errors import DataError, HatrackError
 from hatrack.recipe import Recipe
+from tests.conftest import tiny_tokenizer
+from tests.data.test_template import LLAMA3, TOOLS
 from tests.fuzz.watch import JSON, MANY, mutated, outcomes, watched
 
 GOOD: dict[str, list[dict[str, Any]]] = {
@@ -188,6 +191,104 @@ def test_a_data_files_cells(here: Path, tiny_decoder: Path, data: st.DataObject)
         del options["task"]
     with _refused_or_taken("cells of a data file", here):
         _could_begin(Recipe.make(**options))
+
+
+MARKER = st.text("abcdefghij", min_size=6, max_size=10)
+LAYOUTS = ("pairs", "alpaca", "context", "messages", "sharegpt", "lists")
+KEYS: dict[str, Any] = {
+    "name": "ann", "id": "m1", "weight": 1, "train": True, "loss": True, "tool_calls": None, "function_call": None,
+    "reasoning_content": None, "mask": None, "content": [], "timestamp": 3,
+}  # fmt: skip
+"""Message keys, and a value of each that changes nothing."""
+
+
+def _said(data: st.DataObject, words: list[str]) -> str:
+    """A text of its own, which is noted."""
+    words.append(f"{data.draw(MARKER)}{len(words)}")
+    return words[-1]
+
+
+def _message(data: st.DataObject, words: list[str], role: str) -> dict[str, Any]:
+    """A message with text of its own, and what may stand beside it; all its text is noted."""
+    parts = data.draw(st.sampled_from((None, "text", "image_url")))
+    text = _said(data, words)
+    found: dict[str, Any] = {"role": role, "content": [{"type": parts, "text": text}] if parts else text}
+    key = data.draw(st.sampled_from(("", *KEYS)))
+    if key == "tool_calls":
+        arguments = {"a": _said(data, words)}
+        given = json.dumps(arguments) if data.draw(st.booleans()) else arguments
+        found[key] = [{"type": "function", "function": {"name": _said(data, words), "arguments": given}}]
+    elif key in ("function_call", "reasoning_content"):
+        found[key] = _said(data, words)
+    elif key in ("weight", "train", "loss", "mask"):
+        found[key] = data.draw(st.sampled_from((0, 1, True, False, None, 0.5, "true", 7)))
+    elif key and key != "content":
+        found[key] = KEYS[key]
+    return found
+
+
+def _row(data: st.DataObject, layout: str, words: list[str]) -> dict[str, Any]:
+    """A row of one of the common layouts. Every text in it is noted in `words`."""
+    if layout in ("pairs", "alpaca", "context"):
+        names = {
+            "pairs": ("prompt", "completion"),
+            "alpaca": ("instruction", "output"),
+            "context": ("question", "answer"),
+        }
+        row: dict[str, Any] = {name: _said(data, words) for name in names[layout]}
+        beside = {"pairs": None, "alpaca": "input", "context": "context"}[layout]
+        if beside:
+            row[beside] = _said(data, words) if data.draw(st.booleans()) else ""
+        if data.draw(st.booleans()):
+            row["history"] = [[_said(data, words), _said(data, words)]]
+    else:
+        roles = data.draw(
+            st.sampled_from((("user", "assistant"), ("user", "assistant") * 2, ("user", "tool", "assistant")))
+        )
+        turns = [_message(data, words, role) for role in roles]
+        if layout == "sharegpt":
+            turns = [
+                {("from" if k == "role" else "value" if k == "content" else k): v for k, v in t.items()} for t in turns
+            ]
+        if layout == "lists":
+            row = {"prompt": turns[:-1], "completion": turns[-1:]}
+        else:
+            cell = json.dumps(turns) if data.draw(st.booleans()) else turns
+            row = {"conversations" if layout == "sharegpt" else "messages": cell}
+    if data.draw(st.booleans()):
+        row["system"] = _said(data, words) if data.draw(st.booleans()) else None
+    if data.draw(st.integers(0, 3)) == 0:
+        tool = {"name": _said(data, words)}
+        row["tools"] = data.draw(
+            st.sampled_from(([tool], json.dumps([tool]), [{"type": "function", "function": tool}]))
+        )
+    return row
+
+
+@MANY
+@given(data=st.data())
+def test_no_text_of_a_layout_is_lost(here: Path, tiny_decoder: Path, data: st.DataObject) -> None:
+    """All the text of a row is in what is written of it, or the row is refused."""
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    words: list[list[str]] = [[] for _ in range(3)]
+    rows = [_row(data, layout, said) for said in words]
+    path = here / "rows.json"
+    path.write_text(json.dumps(rows))
+    template = data.draw(st.sampled_from((None, TOOLS, LLAMA3, PLAIN_TEMPLATE)))
+    tokenizer = tiny_tokenizer(chat=True)
+    with _refused_or_taken("layouts", here):
+        examples = read_examples(Recipe.make(data=str(path), bad_rows="skip"))
+        for example in (*examples.train, *examples.held_out):
+            with contextlib.suppress(DataError):
+                whole, spans = spoken(
+                    example.messages,
+                    tokenizer,
+                    template or tokenizer.chat_template,
+                    tools=example.tools,
+                    read_only=example.read_only,
+                )
+                missing = [word for word in words[example.row - 1] if word not in whole]
+                assert not missing and spans, (rows[example.row - 1], whole)
 
 
 @pytest.mark.parametrize("task", sorted(GOOD))

@@ -73,7 +73,8 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
     shapes = look("base-refused", _shapes, files, config, task=task, labels=len(labels))
     chosen = look("target-names", _targets, recipe, files, config, shapes, task=task)
     look("rank-too-large", _rank, recipe, chosen)
-    tokens = look("nothing-to-learn", tokenise, recipe, examples, tokenizer, config)
+    tokenised = look("nothing-to-learn", tokenise, recipe, examples, tokenizer, config)
+    examples, tokens = tokenised or (examples, None)
     dtype = look("device-not-there", _dtype, recipe)
     if looking.found or not (examples and files and tokens and dtype and task):
         return looking.found, None

@@ -112,9 +112,8 @@ def _work(recipe: Recipe, peeked: "Peek") -> "Work":
 
     examples = read_examples(recipe)
     most = recipe.max_length or min(512 if examples.task == "classify" else 2048, _limit(peeked))
-    sizes = row_sizes([*examples.train, *examples.held_out], peeked.folder, most)
-    cut = len(examples.train)
-    return Work(examples.task, max(len(examples.labels), 1), sizes[:cut], sizes[cut:])
+    examples, learn, held_out = row_sizes(recipe, examples, peeked.folder, most)
+    return Work(examples.task, max(len(examples.labels), 1), learn, held_out)
 
 
 def _limit(peeked: "Peek") -> int:

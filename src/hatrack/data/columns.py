@@ -28,7 +28,7 @@ SAID = {
     "input": "the prompt is {prompt!r}, and where there is one a blank line and {column!r}",
     "system": "{column!r} becomes the first turn",
     "history": "{column!r} becomes earlier turns, whose answers are learned too",
-    "tools": "{column!r} are the tools that the chat template writes",
+    "tools": "{column!r} are the tools that the chat template is given",
 }
 WEIGHTS = ("weight", "weights", "sample_weight", "mask", "loss", "loss_mask", "train")
 ONE = ("1", "1.0", "true")

@@ -14,18 +14,31 @@ SHOWN_SPANS = 8
 
 
 class Unlearnable(DataError):
-    """Rows of one or two sources that cannot be learned from: `bad`, those of each source."""
+    """Rows of one or two sources, `total` in all, that cannot be learned from: `bad`, those of each source."""
 
-    def __init__(self, bad: Sequence[tuple[str, Sequence[Bad]]], fixes: Sequence[str] = ("mend them",)) -> None:
-        self.bad, self.fixes = bad, list(dict.fromkeys(fixes))
+    def __init__(
+        self, bad: Sequence[tuple[str, Sequence[Bad]]], total: int, fixes: Sequence[str] = (), gotcha: str = ""
+    ) -> None:
+        self.bad, self.total, self.fixes = bad, total, list(dict.fromkeys(fixes))
         count = sum(len(each) for _, each in bad)
-        skip = "leave them out with --bad-rows skip" if count > 1 else "--bad-rows skip"
-        fix = "; ".join(self.fixes) if count > 1 else "; ".join(self.fixes).replace("mend them", "mend it")
+        ways = self.fixes or ["mend them" if count > 1 else "mend it"]
+        skip = [] if count >= total else ["leave them out with --bad-rows skip" if count > 1 else "--bad-rows skip"]
         super().__init__(
             f"{counted(count)} cannot be learned from",
-            fix=f"{fix}, or {skip}",
+            fix=", or ".join([*ways, *skip]),
+            gotcha=gotcha,
             complaints=[line for source, each in bad for line in listed(source, each)],
         )
+
+
+def joined(errors: Sequence[Unlearnable], total: int) -> Unlearnable:
+    """The complaints of several as one, by their sources; `total` is the number of all rows."""
+    by_source: dict[str, list[Bad]] = {}
+    for error in errors:
+        for source, each in error.bad:
+            by_source.setdefault(source, []).extend(each)
+    gotcha = next((error.gotcha for error in errors if error.gotcha), "")
+    return Unlearnable(list(by_source.items()), total, [fix for error in errors for fix in error.fixes], gotcha)
 
 
 def refuse_or_skip(error: Unlearnable, bad_rows: str) -> None:

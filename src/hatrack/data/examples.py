@@ -8,13 +8,13 @@ import json
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hatrack.data import labels
 from hatrack.data.columns import find_beside, find_columns
-from hatrack.data.complaints import Unlearnable, refuse_or_skip
+from hatrack.data.complaints import Unlearnable, joined, refuse_or_skip
 from hatrack.data.labels import Label
 from hatrack.data.messages import holds
 from hatrack.data.read import Rows, read_rows
@@ -23,6 +23,7 @@ from hatrack.errors import DataError, short
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
+Made = TypeVar("Made")
 PLAIN = {"role", "content"}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 
@@ -60,7 +61,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run learns from and is scored on. `digest` changes with any of it."""
+    """What a run learns from and is scored on. `digest` changes with any of it. `apart`: in two files."""
 
     task: str
     train: list[Example]
@@ -69,6 +70,7 @@ class Examples:
     multi_label: bool
     columns: dict[str, str]
     digest: str
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,64 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
         train, held_out = _without_leaks(parts[0], parts[1], classes), parts[1].examples
     else:
         train, held_out = split(parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label)
+    _check_enough(train, held_out, rows.source)
+    apart, digest = len(parts) == 2, _digest(train, held_out, classes)
+    return Examples(task, train, held_out, classes, multi_label, columns, digest, apart)
+
+
+def of_both(
+    recipe: Recipe, examples: Examples, make: Callable[[list[Example], str], Made]
+) -> tuple[Examples, Made, Made]:
+    """What `make` makes of the training and of the held-out rows, called with these and the name of their source.
+
+    Rows for which it raises Unlearnable are refused, those of both parts at once. With `bad_rows: skip` they are left
+    out as if they had never been there: what remains is split anew. Returns the examples that remain, too.
+    """
+    sources = str(recipe.data), str(recipe.eval_data or recipe.data)
+    made: list[Made] = []
+    gone: list[set[int]] = [set(), set()]
+    errors = []
+    for index, part in enumerate((examples.train, examples.held_out)):
+        try:
+            made.append(make(part, sources[index]))
+        except Unlearnable as error:
+            errors.append(error)
+            gone[index] = {bad.row for _, each in error.bad for bad in each}
+    if not errors:
+        return examples, made[0], made[1]
+    refuse_or_skip(joined(errors, len(examples.train) + len(examples.held_out)), recipe.bad_rows)
+    return of_both(recipe, _left(recipe, examples, gone), make)
+
+
+def _left(recipe: Recipe, examples: Examples, gone: list[set[int]]) -> Examples:
+    """Without the rows `gone` from the training and from the held-out part, and split anew, but for two files."""
+    train, held_out = (
+        [example for example in part if example.row not in rows]
+        for part, rows in zip((examples.train, examples.held_out), gone, strict=True)
+    )
+    if not examples.apart:
+        stratified = examples.task == "classify" and not examples.multi_label
+        rest = sorted([*train, *held_out], key=lambda example: example.row)
+        train, held_out = split(rest, seed=recipe.seed, stratified=stratified)
+    _check_enough(train, held_out, str(recipe.data))
+    there = {index for example in train for index in _indices(example.label)}
+    missing = [name for index, name in enumerate(examples.labels) if index not in there]
+    if missing:
+        raise DataError(
+            f"no row of label {short(missing[0])} in {recipe.data} can be learned from",
+            fix="give it rows that can, or leave the label out",
+        )
+    digest = _digest(train, held_out, examples.labels)
+    return replace(examples, train=train, held_out=held_out, digest=digest)
+
+
+def _check_enough(train: list[Example], held_out: list[Example], source: str) -> None:
     if not train or not held_out:
         raise DataError(
-            f"{rows.source} has too few rows to learn from and to be scored on",
+            f"{source} has too few rows to learn from and to be scored on",
             got=f"{len(train)} and {len(held_out)}",
             fix="give it at least 2 different rows",
         )
-    return Examples(task, train, held_out, classes, multi_label, columns, _digest(train, held_out, classes))
 
 
 def read_scored(
@@ -249,7 +302,8 @@ def _keep(part: _Part, good: list[bool], bad: list[Bad]) -> _Part:
 
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
     """Raises Unlearnable with every complaint, or leaves the rows out. Raises DataError where no row is left."""
-    refuse_or_skip(Unlearnable([(part.source, part.bad) for part in parts]), bad_rows)
+    total = sum(len(part.examples) + len(part.bad) for part in parts)
+    refuse_or_skip(Unlearnable([(part.source, part.bad) for part in parts], total), bad_rows)
     for part in parts:
         if not part.examples:
             raise DataError(f"{part.source} has no row to learn from", got="0 rows", fix="give it at least 2")

@@ -15,13 +15,17 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from hatrack.data.examples import PLAIN, Example
-from hatrack.data.render import encode
-from hatrack.data.template import chat_template
+from hatrack.data.examples import PLAIN, Example, Examples, of_both
+from hatrack.data.render import Encoded, attempt, learnable
+from hatrack.data.template import chat_template, check_steady, spoken
+from hatrack.errors import DataError
+from hatrack.recipe import Recipe
 
 SAMPLE = 300
-LETTERS = 4
-"""Letters a token, where a base brings no tokenizer.json."""
+CHECKED = 5000
+"""Conversations of which each is written, whether its tokens are counted or not."""
+LETTERS, FEW_LETTERS = 4, 2
+"""Letters a token, where a base brings no tokenizer.json; and so few that a row may well have more tokens."""
 
 
 class LightTokenizer:
@@ -44,6 +48,10 @@ class LightTokenizer:
             name: value["content"] if isinstance(value, dict) else value for name, value in names.items() if value
         }
         self.chat_template = _templates(folder, kept.get("chat_template"))
+        described = folder / "config.json"
+        config = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
+        limits = [kept.get("model_max_length"), config.get("max_position_embeddings")]
+        self.model_max_length = min(limit for limit in (*limits, 10**30) if isinstance(limit, int))  # as transformers
         end = self._named.get("eos_token")
         self.eos_token_id = self._tokenizer.token_to_id(end) if isinstance(end, str) else None
         self._compiled: dict[str, Any] = {}
@@ -106,29 +114,67 @@ def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **o
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def row_sizes(examples: Sequence[Example], folder: Path, most: int) -> np.ndarray:
-    """(n, 2) tokens of each row, cut to `most`, and how many of these are learned.
+def row_sizes(recipe: Recipe, examples: Examples, folder: Path, most: int) -> tuple[Examples, np.ndarray, np.ndarray]:
+    """The examples that can be learned from; of each row to learn, (n, 2), the tokens, cut to `most`, and how many of
+    these are learned; and the same of the rows held out.
 
-    Raises DataError where the base's chat template refuses a conversation, as `render` does.
+    Raises Unlearnable with every row that `render` would refuse, unless `bad_rows` is skip. Of more than `CHECKED`
+    conversations only those whose tokens are counted are looked at.
     """
-    letters = np.array([_letters(example) for example in examples])
     try:
         tokenizer = LightTokenizer(folder)
     except Exception:  # none, or a damaged one: training says which
-        learned = [example.label is None for example in examples]
-        sizes = np.maximum(letters / LETTERS, 1)
-        return np.array(np.minimum(np.stack([sizes, sizes * learned], axis=1), most), np.int64)
-    tools = any(example.tools for example in examples)
-    template = chat_template(tokenizer, tools=tools)[0] if examples[0].messages else None
+        return examples, _estimated(examples.train, most), _estimated(examples.held_out, most)
+    both = [*examples.train, *examples.held_out]
+    tools = any(example.tools for example in both)
+    template = chat_template(tokenizer, tools=tools)[0] if examples.task == "chat" else None
+    if template:
+        check_steady(both[0].messages, tokenizer, template)
+    return of_both(recipe, examples, lambda part, source: _sizes(part, tokenizer, template, most, source))
+
+
+def _estimated(examples: Sequence[Example], most: int) -> np.ndarray:
+    """The sizes of rows by their letters alone."""
+    sizes = np.maximum(np.array([_letters(example) for example in examples]) / LETTERS, 1)
+    learned = [example.label is None for example in examples]
+    return np.array(np.minimum(np.stack([sizes, sizes * learned], axis=1), most), np.int64)
+
+
+def _sizes(examples: Sequence[Example], tokenizer: Any, template: str | None, most: int, source: str) -> np.ndarray:
+    """The sizes of rows: of few as they are, of many a sample's, and the others' by their letters between these."""
+    letters = np.array([_letters(example) for example in examples])
     order = np.argsort(letters, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SAMPLE, len(order))).astype(int))]
-    found = np.array([_size(encode(examples[i], tokenizer, template), most) for i in chosen])
+    if examples[0].label is None and len(examples) <= CHECKED:  # their answers may begin after what is kept
+        chosen = np.union1d(chosen, np.flatnonzero(letters > FEW_LETTERS * most))
+    chosen = chosen[np.argsort(letters[chosen], kind="stable")]
+    others = np.setdiff1d(order, chosen)
+    tried = {index: attempt(examples[index], tokenizer, template) for index in chosen}
+    if template and len(examples) <= CHECKED:
+        tried |= {index: error for index in others if (error := _refused(examples[index], tokenizer, template))}
+    looked = sorted(tried)
+    learnable(
+        [examples[index] for index in looked],
+        [tried[index] for index in looked],
+        most,
+        tokenizer.model_max_length,
+        source,
+    )
+    found = np.array([_size(tried[index], most) for index in chosen])
     sizes = np.empty((len(examples), 2))
     sizes[chosen] = found
-    others = np.setdiff1d(order, chosen)
     for column in range(2):
         sizes[others, column] = np.interp(letters[others], letters[chosen], found[:, column])
     return np.array(np.rint(sizes), np.int64)
+
+
+def _refused(example: Example, tokenizer: Any, template: str) -> DataError | None:
+    """What the template has against a conversation; its tokens are not counted."""
+    try:
+        spoken(example.messages, tokenizer, template, tools=example.tools, read_only=example.read_only)
+    except DataError as error:
+        return error
+    return None
 
 
 def _letters(example: Example) -> int:
@@ -137,6 +183,7 @@ def _letters(example: Example) -> int:
     return len(example.words) + beside
 
 
-def _size(encoded: tuple[np.ndarray, np.ndarray], most: int) -> tuple[int, int]:
+def _size(encoded: Encoded | DataError, most: int) -> tuple[int, int]:
+    assert not isinstance(encoded, DataError), "what is refused is not counted"
     ids, learn = encoded
     return max(1, min(len(ids), most)), int(learn[:most].sum())

@@ -6,20 +6,25 @@ The tokenizer comes as an argument, from transformers.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hatrack.data.complaints import Unlearnable
 from hatrack.data.examples import Example
 from hatrack.data.template import render_chat
+from hatrack.data.values import Bad
 from hatrack.errors import DataError, MachineError, RecipeError
-from hatrack.say import counted, say, say_once
+from hatrack.say import say, say_once
 from hatrack.storage import cache_dir, new_folder
 
-CACHE_FORMAT = 4
+Encoded = tuple[np.ndarray, np.ndarray]
+"""The tokens of a row (int32), and which of them are learned (bool)."""
+
+CACHE_FORMAT = 5
 LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
 TEXTS_AT_ONCE = 1000
 
@@ -71,14 +76,19 @@ def choose_max_length(asked: int | None, tokenizer: Any, config_max: int | None,
 
     Raises RecipeError where more is asked than the model can take.
     """
-    limits = [limit for limit in (tokenizer.model_max_length, config_max) if limit and 0 < limit < 10**9]
-    most = min(limits, default=None)
+    most = length_limit(tokenizer, config_max)
     if asked is not None:
         if most is not None and asked > most:
             raise RecipeError("--max-length is more than this model can take", got=asked, fix=f"at most {most}")
         return asked, "as asked"
     cap = LENGTH_CAPS[task]
     return (most, "the model's limit") if most is not None and most <= cap else (cap, f"the default for {task}")
+
+
+def length_limit(tokenizer: Any, config_max: int | None) -> int | None:
+    """The longest row that a model can take, in tokens, by its tokenizer and its config; None where neither says."""
+    limits = [limit for limit in (tokenizer.model_max_length, config_max) if limit and 0 < limit < 10**9]
+    return min(limits, default=None)
 
 
 def render_cached(examples: Sequence[Example], tokenizer: Any, **settings: Any) -> TokenRows:
@@ -131,31 +141,23 @@ def render(
     multi_label: bool = False,
     template: str | None = None,
     source: str = "",
+    limit: int | None = None,
 ) -> TokenRows:
     """Tokenises every example; rows longer than `max_length` are cut, and counted.
 
     classify: the whole text; a cut one keeps the tokens that the tokenizer puts around a text. complete: the text and
     the end-of-text token, or of a prompt and its completion only the latter is learned. chat: the conversation as
     `template` writes it, learning what the assistant says.
-    Raises DataError, with every such row, where the template refuses a row or nothing would be learned from it.
+    `source` and `limit`, the most that the model can take, are for complaints.
+    Raises Unlearnable, with every such row, where the template refuses a row or nothing would be learned from it.
     """
-    if task == "classify":
-        encoded = _plain(examples, tokenizer)
-    else:
-        encoded = _each(examples, lambda example: encode(example, tokenizer, template), source)
+    found = _plain(examples, tokenizer) if task == "classify" else _each(examples, tokenizer, template)
+    encoded = learnable(examples, found, max_length, limit or tokenizer.model_max_length, source)
     cut = [(ids[:max_length], learn[:max_length]) for ids, learn in encoded]
     if task == "classify":
-        _refuse_wordless(
-            [example.row for example, (ids, _) in zip(examples, encoded, strict=True) if not len(ids)], source
-        )
         for index, (ids, learn) in enumerate(encoded):
             if len(ids) > max_length:
                 cut[index] = _shorter(examples[index].text, tokenizer, max_length), learn[:max_length]
-    else:
-        # The first token is never predicted from anything, so it counts for nothing
-        empty = [(e, whole) for e, (_, learn), whole in zip(examples, cut, encoded, strict=True) if not learn[1:].any()]
-        limit = tokenizer.model_max_length
-        _refuse_unlearnable([(example.row, len(ids)) for example, (ids, _) in empty], max_length, limit, source)
     lengths = [len(ids) for ids, _ in cut]
     return TokenRows(
         ids=np.concatenate([ids for ids, _ in cut]).astype(np.int32),
@@ -179,7 +181,7 @@ def encode(example: Example, tokenizer: Any, template: str | None) -> tuple[np.n
     return _plain([example], tokenizer)[0] if example.label is not None else _continued(example, tokenizer)
 
 
-def _plain(examples: Sequence[Example], tokenizer: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def _plain(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
     encoded = []
     texts = [example.text for example in examples]
     for start in range(0, len(texts), TEXTS_AT_ONCE):
@@ -195,24 +197,57 @@ def _shorter(text: str, tokenizer: Any, max_length: int) -> np.ndarray:
     return np.array(tokenizer(text, truncation=True, max_length=max_length)["input_ids"], dtype=np.int32)
 
 
-def _each(
-    examples: Sequence[Example], encode: Callable[[Example], tuple[np.ndarray, np.ndarray]], source: str
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every example encoded. Raises DataError with every row that cannot be, by its number."""
-    encoded, complaints, fix, gotcha = [], [], None, ""
+def _each(examples: Sequence[Example], tokenizer: Any, template: str | None) -> list[Encoded | DataError]:
+    """Every example encoded, or why it cannot be."""
+    found = []
     for index, example in enumerate(examples):
-        try:
-            encoded.append(encode(example))
-        except DataError as error:
-            complaints.append(f"{source} row {example.row}: {error.what}" + (f" ({error.got})" if error.got else ""))
-            fix, gotcha = error.fix, error.gotcha
+        found.append(attempt(example, tokenizer, template))
         if index and index % 20_000 == 0:
             say(f"tokenised {index:,} of {len(examples):,} rows")
-    if complaints:
-        raise DataError(
-            f"{counted(len(complaints))} cannot be tokenised", fix=fix, gotcha=gotcha, complaints=complaints
+    return found
+
+
+def attempt(example: Example, tokenizer: Any, template: str | None) -> Encoded | DataError:
+    """One example encoded, or why it cannot be."""
+    try:
+        return encode(example, tokenizer, template)
+    except DataError as error:
+        return error
+
+
+def learnable(
+    examples: Sequence[Example], found: Sequence[Encoded | DataError], max_length: int, limit: int, source: str
+) -> list[Encoded]:
+    """What was `found` for each example. `limit`: the tokens that the tokenizer says its model takes.
+
+    Raises Unlearnable, with every such row, where a row could not be encoded, or nothing would be learned from it.
+    """
+    bad, fixes, gotchas, needed = [], [], [], 0
+    for example, each in zip(examples, found, strict=True):
+        words = ""
+        if isinstance(each, DataError):
+            words = each.what + (f" ({each.got})" if each.got else "")
+            fixes.append(each.fix or "check their messages")
+            gotchas.append(each.gotcha)
+        elif example.label is not None:
+            if not len(each[0]):  # a model would be asked to read padding
+                words = "the tokenizer makes no token of this text"
+                fixes.append("give them text that this base's tokenizer knows")
+        elif not each[1][1:max_length].any():  # the first token is never predicted from anything
+            long = len(each[0]) > max_length and bool(each[1][max_length:].any())
+            words = f"the answer begins after the {max_length} tokens that are kept" if long else "no tokens to learn"
+            needed = max(needed, len(each[0]) if long else 0)
+            fixes += [] if long else ["put an answer in them"]
+        bad += [Bad(example.row, words)] if words else []
+    if needed:
+        fixes.append(
+            f"--max-length {needed} keeps the answers"
+            if needed <= limit
+            else f"shorten what comes before the answers: this model takes {limit:,} tokens"
         )
-    return encoded
+    if bad:
+        raise Unlearnable([(source, bad)], len(examples), fixes, next(filter(None, gotchas), ""))
+    return [each for each in found if not isinstance(each, DataError)]
 
 
 def _continued(example: Example, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -238,40 +273,10 @@ def _label_array(examples: Sequence[Example], labels: int, multi_label: bool) ->
     return array
 
 
-def _refuse_wordless(rows: list[int], source: str) -> None:
-    """Raises DataError for texts of which the tokenizer makes nothing: a model would be asked to read padding."""
-    if rows:
-        raise DataError(
-            f"nothing would be learned from {counted(len(rows))}",
-            fix="give them text that this base's tokenizer knows",
-            complaints=[f"{source} row {row}: the tokenizer makes no token of this text" for row in rows],
-        )
-
-
-def _refuse_unlearnable(rows: list[tuple[int, int]], max_length: int, limit: int, source: str) -> None:
-    """Raises DataError for `rows` of (row number, tokens), unless there are none."""
-    if not rows:
-        return
-    cut = [length for _, length in rows if length > max_length]
-    fix = f"--max-length {max(cut)} keeps the answers" if cut else "put an answer in them"
-    if cut and max(cut) > limit:
-        fix = f"shorten what comes before the answers: this model takes {limit:,} tokens"
-    complaints = [
-        f"{source} row {row}: "
-        + (
-            f"the answer begins after the {max_length} tokens that are kept"
-            if length > max_length
-            else "no tokens to learn"
-        )
-        for row, length in rows
-    ]
-    raise DataError(f"nothing would be learned from {counted(len(rows))}", fix=fix, complaints=complaints)
-
-
 def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: dict[str, Any]) -> str:
     """What the tokens depend on: the content, the tokenizer's own definition, the settings, and this format."""
     hasher = hashlib.sha256()
-    settings = {name: value for name, value in settings.items() if name != "source"}
+    settings = {name: value for name, value in settings.items() if name not in ("source", "limit")}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     definition = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     for state in ("truncation", "padding"):  # left over from whatever was tokenised last

@@ -114,13 +114,26 @@ def render_chat(
             got=type(tokenizer).__name__,
             fix="use a base with a tokenizer.json, or --task complete with prompt and completion",
         )
-    turns, whole = written(partial(_write, tokenizer, template=template, prompt=False), list(messages), tools)
-    spans = assistant_spans(tokenizer, turns, template, whole, tools=tools, read_only=read_only)
+    whole, spans = spoken(messages, tokenizer, template, tools=tools, read_only=read_only)
     ids, offsets = _tokens(tokenizer, whole, [start for start, _ in spans])
     learn = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
         learn |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
     return np.array(ids, dtype=np.int32), learn
+
+
+def spoken(
+    messages: Sequence[Turn],
+    tokenizer: Any,
+    template: str,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    read_only: Sequence[int] = (),
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the template writes it, and where in it the assistant says what is learned. Raises DataError as
+    `render_chat` does."""
+    turns, whole = written(partial(_write, tokenizer, template=template, prompt=False), list(messages), tools)
+    return whole, assistant_spans(tokenizer, turns, template, whole, tools=tools, read_only=read_only)
 
 
 def _tokens(tokenizer: Any, whole: str, starts: Sequence[int]) -> tuple[list[int], np.ndarray]:
@@ -171,10 +184,10 @@ def assistant_spans(
     A turn is what lies between the conversation before it, ready for an answer, and the conversation up to it. Some
     templates write earlier turns anew once a later one follows (they drop old reasoning); then only the last counts.
     """
-    spoken = [index for index, turn in enumerate(turns) if speaks(turn) and index not in read_only]
+    learned = [index for index, turn in enumerate(turns) if speaks(turn) and index not in read_only]
     write = partial(_write, tokenizer, template=template, tools=tools)
-    spans = [_span(write, turns, whole, index) for index in spoken]
-    if not all(spans) and spoken and spoken[-1] == len(turns) - 1:
+    spans = [_span(write, turns, whole, index) for index in learned]
+    if not all(spans) and learned and learned[-1] == len(turns) - 1:
         spans = spans[-1:]
         if spans[0] is not None:
             say_once("the chat template rewrites earlier turns: of such conversations only the last answer is learned")

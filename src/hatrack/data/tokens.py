@@ -1,13 +1,14 @@
 """All of a run's rows as tokens, those to learn from and those held out. Knows nothing of files or batches."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hatrack.data.ends import Ends, find_ends
-from hatrack.data.examples import Examples
-from hatrack.data.render import TokenRows, choose_max_length, render_cached
+from hatrack.data.examples import Examples, of_both
+from hatrack.data.render import TokenRows, choose_max_length, length_limit, render_cached
 from hatrack.data.template import chat_template, check_steady
 from hatrack.errors import BaseError
 from hatrack.recipe import Recipe
@@ -26,42 +27,60 @@ class Tokens:
     ends: Ends = field(default_factory=Ends)
 
 
-def tokenise(recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *, template: str | None = None) -> Tokens:
+def tokenise(
+    recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *, template: str | None = None
+) -> tuple[Examples, Tokens]:
     """`examples` as tokens of the base that `tokenizer` and transformers' `config` belong to.
 
+    With `bad_rows: skip` rows that cannot be learned from are left out, and the examples that remain come back too.
+
     Conversations are written with `template`, that of the run that goes on, or else with the base's own. Says how many
-    rows were cut. Raises RecipeError where rows are to be longer than the base can take, DataError where nothing would
-    be learned from a row.
+    rows were cut. Raises RecipeError where rows are to be longer than the base can take, Unlearnable where nothing
+    would be learned from a row.
     """
     if examples.task == "chat" and template is None:
         tools = any(example.tools for part in (examples.train, examples.held_out) for example in part)
         template = chat_template(tokenizer, tools=tools)[0]
     if template is not None:
         check_steady(examples.train[0].messages, tokenizer, template)
-    limit = getattr(config, "max_position_embeddings", None)
-    length, why = choose_max_length(recipe.max_length, tokenizer, limit, examples.task)
-    learn, held_out = (
-        render_cached(
-            part,
-            tokenizer,
-            task=examples.task,
-            max_length=length,
-            labels=len(examples.labels),
-            multi_label=examples.multi_label,
-            template=template,
-            source=source,
-        )
-        for part, source in (
-            (examples.train, str(recipe.data)),
-            (examples.held_out, str(recipe.eval_data or recipe.data)),
-        )
+    positions = getattr(config, "max_position_embeddings", None)
+    length, why = choose_max_length(recipe.max_length, tokenizer, positions, examples.task)
+    limit = length_limit(tokenizer, positions)
+    examples, learn, held_out = render_both(
+        recipe, examples, tokenizer, template=template, max_length=length, limit=limit
     )
     for part in (learn, held_out):
         _check_embedded(part, tokenizer, config)
     if learn.cut or held_out.cut:
         say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
     ends = Ends() if examples.task == "classify" else find_ends(learn, tokenizer, length, template)
-    return Tokens(learn, held_out, template, length, ends)
+    return examples, Tokens(learn, held_out, template, length, ends)
+
+
+def render_both(
+    recipe: Recipe,
+    examples: Examples,
+    tokenizer: Any,
+    *,
+    template: str | None,
+    max_length: int,
+    limit: int | None = None,
+) -> tuple[Examples, TokenRows, TokenRows]:
+    """The examples that can be learned from, those of the training part as tokens, and those held out.
+
+    Raises Unlearnable with all that cannot, unless `bad_rows` is skip.
+    """
+    make = partial(
+        render_cached,
+        tokenizer=tokenizer,
+        task=examples.task,
+        max_length=max_length,
+        labels=len(examples.labels),
+        multi_label=examples.multi_label,
+        template=template,
+        limit=limit,
+    )
+    return of_both(recipe, examples, lambda part, source: make(part, source=source))
 
 
 def _check_embedded(part: TokenRows, tokenizer: Any, config: Any) -> None:

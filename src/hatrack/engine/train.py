@@ -77,7 +77,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     trackers = _trackers(recipe)
     examples = read_examples(recipe)
     files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
-    tokenizer, tokens = _tokenise(run, files, examples)
+    tokenizer, examples, tokens = _tokenise(run, files, examples)
     made_on = lineage(files, recipe.quantize)
     facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
     advise(facts)
@@ -139,12 +139,12 @@ class Trained:
     train_loss: float
 
 
-def _tokenise(run: Run, files: BaseFiles, examples: Examples) -> tuple[Any, Tokens]:
+def _tokenise(run: Run, files: BaseFiles, examples: Examples) -> tuple[Any, Examples, Tokens]:
     """The base's tokenizer, and the rows as its tokens."""
     task = cast(Task, examples.task)
     config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
     tokenizer = load_tokenizer(files)
-    return tokenizer, tokenise(run.recipe, examples, tokenizer, config, template=run.recall("template"))
+    return tokenizer, *tokenise(run.recipe, examples, tokenizer, config, template=run.recall("template"))
 
 
 def _prepare(

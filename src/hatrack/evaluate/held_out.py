@@ -12,10 +12,12 @@ import numpy as np
 
 from hatrack.adapter.hatfile import HatFile
 from hatrack.data import seen
+from hatrack.data.complaints import Unlearnable, refuse_or_skip
 from hatrack.data.examples import Example, Examples, prepare, read_scored
 from hatrack.data.read import read_rows
 from hatrack.data.render import TokenRows, choose_max_length, render_cached
 from hatrack.data.template import chat_template
+from hatrack.data.tokens import render_both
 from hatrack.errors import AdapterError, DataError, HatrackError
 from hatrack.evaluate.alike import check_alike
 from hatrack.hat import Hat
@@ -37,23 +39,27 @@ def held_out(hat: Hat, data: str | None = None, **options: str) -> dict[str, Tok
     """
     check_alike(hat.hats)
     if data is None:
-        earlier = {name: _its_data(name, made) for name, made in hat.hats.items()}
+        earlier = {name: _its_data(hat, name, made) for name, made in hat.hats.items()}
         task, examples = hat.task, _held_out_by_all(earlier)
         source = " and ".join(dict.fromkeys(str(made.recipe["data"]) for made in hat.hats.values()))
     else:
         earlier, source = {}, data
         task, examples = _given(next(iter(hat.hats.values())), data, options)
     fresh = _never_seen(hat, examples, earlier, source)
-    return _as_tokens(hat, task, fresh, source)
+    skip = options.get("bad_rows", next(iter(hat.hats.values())).recipe.get("bad_rows", "refuse"))
+    return _as_tokens(hat, task, fresh, source, skip)
 
 
-def _its_data(name: str, made: HatFile) -> Examples:
+def _its_data(hat: Hat, name: str, made: HatFile) -> Examples:
     """The rows that an adapter was trained on and scored by, read again."""
     if not made.recipe.get("data"):
         raise AdapterError(f"{name} does not remember what it was trained on", fix=f"name rows with {flag('data')}")
     recipe = Recipe.make(**made.recipe)
     rows = read_rows(str(recipe.data))
     examples = prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+    if recipe.bad_rows == "skip" and made.max_length:  # also those that only the base's tokenizer and template find
+        tokenizer = hat.base.tokenizer
+        examples, _, _ = render_both(recipe, examples, tokenizer, template=made.template, max_length=made.max_length)
     if examples.digest != made.data.get("digest"):
         raise DataError(
             f"{recipe.data} is not what {name} was trained on any more",
@@ -127,12 +133,15 @@ def _trained_on(hat: Hat, name: str, made: HatFile, earlier: Examples | None) ->
             raise AdapterError(f"{path} is damaged", got=error, fix="copy the adapter again") from error
     if earlier is None and made.recipe.get("data"):
         with contextlib.suppress(HatrackError):  # the file is gone, or another one now
-            earlier = _its_data(name, made)
+            earlier = _its_data(hat, name, made)
     return None if earlier is None else seen.keys(earlier.train)
 
 
-def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str) -> dict[str, TokenRows]:
-    """The rows as each adapter takes them: with its own numbers for labels, all written and cut alike."""
+def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
+    """The rows as each adapter takes them: with its own numbers for labels, all written and cut alike.
+
+    Raises Unlearnable where some cannot be, unless `bad_rows` is skip.
+    """
     tokenizer, first = hat.base.tokenizer, next(iter(hat.hats.values()))
     template = _template(hat) if task == "chat" else None
     limit = getattr(hat.base.model.config, "max_position_embeddings", None)
@@ -140,18 +149,26 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str) -> dic
     if len(lengths) > 1:
         say(f"rows are cut at {min(lengths)} tokens, the least that one of the adapters was trained with")
     rows = {}
-    for name, made in hat.hats.items():
-        numbers = [made.labels.index(label) for label in first.labels]
-        rows[name] = render_cached(
-            [_renumbered(each, numbers) for each in examples],
-            tokenizer,
-            task=task,
-            max_length=min(lengths),
-            labels=len(made.labels),
-            multi_label=made.multi_label,
-            template=template,
-            source=source,
-        )
+    try:
+        for name, made in hat.hats.items():
+            numbers = [made.labels.index(label) for label in first.labels]
+            rows[name] = render_cached(
+                [_renumbered(each, numbers) for each in examples],
+                tokenizer,
+                task=task,
+                max_length=min(lengths),
+                labels=len(made.labels),
+                multi_label=made.multi_label,
+                template=template,
+                source=source,
+            )
+    except Unlearnable as error:
+        refuse_or_skip(error, bad_rows)
+        gone = {bad.row for _, each in error.bad for bad in each}
+        left = [example for example in examples if example.row not in gone]
+        if not left:
+            raise
+        return _as_tokens(hat, task, left, source, bad_rows)
     return rows
 
 

@@ -1,0 +1,47 @@
+"""Rows that were left out because the base's template or tokenizer refuses them stay out when adapters are compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import hatrack
+from hatrack.data.complaints import Unlearnable
+from hatrack.evaluate.held_out import held_out
+
+WORDS = ("red", "good", "bad", "fine", "one", "two", "three", "film")
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    """Eighty rows; the answers of every fourth begin after 24 tokens."""
+    rows = [
+        {"prompt": f"what is {one} {two} ?" + " so" * 40 * (index % 4 == 0), "completion": f"it is {two} ."}
+        for index, (one, two) in enumerate((one, two) for one in WORDS for two in (*WORDS, "so", "very"))
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_what_was_left_out_in_training_is_left_out_of_a_comparison(
+    tmp_path: Path, tiny_decoder: Path, talks: Path
+) -> None:
+    options = {"base": str(tiny_decoder), "data": str(talks), "device": "cpu", "steps": 2, "max_length": 24}
+    with pytest.raises(Unlearnable, match=r"talks.jsonl rows 1, 5, 9, .*the answer begins after the 24 tokens"):
+        hatrack.train(**options, output=str(tmp_path / "a"))
+    hat = hatrack.train(**options, bad_rows="skip", output=str(tmp_path / "b"), name="b")
+    (rows,) = held_out(hat).values()
+    told = json.loads((tmp_path / "b/hatrack.json").read_text())["data"]
+    assert len(rows) == told["held_out"] == 6 and told["rows"] == 54 and not any((rows.rows - 1) % 4 == 0)
+    (others,) = held_out(hat, str(_others(talks)), bad_rows="skip").values()
+    assert len(others) == 60 and not any((others.rows - 1) % 4 == 0)
+    with pytest.raises(Unlearnable):
+        held_out(hat, str(_others(talks)), bad_rows="refuse")
+
+
+def _others(talks: Path) -> Path:
+    """Other questions, as long as those."""
+    path = talks.with_name("others.jsonl")
+    path.write_text(talks.read_text().replace("what is", "who is"))
+    return path
