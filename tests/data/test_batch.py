@@ -126,3 +126,21 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         batch = collate([row, other], 0, "chat")
         assert batch["input_ids"][0, :3].tolist() == [5, 6, 7] and batch["labels"][0, :3].tolist() == [-100, 6, 7]
         assert batch["attention_mask"][0].sum() == 3
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_the_largest_batch_comes_first(by_tokens: bool) -> None:
+    """What does not fit in memory is found out in the first step."""
+    sizes = [len(batch) * LENGTHS[batch].max() for batch in _epoch(0, by_tokens=by_tokens)]
+    assert sizes[0] == max(sizes)
+
+
+def test_long_rows_are_scored_fewer_at_a_time() -> None:
+    """The first batch is the largest, and none has more than 4,096 tokens but a single row."""
+    lengths = np.array([30, 9000, 2000, 2100, 1900, 40, 2050, 50])
+    batches = length_order(lengths, 8)
+    assert [list(batch) for batch in batches] == [[1], [3], [6], [2, 4], [7, 5, 0]]
+    assert sorted(int(row) for batch in batches for row in batch) == list(range(8))
+    sizes = [len(batch) * lengths[batch].max() for batch in batches]
+    assert all(size <= 4096 or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
+    assert [len(batch) for batch in length_order(np.full(20, 100), 8)] == [8, 8, 4]

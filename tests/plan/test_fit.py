@@ -21,6 +21,7 @@ from hatrack.plan.fit import (
     most_rows,
     plan_run,
     refuse,
+    scored_batches,
     setting,
     settle,
 )
@@ -213,3 +214,17 @@ def test_bytes_read_from_disk() -> None:
     below = 24 * 2 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert plan_run(top, Method(sweep=True)).read == pytest.approx(2 * base - below - 3 / 4 * below)
     assert plan_run(where(64 * GIB)).disk["base"] == base
+
+
+def test_held_out_rows_that_are_longer_are_counted() -> None:
+    """Two rows of 2,000 tokens are scored at a time: one layer's numbers of each token, and a block of logits."""
+    short = where(64 * GIB, (40,) * 64, batch_size=1)
+    long = dataclasses.replace(short, work=dataclasses.replace(short.work, held_out=np.full((8, 2), 2000)))
+    assert scored_batches(long, 1) == [Batch(2, 2000, 4000)] * 4
+    plans = plan_run(short), plan_run(long)
+    more = plans[1].peak_memory_bytes - plans[0].peak_memory_bytes
+    assert plans[0].memory["scoring"] == 0 < plans[1].memory["scoring"] == more
+    training = sum(plans[0].memory[term] for term in ("activations", "heap", "workspace", "logits"))
+    numbers = 4000 * (4 * 4096 + 3 * 4096 + 3 * 11008) * 1.35 + 2 * 2**22 + 2 * 2**23
+    assert training + more == pytest.approx(2 * numbers, rel=0.01)
+    assert plans[1].seconds > plans[0].seconds  # type: ignore[operator]

@@ -46,6 +46,11 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
     return min(found)
 
 
+def resident() -> int:
+    """Bytes this process holds in memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def give_back() -> None:
     """Drops what nobody refers to any more, and hands the memory back to the system. The search takes half a second."""
     gc.collect()

@@ -16,16 +16,17 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hatrack.base.room import trim
+from hatrack.base.room import resident, trim
 from hatrack.engine.trainer import BEST
-from hatrack.say import console, say, say_in_signal
+from hatrack.say import console, say, say_in_signal, size
 from hatrack.storage import machine_errors, write_file
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE_EVERY_SECONDS = 600
 SAY_EVERY_SECONDS = 15
-GIVE_BACK_EVERY = 16
-"""Steps."""
+ABOVE_FIRST, FAR_ABOVE = 1.03, 1.1
+MORE = 1.01
+"""Each time memory is given back, so much more is allowed: a plan that is too low does not slow every step."""
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
@@ -159,9 +160,40 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
         self.saved = time.monotonic()
 
 
-class GiveBack(TrainerCallback):  # type: ignore[misc]
-    """Hands freed memory back to the system now and then: holes between blocks grow with every new shape of batch."""
+class TooMuchMemory(Exception):
+    """The first step took more than the run may: `took` of `limit` bytes."""
+
+    def __init__(self, took: int, limit: int) -> None:
+        super().__init__(took, limit)
+        self.took, self.limit = took, limit
+
+
+class MemoryWatch(TrainerCallback):  # type: ignore[misc]
+    """Holds a run on a processor to its memory, from its first step on, whose first micro-batch is the largest.
+
+    What that took is said where it is far from what was `planned`; TooMuchMemory is raised where it is above `limit`
+    and fewer rows at a time are possible. Afterwards freed memory is handed back to the system when the process holds
+    more between two steps: holes between blocks grow with every new shape of batch.
+    """
+
+    def __init__(self, planned: int, limit: int | None) -> None:
+        self.planned, self.limit = planned, limit
+        self.most: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.use_cpu and state.global_step % GIVE_BACK_EVERY == 0:
+        if not args.use_cpu:
+            return
+        held = resident()  # freed memory is kept, so it is what the step held at its fullest
+        if self.most is None:
+            if state.global_step == 1:
+                self._look(held, args.per_device_train_batch_size)
+            self.most = max(self.planned, held * ABOVE_FIRST)
+        elif held > self.most:
             trim()
+            self.most *= MORE
+
+    def _look(self, held: int, rows: int) -> None:
+        if self.limit is not None and held > self.limit and rows > 1:
+            raise TooMuchMemory(held, self.limit)
+        if held > self.planned * FAR_ABOVE:
+            say(f"the first step, the largest, took {size(held)}: more than the {size(self.planned)} planned")

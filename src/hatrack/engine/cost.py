@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from hatrack.base.load import free_memory, name_of
 from hatrack.base.packed import is_kept, made_by
 from hatrack.base.peek import peek_folder
+from hatrack.base.room import resident
 from hatrack.base.sources import BaseFiles
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
@@ -130,11 +130,6 @@ def against(found: Plan, cost: dict[str, Any]) -> str:
     parts.append(seconds + (f" (planned {found.seconds:,.1f})" if found.seconds is not None else ""))
     parts.append(f"{size(cost['bytes_read'])} read from disk")
     return "took: " + ", ".join(parts)
-
-
-def resident() -> int:
-    """Bytes this process holds in memory."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:

@@ -9,6 +9,7 @@ torch's fused ones: attention and dropout are fused already.
 
 import ctypes
 import inspect
+import os
 import platform
 from contextlib import nullcontext
 from functools import partial
@@ -36,6 +37,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers (malloc.h) for: give memory back to the system above this; take single blocks from it above that."""
 
 
+PRIMITIVES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+"""How many compiled matmuls torch keeps: one for each shape, and so for each length of rows. oneDNN, which multiplies
+bfloat16, keeps 1,024 by default and torch as many again, 0.3 MB each, between the activations; a step has some 20."""
+
+
 def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "auto") -> None:
     """Has a frozen base compute with hatrack's kernels wherever they give the same. Before or after it gets an adapter.
 
@@ -55,6 +61,7 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "
             )
         _round_products(base, compute)
     if on_processor:
+        bound_primitives()
         _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)
         with trunk.shortened() if trunk else nullcontext():
             _use_attention(base)
@@ -68,6 +75,13 @@ def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "
                 setattr(parent, name, FastGELU().train(layer.training))
             elif on_processor and isinstance(layer, nn.Linear) and can_unpack(layer.weight) and not _watched(layer):
                 layer.forward = partial(_unpacked, layer)  # type: ignore[method-assign]
+
+
+def bound_primitives() -> None:
+    """Has torch forget matmuls compiled for shapes of earlier steps (docs/log.md), unless the environment says how many
+    it is to keep. It is read when the first matmul in bfloat16 is computed; later it changes nothing."""
+    for name, kept in PRIMITIVES.items():
+        os.environ.setdefault(name, kept)
 
 
 def _keep_freed_memory(largest: int) -> None:

@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import transformers
@@ -37,7 +39,7 @@ from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
 from hatrack.engine.cache import Prefix
-from hatrack.engine.callbacks import GiveBack, GracefulStop, MetricsFile, ProgressBar
+from hatrack.engine.callbacks import GracefulStop, MemoryWatch, MetricsFile, ProgressBar, TooMuchMemory
 from hatrack.engine.checkpoint import STATE
 from hatrack.engine.fast_base import check_rounding, speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
@@ -54,7 +56,7 @@ from hatrack.errors import BaseError, RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.hat import Hat, end_tokens
 from hatrack.plan.derive import Schedule
-from hatrack.plan.fit import Plan
+from hatrack.plan.fit import FEWEST_SCORED, Plan
 from hatrack.plan.machine import check_compute
 from hatrack.plan.shape import shape_of
 from hatrack.recipe import Recipe, Task, nearest
@@ -100,10 +102,14 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     if recipe.lr == "auto":
         schedule = replace(schedule, lr=resumed["lr"] if resumed else measured_rate(base, model, facts))
     told = {"rows": examples.digest, "base": made_on["fingerprint"], "template": tokens.template}
-    run.remember({**told, "schedule": asdict(schedule)})
     sweep, prefix = _parts(run, base, model, trunk, facts, states, known)
-    trained = _fit(run, base, model, facts, schedule, trackers, sweep, prefix)
 
+    trained, schedule = _with_rows_that_fit(
+        partial(_fit, run, base, model, facts, trackers=trackers, sweep=sweep, prefix=prefix),
+        schedule,
+        lambda schedule: run.remember({**told, "schedule": asdict(schedule)}),
+    )
+    plan = replace(plan, micro_batch=schedule.micro_batch)
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
     hat = _describe(run, made_on, examples, tokens, trained, took)
     beside: dict[str, bytes | str] = {"metrics.jsonl": run.metrics.read_bytes()}
@@ -263,6 +269,22 @@ def _trackers(recipe: Recipe) -> list[str]:
     return asked
 
 
+def _with_rows_that_fit(
+    fit: Callable[[Schedule], Trained], schedule: Schedule, remember: Callable[[Schedule], None]
+) -> tuple[Trained, Schedule]:
+    """What `fit` gives, from the start again with fewer rows at a time as long as its first step takes too much."""
+    while True:
+        remember(schedule)
+        try:
+            return fit(schedule), schedule
+        except TooMuchMemory as over:
+            batch, before = schedule.batch_size, schedule.micro_batch
+            rows = max(count for count in range(1, before) if batch % count == 0)
+            schedule = replace(schedule, micro_batch=rows)
+            say(f"{before} rows at a time took {size(over.took)} of {size(over.limit)}: now {rows}, of {batch} a step")
+        give_back()
+
+
 def _fit(
     run: Run,
     base: Base,
@@ -276,11 +298,12 @@ def _fit(
     """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
     transformers_logging.set_verbosity_error()
     stop, bar = GracefulStop(), ProgressBar()
+    memory = _memory_watch(run, facts, sweep)
     watch = Watch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
 
     metrics = MetricsFile(run.metrics)
     asks = facts.task != "classify" and sweep is None  # each token would read a base larger than memory once
-    ends = end_tokens(base, facts.tokens.ends.tokens)
+    ends = end_tokens(base, facts.tokens.ends.tokens) if asks else []  # classifiers have no generation settings
     answers = [SampleAnswers(facts.tokens.held_out, base, ends, metrics)] if asks else []
 
     def tell_before(found: Score) -> None:
@@ -298,7 +321,7 @@ def _fit(
         pad_id=base.tokenizer.pad_token_id,
         watch=watch.step,
         tell_before=tell_before,
-        callbacks=[bar, metrics, stop, watch, GiveBack(), *answers],
+        callbacks=[bar, metrics, stop, watch, memory, *answers],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -313,7 +336,7 @@ def _fit(
         say("held-out rows are scored after each epoch; with the first, what they scored before training is measured")
     earlier, began = int(trainer.state.num_input_tokens_seen), time.monotonic()
     if trainer.state.global_step < schedule.steps:
-        with stop.listening(), bar.shown():
+        with stop.listening(), bar.shown(), trainer.starting_over_after(TooMuchMemory):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, state = time.monotonic() - began, trainer.state
     if stop.stopped and state.global_step < schedule.steps:
@@ -324,11 +347,17 @@ def _fit(
     return Trained(before, after, state.global_step, seen, (seen - earlier) / max(seconds, 1e-9), seconds, loss)
 
 
+def _memory_watch(run: Run, facts: Facts, sweep: Sweep | None) -> MemoryWatch:
+    """A run that goes on keeps its rows at a time, and so does a sweep, whose steps hold what their plan says."""
+    settled = sweep is not None or run.recipe.resume
+    return MemoryWatch(facts.plan.peak_memory_bytes, None if settled else facts.plan.limit)
+
+
 def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: list[str]) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=schedule.micro_batch,
-        per_device_eval_batch_size=max(schedule.micro_batch, 8),
+        per_device_eval_batch_size=max(schedule.micro_batch, FEWEST_SCORED),
         gradient_accumulation_steps=schedule.accumulation,
         max_steps=schedule.steps,
         learning_rate=schedule.lr,

@@ -4,8 +4,8 @@ Everything else (optimizer, schedule, clipping, checkpoints, trackers, several p
 Knows nothing of recipes, files of data or how adapters are placed.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,16 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
             self._untrained = []
             self.tell_before(self._before)
         return self._before
+
+    @contextmanager
+    def starting_over_after(self, error: type[Exception]) -> Iterator[None]:
+        """Takes the adapter and head that training began with where the block raises `error`, before any score."""
+        try:
+            yield
+        except error:
+            with torch.no_grad():
+                torch._foreach_copy_(self._trained(), self._untrained)
+            raise
 
     def loss_before(self) -> float:
         """The same rows' loss, or that of the first few while it is not measured."""

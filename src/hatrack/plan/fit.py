@@ -42,8 +42,12 @@ WAYS = {
 """The columns of a plan."""
 MOST_ROWS = 20_000
 """Of more rows, so many evenly chosen ones stand for all."""
+FEWEST_SCORED = 8
+"""Rows that are scored at a time, where a micro-batch has fewer."""
 SET_UP, SAVE = 0.05, 0.02
 """Setting the trainer up and saving a checkpoint, as shares of the seconds that a start takes."""
+USUAL = 1.3
+"""A process that holds up to so many times what imports take is a command: `plan` and `train` say one figure."""
 MARGIN = 0.95
 """Share of the available memory that is planned with: the system needs a little of it."""
 
@@ -225,8 +229,9 @@ def most_rows(memory_for: Callable[[int], dict[str, int]], batch_size: int, limi
 def change(where: Setting, plan: Plan) -> str | None:
     """The one change that makes a run fit that does not, the one that alters the result least first; None if none."""
     for words, recipe, method in _changes(where, plan):
-        rows = np.minimum(where.work.rows, recipe.max_length or np.iinfo(np.int64).max)
-        other = dataclasses.replace(where, recipe=recipe, work=dataclasses.replace(where.work, rows=rows))
+        most = recipe.max_length or np.iinfo(np.int64).max
+        cut = {"rows": np.minimum(where.work.rows, most), "held_out": np.minimum(where.work.held_out, most)}
+        other = dataclasses.replace(where, recipe=recipe, work=dataclasses.replace(where.work, **cut))
         found = plan_run(other, method)
         if found.fits:
             return f"{words} ({size(needed(found.memory))})"
@@ -265,7 +270,7 @@ def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
         )
         if _needs_whole_base(where) == name
     ]
-    by_rows = plan.memory["activations"] + plan.memory["heap"] > plan.memory["weights"]
+    by_rows = sum(plan.memory[term] for term in ("activations", "heap", "scoring")) > plan.memory["weights"]
     return [*shorter[:1], *swept, *fewer, *shorter[1:]] if by_rows else [*swept, *fewer, *shorter]
 
 
@@ -277,7 +282,10 @@ def _trained(where: Setting, method: Method) -> int:
 def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]]:
     plain = method.quantize == "none" and where.recipe.variant != "dora"
     unread = where.anatomy.below if where.work.known == 1 and _mapped(where, method) else 0
-    imported = BITSANDBYTES_IMPORTED if method.quantize != "none" else 0
+    framework = where.machine.framework or FRAMEWORK
+    framework += BITSANDBYTES_IMPORTED if method.quantize != "none" else 0
+    if (where.work.framework or 0) > USUAL * framework:  # a process that does other things too
+        framework = where.work.framework or 0
 
     def memory_for(rows: int) -> dict[str, int]:
         batches = micro_batches(where, rows)
@@ -290,12 +298,19 @@ def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]
             dropout=where.recipe.dropout,
             plain=plain,
             accelerator=where.machine.accelerator,
-            framework=where.work.framework or (where.machine.framework or FRAMEWORK) + imported,
+            framework=framework,
             unread=0 if method.full or method.sweep else unread,
             packed=where.work.packed,
+            scored=max(scored_batches(where, rows), key=lambda batch: batch.tokens, default=None),
         )
 
     return memory_for
+
+
+def scored_batches(where: Setting, rows: int) -> list[Batch]:
+    """The batches in which held-out rows are scored, of a run with so many rows at a time."""
+    thin = _thinned(where.work.held_out)
+    return _batches(thin, length_order(thin[:, 0], max(rows, FEWEST_SCORED))) if len(thin) else []
 
 
 def micro_batches(where: Setting, rows: int) -> list[Batch]:
@@ -347,11 +362,10 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     training = sum(steps, Effort(0, 0, 0)) * (count / len(steps))
     update = Effort(0, 8.0 * plan.trainable, anatomy.adapters)  # clipping and the optimizer, once a step
     training += update * schedule.steps
-    thin = _thinned(where.work.held_out)
-    scored = _batches(thin, length_order(thin[:, 0], max(plan.micro_batch, 8)))
+    scored = scored_batches(where, plan.micro_batch)
     again = _spared(where, method, math.inf)  # the first of all scores computes what the later ones read
     scoring = sum((forward(anatomy, b) + lower(anatomy, method, b) * -again for b in scored), Effort(0, 0, 0))
-    scoring = scoring * (len(where.work.held_out) / max(len(thin), 1))
+    scoring = scoring * (len(where.work.held_out) / max(len(_thinned(where.work.held_out)), 1))
     evaluations = max(1, -int(-schedule.epochs // 1))
     reading = read * schedule.steps / prices.disk
     around = (SET_UP + SAVE * evaluations) * prices.start

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from hatrack.plan.shape import Anatomy
 
 MIB = 2**20
-FRAMEWORK = 340 * MIB
+FRAMEWORK = 320 * MIB
 """torch, transformers and peft once imported for a run, on a processor; `hatrack plan --probe` measures it."""
 RUNTIME = 40 * MIB
 """What comes once training runs: compiled products, tokens, the trainer, code that is touched for the first time."""
+TOKEN = 800
+"""A tokenizer's table of words and merges takes so much for each of its tokens."""
 BITSANDBYTES = 60 * MIB
 BITSANDBYTES_IMPORTED = 257 * MIB
 """What importing it takes, and torch's compiler with it, in a process that has yet to start."""
@@ -80,8 +82,9 @@ def training_bytes(
     framework: int | None = None,
     unread: int = 0,
     packed: bool = False,
+    scored: Batch | None = None,
 ) -> dict[str, int]:
-    """Bytes of a run at its fullest, by term, for the largest micro-batch it meets.
+    """Bytes of a run at its fullest, by term, for the largest micro-batch it meets, and the largest that it scores.
 
     `step_tokens` are those of a whole step, which a sweep keeps at the boundaries of layers; `plain` says that the
     adapted layers are hatrack's own, not peft's (DoRA, quantised bases); `framework` what the process holds before;
@@ -105,6 +108,7 @@ def training_bytes(
     at_once = LOGITS_ON_ACCELERATOR if accelerator else LOGITS
     held = min(batch.learned * anatomy.shape.vocabulary, max(at_once, 16 * anatomy.shape.vocabulary))
     runtime = ACCELERATOR if accelerator else (FRAMEWORK if framework is None else framework) + RUNTIME
+    runtime += 0 if accelerator else TOKEN * anatomy.shape.vocabulary
     quantised = method.quantize != "none"
     left = round(anatomy.dense * PACKED.get(method.quantize, item) * unread / max(anatomy.shape.layers, 1))
     terms = {
@@ -118,6 +122,9 @@ def training_bytes(
         "heap": heap,
         "framework": runtime + (BITSANDBYTES if quantised and not accelerator else 0),
     }
+    beside = sum(terms[name] for name in ("weights", "adapter", "gradients", "optimizer", "framework"))
+    scoring = beside + (_while_scoring(anatomy, scored, item, at_once) if scored else 0)
+    terms["scoring"] = max(0, scoring - sum(terms.values()))
     loading = terms["framework"] + _while_loading(anatomy, method, dtype, weights, accelerator, packed)
     return terms | {"loading": max(0, loading - sum(terms.values()))}
 
@@ -151,6 +158,14 @@ def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, a
     return made + (anatomy.disk if converted else 0)
 
 
+def _while_scoring(anatomy: Anatomy, batch: Batch, item: int, at_once: int) -> int:
+    """What one layer holds without keeping anything, and a block of logits: of held-out rows, which may be longer."""
+    shape = anatomy.shape
+    numbers = batch.tokens * (4 * shape.hidden + shape.query + 2 * shape.key + 3 * shape.intermediate)
+    held = min(batch.learned * shape.vocabulary, max(at_once, 16 * shape.vocabulary)) if anatomy.decoder else 0
+    return round((1 + HEAP) * numbers + 2 * _scores(anatomy, batch, item) + 2 * held) * item
+
+
 def _kept_in_layer(
     anatomy: Anatomy, method: Method, item: int, dropout: float, plain: bool, accelerator: bool
 ) -> float:
@@ -178,5 +193,9 @@ def _in_another_format(anatomy: Anatomy, method: Method, dtype: str, accelerator
 
 def _workspace(anatomy: Anatomy, batch: Batch, item: int) -> int:
     """What is held for a moment: attention probabilities with their gradients, and gradients of one MLP."""
-    scores = min(SCORES, batch.rows * anatomy.shape.heads * batch.longest**2) if item < 4 else 0
-    return 3 * scores * item + 3 * batch.tokens * anatomy.shape.intermediate * item
+    return 3 * _scores(anatomy, batch, item) * item + 3 * batch.tokens * anatomy.shape.intermediate * item
+
+
+def _scores(anatomy: Anatomy, batch: Batch, item: int) -> int:
+    """Attention probabilities held at a time: in float32 none are."""
+    return min(SCORES, batch.rows * anatomy.shape.heads * batch.longest**2) if item < 4 else 0
