@@ -1,6 +1,7 @@
 """`hatrack plan` as a person or a script would use it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hatrack.say import size
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -60,7 +62,11 @@ def test_the_verdict_comes_first_with_the_one_change(hatrack: Run, tiny_decoder:
 def test_what_is_asked_wrongly(hatrack: Run, tiny_encoder: Path) -> None:
     for arguments, what in (
         ((), "--base is missing"),
-        (("--base", tiny_encoder, "--on", "rtx4080"), "--on does not know rtx4080; fix: did you mean rtx4090?"),
+        (("--base", tiny_encoder, "--on", "rtx4O90"), "--on does not know rtx4O90; fix: did you mean rtx4090?"),
+        (
+            ("--base", tiny_encoder, "--device", "cuda:9"),
+            "--device cuda:9 is not in this machine; got cpu; fix: use --device cpu",
+        ),
         (("--base", "nowhere/at/all"), "there is no base at nowhere/at/all"),
         (("--base", tiny_encoder, "--targets", "q_porj"), "'q_porj' matches no layer"),
     ):
@@ -77,3 +83,24 @@ def test_torch_is_not_imported(tiny_encoder: Path, reviews: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trainable"] > 0
+
+
+def test_config_json_alone_is_enough(hatrack: Run, tiny_decoder: Path, questions: Path, tmp_path: Path) -> None:
+    """The same parameters and memory as with the weights there; lengths are estimated, and that is said."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_decoder / "config.json", tmp_path / "bare/config.json")
+    whole = hatrack("plan", "--base", tiny_decoder, "--device", "cpu", "--json").json
+    bare = hatrack("plan", "--base", tmp_path / "bare", "--device", "cpu", "--json")
+    for fact in ("trainable", "total", "memory", "micro_batch"):
+        assert bare.json[fact] == whole[fact], fact
+    assert "planned from the shapes of config.json" in bare.err
+    lengths = hatrack("plan", "--base", tmp_path / "bare", "--data", questions, "--device", "cpu")
+    assert lengths.code == 0 and "lengths are estimated from their letters" in lengths.err
+
+
+def test_one_figure_for_the_peak(hatrack: Run, tiny_encoder: Path, reviews: Path) -> None:
+    options = ("plan", "--base", tiny_encoder, "--data", reviews, "--device", "cpu")
+    lines = hatrack(*options).out.splitlines()
+    memory = next(line for line in lines if line.startswith("memory ")).split()
+    peak = size(hatrack(*options, "--json").json["peak_memory_bytes"])
+    assert lines[0].startswith(f"fits: {peak} of ") and peak in " ".join(memory)

@@ -39,7 +39,7 @@ from hatrack.base.header import (
 )
 from hatrack.base.packed import whole_base
 from hatrack.base.quiet import quiet
-from hatrack.base.room import available_memory, give_back
+from hatrack.base.room import available_memory, give_back, no_device
 from hatrack.base.sources import BaseFiles
 from hatrack.cpu import fast_at_bfloat16
 from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
@@ -94,9 +94,7 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
     kind, _, number = asked.partition(":")
     counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
     if kind not in there or (number and int(number) >= counts[kind]()):
-        raise RecipeError(
-            f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}"
-        )
+        raise no_device(asked, there)
     return torch.device(asked), "as asked"
 
 

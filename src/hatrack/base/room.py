@@ -7,12 +7,13 @@ import ctypes
 import gc
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import psutil
 
 from hatrack.base.header import TensorInfo
+from hatrack.errors import RecipeError
 from hatrack.say import size
 
 BESIDE = 640 * 2**20
@@ -44,6 +45,11 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
             left = max(0, limit - max(0, (used or 0) - droppable))
             found.append((left, f"left of the control group's {size(limit)}"))
     return min(found)
+
+
+def no_device(asked: str, there: Sequence[str]) -> RecipeError:
+    """The complaint about a device that this machine does not have."""
+    return RecipeError(f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}")
 
 
 def resident() -> int:

@@ -1,6 +1,8 @@
 """`hatrack plan`: what a run will take, before any weight is read."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,20 +25,24 @@ ASSUMED_ROWS, ASSUMED_LENGTH = 1000, 256
 def plan(
     recipe: Recipe,
     on: Annotated[
-        str | None, typer.Option("--on", metavar="t4|l4|a100|h100|16GiB|...", help="Another machine than this one.")
+        str | None, typer.Option("--on", metavar="rtx4090|a100|m2|16GiB|...", help="Another machine than this one.")
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Measure this machine first, once: some seconds.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what training will take, and whether it fits, without reading any weight."""
     from hatrack.plan import fit
-    from hatrack.plan.machine import check_compute, here, named
+    from hatrack.plan.machine import check_compute, check_device, here, named
 
     if recipe.base is None:
         raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
     if probe:
         _measure()
+    if not on:
+        check_device(recipe.device)
     machine = named(on) if on else here(recipe.device, recipe.dtype)
+    if on and not machine.accelerator:
+        say(f"--on {on}: memory that is free on a CPU which multiplies {machine.dtype}; for a GPU or laptop, its name")
     check_compute(recipe.compute, "an accelerator" if machine.accelerator else "cpu")
     peeked = _peek(recipe)
     where = fit.setting(recipe, peeked, _work(recipe, peeked), machine)
@@ -86,12 +92,24 @@ def _peek(recipe: Recipe) -> "Peek":
 
         return peek_hub(str(recipe.base), recipe.revision)
     found = peek(str(recipe.base), recipe.revision)
+    folder = Path(str(recipe.base)).expanduser()
+    if found is None and folder.is_dir() and not any(weights(folder)) and (folder / "config.json").is_file():
+        say("no weights there: planned from the shapes of config.json")
+        leave_out(recipe)
+        from hatrack.base.shapes import peek_shapes
+
+        return peek_shapes(folder, str(recipe.base))
     if found is None:
         say("this base has to be converted before anything is known of it")
         from hatrack.base.sources import find_base
 
         found = peek_folder(find_base(str(recipe.base), recipe.revision).folder, str(recipe.base))
     return found
+
+
+def weights(folder: Path) -> Iterator[Path]:
+    """The files of a folder that hold a model's weights."""
+    return (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
 
 
 def _work(recipe: Recipe, peeked: "Peek") -> "Work":
@@ -111,6 +129,8 @@ def _work(recipe: Recipe, peeked: "Peek") -> "Work":
     from hatrack.data.light import row_sizes
 
     examples = read_examples(recipe)
+    if not (peeked.folder / "tokenizer.json").is_file():
+        say("no tokenizer.json there: the rows' lengths are estimated from their letters")
     most = recipe.max_length or min(512 if examples.task == "classify" else 2048, _limit(peeked))
     examples, learn, held_out = row_sizes(recipe, examples, peeked.folder, most)
     return Work(examples.task, max(len(examples.labels), 1), learn, held_out)
@@ -127,12 +147,15 @@ def _show(where: "Setting", peeked: "Peek", chosen: "Plan", ways: dict[str, "Pla
     from hatrack.plan import fit
 
     machine, schedule = where.machine, where.schedule(chosen.micro_batch)
-    needed, there = size(fit.needed(chosen.memory)), size(where.limit)
+    needed, there = size(chosen.peak_memory_bytes), size(where.limit)
     at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
     again = ", activations computed again" if chosen.method.checkpointing else ""
     again = ", the base left on disk and swept layer by layer" if chosen.method.sweep else again
     if chosen.fits:
         print(f"fits: {needed} of {there} ({at_a_time}{again})")
+        if chosen.peak_memory_bytes > where.limit:
+            pages = size(chosen.peak_memory_bytes - fit.needed(chosen.memory))
+            print(f"           {pages} of it only while loading: pages of files that the system takes back at need")
     else:
         print(f"does not fit: {needed} needed, {there} there ({machine.why})")
         print(f"to change: {cure}" if cure else "to change: a smaller base; no option makes it fit")

@@ -9,13 +9,14 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from hatrack import cpu
-from hatrack.base.room import available_memory
+from hatrack.base.room import available_memory, no_device
 from hatrack.errors import RecipeError
 from hatrack.plan.time import Prices
 from hatrack.recipe import nearest, parse_size
@@ -30,10 +31,37 @@ USED = 0.35
 ACCELERATORS = {
     "t4": (16, 65, 320, "float16"),
     "v100": (16, 112, 900, "float16"),
+    "p100": (16, 19, 732, "float16"),
+    "gtx1080ti": (11, 11, 484, "float32"),
+    "rtx2060": (6, 52, 336, "float16"),
+    "rtx2070": (8, 60, 448, "float16"),
+    "rtx2080": (8, 80, 448, "float16"),
+    "rtx2080ti": (11, 108, 616, "float16"),
+    "rtx3050": (8, 36, 224, "bfloat16"),
+    "rtx3060": (12, 51, 360, "bfloat16"),
+    "rtx3060ti": (8, 65, 448, "bfloat16"),
+    "rtx3070": (8, 81, 448, "bfloat16"),
+    "rtx3080": (10, 59, 760, "bfloat16"),
     "rtx3090": (24, 71, 936, "bfloat16"),
+    "rtx4050": (6, 36, 192, "bfloat16"),
+    "rtx4060": (8, 60, 272, "bfloat16"),
+    "rtx4060ti": (8, 88, 288, "bfloat16"),
+    "rtx4070": (12, 117, 504, "bfloat16"),
+    "rtx4070ti": (12, 160, 504, "bfloat16"),
+    "rtx4080": (16, 195, 717, "bfloat16"),
     "rtx4090": (24, 165, 1008, "bfloat16"),
+    "rtx5060": (8, 77, 448, "bfloat16"),
+    "rtx5070": (12, 123, 672, "bfloat16"),
+    "rtx5080": (16, 225, 960, "bfloat16"),
+    "rtx5090": (32, 209, 1792, "bfloat16"),
+    "a2000": (12, 64, 288, "bfloat16"),
+    "a4000": (16, 153, 448, "bfloat16"),
+    "a5000": (24, 222, 768, "bfloat16"),
+    "a6000": (48, 310, 768, "bfloat16"),
     "l4": (24, 121, 300, "bfloat16"),
     "a10": (24, 125, 600, "bfloat16"),
+    "a10g": (24, 70, 600, "bfloat16"),
+    "l40": (48, 181, 864, "bfloat16"),
     "l40s": (48, 362, 864, "bfloat16"),
     "a100": (80, 312, 2039, "bfloat16"),
     "a100-40gb": (40, 312, 1555, "bfloat16"),
@@ -42,7 +70,25 @@ ACCELERATORS = {
     "b200": (180, 2250, 8000, "bfloat16"),
 }
 """Name -> memory (GiB), dense 16-bit products (TFLOP/s) and memory bandwidth (GB/s) of the data sheet, and the number
-format to train in."""
+format to train in. Where cards of one name have several sizes, the smallest."""
+LAPTOPS = {
+    "m1": (8, 5.2, 68),
+    "m1-pro": (16, 10, 200),
+    "m1-max": (32, 21, 400),
+    "m2": (8, 7.2, 100),
+    "m2-pro": (16, 13, 200),
+    "m2-max": (32, 27, 400),
+    "m3": (8, 8.2, 100),
+    "m3-pro": (18, 14, 150),
+    "m3-max": (36, 28, 400),
+    "m4": (16, 8.5, 120),
+    "m4-pro": (24, 18, 273),
+    "m4-max": (36, 37, 546),
+}
+"""Apple's processors with an accelerator (mps): the least memory (GiB) they are sold with, shared with the system, the
+16-bit products (TFLOP/s) and memory bandwidth (GB/s)."""
+SHARED = 0.7
+"""Share of a laptop's memory that its accelerator may take."""
 
 
 @dataclass(frozen=True)
@@ -73,24 +119,46 @@ class Probe:
 
 
 def named(name: str) -> Machine:
-    """A machine that is not this one: an accelerator by name, or a processor with so much memory (`16GiB`).
+    """A machine that is not this one: an accelerator or laptop by name, or a CPU with so much memory (`16GiB`).
 
     Raises RecipeError for a name that is neither.
     """
-    key = name.strip().lower().replace(" ", "-").removeprefix("nvidia-")
+    key = _key(name)
     if key in ACCELERATORS:
         gib, teraflops, bandwidth, dtype = ACCELERATORS[key]
         memory = int(gib * GIB * (1 - DRIVER))
-        number = 6 / (bandwidth * 1e9)  # a number is read and written, often in float32
-        prices = Prices(1 / (teraflops * 1e12 * USED), number, 8e-6, 2e9, 15.0, "data sheet, a rough guess")
+        prices = _sheet(teraflops, bandwidth)
         return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, prices=prices)
+    if key in LAPTOPS:
+        gib, speed, bandwidth = LAPTOPS[key]
+        why = f"{SHARED:.0%} of {gib} GiB, the least there is of it"
+        prices = _sheet(speed, bandwidth)
+        return Machine(key, int(gib * GIB * SHARED), why, "bfloat16", accelerator=True, prices=prices, sweeps=False)
+    if key.isdigit():
+        raise RecipeError(f"--on {name}: a size has a unit", got=name, fix=f"--on {name}GiB, or a GPU's name")
     try:
         memory = parse_size(key)
     except ValueError:
-        guess = nearest(key, ACCELERATORS)
-        hint = f"did you mean {guess}?" if guess else f"use {', '.join(ACCELERATORS)}, or a size such as 16GiB"
+        guess = nearest(key, [*ACCELERATORS, *LAPTOPS])
+        known = f"{', '.join(ACCELERATORS)}, {', '.join(LAPTOPS)}"
+        hint = f"did you mean {guess}?" if guess else f"use {known}, or a size such as 16GiB"
         raise RecipeError(f"--on does not know {name}", fix=hint) from None
-    return Machine(f"a machine with {size(memory)}", memory, "as asked", "float32")
+    return Machine(f"a CPU with {size(memory)} free for the run", memory, "as asked", "float32")
+
+
+def _key(name: str) -> str:
+    """`NVIDIA GeForce RTX 4090`, `rtx-4090` and `4090` are rtx4090; `Apple M2 Pro` and `m2pro` are m2-pro."""
+    words = re.sub(r"[\s_-]+", "", name.strip().lower())
+    words = re.sub(r"^(nvidia|apple|geforce|quadro|tesla|rtx(?=a\d))+", "", words)
+    words = words.removesuffix("laptopgpu").removesuffix("gpu")
+    if f"rtx{words}" in ACCELERATORS:
+        return f"rtx{words}"
+    return next((key for key in (*ACCELERATORS, *LAPTOPS) if key.replace("-", "") == words), words)
+
+
+def _sheet(teraflops: float, bandwidth: float) -> Prices:
+    """Prices of an accelerator by its data sheet: a number is read and written, often in float32."""
+    return Prices(1 / (teraflops * 1e12 * USED), 6 / (bandwidth * 1e9), 8e-6, 2e9, 15.0, "data sheet, a rough guess")
 
 
 def here(device: str = "auto", dtype: str = "auto") -> Machine:
@@ -107,6 +175,18 @@ def here(device: str = "auto", dtype: str = "auto") -> Machine:
     return Machine(
         processor(), memory, why, fast, prices=prices or _guess(), framework=probe.framework if probe else None
     )
+
+
+def check_device(asked: str) -> None:
+    """Raises RecipeError where `--device` asks for what this machine does not have, as far as that is known without
+    torch."""
+    there = [*(["cuda"] if _accelerator() else []), *(["mps"] if _is_apple() else []), "cpu"]
+    if asked.partition(":")[0] not in ("auto", "xpu", *there):
+        raise no_device(asked, there)
+
+
+def _is_apple() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
 
 
 def check_compute(compute: str, device: str) -> None:
@@ -172,6 +252,8 @@ def _accelerator() -> Machine | None:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
     words = name.lower().replace("-", " ").split()
-    known = next((key for key in ACCELERATORS if key in words), None)
+    known = next(
+        (key for key in (_key(name), *ACCELERATORS) if key in ACCELERATORS and key in (*words, _key(name))), ""
+    )
     base = named(known) if known else Machine(name, memory, "", "bfloat16", accelerator=True)
     return dataclasses.replace(base, name=name, memory=int(memory * 0.97), why="free on this accelerator")

@@ -1,0 +1,37 @@
+"""A base's tensors from its config.json alone, as transformers would make them: shapes without any numbers."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from hatrack.base.header import CONFIG, TensorInfo, family, read_config
+from hatrack.base.peek import Peek
+from hatrack.errors import BaseError
+
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def peek_shapes(folder: Path, source: str) -> Peek:
+    """What is known of a base of which only config.json is there.
+
+    Raises BaseError where transformers makes no model of it.
+    """
+    found = read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        make = AutoModelForMaskedLM if family(found) == "encoder" else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = make.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
+    except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
+        raise BaseError(
+            f"no model can be made of {source}/{CONFIG}",
+            got=str(error).splitlines()[0],
+            fix="give a folder with config.json and weights, or a hub name",
+        ) from None
+    file = folder / CONFIG
+    tensors = {
+        name: TensorInfo(tuple(each.shape), STORED.get(each.dtype, "F32"), file, 0, each.numel() * each.element_size())
+        for name, each in model.named_parameters()
+    }
+    return Peek(source, folder, found, tensors, sum(info.bytes for info in tensors.values()))
