@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import TextIteratorStreamer
 
@@ -21,6 +22,7 @@ from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.origin import find_its_base, made_from
 from hatrack.adapter.proof import check_proof
 from hatrack.adapter.rack import check_name, find, known_as
+from hatrack.adapter.tokenizer import tokenizer_beside
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.header import read_header
 from hatrack.base.lending import as_loaded, open_window, settle
@@ -30,6 +32,7 @@ from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window
 from hatrack.data.ends import Ends, ends_of_template
 from hatrack.data.template import chat_prompt, chat_template
+from hatrack.data.tokens import check_ids
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.errors import AdapterError, DataError, short
 from hatrack.recipe import Task
@@ -51,6 +54,7 @@ class Hat:
         self.result: dict[str, Any] = {}
         self.window: Window | None = None  # through which a base larger than memory is read
         self.quantize = "none"
+        self._tokenizers = {name: tokenizer_beside(folder, base) for name, folder in folders.items()}
         self._first = hats[active]  # what the bare base answers as, whichever adapters come and go
         self.model.eval()
 
@@ -68,6 +72,15 @@ class Hat:
     def labels(self) -> list[str]:
         """Label names of the adapter in use; empty for generators."""
         return list(self._current.labels)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the adapter in use: the base's, or the one that it brought."""
+        return self.tokenizer_of(self.active)
+
+    def tokenizer_of(self, name: str | None) -> Any:
+        """The tokenizer of an attached adapter, or of the bare base."""
+        return self._tokenizers.get(name or "") or self.base.tokenizer
 
     @property
     def _current(self) -> HatFile:
@@ -115,10 +128,10 @@ class Hat:
                 fix="load it by itself with hatrack.load",
             )
         check_base(folder, hat.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
-        before = self.active
+        before, tokenizer = self.active, tokenizer_beside(folder, self.base)
         with as_loaded(self.base):
             self.model = attach(self.model, folder, name_inside(name), layer_classes=LAYER_CLASSES)
-        self.hats[name], self.folders[name] = hat, folder
+        self.hats[name], self.folders[name], self._tokenizers[name] = hat, folder, tokenizer
         try:
             if prove:
                 self._restore(name)
@@ -136,7 +149,7 @@ class Hat:
         before = None if self.active == name else self.active
         self.use(None if len(self.hats) == 1 else next(other for other in self.hats if other != name))
         self.model = detach(self.model, name_inside(name))
-        del self.hats[name], self.folders[name]
+        del self.hats[name], self.folders[name], self._tokenizers[name]
         self._restore(before)
 
     def predict(self, texts: str | Iterable[str], **generation: Any) -> list[dict[str, Any]]:
@@ -168,7 +181,7 @@ class Hat:
         if self.task == "classify":
             raise AdapterError("a classifier does not generate text", fix="use predict")
         inputs, ends = self._encode(prompt), self._ends()
-        streamer = TextIteratorStreamer(self.base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         room = self._longest - inputs["input_ids"].shape[1]
         options = {**inputs, **sampling, "max_new_tokens": min(max_new_tokens, room), "streamer": streamer}
@@ -214,12 +227,13 @@ class Hat:
 
     @torch.no_grad()
     def _classify(self, texts: list[str]) -> list[dict[str, Any]]:
-        tokenizer = self.base.tokenizer
+        tokenizer = self.tokenizer
         most = min(self._current.max_length or tokenizer.model_max_length, self._longest)
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt")
         lengths = inputs["attention_mask"].sum(1).tolist()
         if not all(lengths):
             raise DataError("the tokenizer makes no token of this text", fix="give it text that the base knows")
+        check_ids(inputs["input_ids"].numpy(), tokenizer, self.base.model.config, self.task)
         logits = self.model(
             input_ids=inputs["input_ids"].to(self.base.device),
             attention_mask=inputs["attention_mask"].to(self.base.device),
@@ -239,7 +253,7 @@ class Hat:
         return found if isinstance(found, int) and found > 0 else sys.maxsize
 
     def _encode(self, prompt: str | Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
-        tokenizer = self.base.tokenizer
+        tokenizer = self.tokenizer
         if self.task == "complete" and isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
             if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text; this one is to go on
@@ -255,6 +269,7 @@ class Hat:
                 got=f"{len(ids):,} tokens",
                 fix=f"fewer than {self._longest:,}",
             )
+        check_ids(np.array([ids]), tokenizer, self.base.model.config, self.task)
         tensor = torch.tensor([ids], device=self.base.device)
         return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
 
@@ -265,23 +280,23 @@ class Hat:
             return Ends(tuple(hat.end_tokens), tuple(hat.stop_strings))
         if self.task != "chat":
             return Ends()
-        return ends_of_template(self.base.tokenizer, hat.template or chat_template(self.base.tokenizer)[0])
+        return ends_of_template(self.tokenizer, hat.template or chat_template(self.tokenizer)[0])
 
     def _end_tokens(self, ends: Ends) -> list[int]:
         """The tokens of `ends`, and whatever the tokenizer or the base's generation settings end an answer with."""
-        return end_tokens(self.base, ends.tokens)
+        return end_tokens(self.base, [*ends.tokens, self.tokenizer.eos_token_id])
 
     def _stop_strings(self, ends: Ends) -> list[str]:
         """The texts of `ends`, and those of its tokens that the tokenizer does not leave out by itself."""
-        tokenizer = self.base.tokenizer
+        tokenizer = self.tokenizer
         shown = [token for token in ends.tokens if token not in tokenizer.all_special_ids]
         return [*ends.texts, *(tokenizer.decode([token]) for token in shown)]
 
     @property
     def pad_id(self) -> int:
         """The token that fills short rows up; it is never attended to."""
-        pad = self.base.tokenizer.pad_token_id
-        return int(self.base.tokenizer.eos_token_id if pad is None else pad)
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
 
     def _known(self, name: str) -> None:
         if name not in self.hats:
@@ -357,11 +372,11 @@ def load(
     return ready
 
 
-def end_tokens(base: Base, learned: Iterable[int]) -> list[int]:
+def end_tokens(base: Base, learned: Iterable[int | None]) -> list[int]:
     """All tokens that end an answer: those `learned`, and those of the base's tokenizer and generation settings."""
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
-    return sorted({*learned, *(token for token in [*ends, base.tokenizer.eos_token_id] if token is not None)})
+    return sorted({token for token in [*learned, *ends, base.tokenizer.eos_token_id] if token is not None})
 
 
 def _until(stops: Sequence[str], pieces: Iterable[str]) -> Generator[str, None, bool]:

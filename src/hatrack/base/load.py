@@ -243,18 +243,21 @@ def _unquantised(files: BaseFiles, config: Any) -> Any:
     return config
 
 
-def load_tokenizer(files: BaseFiles) -> Any:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a folder, by the names of its files."""
+    settings = folder / "tokenizer_config.json"
+    named = str(read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
+    return any(any(folder.glob(pattern)) for pattern in VOCABULARIES) or named.startswith(WITHOUT_VOCABULARY)
+
+
+def load_tokenizer(files: BaseFiles, rows: int | None = None) -> Any:
     """The base's tokenizer, with a padding token; bases that only generate often bring none.
 
-    Raises BaseError where there is no tokenizer, a damaged one, one that needs code that may not run, or no token to
-    pad with.
+    `rows`: how many embeddings there are, where config.json beside the tokenizer does not tell. Raises BaseError where
+    there is no tokenizer, a damaged one, one that needs code that may not run, or no token to pad with.
     """
     check_code(files)
-    settings = files.folder / "tokenizer_config.json"
-    named = str(read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
-    if not any(any(files.folder.glob(pattern)) for pattern in VOCABULARIES) and not named.startswith(
-        WITHOUT_VOCABULARY
-    ):
+    if not has_tokenizer(files.folder):
         raise BaseError(
             f"{files.folder} has no tokenizer", got="no tokenizer.json", fix="copy the tokenizer files into it"
         )
@@ -268,7 +271,7 @@ def load_tokenizer(files: BaseFiles) -> Any:
             got=_first_line(error),
             fix="copy or download the base again",
         ) from error
-    rows = read_config(files.folder).get("vocab_size")
+    rows = rows or read_config(files.folder).get("vocab_size")
     inside = rows if isinstance(rows, int) else math.inf
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= inside:
         say_once(

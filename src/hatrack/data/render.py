@@ -27,6 +27,7 @@ Encoded = tuple[np.ndarray, np.ndarray]
 CACHE_FORMAT = 5
 LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
 TEXTS_AT_ONCE = 1000
+ONE_END = "leave the end token out of the text; the tokenizer must add one itself"
 
 
 @dataclass(frozen=True)
@@ -142,17 +143,19 @@ def render(
     template: str | None = None,
     source: str = "",
     limit: int | None = None,
+    end: int | None = None,
 ) -> TokenRows:
     """Tokenises every example; rows longer than `max_length` are cut, and counted.
 
     classify: the whole text; a cut one keeps the tokens that the tokenizer puts around a text. complete: the text and
     the end-of-text token, or of a prompt and its completion only the latter is learned. chat: the conversation as
     `template` writes it, learning what the assistant says.
-    `source` and `limit`, the most that the model can take, are for complaints.
+    `source` and `limit`, the most that the model can take, are for complaints; `end` is a token that each row to
+    classify must have exactly once.
     Raises Unlearnable, with every such row, where the template refuses a row or nothing would be learned from it.
     """
     found = _plain(examples, tokenizer) if task == "classify" else _each(examples, tokenizer, template)
-    encoded = learnable(examples, found, max_length, limit or tokenizer.model_max_length, source)
+    encoded = learnable(examples, found, max_length, limit or tokenizer.model_max_length, source, end)
     cut = [(ids[:max_length], learn[:max_length]) for ids, learn in encoded]
     if task == "classify":
         for index, (ids, learn) in enumerate(encoded):
@@ -216,9 +219,15 @@ def attempt(example: Example, tokenizer: Any, template: str | None) -> Encoded |
 
 
 def learnable(
-    examples: Sequence[Example], found: Sequence[Encoded | DataError], max_length: int, limit: int, source: str
+    examples: Sequence[Example],
+    found: Sequence[Encoded | DataError],
+    max_length: int,
+    limit: int,
+    source: str,
+    end: int | None = None,
 ) -> list[Encoded]:
-    """What was `found` for each example. `limit`: the tokens that the tokenizer says its model takes.
+    """What was `found` for each example. `limit`: the tokens that the tokenizer says its model takes; `end`: the token
+    that a row to classify must have exactly once.
 
     Raises Unlearnable, with every such row, where a row could not be encoded, or nothing would be learned from it.
     """
@@ -233,6 +242,10 @@ def learnable(
             if not len(each[0]):  # a model would be asked to read padding
                 words = "the tokenizer makes no token of this text"
                 fixes.append("give them text that this base's tokenizer knows")
+            elif end is not None and (count := int((each[0] == end).sum())) != 1:
+                words = wrong_ends(count)
+                fixes.append(ONE_END)
+                gotchas.append("one-end-token")
         elif not each[1][1:max_length].any():  # the first token is never predicted from anything
             long = len(each[0]) > max_length and bool(each[1][max_length:].any())
             words = f"the answer begins after the {max_length} tokens that are kept" if long else "no tokens to learn"
@@ -248,6 +261,11 @@ def learnable(
     if bad:
         raise Unlearnable([(source, bad)], len(examples), fixes, next(filter(None, gotchas), ""))
     return [each for each in found if not isinstance(each, DataError)]
+
+
+def wrong_ends(count: int) -> str:
+    """What is wrong with a row to classify that has the end token so often, on a base that answers where it stands."""
+    return f"{'no end token' if not count else f'{count} end tokens'} where this base classifies at its only one"
 
 
 def _continued(example: Example, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """All of a run's rows as tokens, those to learn from and those held out. Knows nothing of files or batches."""
 
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -8,9 +9,9 @@ import numpy as np
 
 from hatrack.data.ends import Ends, find_ends
 from hatrack.data.examples import Examples, of_both
-from hatrack.data.render import TokenRows, choose_max_length, length_limit, render_cached
+from hatrack.data.render import ONE_END, TokenRows, choose_max_length, length_limit, render_cached, wrong_ends
 from hatrack.data.template import chat_template, check_steady
-from hatrack.errors import BaseError
+from hatrack.errors import BaseError, DataError
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
@@ -47,10 +48,16 @@ def tokenise(
     length, why = choose_max_length(recipe.max_length, tokenizer, positions, examples.task)
     limit = length_limit(tokenizer, positions)
     examples, learn, held_out = render_both(
-        recipe, examples, tokenizer, template=template, max_length=length, limit=limit
+        recipe,
+        examples,
+        tokenizer,
+        template=template,
+        max_length=length,
+        limit=limit,
+        end=only_end(tokenizer, config, examples.task),
     )
     for part in (learn, held_out):
-        _check_embedded(part, tokenizer, config)
+        check_embedded(part, tokenizer, config)
     if learn.cut or held_out.cut:
         say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
     ends = Ends() if examples.task == "classify" else find_ends(learn, tokenizer, length, template)
@@ -65,6 +72,7 @@ def render_both(
     template: str | None,
     max_length: int,
     limit: int | None = None,
+    end: int | None = None,
 ) -> tuple[Examples, TokenRows, TokenRows]:
     """The examples that can be learned from, those of the training part as tokens, and those held out.
 
@@ -79,20 +87,62 @@ def render_both(
         multi_label=examples.multi_label,
         template=template,
         limit=limit,
+        end=end,
     )
     return of_both(recipe, examples, lambda part, source: make(part, source=source))
 
 
-def _check_embedded(part: TokenRows, tokenizer: Any, config: Any) -> None:
+def check_embedded(part: TokenRows, tokenizer: Any, config: Any) -> None:
     """Raises BaseError where a row has a token that the base has no embedding for."""
-    known = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
-    if known is None or not len(part.ids) or part.ids.max() < known:
+    known = _embeddings(config)
+    if not len(part.ids) or part.ids.max() < known:
         return
     place = int((part.ids >= known).argmax())
-    row, token = part.rows[np.searchsorted(part.offsets, place, side="right") - 1], int(part.ids[place])
+    row = part.rows[np.searchsorted(part.offsets, place, side="right") - 1]
     raise BaseError(
         "the tokenizer has tokens that the base has no embedding for",
-        got=f"{tokenizer.convert_ids_to_tokens(token)!r} as {token:,} in row {row}, and {known:,} embeddings",
+        got=f"{_without(tokenizer, int(part.ids[place]), known)} in row {row}",
         fix="use tokenizer and weights of one model, or weights whose embeddings were resized for it",
         gotcha="token-without-embedding",
     )
+
+
+def check_ids(ids: np.ndarray, tokenizer: Any, config: Any, task: str) -> None:
+    """Raises DataError where the base cannot be asked one of these rows of tokens (rows, tokens), padded or not."""
+    known = _embeddings(config)
+    if (ids >= known).any():
+        raise DataError(
+            "the text has a token that the base has no embedding for",
+            got=_without(tokenizer, int(ids[ids >= known][0]), known),
+            fix="leave it out",
+            gotcha="token-without-embedding",
+        )
+    end = only_end(tokenizer, config, task)
+    for count in (ids == end).sum(1) if end is not None else ():
+        if count != 1:
+            raise DataError(wrong_ends(int(count)), fix=ONE_END, gotcha="one-end-token")
+
+
+def only_end(tokenizer: Any, config: Any, task: str) -> int | None:
+    """The token that a row to classify must have exactly once, as an encoder-decoder reads its answer there; None for
+    other bases and tasks. Raises BaseError where rows are padded with that token."""
+    if task != "classify" or not getattr(config, "is_encoder_decoder", False):
+        return None
+    end: int = config.eos_token_id
+    if tokenizer.pad_token_id == end:
+        raise BaseError(
+            "this base classifies at its end token, and pads with the same token",
+            got=f"{tokenizer.pad_token!r} as {end:,}",
+            fix="set another pad_token in its tokenizer_config.json",
+            gotcha="one-end-token",
+        )
+    return end
+
+
+def _embeddings(config: Any) -> int:
+    found = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    return found or sys.maxsize
+
+
+def _without(tokenizer: Any, token: int, known: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)!r} as {token:,}, and {known:,} embeddings"

@@ -17,7 +17,7 @@ from hatrack.data.examples import Example, Examples, prepare, read_scored
 from hatrack.data.read import read_rows
 from hatrack.data.render import TokenRows, choose_max_length, render_cached
 from hatrack.data.template import chat_template
-from hatrack.data.tokens import render_both
+from hatrack.data.tokens import check_embedded, only_end, render_both
 from hatrack.errors import AdapterError, DataError, HatrackError
 from hatrack.evaluate.alike import check_alike
 from hatrack.hat import Hat
@@ -59,7 +59,14 @@ def _its_data(hat: Hat, name: str, made: HatFile) -> Examples:
     examples = prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
     if recipe.bad_rows == "skip" and made.max_length:  # also those that only the base's tokenizer and template find
         tokenizer = hat.base.tokenizer
-        examples, _, _ = render_both(recipe, examples, tokenizer, template=made.template, max_length=made.max_length)
+        examples, _, _ = render_both(
+            recipe,
+            examples,
+            tokenizer,
+            template=made.template,
+            max_length=made.max_length,
+            end=only_end(tokenizer, hat.base.model.config, made.task),
+        )
     if examples.digest != made.data.get("digest"):
         raise DataError(
             f"{recipe.data} is not what {name} was trained on any more",
@@ -142,16 +149,19 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
 
     Raises Unlearnable where some cannot be, unless `bad_rows` is skip.
     """
-    tokenizer, first = hat.base.tokenizer, next(iter(hat.hats.values()))
+    config, first = hat.base.model.config, next(iter(hat.hats.values()))
     template = _template(hat) if task == "chat" else None
-    limit = getattr(hat.base.model.config, "max_position_embeddings", None)
-    lengths = {made.max_length or choose_max_length(None, tokenizer, limit, task)[0] for made in hat.hats.values()}
+    limit = getattr(config, "max_position_embeddings", None)
+    lengths = {
+        made.max_length or choose_max_length(None, hat.tokenizer_of(name), limit, task)[0]
+        for name, made in hat.hats.items()
+    }
     if len(lengths) > 1:
         say(f"rows are cut at {min(lengths)} tokens, the least that one of the adapters was trained with")
     rows = {}
     try:
         for name, made in hat.hats.items():
-            numbers = [made.labels.index(label) for label in first.labels]
+            numbers, tokenizer = [made.labels.index(label) for label in first.labels], hat.tokenizer_of(name)
             rows[name] = render_cached(
                 [_renumbered(each, numbers) for each in examples],
                 tokenizer,
@@ -161,7 +171,9 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
                 multi_label=made.multi_label,
                 template=template,
                 source=source,
+                end=only_end(tokenizer, config, task),
             )
+            check_embedded(rows[name], tokenizer, config)
     except Unlearnable as error:
         refuse_or_skip(error, bad_rows)
         gone = {bad.row for _, each in error.bad for bad in each}
@@ -173,8 +185,8 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
 
 
 def _template(hat: Hat) -> str:
-    """The one chat template of all, the base's own for one made elsewhere. Raises AdapterError where they differ."""
-    found = {made.template or chat_template(hat.base.tokenizer)[0] for made in hat.hats.values()}
+    """The one chat template of all, its tokenizer's for one made elsewhere. Raises AdapterError where they differ."""
+    found = {made.template or chat_template(hat.tokenizer_of(name))[0] for name, made in hat.hats.items()}
     if len(found) > 1:
         raise AdapterError(
             f"{' and '.join(hat.hats)} were trained with other chat templates: their losses are not of the same tokens",

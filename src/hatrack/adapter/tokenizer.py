@@ -1,0 +1,56 @@
+"""The tokenizer that lies beside an adapter made elsewhere: with tokens that were added, or another chat template."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hatrack.adapter.hatfile import HATRACK_JSON
+from hatrack.base.code import needed_code
+from hatrack.base.load import Base, has_tokenizer, load_tokenizer
+from hatrack.errors import AdapterError, BaseError, short
+from hatrack.say import say_once
+
+PROBE = "One hat, two hats."
+
+
+def tokenizer_beside(folder: Path, base: Base) -> Any | None:
+    """The tokenizer in an adapter's folder, where it reads or writes texts in another way than the base's does, which
+    is said; else None. An adapter that hatrack made was trained with the base's.
+
+    Raises AdapterError where it cannot be loaded.
+    """
+    if (folder / HATRACK_JSON).exists() or not has_tokenizer(folder):
+        return None
+    if needed_code(folder):
+        say_once(f"{folder}: its tokenizer needs code of its own, which is not run; the base's is used")
+        return None
+    try:
+        rows = base.model.get_input_embeddings().weight.shape[0]
+        own = load_tokenizer(replace(base.files, folder=folder, source=str(folder), trusted=False), rows)
+    except BaseError as error:
+        fix = "copy the adapter again, or remove the tokenizer's files from it to use the base's"
+        raise AdapterError(error.what, got=error.got, fix=fix, gotcha="tokenizer-beside") from error
+    differences = _differences(own, base.tokenizer)
+    if not differences:
+        return None
+    say_once(f"{folder}: the tokenizer beside this adapter is used for it: {', '.join(differences)}")
+    own.padding_side = base.tokenizer.padding_side
+    own.chat_template = own.chat_template or base.tokenizer.chat_template
+    own.pad_token = own.convert_ids_to_tokens(base.tokenizer.pad_token_id)  # the model knows padding by this id
+    return own
+
+
+def _differences(own: Any, bases: Any) -> list[str]:
+    """How a tokenizer differs from the base's, in words."""
+    here, there = own.get_vocab(), bases.get_vocab()
+    added = sorted((token for token in here if token not in there), key=here.__getitem__)
+    moved = [token for token, number in here.items() if there.get(token, number) != number]
+    special = set(own.all_special_tokens) - {*bases.all_special_tokens, *added, own.pad_token}
+    differences = [f"{len(added):,} tokens more, such as {short(added[0])}"] if added else []
+    differences += [f"{len(moved):,} tokens with other numbers, such as {short(moved[0])}"] if moved else []
+    differences += [f"{short(sorted(special)[0])} is a token of control"] if special else []
+    if own.chat_template and own.chat_template != bases.chat_template:
+        differences.append("another chat template")
+    if not differences and own(PROBE)["input_ids"] != bases(PROBE)["input_ids"]:
+        differences.append("other tokens at the beginning, the end, or for the same words")
+    return differences
