@@ -76,7 +76,21 @@ def test_pickles_of_each_protocol(protocol: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "text,label\na,b\n", '{"a": 1}', "<b>bold</b>,good\n", "BZ,1\n", "version,2\n", "€\x80"]
+    "content",
+    [
+        b"\xef\xbb\xbf" + POINTER, b"\n" + POINTER, POINTER.replace(b"\n", b"\r\n"), POINTER.decode().encode("utf-16"),
+        PAGE.decode("utf-8-sig").encode("utf-16"), b"<Error><Code>AccessDenied</Code></Error>", b"<title>404</title>",
+    ],
+)  # fmt: skip
+def test_pointers_and_pages_however_they_are_written(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(DataError, match=r"is a (Git LFS pointer|web page)"):
+        read_rows(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "<header>,label\n", "text,label\na,b\n", '{"a": 1}', "<b>bold</b>,good\n", "BZ,1\n", "version,2\n", "€\x80"],
 )
 def test_plain_text_is_nothing_else(text: str) -> None:
     assert look(io.BytesIO(text.encode())) is None

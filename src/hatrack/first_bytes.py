@@ -24,8 +24,6 @@ LFS, PAGE, PICKLE = "a Git LFS pointer", "a web page (HTML or XML)", "a pickle"
 ZIP, DAMAGED_ZIP = "a zip archive", "a damaged zip archive"
 
 STARTS = {
-    b"version https://git-lfs.github.com/": LFS,
-    b"version https://hawser.github.com/": LFS,
     b"\x1f\x8b": GZIP,
     b"BZh": BZIP2,
     b"\xfd7zXZ\0": "compressed with xz",
@@ -66,10 +64,15 @@ FIXES = {
 }
 ARCHIVE_FIX, OTHER_FIX = "unpack it, and name the file that was in it", "give the right file"
 
-_PAGE = re.compile(
-    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype|html|head|body|\?xml|svg)\b", re.DOTALL | re.IGNORECASE
-)
-_PICKLE = re.compile(rb"\x80[\x02-\x05][\x8a\x95}\](cq.K]")
+_TEXT = rb"(\xef\xbb\xbf)?\s*"
+PATTERNS = {
+    LFS: re.compile(_TEXT + rb"version https://(git-lfs|hawser)\.github\.com/"),
+    PAGE: re.compile(
+        _TEXT + rb"(<!--.*?-->\s*)*<((!doctype|html|head|title|meta|script|body|\?xml|svg)\b|error>)",
+        re.DOTALL | re.IGNORECASE,
+    ),
+    PICKLE: re.compile(rb"\x80[\x02-\x05][\x8a\x95}\](cq.K]"),
+}
 _ERROR = TypeVar("_ERROR", bound=HatrackError)
 
 
@@ -89,17 +92,14 @@ def look(file: BinaryIO) -> Found | None:
     """
     start = file.read(LONGEST)
     kind = next((kind for mark, kind in STARTS.items() if start.startswith(mark)), "")
+    kind = kind or next((kind for kind, pattern in PATTERNS.items() if pattern.match(start)), "")
     got = f"it begins with {start[:4].hex(' ')}"
-    if not kind and _PAGE.match(start):
-        kind = PAGE
-    elif not kind and _PICKLE.match(start):
-        kind = PICKLE
-    elif not kind and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER:
+    if not kind and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER:
         kind = SAFETENSORS
     if kind == ZIP:
         kind, got = _in_zip(file)
     elif kind in (LFS, PAGE):
-        first = start.decode("utf-8", "replace").strip().splitlines()[0]
+        first = start.decode("utf-8-sig", "replace").strip().splitlines()[0]
         got = f"it begins with {first[:50]!r}"
     if not kind:
         return None

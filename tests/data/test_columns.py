@@ -121,7 +121,8 @@ def test_who_names_the_prompt_has_named_all_of_it(capsys: pytest.CaptureFixture[
     [
         ("weight", [1, 0.5]), ("weight", [0]), ("train", [True, False]), ("mask", [[0, 1]]), ("loss", ["false"]),
         ("function_call", ["{}"]), ("reasoning_content", ["so"]), ("images", [["a.png"]]), ("label", [True, False]),
-        ("tool_calls", [[{}]]), ("Weight", [3]),
+        ("tool_calls", [[{}]]), ("Weight", [3]), ("loss_weight", [0]),
+        ("trainable", [False]), ("masked", [True]), ("label", [1, 0]), ("label", ["True", "False"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", [{"messages": [[]]}, ALPACA])
@@ -132,7 +133,9 @@ def test_a_column_that_means_something_else_is_refused(
         _beside(layout | {column: values})
 
 
-@pytest.mark.parametrize(("column", "values"), [("weight", [1, 1.0]), ("train", ["True"]), ("label", ["a", "b"])])
+@pytest.mark.parametrize(
+    ("column", "values"), [("weight", [1, 1.0]), ("train", ["True"]), ("label", ["a", "b"]), ("label", [1, True])]
+)
 def test_one_that_says_the_same_of_all_rows_is_only_named(
     column: str, values: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

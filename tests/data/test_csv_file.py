@@ -253,3 +253,8 @@ def test_rows_are_numbered_as_a_person_counts_them() -> None:
 
 def test_only_line_ends_end_lines() -> None:
     assert texts(read("text,label\na\u2028b\x85c\x0cd,e\nf,g\n")) == ["a\u2028b\x85c\x0cd", "f"]
+
+
+def test_the_header_of_a_file_that_was_joined_to_another_is_no_row() -> None:
+    rows = read("text,label\nfine,a\ntext,label\nbad,b\n")
+    assert rows.numbers == [1, 3] and rows.problems == [(2, "the header again, as where two files were joined")]

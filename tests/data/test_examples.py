@@ -220,7 +220,7 @@ def test_training_rows_that_are_also_held_out_are_dropped(capsys: pytest.Capture
     with pytest.raises(DataError) as caught:
         _prepare(_labelled(20), [{"text": "new", "label": "class 7"}])
     assert "held.csv row 1, column label: label 'class 7' does not occur in the training rows" in str(caught.value)
-    with pytest.raises(DataError, match=r"held.csv has no column 'label'"):
+    with pytest.raises(DataError, match=r"held.csv has other columns than .*no label; fix: give both .*: text, label$"):
         _prepare(_labelled(20), [{"text": "new", "labels": "class 1"}])
 
 

@@ -53,6 +53,7 @@ def test_the_same_conversation_in_other_wrappers(cell: Any) -> None:
         (ASK, "the conversation is an object, not a list of messages"),
         (7, "the conversation is a number, not a list of messages"),
         ("[" * 3000, "the conversation is text, not a list of messages"),
+        ([{"speaker": "bot", "text": "Lima."}], "a message has no role, only speaker, text"),
         ([ASK, "Lima."], "message 2 is text, not an object with role and content"),
         ([ASK, {"role": "function_call", "content": "{}"}], "'function_call' is not among .*turn with tool_calls"),
         (
@@ -71,8 +72,12 @@ def test_what_is_no_conversation(cell: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["function_call", "mask", "loss_mask", "loss_scale", "train_detail", "refusal", "images", "audio"]
-)
+    "key",
+    [
+        "function_call", "mask", "masked", "loss_mask", "loss_scale", "loss_weight", "trainable", "train_detail",
+        "ignore", "refusal", "images", "audio",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("index", [0, 1])
 def test_keys_that_mean_something_are_refused_by_name(key: str, index: int) -> None:
     messages = [dict(ASK), dict(ANSWER)]

@@ -30,10 +30,11 @@ SAID = {
     "history": "{column!r} becomes earlier turns, whose answers are learned too",
     "tools": "{column!r} are the tools that the chat template is given",
 }
-WEIGHTS = ("weight", "weights", "sample_weight", "mask", "loss", "loss_mask", "train")
-ONE = ("1", "1.0", "true")
+WEIGHTS: tuple[str, ...] = ("weight", "weights", "sample_weight", "loss_weight", "loss_scale", "mask", "loss_mask")
+WEIGHTS += ("loss", "train", "training", "trainable")
+ONE, ZERO = ("1", "1.0", "true"), ("0", "0.0", "false")
 MEANING: tuple[str, ...] = ("functions", "function_call", "tool_calls", "reasoning_content", "reasoning", "thinking")
-MEANING += ("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
+MEANING += ("masked", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 NEVER_LABELS = ("id", "idx", "index", "uid", "title", "name", "url", "date", "time", "author")
 ROLES = {
     "classify": (("text", "label"),),
@@ -118,10 +119,11 @@ def find_beside(
         column: column.strip().lower() for column in filled if column not in found.values() and not nameless(column)
     }
     for column, name in left.items():
-        if _carries_meaning(task, name, filled[column], recipe):
+        telling = _not_honoured(task, name, filled[column], recipe)
+        if telling:
             raise DataError(
                 f"the column {column!r} means something that hatrack does not honour",
-                got=f"values such as {short(filled[column][0])}",
+                got=f"values such as {short(telling[0])}",
                 fix="remove or rename it",
                 gotcha="columns-ignored",
             )
@@ -183,14 +185,16 @@ def find_question(task: str, columns: Sequence[str], source: str, named: Mapping
     return found
 
 
-def _carries_meaning(task: str, name: str, values: Sequence[Any], recipe: Recipe) -> bool:
-    """Whether a column that is not read says what or how much is to be learned, not the same for all rows."""
+def _not_honoured(task: str, name: str, values: Sequence[Any], recipe: Recipe) -> Sequence[Any]:
+    """The values of a column that is not read which say what or how much is to be learned."""
+    less = [value for value in values if str(value).strip().lower() not in ONE]
     if name in WEIGHTS:
         chosen = task == "classify" and recipe.text is not None and recipe.label is not None
-        return not chosen and any(str(value).strip().lower() not in ONE for value in values)
-    if task == "chat":
-        return name in MEANING or (name == "label" and all(isinstance(value, bool) for value in values))
-    return False
+        return [] if chosen else less
+    if task != "chat":
+        return []
+    judged = name == "label" and all(str(value).strip().lower() in ZERO for value in less)  # good answers and bad ones
+    return less if judged else values if name in MEANING else []
 
 
 def _fill(roles: Sequence[str], named: dict[str, str], columns: Sequence[str], asked: bool) -> dict[str, str] | None:

@@ -85,7 +85,9 @@ def read_csv(source: str, text: str, separator: str) -> Rows:
 def _table(source: str, header: list[str], lines: list[list[str]]) -> Rows:
     rows, problems = [], []
     for number, cells in enumerate(lines, 1):
-        if _fits(cells, header):
+        if cells == header:
+            problems.append((number, "the header again, as where two files were joined"))
+        elif _fits(cells, header):
             rows.append((number, [*cells, *[""] * (len(header) - len(cells))][: len(header)]))
         else:
             problems.append((number, f"{len(cells)} cells where the header has {len(header)}"))

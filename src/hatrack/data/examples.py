@@ -231,7 +231,7 @@ def _read(recipe: Recipe, sources: Sequence[Rows]) -> tuple[str, dict[str, str],
     first = sources[0]
     task, columns = find_columns(recipe, first.columns, first.source, next(iter(first.rows), None))
     for rows in sources[1:]:
-        find_columns(recipe.changed(task=task, **columns), rows.columns, rows.source)
+        _check_same_columns(first, rows, columns)
     columns |= find_beside(task, columns, recipe, _filled(sources))
     parts, unread = [], set[str]()
     for rows in sources:
@@ -249,6 +249,16 @@ def _read(recipe: Recipe, sources: Sequence[Rows]) -> tuple[str, dict[str, str],
     if unread:
         say(f"not read in the messages: {', '.join(sorted(unread))}")
     return task, columns, parts
+
+
+def _check_same_columns(first: Rows, rows: Rows, columns: Mapping[str, str]) -> None:
+    missing = [column for column in columns.values() if column not in rows.columns]
+    if missing:
+        raise DataError(
+            f"{rows.source} has other columns than {first.source}",
+            got=f"columns {', '.join(rows.columns)}, and no {' or '.join(missing)}",
+            fix=f"give both files the same columns: {', '.join(columns.values())}",
+        )
 
 
 def _with_classes(parts: list[_Part], *, merge: bool) -> tuple[list[_Part], list[str], bool]:

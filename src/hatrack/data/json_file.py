@@ -72,7 +72,11 @@ def _rows(source: str, values: Values) -> Rows:
         if isinstance(value, dict):
             rows.append((number, value))
         elif isinstance(value, ValueError):
-            why = f"{value.msg} at character {value.pos + 1}" if isinstance(value, json.JSONDecodeError) else value
+            why = (
+                f"{value.msg.removesuffix(' at')} at character {value.pos + 1}"
+                if isinstance(value, json.JSONDecodeError)
+                else value
+            )
             problems.append((number, f"malformed JSON: {why}"))
         else:
             problems.append((number, f"{type(value).__name__} where an object was expected"))

@@ -35,7 +35,8 @@ NAMES = ("name", "tool_call_id")
 MARKS = ("weight", "train", "training", "loss")
 """Whether a turn is learned: 1 or true, 0 or false."""
 
-REFUSED: tuple[str, ...] = ("function_call", "mask", "loss_mask", "loss_scale", "train_detail", "refusal")
+REFUSED: tuple[str, ...] = ("function_call", "mask", "masked", "loss_mask", "loss_scale", "loss_weight", "trainable")
+REFUSED += ("train_detail", "ignore", "skip", "refusal")
 REFUSED += ("image", "images", "audio", "audios", "video", "videos")
 YES_OR_NO = {"1": True, "true": True, "0": False, "false": False, "1.0": True, "0.0": False}
 
@@ -85,6 +86,9 @@ def read_talk(value: Any) -> Talk:
         raise Unusable(
             f"the conversation is {_kind(value)}, not a list of messages" if value else "the conversation is empty"
         )
+    nameless = next((message for message in value if isinstance(message, dict) and not holds(_role(message))), None)
+    if nameless is not None:
+        raise Unusable(f"a message has no role, only {', '.join(map(str, nameless)) or 'nothing'}")
     strange = [message for message in value if isinstance(message, dict) and _role(message) not in ROLES]
     if strange:
         raise Unusable(_strange_roles(strange))

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 from hatrack.errors import DataError
-from hatrack.first_bytes import BZIP2, GZIP, PARQUET, Found, look
+from hatrack.first_bytes import BZIP2, GZIP, LONGEST, PARQUET, Found, look
 from hatrack.say import say_once
 
 PACKED = {".gz": GZIP, ".bz2": BZIP2}
@@ -55,7 +55,11 @@ def read_text(source: str, path: Path) -> str:
         raise DataError(f"{source} cannot be read", got=str(error), fix="check the file and its permissions") from error
     if found:
         raise _not_text(source, path, found)
-    return decode(source, content)
+    text = decode(source, content)
+    found = look(io.BytesIO(text[:LONGEST].encode("utf-8", "replace")))  # a pointer or a page, in UTF-16
+    if found:
+        raise _not_text(source, path, found)
+    return text
 
 
 def decode(source: str, content: bytes) -> str:
