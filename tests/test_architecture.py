@@ -17,16 +17,25 @@ MAY_IMPORT = {
     "kernels": set(),
     "data": set(),
     "adapter": {"base"},
-    "plan": {"base.header", "base.peek", "base.room", "data.order", "adapter.count", "adapter.targets"},
+    "planning": {"base.header", "base.peek", "base.room", "data.order", "adapter.count", "adapter.targets"},
     "hat": {"base", "adapter", "data", "engine.fast_lora"},
     "evaluate": {"base", "adapter", "data", "kernels", "hat"},
-    "check": {"base", "adapter", "data", "plan"},
-    "engine": {"base", "adapter", "data", "plan", "check", "evaluate", "kernels", "hat"},
+    "check": {"base", "adapter", "data", "planning"},
+    "engine": {"base", "adapter", "data", "planning", "check", "evaluate", "kernels", "hat"},
 }
 WITHOUT_TORCH = [*sorted(GROUND), "base/header", "adapter/count", "adapter/targets"]
-WITHOUT_TORCH += ["base/hub", "base/locate", "base/peek", "base/room", "data/light", "data/order", "engine/states"]
+WITHOUT_TORCH += [
+    "base/hub",
+    "base/locate",
+    "base/peek",
+    "base/room",
+    "data/light",
+    "data/order",
+    "engine/states",
+    "engine/forecast",
+]
 WITHOUT_TORCH += ["data/seen", "evaluate/alike"]
-WITHOUT_TORCH += [f"plan/{name}" for name in ("derive", "fit", "machine", "memory", "shape", "time")]
+WITHOUT_TORCH += [f"planning/{name}" for name in ("derive", "fit", "machine", "memory", "shape", "time")]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 
 

@@ -116,7 +116,7 @@ def test_public_names() -> None:
     assert (
         hatrack.__all__
         == sorted(hatrack.__all__)
-        == ["Hat", "HatrackError", "Recipe", "compare", "get_peft_model", "load", "speed_up", "train"]
+        == ["Hat", "HatrackError", "Recipe", "compare", "get_peft_model", "load", "plan", "speed_up", "train"]
     )
     assert all(hasattr(hatrack, name) for name in hatrack.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tain'"):

@@ -18,11 +18,12 @@ from hatrack.recipe import Recipe
 if TYPE_CHECKING:
     from hatrack.engine.fast_base import speed_up
     from hatrack.engine.fast_lora import get_peft_model
+    from hatrack.engine.forecast import Forecast
     from hatrack.evaluate.by_name import compare
     from hatrack.hat import Hat, load
 
 __version__ = "0.1.0"
-__all__ = ["Hat", "HatrackError", "Recipe", "compare", "get_peft_model", "load", "speed_up", "train"]
+__all__ = ["Hat", "HatrackError", "Recipe", "compare", "get_peft_model", "load", "plan", "speed_up", "train"]
 
 _LATER = {
     "Hat": "hatrack.hat",
@@ -46,6 +47,18 @@ def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **o
     made = _recipe(recipe, options, like)
     run = importlib.import_module("hatrack.engine.train").train
     return run(made)  # type: ignore[no-any-return]
+
+
+def plan(
+    recipe: Recipe | str | Path | None = None, /, *, on: Any = None, like: Any = None, **options: Any
+) -> "Forecast":
+    """What training would take, and whether it fits, before any weight is read; arguments as `train` takes them.
+
+    `on` plans for another machine than this one: the name of a GPU or a laptop ("rtx4090", "a100", "m2"), or memory
+    ("16GiB"). The result has `plan` (`fits`, `peak_memory_bytes`, `seconds`, ...), `ways` and `change`.
+    """
+    made = _recipe(recipe, options, like)
+    return importlib.import_module("hatrack.engine.forecast").plan(made, on)  # type: ignore[no-any-return]
 
 
 def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: str | Path | None = None) -> Recipe:

@@ -23,7 +23,7 @@ from hatrack.base.peek import peek_folder
 from hatrack.engine.fast_base import speed_up
 from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.evaluate.loss import losses
-from hatrack.plan.shape import describe
+from hatrack.planning.shape import describe
 from hatrack.recipe import Recipe
 
 # fmt: off

@@ -287,8 +287,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 def test_micro_batches_share_what_is_kept(tmp_path: Path, train: Any) -> None:
     train("whole", batch_size=8)
     with pytest.MonkeyPatch.context() as patch:
-        original = hatrack.plan.fit.plan_run
-        patch.setattr("hatrack.plan.fit.plan_run", lambda where, method=None, rows=None: original(where, method, 2))
+        original = hatrack.planning.fit.plan_run
+        patch.setattr("hatrack.planning.fit.plan_run", lambda where, method=None, rows=None: original(where, method, 2))
         train("parts", batch_size=8, dropout=0.0)
         train("plain", batch_size=8, dropout=0.0, cache_limit=0)
     assert len(states.entries()) == 1

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hatrack.engine import measure
-from hatrack.plan.memory import Batch, Method
-from hatrack.plan.time import Prices, step
+from hatrack.planning.memory import Batch, Method
+from hatrack.planning.time import Prices, step
 
 
 def test_prices_are_found_again() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hatrack
-import hatrack.plan.fit
+import hatrack.planning.fit
 from hatrack.adapter.place import place
 from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window, as_if, let_go, read_ahead
@@ -223,14 +223,14 @@ FAST: dict[str, Any] = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_
 @contextlib.contextmanager
 def too_large() -> Iterator[None]:
     """No base has room in memory as a whole while the block runs."""
-    original = hatrack.plan.fit.plan_run
+    original = hatrack.planning.fit.plan_run
 
     def plan_run(where: Any, method: Any = None, rows: int | None = None) -> Any:
         plan = original(where, method, rows)
         return dataclasses.replace(plan, limit=10**12 if plan.method.sweep else 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hatrack.plan.fit.plan_run", plan_run)
+        patch.setattr("hatrack.planning.fit.plan_run", plan_run)
         patch.setattr("hatrack.hat.holds", lambda *_: False)
         yield
 
@@ -263,14 +263,14 @@ def test_a_swept_run_makes_the_adapter_of_an_ordinary_one(
 
 def test_micro_batches_do_not_change_what_a_sweep_learns(tmp_path: Path, half_decoder: Path, questions: Path) -> None:
     """Where --memory splits a step: dropout draws from the same seeds, swept or not."""
-    original = hatrack.plan.fit.plan_run
+    original = hatrack.planning.fit.plan_run
 
     def two_at_a_time(*args: Any, **kwargs: Any) -> Any:
         return dataclasses.replace(original(*args, **kwargs), micro_batch=2)
 
     run = {"base": str(half_decoder), "data": str(questions), "epochs": 2} | FAST
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hatrack.plan.fit.plan_run", two_at_a_time)
+        patch.setattr("hatrack.planning.fit.plan_run", two_at_a_time)
         hatrack.train(output=str(tmp_path / "plain"), name="plain", **run)
         with too_large():
             hatrack.train(output=str(tmp_path / "swept"), name="swept", **run)

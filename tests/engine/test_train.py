@@ -21,8 +21,8 @@ from hatrack.base import load, packed
 from hatrack.engine.trainer import HatTrainer
 from hatrack.engine.watch import Watch
 from hatrack.errors import HatrackError, MachineError, RecipeError
-from hatrack.plan import fit
-from hatrack.plan.memory import Method
+from hatrack.planning import fit
+from hatrack.planning.memory import Method
 from tests.engine.stopping import stopped_at_five
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_size": 8}

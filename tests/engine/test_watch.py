@@ -15,7 +15,7 @@ from hatrack.engine.run import Run
 from hatrack.engine.watch import Watch
 from hatrack.errors import Diverged
 from hatrack.evaluate.loss import losses
-from hatrack.plan import fit
+from hatrack.planning import fit
 from hatrack.recipe import Recipe
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "lr": 0.002}

@@ -20,8 +20,8 @@ from hatrack.check.finding import Finding, Looking
 from hatrack.data.examples import Examples, read_examples
 from hatrack.data.tokens import tokenise
 from hatrack.errors import RecipeError
-from hatrack.plan.fit import Work, settle
-from hatrack.plan.machine import check_compute, here
+from hatrack.planning.fit import Work, settle
+from hatrack.planning.machine import check_compute, here
 from hatrack.recipe import Recipe, Task
 from hatrack.say import say
 

@@ -20,10 +20,10 @@ from hatrack.base.room import resident
 from hatrack.base.sources import BaseFiles
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
-from hatrack.plan import fit
-from hatrack.plan.derive import Schedule
-from hatrack.plan.fit import Plan, Setting, Work
-from hatrack.plan.machine import Machine, here
+from hatrack.planning import fit
+from hatrack.planning.derive import Schedule
+from hatrack.planning.fit import Plan, Setting, Work
+from hatrack.planning.machine import Machine, here
 from hatrack.recipe import Recipe
 from hatrack.say import say, size
 

@@ -26,10 +26,10 @@ from hatrack.engine.fast_lora import get_peft_model
 from hatrack.evaluate.loss import losses
 from hatrack.kernels import integers
 from hatrack.kernels.frozen import times
-from hatrack.plan.machine import Probe, processor
-from hatrack.plan.memory import Batch, Method
-from hatrack.plan.shape import Anatomy, describe
-from hatrack.plan.time import Effort, Prices, step
+from hatrack.planning.machine import Probe, processor
+from hatrack.planning.memory import Batch, Method
+from hatrack.planning.shape import Anatomy, describe
+from hatrack.planning.time import Effort, Prices, step
 from hatrack.recipe import Recipe
 from hatrack.storage import cache_dir
 

@@ -24,7 +24,7 @@ from hatrack.base.trunk import Call
 from hatrack.base.window import OUTSIDE, Window
 from hatrack.engine.cache import Prefix, bytes_of
 from hatrack.evaluate.loss import Batch, Losses, get_to_know, losses
-from hatrack.plan.memory import STATES
+from hatrack.planning.memory import STATES
 from hatrack.storage import machine_errors
 
 Random = tuple[torch.Tensor, ...]

@@ -55,10 +55,10 @@ from hatrack.engine.watch import Watch
 from hatrack.errors import BaseError, RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.hat import Hat, end_tokens
-from hatrack.plan.derive import Schedule
-from hatrack.plan.fit import FEWEST_SCORED, Plan
-from hatrack.plan.machine import check_compute
-from hatrack.plan.shape import shape_of
+from hatrack.planning.derive import Schedule
+from hatrack.planning.fit import FEWEST_SCORED, Plan
+from hatrack.planning.machine import check_compute
+from hatrack.planning.shape import shape_of
 from hatrack.recipe import Recipe, Task, nearest
 from hatrack.say import say, size
 from hatrack.storage import folder_size

@@ -34,7 +34,7 @@ from hatrack.engine.lr_range import find_learning_rate
 from hatrack.errors import BaseError
 from hatrack.evaluate.loss import Batch
 from hatrack.evaluate.score import Runner, Score, main_metric, score
-from hatrack.plan.derive import Schedule
+from hatrack.planning.derive import Schedule
 from hatrack.recipe import Recipe
 from hatrack.say import say
 

@@ -8,9 +8,9 @@ import pytest
 from hatrack import cpu
 from hatrack.base.room import available_memory
 from hatrack.errors import RecipeError
-from hatrack.plan import machine
-from hatrack.plan.machine import ACCELERATORS, GIB, Probe, check_compute, here, keep_probe, named, read_probe
-from hatrack.plan.time import Prices
+from hatrack.planning import machine
+from hatrack.planning.machine import ACCELERATORS, GIB, Probe, check_compute, here, keep_probe, named, read_probe
+from hatrack.planning.time import Prices
 
 PRICES = Prices(operation=1e-11, number=1e-9, call=1e-5, disk=1e9, start=5.0, source="probe")
 

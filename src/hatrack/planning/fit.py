@@ -14,9 +14,9 @@ import numpy as np
 from hatrack.base.peek import Peek
 from hatrack.data.order import epoch_batches, length_order
 from hatrack.errors import RecipeError
-from hatrack.plan.derive import Schedule, batch_rows, derive
-from hatrack.plan.machine import Machine
-from hatrack.plan.memory import (
+from hatrack.planning.derive import Schedule, batch_rows, derive
+from hatrack.planning.machine import Machine
+from hatrack.planning.memory import (
     BITSANDBYTES_IMPORTED,
     FRAMEWORK,
     ITEM_BYTES,
@@ -27,8 +27,8 @@ from hatrack.plan.memory import (
     training_bytes,
     weight_bytes,
 )
-from hatrack.plan.shape import Anatomy, describe
-from hatrack.plan.time import Effort, forward, lower, step
+from hatrack.planning.shape import Anatomy, describe
+from hatrack.planning.time import Effort, forward, lower, step
 from hatrack.recipe import Recipe
 from hatrack.say import size
 

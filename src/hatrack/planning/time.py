@@ -9,8 +9,8 @@ accelerator they come from its data sheet. Knows no torch.
 
 from dataclasses import dataclass, field
 
-from hatrack.plan.memory import Batch, Method
-from hatrack.plan.shape import Anatomy
+from hatrack.planning.memory import Batch, Method
+from hatrack.planning.shape import Anatomy
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.evaluate.loss import losses
 from hatrack.kernels.attention import BLOCK
 from hatrack.kernels.loss import CHUNK, CHUNK_ON_ACCELERATOR
-from hatrack.plan.memory import LOGITS, LOGITS_ON_ACCELERATOR, SCORES, Batch, Method, training_bytes
-from hatrack.plan.shape import Anatomy, Shape, describe, shape_of
+from hatrack.planning.memory import LOGITS, LOGITS_ON_ACCELERATOR, SCORES, Batch, Method, training_bytes
+from hatrack.planning.shape import Anatomy, Shape, describe, shape_of
 from hatrack.recipe import Recipe
-from tests.plan.test_fit import llama
+from tests.planning.test_fit import llama
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
 MODELS: dict[str, Any] = {

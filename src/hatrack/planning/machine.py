@@ -18,7 +18,7 @@ from pathlib import Path
 from hatrack import cpu
 from hatrack.base.room import available_memory, no_device
 from hatrack.errors import RecipeError
-from hatrack.plan.time import Prices
+from hatrack.planning.time import Prices
 from hatrack.recipe import nearest, parse_size
 from hatrack.say import size
 from hatrack.storage import cache_dir, write_file

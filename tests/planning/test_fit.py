@@ -11,7 +11,7 @@ from hatrack.base.header import TensorInfo
 from hatrack.base.peek import Peek
 from hatrack.data.batch import LengthBatches
 from hatrack.errors import RecipeError
-from hatrack.plan.fit import (
+from hatrack.planning.fit import (
     WAYS,
     Setting,
     Work,
@@ -25,9 +25,9 @@ from hatrack.plan.fit import (
     setting,
     settle,
 )
-from hatrack.plan.machine import GIB, Machine, named
-from hatrack.plan.memory import Batch, Method
-from hatrack.plan.time import Prices, lower
+from hatrack.planning.machine import GIB, Machine, named
+from hatrack.planning.memory import Batch, Method
+from hatrack.planning.time import Prices, lower
 from hatrack.recipe import Recipe
 
 LLAMA = {

@@ -12,7 +12,7 @@ keeps what enters a layer, and all that of one layer at a time. Full fine-tuning
 
 from dataclasses import dataclass
 
-from hatrack.plan.shape import Anatomy
+from hatrack.planning.shape import Anatomy
 
 MIB = 2**20
 FRAMEWORK = 320 * MIB

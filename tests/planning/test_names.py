@@ -4,8 +4,8 @@ import pytest
 
 from hatrack.base.room import no_device
 from hatrack.errors import RecipeError
-from hatrack.plan import machine
-from hatrack.plan.machine import ACCELERATORS, GIB, LAPTOPS, check_device, named
+from hatrack.planning import machine
+from hatrack.planning.machine import ACCELERATORS, GIB, LAPTOPS, check_device, named
 
 
 @pytest.mark.parametrize(
