@@ -225,6 +225,6 @@ def test_held_out_rows_that_are_longer_are_counted() -> None:
     more = plans[1].peak_memory_bytes - plans[0].peak_memory_bytes
     assert plans[0].memory["scoring"] == 0 < plans[1].memory["scoring"] == more
     training = sum(plans[0].memory[term] for term in ("activations", "heap", "workspace", "logits"))
-    numbers = 4000 * (4 * 4096 + 3 * 4096 + 3 * 11008) * 1.35 + 2 * 2**22 + 2 * 2**23
+    numbers = 4000 * (4 * 4096 + 3 * 4096 + 3 * 11008) * 2 + 2 * 2**22 + 2 * 2**23
     assert training + more == pytest.approx(2 * numbers, rel=0.01)
     assert plans[1].seconds > plans[0].seconds  # type: ignore[operator]

@@ -159,11 +159,12 @@ def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, a
 
 
 def _while_scoring(anatomy: Anatomy, batch: Batch, item: int, at_once: int) -> int:
-    """What one layer holds without keeping anything, and a block of logits: of held-out rows, which may be longer."""
+    """What one layer holds without keeping anything, as much again freed between (measured), and a block of logits: of
+    held-out rows, which may be longer."""
     shape = anatomy.shape
     numbers = batch.tokens * (4 * shape.hidden + shape.query + 2 * shape.key + 3 * shape.intermediate)
     held = min(batch.learned * shape.vocabulary, max(at_once, 16 * shape.vocabulary)) if anatomy.decoder else 0
-    return round((1 + HEAP) * numbers + 2 * _scores(anatomy, batch, item) + 2 * held) * item
+    return round(2 * numbers + 2 * _scores(anatomy, batch, item) + 2 * held) * item
 
 
 def _kept_in_layer(
