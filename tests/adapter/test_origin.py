@@ -1,6 +1,7 @@
 """What an adapter says of its task and base, whoever wrote it, and the next step where that is not enough."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hatrack.adapter.origin import find_its_base, made_from
 from hatrack.base.fingerprint import lineage
 from hatrack.base.sources import BaseFiles
 from hatrack.check.folder import check_adapter
-from hatrack.errors import AdapterError, BaseError, HatrackError
+from hatrack.errors import AdapterError, BaseError, HatrackError, Words
 from tests.adapter.test_like_peft import QV, _adapter, _base
 
 GOOD = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -124,6 +125,10 @@ def test_a_base_that_is_not_here(adapter: Path, source: str, told: str, monkeypa
     error = str(caught.value)
     assert error.startswith(f"the base of {adapter} cannot be had: ") and told in error
     assert "--base" in str(caught.value.fix) and "--revision" not in error
+    monkeypatch.setattr(Words, "flags", False)
+    with pytest.raises(BaseError) as caught:
+        find_its_base(read_adapter(adapter))
+    assert len(re.findall(r"\b(with base\b|base=)", str(caught.value.fix))) == 1
 
 
 @pytest.mark.parametrize("source", [None, "", "  ", 7])

@@ -112,7 +112,7 @@ def test_experts_that_are_joined_are_refused_by_name_and_told_of() -> None:
     assert set(choice.names) == set(ATTENTION)
     assert choice.notes == (
         "none on the experts: they are joined into one tensor in each layer, which takes no adapter",
-        "none on 1 layers beside them, whose names peft takes for the experts' (w1)",
+        "none on 1 layer beside them, which peft takes for experts by name (w1)",
     )
 
 
@@ -122,7 +122,7 @@ def test_layers_much_narrower_than_the_rank_are_left_out_and_others_refused(targ
     choice = choose(ATTENTION | dials, targets, None, r=8)
     assert choice.notes == ("none on 2 layers narrower than --r 8 (dt, one)",)
     assert set(choice.names) == set(ATTENTION) | {"m.layers.0.mlp.k_proj"}
-    assert choose(ATTENTION | dials, targets, None, r=4).notes == ("none on 1 layers narrower than --r 4 (one)",)
+    assert choose(ATTENTION | dials, targets, None, r=4).notes == ("none on 1 layer narrower than --r 4 (one)",)
     with pytest.raises(RecipeError, match=r"--r is larger than m\.layers\.0\.mlp\.k_proj is wide; got 16 and 8"):
         check_rank(16, choose(ATTENTION | dials, targets, None, r=16), ATTENTION | dials)
 

@@ -151,3 +151,19 @@ def test_an_adapter_named_as_a_base_still_names_its_base(tmp_path: Path) -> None
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model("checkpoint-4")
     assert "is an adapter, not a base" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"fine_tune_type": "lora", "model": "mlx-community/tiny"}, "use its base: mlx-community/tiny"),
+        (
+            {"peft_type": "LORA", "base_model_name_or_path": None},
+            "use its base, which adapter_config.json does not name",
+        ),
+    ],
+)
+def test_an_adapter_names_its_base_where_it_is_named(config: dict[str, Any], told: str) -> None:
+    Path("run").mkdir()
+    Path("run/adapter_config.json").write_text(json.dumps(config))
+    assert refused("run") == f"run is an adapter, not a base; got adapter_config.json; fix: {told}"

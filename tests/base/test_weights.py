@@ -197,3 +197,58 @@ def test_an_older_configs_dtype_is_read(tmp_path: Path) -> None:
     config.pop("dtype")
     (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
     assert load(tmp_path).model.dtype == torch.float32
+
+
+def _shards(folder: Path, copies: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A base in two files, one tensor of the first in the second too."""
+    tensors = load_file(folder / "model.safetensors")
+    names, first = list(tensors), "model-00001-of-00002.safetensors"
+    (folder / "model.safetensors").unlink()
+    save_file({name: tensors[name] for name in names[:4]}, folder / first, {"format": "pt"})
+    rest = {name: tensors[name] for name in names[4:]} | {names[0]: copies(tensors[names[0]])}
+    save_file(rest, folder / "model-00002-of-00002.safetensors", {"format": "pt"})
+    index = dict.fromkeys(rest, "model-00002-of-00002.safetensors") | dict.fromkeys(names[:4], first)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def test_a_tensor_in_two_shards_is_refused_where_its_copies_differ(tmp_path: Path) -> None:
+    folder = _shards(tiny.save(tmp_path, "Llama", "causal"), lambda tensor: tensor + 1)
+    assert "some/base holds a tensor twice, with other numbers each time; got " in refused(folder)
+
+
+def test_copies_that_are_the_same_are_one(tmp_path: Path) -> None:
+    plain = load(tiny.save(tmp_path, "Llama", "causal")).model(IDS).logits
+    assert torch.equal(load(_shards(tmp_path, torch.clone)).model(IDS).logits, plain)
+
+
+def test_a_tensor_with_and_without_a_wrappers_name_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path, "Llama", "causal")
+    change(folder, lambda tensors: tensors | {"_orig_mod.model.norm.weight": torch.zeros(16)})
+    assert "got model.norm.weight in model.safetensors" in refused(folder)
+
+
+def test_the_whole_file_counts_beside_older_shards(tmp_path: Path) -> None:
+    """As transformers takes it."""
+    folder = tiny.save(tmp_path / "base", "Llama", "causal")
+    whole, plain = (folder / "model.safetensors").read_bytes(), fingerprint(folder)
+    change(folder, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
+    _shards(folder, torch.clone)
+    (folder / "model.safetensors").write_bytes(whole)
+    assert fingerprint(folder) == plain
+    assert read_header(folder)["model.norm.weight"].file.name == "model.safetensors"
+
+
+def test_a_name_in_front_of_all_tensors_is_named(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path, "Llama", "causal")
+    change(folder, lambda tensors: {f"llm.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(BaseError, match=r"have other names than its config.json asks for; got llm\..*take 'llm\.' out"):
+        load(folder)
+
+
+def test_what_is_said_of_a_base_is_said_once(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    change(tiny.save(tmp_path / "base", "Llama", "causal"), quantization_config=BNB)
+    monkeypatch.chdir(tmp_path)
+    for source in ("base", str(tmp_path / "base")):
+        load_base(BaseFiles(source, Path(source)), task="chat", device="cpu", dtype="float32")
+    assert capsys.readouterr().err.count("used as what they are") == 1

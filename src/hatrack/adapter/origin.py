@@ -1,5 +1,6 @@
 """What an adapter says of its task and its base, and where that base lies now. Knows nothing of tensors."""
 
+import re
 from pathlib import Path
 
 from hatrack import wheels
@@ -51,7 +52,8 @@ def find_its_base(files: AdapterFiles, base: str | None = None, *, trust: str | 
     try:
         return find_base(source, revision, trust=trust)
     except (BaseError, MachineError) as error:
-        way_on = "" if flag("base") in (error.fix or "") else f"name where it lies now with {flag('base')}"
+        offered = re.search(r"--base\b|\bwith base\b|\bbase=", error.fix or "")  # as it is typed, or in Python's words
+        way_on = "" if offered else f"name where it lies now with {flag('base')}"
         fix = "; or ".join(part for part in (error.fix, way_on) if part)
         what = f"the base of {files.folder} cannot be had: {error.what}"
         raise type(error)(what, got=error.got, fix=fix, gotcha=error.gotcha) from error

@@ -91,7 +91,7 @@ def choose(
         narrow = _narrow(names, linears, r)
         names -= narrow
         if narrow:
-            notes.append(f"none on {len(narrow)} layers narrower than {flag('r')} {r} ({_some(_leaves(narrow))})")
+            notes.append(f"none on {_layers(len(narrow))} narrower than {flag('r')} {r} ({_some(_leaves(narrow))})")
         why = f"{_kinds(names)} projections" if targets == "auto" else "every linear layer but the output's"
     else:
         names = _named([name.strip() for name in targets.split(",")], body, linears, everything, experts)
@@ -150,8 +150,8 @@ def _notes(experts: Experts, confused: Collection[str]) -> list[str]:
     joined = "none on the experts: they are joined into one tensor in each layer, which takes no adapter"
     notes = [joined] if experts.modules else []
     if confused:
-        called = _some(_leaves(confused))
-        notes.append(f"none on {len(confused)} layers beside them, whose names peft takes for the experts' ({called})")
+        beside = f"{_layers(len(confused))} beside them"
+        notes.append(f"none on {beside}, which peft takes for experts by name ({_some(_leaves(confused))})")
     return notes
 
 
@@ -238,6 +238,10 @@ def _short_names(names: Sequence[str], modules: set[str]) -> list[str]:
 def _short(name: str) -> str:
     """The last part of a full name."""
     return name.rpartition(".")[2]
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count:,} layers"
 
 
 def _leaves(names: Iterable[str]) -> list[str]:

@@ -113,12 +113,26 @@ def read_header(folder: Path) -> dict[str, TensorInfo]:
 
 def read_stored_names(folder: Path) -> dict[str, TensorInfo]:
     """The same under the very names that the files have. Raises BaseError as `read_header` does."""
+    headers = read_file_headers(folder)
+    if len(headers) == 1 and WEIGHTS in headers:
+        return headers[WEIGHTS]
+    names: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+    absent = [name for name, file in names.items() if name not in headers[file]]
+    if absent:
+        raise BaseError(f"{folder / names[absent[0]]} lacks {len(absent)} tensors of the index", got=absent[0])
+    return {name: headers[file][name] for name, file in names.items()}
+
+
+def read_file_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
+    """File name -> its tensors, for the files that transformers reads: `model.safetensors`, else the index's shards.
+
+    Raises BaseError as `read_header` does.
+    """
     index = folder / INDEX
-    if not index.is_file():
-        weights = folder / WEIGHTS
-        if not weights.exists():
+    if (folder / WEIGHTS).exists() or not index.is_file():
+        if not (folder / WEIGHTS).exists():
             raise BaseError(f"{folder} has no {WEIGHTS}", fix="give the folder of a whole model")
-        return read_file_header(weights)
+        return {WEIGHTS: read_file_header(folder / WEIGHTS)}
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise BaseError(f"{index} has no weight_map", fix="copy or download the base again")
@@ -133,11 +147,7 @@ def read_stored_names(folder: Path) -> dict[str, TensorInfo]:
             got=", ".join(missing[:3]),
             fix="copy or download the base again",
         )
-    headers = {file: read_file_header(path) for file, path in shards.items()}
-    absent = [name for name, file in names.items() if name not in headers[file]]
-    if absent:
-        raise BaseError(f"{folder / names[absent[0]]} lacks {len(absent)} tensors of the index", got=absent[0])
-    return {name: headers[file][name] for name, file in names.items()}
+    return {file: read_file_header(path) for file, path in shards.items()}
 
 
 def read_parameters(folder: Path) -> dict[str, TensorInfo]:

@@ -24,6 +24,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, check_weights, read_config, read_json, weight_bytes
 from hatrack.base.locate import ADAPTER_CONFIG
+from hatrack.base.not_a_base import an_adapter
 from hatrack.base.peek import Peek, peek_folder
 from hatrack.errors import BaseError, HatrackError, MachineError
 from hatrack.storage import machine_errors
@@ -75,10 +76,7 @@ def _cached(source: str, revision: str | None) -> Path | None:
 
 def _no_base(source: str, folder: Path) -> BaseError:
     if (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return BaseError(
-            f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=f"use its base: {base or 'see there'}"
-        )
+        return an_adapter(source, folder)
     return BaseError(f"{source} on the hub has no {CONFIG}", fix="use another repository")
 
 

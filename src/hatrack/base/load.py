@@ -4,7 +4,7 @@ Knows nothing of adapters, rows or training.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hatrack.base import packed
 from hatrack.base.code import check_code
+from hatrack.base.copies import check_copies
 from hatrack.base.header import (
     QUANTISATION,
     WRAPPERS,
@@ -183,6 +184,7 @@ def check_bare(files: BaseFiles) -> BaseFiles:
     """The same files, once the headers of their weights are read. Raises BaseError where these are damaged (which the
     library that maps them would not name), or cannot be trained on."""
     check_weights(files.source, read_config(files.folder), read_header(files.folder))
+    check_copies(files.source, files.folder)
     return files
 
 
@@ -236,7 +238,7 @@ def _unquantised(files: BaseFiles, config: Any) -> Any:
     told = quantisation(config.to_dict())
     if told:
         kept = stored_format(read_header(files.folder))
-        say_once(f"{files.source}: config.json tells of {told}, the weights are full ({kept}): used as what they are")
+        say_once(f"{_called(files)}: config.json tells of {told}, the weights are full ({kept}): used as what they are")
         for part in (config, config.get_text_config()):
             for key in QUANTISATION:
                 vars(part).pop(key, None)
@@ -381,7 +383,7 @@ def _renames(files: BaseFiles) -> dict[str, str] | None:
     wrapped = sorted({match[0] for name in read_stored_names(files.folder) if (match := WRAPPERS.search(name))})
     if not wrapped:
         return None
-    say_once(f"{files.source} was saved through a wrapper: its tensors are read without {', '.join(wrapped)}")
+    say_once(f"{_called(files)} was saved through a wrapper: its tensors are read without {', '.join(wrapped)}")
     return {WRAPPERS.pattern: ""}
 
 
@@ -405,12 +407,31 @@ def _refuse_lost(files: BaseFiles, model: Any, task: Task, found: dict[str, Any]
         name for name in _fresh(found) if task != "classify" or (name.startswith(inside) and ".pooler." not in name)
     ]
     if lost:
+        _refuse_prefixed(files, lost, map(str, found["unexpected_keys"]))
         only_head = all(not name.startswith(inside) for name in lost)
         raise BaseError(
             f"{files.source} lacks {len(lost):,} of the tensors that its config.json asks for",
             got=mismatched.get(lost[0], lost[0]),
             fix="use a base that has its language model head" if only_head else "copy or download the base again",
         )
+
+
+def _refuse_prefixed(files: BaseFiles, lost: Sequence[str], others: Iterable[str]) -> None:
+    """Refuses a base whose tensors are all there, but with something before their names."""
+    names = {other.removesuffix(f".{lost[0]}"): other for other in others if other.endswith(f".{lost[0]}")}
+    for prefix, other in names.items():
+        raise BaseError(
+            f"the tensors of {files.source} have other names than its config.json asks for",
+            got=f"{other} for {lost[0]}",
+            fix=f"take '{prefix}.' out of the names in its files, or save it again without what is around it",
+            gotcha="base-refused",
+        )
+
+
+def _called(files: BaseFiles) -> str:
+    """A base's name, the same however a path to it is written: what is said of it is said once."""
+    path = Path(files.source).expanduser()
+    return str(path.resolve()) if path.exists() else files.source
 
 
 def _fresh(found: dict[str, Any]) -> list[str]:

@@ -36,16 +36,25 @@ OTHER_FORMATS = (
 def no_model_in(path: Path, names: Collection[str], source: str) -> BaseError:
     """Why a folder with files of these `names`, given as `source`, is no base."""
     if ADAPTER_CONFIG in names:
-        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return BaseError(
-            f"{path} is an adapter, not a base", got=ADAPTER_CONFIG, fix=f"use its base: {base or 'see there'}"
-        )
+        return an_adapter(str(path), path)
     return (
         _models_below(path)
         or _other_format(path, names)
         or _adapters_below(path)
         or _nothing_whole(path, names, source)
     )
+
+
+def an_adapter(source: str, folder: Path) -> BaseError:
+    """Why an adapter's `folder`, given as `source`, is no base, and what its base is."""
+    return BaseError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_its_base(folder))
+
+
+def _its_base(folder: Path, whose: str = "its") -> str:
+    """What to do with an adapter's folder: use its base, which peft and mlx-lm name each in their way."""
+    told = read_json(folder / ADAPTER_CONFIG)
+    base = told.get("base_model_name_or_path") or told.get("model")
+    return f"use {whose} base: {base}" if base else f"use {whose} base, which {ADAPTER_CONFIG} does not name"
 
 
 def no_such_path(source: str) -> BaseError:
@@ -92,9 +101,8 @@ def _adapters_below(path: Path) -> BaseError | None:
     adapters = _below(path, ADAPTER_CONFIG, (ADAPTER_CONFIG,))
     if not adapters:
         return None
-    base = read_json(adapters[0] / ADAPTER_CONFIG).get("base_model_name_or_path")
     inside = some(str(adapter.relative_to(path)) for adapter in adapters)
-    return BaseError(f"{path} holds adapters, not a base", got=inside, fix=f"use their base: {base or 'see there'}")
+    return BaseError(f"{path} holds adapters, not a base", got=inside, fix=_its_base(adapters[0], "their"))
 
 
 def _other_format(path: Path, names: Collection[str]) -> BaseError | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hatrack import wheels
+from hatrack.base.copies import check_copies
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, check_weights, read_config, read_header
 from hatrack.base.locate import gguf_folder, in_wheel, looks_like_path
 from hatrack.errors import RecipeError
@@ -33,6 +34,7 @@ def peek_folder(folder: Path, source: str | None = None) -> Peek:
     """The same of a folder with config.json and safetensors. Raises BaseError where it is not one, or one that cannot
     be trained on."""
     config, header = read_config(folder), read_header(folder)
+    check_copies(source or str(folder), folder)
     check_weights(source or str(folder), config, header)
     return Peek(source or str(folder), folder, config, header)
 
