@@ -1,6 +1,8 @@
 """Bad input is one line on standard error (what, got, fix) and exit code 2; nothing is left half-written."""
 
 import errno
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +32,7 @@ CASES = [
     (["--base", "BASE", "--data", "goood.csv"], "there is no such data file; got goood.csv", "did you mean good.csv?"),
     (["--base", "BASE", "--data", "nothing", "--name", "x"], "the data is a folder, not a file", "name one file"),
     (["--base", "BASE", "--data", "empty.csv"], "empty.csv has no rows; got 0 rows", "at least 2"),
-    (["--base", "BASE", "--data", "one.csv"], "label 'yes' is seen only once", "--bad-rows skip"),
+    (["--base", "BASE", "--data", "one.csv"], "label 'yes' is seen only once", "mend it"),
     (["--base", "BASE", "--data", "same.csv"], "same.csv has only one class; got yes", "at least two labels"),
     (["--base", "BASE", "--data", "other.csv"], "got columns sentence, stars, place", "--text COLUMN --label COLUMN"),
     (["--base", "BASE", "--data", "good.csv", "--text", "txt"], "no column 'txt'", "did you mean text?"),
@@ -137,3 +139,30 @@ def test_a_bug_is_said_to_be_one(hatrack: Run, files: dict[str, str], monkeypatc
     monkeypatch.setattr("hatrack.engine.train.open_run", broken)
     ran = hatrack("train", "--base", "x", "--data", "y.csv")
     assert ran.code == 1 and "unexpected ZeroDivisionError: division by zero (this is a bug: --debug" in ran.complaint
+
+
+REFUSING = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_cells_and_what_the_template_refuses_are_told_at_once(hatrack: Run, tiny_decoder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_decoder, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(REFUSING)
+    talks = [[{"role": "user", "content": f"red {n}"}, {"role": "assistant", "content": "good"}] for n in range(20)]
+    talks[3].insert(0, {"role": "system", "content": "be brief"})
+    talks[6] = []
+    Path("talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks) + "{\n")
+    for command in ("train", "plan", "check"):
+        ran = hatrack(command, "--base", str(base), "--data", "talks.jsonl")
+        told = (ran.out if command == "check" else ran.err).splitlines()
+        assert ran.code == 2 and [line.strip() for line in told if line.startswith("  talks")] == [
+            "talks.jsonl row 4: the chat template refuses a conversation (no system turns)",
+            "talks.jsonl row 7, column messages: the conversation is empty",
+            "talks.jsonl row 21: malformed JSON: Expecting property name enclosed in double quotes at character 2",
+        ]
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }")
+    ran = hatrack("plan", "--base", str(base), "--data", "talks.jsonl", "--bad-rows", "skip")
+    assert ran.code == 2 and "the base's chat template is not valid Jinja; got line 1: " in ran.err

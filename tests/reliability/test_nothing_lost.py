@@ -126,7 +126,7 @@ def _stop_in(module: str, function: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "number", "saved"),
     [
-        ("hatrack.engine.train", "read_examples", signal.SIGTERM, False),
+        ("hatrack.engine.train", "read_for_base", signal.SIGTERM, False),
         ("hatrack.engine.load", "load_base", signal.SIGHUP, False),
         ("hatrack.data.tokens", "render_cached", signal.SIGINT, False),
         ("hatrack.engine.train", "HatTrainer.score_held_out", signal.SIGTERM, False),

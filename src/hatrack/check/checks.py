@@ -17,7 +17,8 @@ from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check import base, rows, settings
 from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding, Looking
-from hatrack.data.examples import Examples, read_examples
+from hatrack.check.reading import read_for_base
+from hatrack.data.examples import Examples
 from hatrack.data.tokens import tokenise
 from hatrack.errors import RecipeError
 from hatrack.planning.fit import Work, settle
@@ -91,7 +92,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
 def _rows(recipe: Recipe) -> Examples:
     if recipe.data is None:
         raise RecipeError("--data is missing", fix="add --data or a line 'data:' to the recipe")
-    return read_examples(recipe)
+    return read_for_base(recipe)
 
 
 def _base(recipe: Recipe) -> BaseFiles:

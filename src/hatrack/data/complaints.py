@@ -5,6 +5,7 @@ Knows nothing of what is wrong with them.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from hatrack.data.values import Bad
 from hatrack.errors import DataError
@@ -14,7 +15,12 @@ SHOWN_SPANS = 8
 
 
 class Unlearnable(DataError):
-    """Rows of one or two sources, `total` in all, that cannot be learned from: `bad`, those of each source."""
+    """Rows of one or two sources, `total` in all, that cannot be learned from: `bad`, those of each source.
+
+    `others`: the examples of the other rows, where they make any.
+    """
+
+    others: Any = None
 
     def __init__(
         self, bad: Sequence[tuple[str, Sequence[Bad]]], total: int, fixes: Sequence[str] = (), gotcha: str = ""
@@ -38,7 +44,8 @@ def joined(errors: Sequence[Unlearnable], total: int) -> Unlearnable:
         for source, each in error.bad:
             by_source.setdefault(source, []).extend(each)
     gotcha = next((error.gotcha for error in errors if error.gotcha), "")
-    return Unlearnable(list(by_source.items()), total, [fix for error in errors for fix in error.fixes], gotcha)
+    fixes = [fix for error in errors for fix in error.fixes or ["mend them"]]
+    return Unlearnable(list(by_source.items()), total, fixes, gotcha)
 
 
 def refuse_or_skip(error: Unlearnable, bad_rows: str) -> None:

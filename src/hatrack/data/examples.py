@@ -9,7 +9,9 @@ import random
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from hatrack.data import labels
@@ -19,7 +21,7 @@ from hatrack.data.labels import Label
 from hatrack.data.messages import holds
 from hatrack.data.read import Rows, read_rows
 from hatrack.data.values import Bad, read_example
-from hatrack.errors import DataError, short
+from hatrack.errors import DataError, HatrackError, short
 from hatrack.recipe import Recipe
 from hatrack.say import say
 
@@ -97,8 +99,8 @@ def read_examples(recipe: Recipe) -> Examples:
 def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:
     """Checked, de-duplicated and split examples.
 
-    Raises DataError with every complaint at once; with `bad_rows: skip` rows that cannot be learned from are left out
-    and counted instead.
+    Raises DataError with every complaint at once (`look_further` adds those of a tokenizer); with `bad_rows: skip` rows
+    that cannot be learned from are left out and counted instead.
     """
     task, columns, parts = _read(recipe, [rows] if eval_rows is None else [rows, eval_rows])
     classes: list[str] = []
@@ -107,14 +109,39 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
         parts, classes, multi_label = _with_classes(parts, merge=recipe.merge_labels)
     else:
         parts = [_without_duplicates(part) for part in parts]
-    _refuse_or_skip(parts, recipe.bad_rows)
+    divide = partial(_divided, recipe, task, columns, parts, classes, multi_label)
+    try:
+        _refuse_or_skip(parts, recipe.bad_rows)
+    except Unlearnable as error:
+        with suppress(DataError):  # too few rows, or one class: to be seen once these are mended
+            error.others = divide()
+        raise
+    return divide()
+
+
+def look_further(error: Unlearnable, look: Callable[[Examples], object]) -> Unlearnable:
+    """`error` with what `look` refuses of the rows that could be read: all of it is said at once."""
+    try:
+        if error.others is not None:
+            look(error.others)
+    except Unlearnable as more:
+        return joined([error, more], error.total)
+    except HatrackError:  # of the base: not what the rows are refused for
+        pass
+    return error
+
+
+def _divided(
+    recipe: Recipe, task: str, columns: dict[str, str], parts: list[_Part], classes: list[str], multi_label: bool
+) -> Examples:
+    """The examples to learn from and those held out. Raises DataError where there are too few."""
     if task == "classify":
         _check_classes(parts[0], classes, multi_label)
     if len(parts) == 2:
         train, held_out = _without_leaks(parts[0], parts[1], classes), parts[1].examples
     else:
         train, held_out = split(parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label)
-    _check_enough(train, held_out, rows.source)
+    _check_enough(train, held_out, parts[0].source)
     apart, digest = len(parts) == 2, _digest(train, held_out, classes)
     return Examples(task, train, held_out, classes, multi_label, columns, digest, apart)
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateSyntaxError
 
 from hatrack.data.messages import Turn, speaks
 from hatrack.data.whole import written
@@ -276,6 +277,12 @@ def _write(
             tokenize=False,
             add_generation_prompt=prompt,
         )
+    except TemplateSyntaxError as error:
+        raise BaseError(
+            "the base's chat template is not valid Jinja",
+            got=f"line {error.lineno}: {error.message}",
+            fix="mend it in the base's chat_template.jinja or tokenizer_config.json, or use another base",
+        ) from error
     except Exception as error:  # templates raise what they like, for roles they do not know for example
         reason = " ".join(str(error).split())
         raise DataError(

@@ -13,7 +13,8 @@ import numpy as np
 from hatrack.base.header import family
 from hatrack.base.hub import peek_hub
 from hatrack.base.peek import Peek, is_on_hub, peek, peek_folder
-from hatrack.data.examples import read_examples
+from hatrack.data.complaints import Unlearnable
+from hatrack.data.examples import Examples, look_further, read_examples
 from hatrack.data.light import row_sizes
 from hatrack.errors import RecipeError
 from hatrack.planning import fit
@@ -122,11 +123,18 @@ def _work(recipe: Recipe, peeked: Peek) -> Work:
         say(f"no --data: {ASSUMED_ROWS:,} rows of {length} tokens are assumed, task {task}")
         rows = np.full((ASSUMED_ROWS, 2), (length, 0 if task == "classify" else length))
         return Work(task, 2, rows, rows[: ASSUMED_ROWS // 10])
-    examples = read_examples(recipe)
+
+    def sizes(examples: Examples) -> tuple[Examples, np.ndarray, np.ndarray]:
+        most = recipe.max_length or min(512 if examples.task == "classify" else 2048, _limit(peeked))
+        return row_sizes(recipe, examples, peeked.folder, most)
+
+    try:
+        examples = read_examples(recipe)
+    except Unlearnable as error:
+        raise look_further(error, sizes) from None
     if not (peeked.folder / "tokenizer.json").is_file():
         say("no tokenizer.json there: the rows' lengths are estimated from their letters")
-    most = recipe.max_length or min(512 if examples.task == "classify" else 2048, _limit(peeked))
-    examples, learn, held_out = row_sizes(recipe, examples, peeked.folder, most)
+    examples, learn, held_out = sizes(examples)
     return Work(examples.task, max(len(examples.labels), 1), learn, held_out)
 
 

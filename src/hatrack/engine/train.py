@@ -33,9 +33,10 @@ from hatrack.base.trunk import Trunk, find_trunk
 from hatrack.base.window import OUTSIDE, let_go
 from hatrack.check.checks import advise
 from hatrack.check.facts import Facts
+from hatrack.check.reading import read_for_base
 from hatrack.data import seen
 from hatrack.data.ends import Ends
-from hatrack.data.examples import Examples, read_examples
+from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.engine import cost
 from hatrack.engine.cache import Prefix
@@ -77,7 +78,7 @@ def train(recipe: Recipe) -> Hat:
 def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     recipe = run.recipe
     trackers = _trackers(recipe)
-    examples = read_examples(recipe)
+    examples = read_for_base(recipe)
     files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
     tokenizer, examples, tokens = _tokenise(run, files, examples)
     made_on = lineage(files, recipe.quantize)

@@ -1,0 +1,33 @@
+"""The rows of a recipe, and every complaint of them at once."""
+
+from functools import partial
+from typing import cast
+
+from hatrack.base.load import load_config, load_tokenizer
+from hatrack.base.peek import is_on_hub
+from hatrack.base.sources import find_base
+from hatrack.data.complaints import Unlearnable
+from hatrack.data.examples import Examples, look_further, read_examples
+from hatrack.data.tokens import tokenise
+from hatrack.recipe import Recipe, Task
+
+
+def read_for_base(recipe: Recipe) -> Examples:
+    """The examples of a recipe's files.
+
+    Raises Unlearnable with every row that cannot be learned from, those too that only the base's tokenizer or chat
+    template refuses; but nothing is downloaded from the hub for rows that are refused anyway.
+    """
+    try:
+        return read_examples(recipe)
+    except Unlearnable as error:
+        if recipe.base is None or is_on_hub(recipe.base):
+            raise
+        raise look_further(error, partial(_tokenise, recipe)) from None
+
+
+def _tokenise(recipe: Recipe, examples: Examples) -> None:
+    files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
+    task = cast(Task, examples.task)
+    config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
+    tokenise(recipe, examples, load_tokenizer(files), config)
