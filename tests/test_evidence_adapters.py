@@ -106,7 +106,7 @@ def test_a_classifiers_adapter_on_a_causal_base_and_the_other_way_round(
     with pytest.raises(AdapterError) as caught:
         hatrack.load(hat, dtype="float32").add(classifier)
     assert caught.value.what.startswith("classifier cannot share this base in memory, whose output is made for chat")
-    assert caught.value.got == "task classify" and caught.value.fix == "load it by itself with hatrack.load"
+    assert caught.value.got == "task classify" and caught.value.fix == "open it by itself"
     _set(hat, task_type="SEQ_CLS")
     error = _refused(hat)
     assert error.what == f"{hat / CONFIG} and hatrack.json contradict each other"
@@ -195,7 +195,7 @@ def test_names_and_paths_that_lead_out_of_the_folder(hat: Path, name: str) -> No
     if name:
         with pytest.raises(AdapterError) as caught:
             ready.add(hat, name=name)
-        assert caught.value.what == "that is no name" and caught.value.got == repr(name)
+        assert caught.value.what == "that is no name for an adapter" and caught.value.got == repr(name)
         assert caught.value.fix == "letters, digits, '.', '_' and '-', at most 64"
 
 

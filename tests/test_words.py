@@ -4,6 +4,7 @@ import pytest
 
 import hatrack
 from hatrack.errors import HatrackError, RecipeError, Words, in_words
+from hatrack.recipe import flag
 from hatrack.say import say
 
 
@@ -30,10 +31,18 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
             "go on with: hatrack train --resume --output x; or r=4",
         ),
         ("a -- b --- c", "a -- b --- c"),
+        ("pip install --upgrade transformers, or --dtype auto", 'pip install --upgrade transformers, or dtype="auto"'),
+        ("give hub/models--acme--tiny, or --variant lora", 'give hub/models--acme--tiny, or variant="lora"'),
     ],
 )
 def test_options_become_arguments(typed: str, python: str) -> None:
     assert in_words(typed) == python
+
+
+def test_a_value_is_told_with_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_words(f"give {flag('base', 'hub/models--acme--tiny')}") == 'give base="hub/models--acme--tiny"'
+    monkeypatch.setattr(Words, "flags", True)
+    assert flag("eval_data", "my rows.csv") == "--eval-data 'my rows.csv'"
 
 
 def test_errors_and_advice_are_in_the_readers_words(

@@ -27,12 +27,14 @@ SWITCHES |= {name: f"{name}=True" for name in ("resume", "force", "overwrite", "
 """What options without a value are in Python."""
 
 _OPTION = re.compile(
-    r"--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)"
+    r"(?<![\w/.-])--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)"
     r"(?: (?:(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?\b(?!\w))"
     r"|(?P<word>\d\w+|top-\w+|auto|all-linear|all|none|skip|refuse|int8|int16|float32|bfloat16|float16"
-    r"|classify|chat|complete|cpu)\b|(?P<stand_in>[A-Z][A-Z_]*)\b))?"
+    r"|classify|chat|complete|lora|cpu|cuda|mps)\b|(?P<stand_in>[A-Z][A-Z_]*)\b))?"
 )
-_COMMAND = re.compile(r"(hatrack (?:train|plan|check|compare|predict|chat|add|rename|remove|list|show|cache)\b[^;,|]*)")
+_COMMAND = re.compile(
+    r"((?:pip install|hatrack (?:train|plan|check|compare|predict|chat|add|rename|remove|list|show|cache))\b[^;,|]*)"
+)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40

@@ -125,7 +125,7 @@ class Hat:
             raise AdapterError(
                 f"{name} cannot share this base in memory, whose output is made for {self.task}",
                 got=f"task {hat.task}",
-                fix="load it by itself with hatrack.load",
+                fix="open it by itself",
             )
         check_base(folder, hat.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
         before, tokenizer = self.active, tokenizer_beside(folder, self.base)

@@ -7,6 +7,7 @@ Knows nothing of models or data: an option left `None` is derived later, where t
 import difflib
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -14,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from hatrack.errors import RecipeError, short
+from hatrack.errors import RecipeError, Words, short
 from hatrack.other_names import NOT_NEEDED, OTHER_NAMES
 
 Task = Literal["classify", "chat", "complete"]
@@ -361,9 +362,17 @@ def _flat_yaml(text: str) -> Any:
     return yaml.safe_load(text)
 
 
-def flag(name: str) -> str:
-    """The option as it is typed: `eval_data` is `--eval-data`."""
-    return "--" + name.replace("_", "-")
+def flag(name: str, value: object = None) -> str:
+    """The option as it is typed, `--eval-data` for `eval_data`. With a value it is in the reader's words already
+    (`hatrack.errors.in_words`), as a name in a sentence could be any word of it.
+
+    >>> flag("eval_data"), flag("eval_data", "new.csv")
+    ('--eval-data', 'eval_data="new.csv"')
+    """
+    option = "--" + name.replace("_", "-")
+    if value is None:
+        return option
+    return f"{option} {shlex.quote(str(value))}" if Words.flags else f'{name}="{value}"'
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Which layers get an adapter, on twenty architectures; and what is refused."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -48,6 +49,12 @@ def test_auto_finds_the_projections_of_any_architecture(kind: str) -> None:
     )
     placed = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
     assert placed == set(choice.names)
+
+
+def test_placing_says_nothing_of_what_nobody_can_change() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        place(tiny.model("Llama", "causal"), Recipe.make(base="b", r=2), task="complete")
 
 
 def test_short_names_are_short() -> None:

@@ -117,11 +117,11 @@ def test_weights_without_a_config_do_not_hide_the_hub() -> None:
 @pytest.mark.parametrize(
     ("source", "got", "fix"),
     [
-        ("C:\\Users\\me\\tiny", "a Windows path", "give its path on this machine with --base, or its hub id"),
-        ("D:/models/tiny", "a Windows path", "give its path on this machine with --base, or its hub id"),
+        ("C:\\Users\\me\\tiny", "a Windows path", "give its path on this machine with --base FOLDER, or its hub id"),
+        ("D:/models/tiny", "a Windows path", "give its path on this machine with --base FOLDER, or its hub id"),
         ("/contents-of-colab/drive/tiny", "no folder /contents-of-colab here: a path of another machine", "give its"),
         ("/nowhere/hub/models--acme--tiny/snapshots/abc", "no folder /nowhere here", "give its hub id: --base acme/ti"),
-        ("a/b/tiny", "no folder a here", "give its path on this machine with --base, or its hub id"),
+        ("a/b/tiny", "no folder a here", "give its path on this machine with --base FOLDER, or its hub id"),
     ],
 )
 def test_a_path_of_another_machine(source: str, got: str, fix: str) -> None:
@@ -134,7 +134,7 @@ def test_a_path_of_another_machine(source: str, got: str, fix: str) -> None:
     [
         ("https://huggingface.co/acme/tiny/tree/main", "give its hub id: --base acme/tiny"),
         ("hf://acme/tiny", "give its hub id: --base acme/tiny"),
-        ("s3://bucket/tiny", "give its path on this machine with --base, or its hub id"),
+        ("s3://bucket/tiny", "give its path on this machine with --base FOLDER, or its hub id"),
     ],
 )
 def test_an_address_is_not_a_path(source: str, fix: str) -> None:

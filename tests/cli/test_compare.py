@@ -65,7 +65,9 @@ def test_the_training_file_itself_gives_no_verdict(trained: Any, hatrack: Run, r
     trained("hat")
     rows = len(_learned(reviews))
     found = hatrack("compare", "hat", "--data", reviews)
-    left = hatrack("compare", "hat", "--json").json["rows"]
+    held_out = hatrack("compare", "hat", "--json")
+    assert "--task" not in held_out.err  # compare has no such option
+    left = held_out.json["rows"]
     assert found.code == 2 and found.out == ""
     assert f"these {rows - left} rows were trained on, and do not tell how good an adapter is" in found.complaint
     assert "[scored-on-training-rows]" in found.complaint

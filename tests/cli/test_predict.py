@@ -55,7 +55,7 @@ def test_each_line_has_one_answer(classifier: None, hatrack: Run, monkeypatch: p
         None,
     ]
     assert from_file.code == 2
-    assert "2 of 6 rows got no answer; fix: mend them" in from_file.complaint
+    assert "2 of 6 rows got no answer; fix: correct them, or leave them out" in from_file.complaint
     assert "lines.txt row 2: the text is empty" in from_file.err
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "ascii"))  # whatever the locale says

@@ -98,7 +98,7 @@ def test_every_complaint_comes_at_once_with_row_and_column() -> None:
         "file.csv row 31: malformed JSON: x",
     ]
     assert str(caught.value).startswith(
-        "6 rows cannot be learned from; fix: mend them, or leave them out with --bad-rows skip"
+        "6 rows cannot be learned from; fix: correct them, or leave them out with --bad-rows skip"
     )
 
 
@@ -117,7 +117,9 @@ def test_equal_complaints_are_one(capsys: pytest.CaptureFixture[str]) -> None:
         "file.csv rows 21-23, 25, column text: the text is empty",
         "file.csv row 24, column text: mixed types: int where text was expected; put it in quotes",
     ]
-    assert str(caught.value).startswith("5 rows cannot be learned from; fix: mend them, or leave them out with --bad")
+    assert str(caught.value).startswith(
+        "5 rows cannot be learned from; fix: correct them, or leave them out with --bad"
+    )
     _prepare(rows, bad_rows="skip")
     assert "5 rows left out, the first: file.csv rows 21-23, 25, column text" in capsys.readouterr().err
 

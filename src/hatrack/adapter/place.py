@@ -1,5 +1,6 @@
 """Puts a new adapter on a base. Knows nothing of training, files or data."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -59,7 +60,9 @@ def place(
         config._register_custom_module(dict(layer_classes))
     if recipe.variant == "pissa":
         say("pissa: decomposing the adapted weights; the base keeps the rest until the adapter is saved")
-    wrapped = get_peft_model(model, config, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by the old name
+        wrapped = get_peft_model(model, config, adapter_name=name)
     _check_placed(wrapped, choice)
     keep_head_in_float32(wrapped, name)
     if recipe.variant == "pissa":

@@ -147,7 +147,9 @@ def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
 def check_name(name: str) -> None:
     """Raises AdapterError where an adapter may not be called that."""
     if not NAME.fullmatch(name):
-        raise AdapterError("that is no name", got=repr(name), fix="letters, digits, '.', '_' and '-', at most 64")
+        raise AdapterError(
+            "that is no name for an adapter", got=repr(name), fix="use letters, digits, '.', '_' and '-', at most 64"
+        )
 
 
 def _pointer(name: str) -> Path:

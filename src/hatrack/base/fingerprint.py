@@ -109,7 +109,7 @@ def check_base(
         raise WrongBase(
             f"{adapter} {what}: {there}",
             got=here,
-            fix="give the base it was trained on with --base, or use this one all the same with --allow-other-base",
+            fix="give the base it was trained on with --base MODEL, or use this one with --allow-other-base",
         )
     say_once(f"{adapter} {what} ({there}): on {base.source} its scores and its proof say nothing")
 

@@ -209,7 +209,7 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
             fix="use another base, such as a BERT",
         )
     if task == "classify" and not labels:
-        raise RecipeError("a classifier needs labels", got="none", fix="give the label column with --label")
+        raise RecipeError("a classifier needs labels", got="none", fix="give the label column with --label COLUMN")
     extra: dict[str, Any] = {}
     if task == "classify":
         extra["id2label"] = dict(enumerate(labels))

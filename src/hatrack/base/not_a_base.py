@@ -8,6 +8,7 @@ from pathlib import Path
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, is_hub_id
 from hatrack.errors import BaseError
+from hatrack.recipe import flag
 
 BELOW = ("*", "*/*", "models--*/snapshots/*", "*/models--*/snapshots/*")
 """Where models lie in a folder of models, in the hub's cache, and in the folder around that."""
@@ -59,10 +60,10 @@ def _its_base(folder: Path, whose: str = "its") -> str:
 
 def no_such_path(source: str) -> BaseError:
     """Why there is no base at a path that does not exist."""
-    fix = "give its path on this machine with --base, or its hub id"
+    fix = "give its path on this machine with --base FOLDER, or its hub id"
     hub_id = _hub_id_in(source)
     if hub_id:
-        fix = f"give its hub id: --base {hub_id}"
+        fix = f"give its hub id: {flag('base', hub_id)}"
     if re.match(r"[a-z][a-z0-9+.-]+://", source):
         return BaseError(f"{source} is an address, not a folder or a hub id", fix=fix)
     there = Path(source.replace("\\", "/")).expanduser()
@@ -93,7 +94,7 @@ def _models_below(path: Path) -> BaseError | None:
     chosen = _current(models)
     what = "the hub's cache, not a model" if "snapshots" in chosen.relative_to(path).parts else "a folder of models"
     inside = some(str(model.relative_to(path)) for model in models)
-    fix = f"give {'' if len(models) == 1 else 'one of them: '}--base {chosen}"
+    fix = f"give {'' if len(models) == 1 else 'one of them: '}{flag('base', chosen)}"
     return BaseError(f"{path} is {what}", got=inside, fix=fix, gotcha="base-folder-around")
 
 
@@ -126,7 +127,7 @@ def _nothing_whole(path: Path, names: Collection[str], source: str) -> BaseError
         return BaseError(
             f"the folder {source} here has no model in it, and hides the one of that name on the hub",
             got=some(names),
-            fix="rename or remove the folder, or give another one with --base",
+            fix="rename or remove the folder, or give another one with --base FOLDER",
             gotcha="base-hidden-by-a-folder",
         )
     return BaseError(f"{path} has no {CONFIG}", got=some(names), fix="give the folder of a whole model")

@@ -91,13 +91,13 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
 
 def _rows(recipe: Recipe) -> Examples:
     if recipe.data is None:
-        raise RecipeError("--data is missing", fix="add --data or a line 'data:' to the recipe")
+        raise RecipeError("--data is missing", fix="add --data FILE, or a line 'data: FILE' in the recipe")
     return read_for_base(recipe)
 
 
 def _base(recipe: Recipe) -> BaseFiles:
     if recipe.base is None:
-        raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
+        raise RecipeError("--base is missing", fix="add --base MODEL, or a line 'base: MODEL' in the recipe")
     return find_base(recipe.base, recipe.revision, trust=recipe.trust_remote_code)
 
 

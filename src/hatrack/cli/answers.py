@@ -75,7 +75,7 @@ def refuse_failed(failed: Sequence[tuple[int, str]], rows: int, source: str) -> 
     if failed:
         raise DataError(
             f"{len(failed):,} of {rows:,} rows got no answer" if rows > 1 else "the row got no answer",
-            fix="mend them" if len(failed) > 1 else "mend it",
+            fix="correct them, or leave them out" if len(failed) > 1 else "correct it, or leave it out",
             complaints=[f"{source} row {row}: {words}" for row, words in failed],
         )
 

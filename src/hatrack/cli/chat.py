@@ -185,7 +185,7 @@ def _command(talk: Talk, line: str) -> None:
         say(f"{_name(talk.speakers[0])} answers")
     elif name == "/system":
         talk.start_over(rest)
-        say("told first, and started over" if rest else "nothing is told first; started over")
+        say("the model is told that first; started over" if rest else "the model is told nothing first; started over")
     elif name in ("/reset", "/new"):
         first = talk.messages[0] if talk.messages else {"role": ""}
         talk.start_over(first["content"] if first["role"] == "system" else "")

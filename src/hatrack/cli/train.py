@@ -29,7 +29,8 @@ def train(
     from hatrack.engine.train import train as run
 
     gc.freeze()  # a search for garbage, one before the first step, looked through all that was imported: half a second
-    result = run(recipe).result
+    hat = run(recipe)
+    result = hat.result
     if as_json:
         print(json.dumps(result))
         return
@@ -40,4 +41,6 @@ def train(
         f"took       {result['seconds']:.1f} s for {result['steps']:,} steps, {result['tokens']:,} tokens "
         f"({result['tokens_per_second']:,.0f} a second)"
     )
-    print(f'try it     hatrack predict {result["name"]} "your text"')
+    name = result["name"]
+    ask = f"hatrack chat {name}" if hat.task == "chat" else f'hatrack predict {name} "your text"'
+    print(f"try it     {ask}")

@@ -85,11 +85,12 @@ def _unclear(task: str | None, columns: Sequence[str], source: str, first: Mappi
     ]
     known = {column.strip().lower(): column for column in columns}
     if {"chosen", "rejected"} <= set(known):
-        way = f"--prompt {known['prompt']} --completion {known['chosen']}" if "prompt" in known else ""
+        learned = {"prompt": known["prompt"], "completion": known["chosen"]} if "prompt" in known else {}
+        learned = learned or {"messages": known["chosen"]}
         return DataError(
             f"{source} has pairs of a better and a worse answer; hatrack learns from one answer",
             got=f"columns {', '.join(told)}",
-            fix=f"learn the better one: {way or '--messages ' + known['chosen']}",
+            fix=f"learn the better one: {' '.join(flag(role, column) for role, column in learned.items())}",
         )
     accepted = {each: ROLES[each] for each in ([task] if task else ["classify", "chat", "complete"])}
     sets = dict.fromkeys(roles for each in accepted.values() for roles in each)

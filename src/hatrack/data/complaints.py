@@ -27,8 +27,8 @@ class Unlearnable(DataError):
     ) -> None:
         self.bad, self.total, self.fixes = bad, total, list(dict.fromkeys(fixes))
         count = sum(len(each) for _, each in bad)
-        ways = self.fixes or ["mend them" if count > 1 else "mend it"]
-        skip = [] if count >= total else ["leave them out with --bad-rows skip" if count > 1 else "--bad-rows skip"]
+        ways = self.fixes or ["correct them" if count > 1 else "correct it"]
+        skip = [] if count >= total else [f"leave {'them' if count > 1 else 'it'} out with --bad-rows skip"]
         super().__init__(
             f"{counted(count)} cannot be learned from",
             fix=", or ".join([*ways, *skip]),

@@ -80,8 +80,9 @@ def _tell(where: Setting, found: Plan) -> Schedule:
     if found.method.checkpointing:
         say("activations are computed again in the backward pass, to fit")
     rate = "the rate that is measured below" if where.recipe.lr == "auto" else f"{schedule.lr:g}"
-    rise = f"up to {rate} in {schedule.warmup_steps} steps, then" if schedule.warmup_steps else f"{rate},"
-    say(f"learning rate: {rise} down to 0 in a straight line")
+    warmup = schedule.warmup_steps
+    rise = f"up to {rate} in {warmup} step{'s' * (warmup > 1)}, then" if warmup else f"{rate}, then"
+    say(f"learning rate: {rise} linear decay to 0")
     price = where.machine.prices
     measured = found.seconds is not None and price is not None and price.source == "probe"
     time = f", about {found.seconds:,.0f} s of training" if measured else ""

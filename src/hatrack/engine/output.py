@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from anyascii import anyascii
 
 from hatrack.errors import RecipeError
-from hatrack.recipe import Recipe
+from hatrack.recipe import Recipe, flag
 
 RUN = "run.json"
 SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
@@ -81,12 +81,14 @@ def interrupted(recipe: Recipe) -> Path:
         raise RecipeError(
             "there is no interrupted run to resume",
             got=f"no *.run folder of one{about} in {Path().resolve()}",
-            fix="name its folder with --output, or leave out --resume",
+            fix="name its folder with --output FOLDER, or leave out --resume",
         )
     if len(outputs) > 1:
         listed = ", ".join(f"{output} ({data})" for output, data in zip(outputs, there.values(), strict=True))
         raise RecipeError(
-            f"{len(outputs)} runs were interrupted here", got=listed, fix=f"name one, such as --output {outputs[0]}"
+            f"{len(outputs)} runs were interrupted here",
+            got=listed,
+            fix=f"name one, such as {flag('output', outputs[0])}",
         )
     return outputs[0]
 

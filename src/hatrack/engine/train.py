@@ -334,7 +334,7 @@ def _fit(
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         say(f"going on from step {trainer.state.global_step:,} of {schedule.steps:,}")
     else:
-        say("held-out rows are scored after each epoch; with the first, what they scored before training is measured")
+        say("held-out rows are scored after each epoch; the score before training comes with the first")
     earlier, began = int(trainer.state.num_input_tokens_seen), time.monotonic()
     if trainer.state.global_step < schedule.steps:
         with stop.listening(), bar.shown(), trainer.starting_over_after(TooMuchMemory):

@@ -54,7 +54,7 @@ def _its_data(hat: Hat, name: str, made: HatFile) -> Examples:
     """The rows that an adapter was trained on and scored by, read again."""
     if not made.recipe.get("data"):
         raise AdapterError(f"{name} does not remember what it was trained on", fix=f"name rows with {flag('data')}")
-    recipe = Recipe.make(**made.recipe)
+    recipe = Recipe.make(**{**made.recipe, "task": made.task})
     rows = read_rows(str(recipe.data))
     examples = prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
     if recipe.bad_rows == "skip" and made.max_length:  # also those that only the base's tokenizer and template find
