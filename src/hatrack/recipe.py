@@ -111,7 +111,7 @@ class Recipe(BaseModel):
 
     base: FilePath = option(
         None,
-        "The pretrained model: a hub id, a folder, a .gguf file, or pypi:NAME==VERSION[/path].",
+        "The pretrained model: a hub id, a folder, a .gguf file, pypi:NAME==VERSION or pypi:NAME==VERSION/path.",
         group="Base",
         word="MODEL",
     )

@@ -96,3 +96,6 @@ def test_shells_complete_commands_and_names(rack: None, tmp_path: Path) -> None:
     assert completed("hatrack pre") == ["predict"]
     assert completed("hatrack show rev") == ["reviews", "reviews-of-last-year-in-all-languages"]
     assert "--eval-data" in completed("hatrack train --eval")
+    assert completed("hatrack train --like reviews-") == ["reviews-of-last-year-in-all-languages"]
+    assert completed("hatrack compare reviews reviews-") == ["reviews-of-last-year-in-all-languages"]
+    assert completed("hatrack train --task c") == ["classify", "chat", "complete"]

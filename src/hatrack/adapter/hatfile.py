@@ -178,7 +178,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def no_adapter(folder: Path) -> AdapterError:
     """Why this path is not an adapter's folder: what lies there instead, and which folders in it are adapters'."""
     if folder.is_file():
-        return AdapterError(f"{folder} is a file", fix=f"give the adapter's folder: {folder.parent}")
+        around = f": {folder.parent}" if (folder.parent / CONFIG).is_file() else ""
+        return AdapterError(f"{folder} is a file", fix=f"give the adapter's folder{around}")
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:

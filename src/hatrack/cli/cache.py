@@ -21,7 +21,10 @@ def cache(
     action: Annotated[str | None, typer.Argument(metavar="[clear]", help="clear: remove all that is shown.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is kept so that no run computes it again, or clear it: results of layers, and quantised bases."""
+    """Show what runs have cached on disk, or clear it.
+
+    Hidden states below the adapted layers, and quantised bases: no run computes them again.
+    """
     from hatrack.base import packed
     from hatrack.engine import states
 

@@ -41,7 +41,10 @@ def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
 
 @with_recipe(adapter=_adapter)
 def check(recipe: Recipe, as_json: Json = False) -> None:
-    """Look for every known gotcha: hatrack check RECIPE.yaml, hatrack check ADAPTER, or flags as for train."""
+    """Look for every known gotcha before a run, or in an adapter.
+
+    hatrack check RECIPE.yaml, hatrack check FILE --base MODEL, or hatrack check ADAPTER.
+    """
     leave_out(recipe)
     from hatrack.check.checks import check_recipe
     from hatrack.engine.trial import one_step

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.models import OptionInfo
 
-from hatrack.cli.opening import OpenHat, with_hat
+from hatrack.cli.opening import OpenHat, names_on_the_rack, with_hat
 from hatrack.cli.options import Json
 from hatrack.errors import AdapterError
 from hatrack.recipe import Recipe, flag
@@ -21,7 +21,12 @@ def _as_in_recipes(name: str) -> OptionInfo:
 
 
 Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER", help="Names that `hatrack list` shows, or adapters' folders.")
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Names that `hatrack list` shows, or adapters' folders.",
+        autocompletion=names_on_the_rack,
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -43,8 +48,9 @@ def compare(
     open_hat: OpenHat,
     as_json: Json = False,
 ) -> None:
-    """Score the base and adapters on the same rows: which is better, and how sure that is.
+    """Score adapters and their base on the same rows.
 
+    Says which is better, and how sure that is.
     Rows that one of the adapters was trained on are left out, whatever file they are in.
     """
     columns = {"text": text, "label": label, "prompt": prompt, "completion": completion, "messages": messages}

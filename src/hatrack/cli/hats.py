@@ -48,7 +48,7 @@ def list_hats(as_json: Json = False) -> None:
 
 
 def show(adapter: Name, as_json: Json = False) -> None:
-    """Show one adapter: what it was made from, how well it does, where it lies."""
+    """Show one adapter: its base, data, scores and folder."""
     from hatrack.adapter.files import read_adapter
     from hatrack.adapter.rack import find, known_as
 

@@ -117,7 +117,8 @@ def _explain(error: BaseException) -> int:
     if type(error).__name__ == "NoSuchOption":
         return _complain(_no_such_option(error), 2)
     if message is not None:
-        return _complain(f"{' '.join(message().split())} (see hatrack --help)", 2)
+        command = getattr(getattr(error, "ctx", None), "command_path", "hatrack")
+        return _complain(f"{' '.join(message().split())} (see {command} --help)", 2)
     return _complain(f"unexpected {type(error).__name__}: {error} (this is a bug: --debug shows where)", 1)
 
 

@@ -35,7 +35,7 @@ def with_recipe(
     own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "recipe"]
     metavar, help = (
         "[RECIPE.yaml|DATA]",
-        "A recipe file, whose options flags win over. Or the data file, as with --data.",
+        "A recipe file; flags override its options. Or the data file, as with --data.",
     )
     if adapter is not None:
         metavar, help = "[RECIPE.yaml|DATA|ADAPTER]", f"{help} Or an adapter: its folder, or its name on the rack."
@@ -79,7 +79,13 @@ def _flag(name: str) -> Any:
         ]
     shown = "|".join(choices(field)) or about(field, "word")
     text = f"{field.description} Default: {field.default}." if field.default is not None else field.description
-    option = typer.Option(flag(name), help=escape(str(text)), metavar=shown, rich_help_panel=about(field, "group"))
+    option = typer.Option(
+        flag(name),
+        help=escape(str(text)),
+        metavar=shown,
+        rich_help_panel=about(field, "group"),
+        autocompletion=lambda incomplete: [word for word in choices(field) if word.startswith(incomplete)],
+    )
     return Annotated[str | None, option]
 
 

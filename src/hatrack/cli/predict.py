@@ -48,7 +48,9 @@ def predict(
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Answer texts: hatrack predict NAME "a text", or hatrack predict NAME < lines.txt
+    """Answer texts: hatrack predict NAME "a text".
+
+    Or a text a line from standard input: hatrack predict NAME < lines.txt
 
     Each row gets one answer, in order; one that cannot be answered gets an error, and the exit code is then 2.
     """

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hatrack.cli.opening import names_on_the_rack
 from hatrack.cli.options import Json, with_recipe
 from hatrack.cli.spare import leave_out
 from hatrack.recipe import Recipe
@@ -15,11 +16,17 @@ from hatrack.recipe import Recipe
 def train(
     recipe: Recipe,
     like: Annotated[
-        str | None, typer.Option("--like", metavar="ADAPTER", help="Repeat the run of this adapter; flags change it.")
+        str | None,
+        typer.Option(
+            "--like",
+            metavar="ADAPTER",
+            help="Repeat the run of this adapter; flags change it.",
+            autocompletion=names_on_the_rack,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter: hatrack train --base MODEL --data FILE."""
+    """Train an adapter: hatrack train FILE --base MODEL."""
     if like is not None:
         from hatrack.engine.repeat import recipe_like
 

@@ -47,7 +47,8 @@ def read_rows(source: str) -> Rows:
         raise other_kind(path, "a file of rows", DataError) or DataError(
             "hatrack cannot tell what kind of file this is",
             got=source,
-            fix="name it .csv, .tsv, .jsonl, .json or .parquet",
+            fix="name it .csv, .tsv, .jsonl, .json or .parquet, as what it is; of plain text make a .jsonl with a line "
+            '{"text": "..."} for each piece',
         )
     if kind == "parquet":
         return _whole(_parquet(source, path))
