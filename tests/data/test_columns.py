@@ -177,6 +177,32 @@ def test_every_way_out_is_named(columns: list[str], fix: str) -> None:
     assert caught.value.fix == fix
 
 
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        ({"chosen": "\n\nHuman: hi\n\nAssistant: ho", "rejected": "x"}, "--task complete --text chosen"),
+        ({"chosen": [{"role": "user", "content": "hi"}], "rejected": []}, "--messages chosen"),
+    ],
+)
+def test_the_better_of_two_answers_is_named_as_it_is_written(row: dict[str, Any], fix: str) -> None:
+    with pytest.raises(DataError, match=rf"got columns chosen, rejected; fix: learn the better one: {fix}$") as caught:
+        find_columns(Recipe.make(), list(row), "f.jsonl", row)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["text_pair", "sentence2", "premise"])
+def test_half_of_a_pair_is_not_classified_alone(name: str) -> None:
+    rows = {"text": ["a"], "label": ["b"], name: ["c"]}
+    with pytest.raises(DataError, match=f"the column '{name}' means something that hatrack does not honour"):
+        _beside(rows)
+    assert _beside(rows, text="text", label="label") == {"text": "text", "label": "label"}
+
+
+def test_a_number_of_rows_is_no_text() -> None:
+    with pytest.raises(DataError, match="no clear columns"):
+        find_columns(Recipe.make(), ["id", "label"], "f.csv")
+
+
 def test_what_lies_inside_a_cell_is_told() -> None:
     with pytest.raises(
         DataError, match=r"got columns data \(an object of question, answer\), n; fix: bring what is in"

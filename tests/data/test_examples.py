@@ -109,6 +109,19 @@ def test_ten_complaints_are_shown_and_the_rest_counted() -> None:
     assert len(caught.value.complaints) == 13 and str(caught.value).endswith("... and 3 more")
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("chat", {"prompt": "[{'role': 'user', 'content': 'hi'}]", "completion": "ho"}, "in Python's way, with single"),
+        ("complete", {"prompt": "[{'role': 'user'}]", "completion": "ho"}, "in Python's way, with single quotes"),
+        ("complete", {"text": '[{"role": "user", "content": "hi"}]'}, "in JSON, which goes with --task chat"),
+    ],
+)
+def test_conversations_are_not_learned_as_text(task: str, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=rf"rows 1-2, column {next(iter(row))}: it is a list of messages {words}"):
+        _prepare([row, row], task=task)
+
+
 def test_equal_complaints_are_one(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*_labelled(20), *[{"text": "", "label": "class 0"}] * 3, {"text": 1, "label": "class 0"}, {"text": ""}]
     with pytest.raises(DataError) as caught:

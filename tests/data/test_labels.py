@@ -189,6 +189,13 @@ def test_scores_are_no_classes(values: list[Any]) -> None:
     assert _refused([0.25, 0.75, *values[:22]]).gotcha == "labels-are-scores"
 
 
+def test_texts_are_no_classes() -> None:
+    error = _refused([f"A summary of story {index}." for index in range(24)])
+    assert "nearly all different" in str(error) and "--prompt COLUMN --completion COLUMN" in str(error.fix)
+    assert not error.gotcha and "\n" not in str(error)
+    assert len(_refused([*"abcdefghi", *"z" * 15]).complaints) == 9
+
+
 def test_few_different_numbers_are_classes() -> None:
     assert _prepare([0.5, 1.0, 1.5, 2.0]).labels == ["0.5", "1", "1.5", "2"]
     assert len(_prepare(list(range(8))).labels) == 8

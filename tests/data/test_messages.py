@@ -5,7 +5,18 @@ from typing import Any
 
 import pytest
 
-from hatrack.data.messages import Talk, Unusable, read_history, read_talk, read_tools, said, with_answer, with_system
+from hatrack.data.messages import (
+    Talk,
+    Unusable,
+    continued,
+    read_history,
+    read_talk,
+    read_tools,
+    said,
+    unlearned,
+    with_answer,
+    with_system,
+)
 from tests.conftest import turns
 
 ASK = {"role": "user", "content": "Capital of Peru?"}
@@ -195,3 +206,14 @@ def test_history_is_earlier_turns(as_text: bool) -> None:
     assert talk.turns == turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"))
     with pytest.raises(Unusable, match=r"it is not a list of \[question, answer\]"):
         read_history([["a"]])
+
+
+def test_a_completion_that_repeats_its_prompt_holds_all_of_it() -> None:
+    prompt = unlearned(said("user", "a ") + said("assistant", "b") + said("user", "c"))
+    rest = said("assistant", "d")
+    whole = continued(prompt, said("user", "a") + said("assistant", "b") + said("user", "c") + rest)
+    assert whole.turns == turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    assert whole.read_only == (1,)
+    assert continued(prompt, rest) == prompt + rest
+    other = said("user", "e") + rest
+    assert continued(prompt, other) == prompt + other

@@ -6,6 +6,7 @@ Knows nothing of what becomes of the rows.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hatrack.data.messages import looks_like_talk
 from hatrack.errors import DataError, short
 from hatrack.recipe import Recipe, flag, nearest
 from hatrack.say import say
@@ -35,6 +36,9 @@ WEIGHTS += ("loss", "train", "training", "trainable")
 ONE, ZERO = ("1", "1.0", "true"), ("0", "0.0", "false")
 MEANING: tuple[str, ...] = ("functions", "function_call", "tool_calls", "reasoning_content", "reasoning", "thinking")
 MEANING += ("masked", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
+SECOND_TEXTS = ("text_pair", "text2", "text_b", "sentence2", "sentence_b", "premise", "hypothesis")
+"""The other half of what is classified, in data sets of pairs."""
+NEVER_TEXTS = ("id", "idx", "index", "uid", "date", "time")
 NEVER_LABELS = ("id", "idx", "index", "uid", "title", "name", "url", "date", "time", "author")
 ROLES = {
     "classify": (("text", "label"),),
@@ -86,7 +90,11 @@ def _unclear(task: str | None, columns: Sequence[str], source: str, first: Mappi
     known = {column.strip().lower(): column for column in columns}
     if {"chosen", "rejected"} <= set(known):
         learned = {"prompt": known["prompt"], "completion": known["chosen"]} if "prompt" in known else {}
-        learned = learned or {"messages": known["chosen"]}
+        answer = first.get(known["chosen"])
+        written = isinstance(answer, str) and not looks_like_talk(answer)
+        learned = learned or (
+            {"task": "complete", "text": known["chosen"]} if written else {"messages": known["chosen"]}
+        )
         return DataError(
             f"{source} has pairs of a better and a worse answer; hatrack learns from one answer",
             got=f"columns {', '.join(told)}",
@@ -189,9 +197,11 @@ def find_question(task: str, columns: Sequence[str], source: str, named: Mapping
 def _not_honoured(task: str, name: str, values: Sequence[Any], recipe: Recipe) -> Sequence[Any]:
     """The values of a column that is not read which say what or how much is to be learned."""
     less = [value for value in values if str(value).strip().lower() not in ONE]
+    chosen = task == "classify" and recipe.text is not None and recipe.label is not None
     if name in WEIGHTS:
-        chosen = task == "classify" and recipe.text is not None and recipe.label is not None
         return [] if chosen else less
+    if task == "classify" and name in SECOND_TEXTS:
+        return [] if chosen else values
     if task != "chat":
         return []
     judged = name == "label" and all(str(value).strip().lower() in ZERO for value in less)  # good answers and bad ones
@@ -226,7 +236,7 @@ def _fill(roles: Sequence[str], named: dict[str, str], columns: Sequence[str], a
 def _may_be(role: str, column: str, asked: bool) -> bool:
     """Whether the one column that is left can have this role: not if its name says that it is something else."""
     name = column.strip().lower()
-    if role == "label" and name in NEVER_LABELS:
+    if name in {"label": NEVER_LABELS, "text": NEVER_TEXTS}.get(role, ()):
         return False
     meant = [other for other, names in COMMON.items() if name in names]
     return asked or not meant or meant == [role] or (role == "text" and meant == ["prompt"])

@@ -294,7 +294,7 @@ def _with_classes(parts: list[_Part], *, merge: bool) -> tuple[list[_Part], list
     parts = [_without(part, labels.mixed_types(part.names, merge=merge)) for part in parts]
     train = parts[0]
     labels.refuse_vectors(train.names, train.source, train.label_column)
-    labels.refuse_scores(train.names, train.source, train.label_column)
+    labels.refuse_scores_and_texts(train.names, train.source, train.label_column)
     spelling = labels.one_spelling(train.names, train.source, train.label_column, merge=merge)
     train = _without_duplicates(_respelled(train, spelling))
     while any(complaints := labels.seen_once(train.names)):  # leaving one out may leave another label alone

@@ -23,6 +23,8 @@ Label = str | int | float | bool | list[Any]
 
 EMPTY_LIST = "a list"
 SHOWN_CLASSES = 20
+FEW_LABELS = 10
+"""So many labels that one row each has are named one by one."""
 MISSING = {"none", "null", "nan", "na", "n/a", "<na>", "nil"}
 """How programs write that there is no value. One of them alone may be a class; two of them are one class."""
 
@@ -171,15 +173,24 @@ def refuse_vectors(labels: Sequence[Label], source: str, column: str) -> None:
     )
 
 
-def refuse_scores(labels: Sequence[Label], source: str, column: str) -> None:
-    """Raises DataError where most labels are numbers that no other row has."""
+def refuse_scores_and_texts(labels: Sequence[Label], source: str, column: str) -> None:
+    """Raises DataError where most rows have a label that no other row has: a score or a text."""
     counts = Counter(_shown(label) for label in labels if not isinstance(label, list))
-    alone = sum(count == 1 and _number(text) is not None for text, count in counts.items())
-    if len(counts) > 2 and 2 * alone > len(labels):
+    alone = [text for text, count in counts.items() if count == 1]
+    got = f"{len(counts):,} different labels in {len(labels):,} rows"
+    scores = sum(_number(text) is not None for text in alone)
+    if len(counts) > FEW_LABELS and 2 * len(alone) > len(labels) and not scores:
+        raise DataError(
+            f"{source}, column {column}: the labels are nearly all different, and only classes can be learned",
+            got=got,
+            fix=f"name a column of classes with {flag('label')}; if these are texts to write, "
+            f"name them with {flag('prompt')} COLUMN {flag('completion')} COLUMN",
+        )
+    if len(counts) > 2 and 2 * scores > len(labels):
         raise DataError(
             f"{source}, column {column}: the labels are numbers, nearly all different; these look like scores, "
             "and only classes can be learned",
-            got=f"{len(counts):,} different labels in {len(labels):,} rows",
+            got=got,
             fix=f"name a column of classes with {flag('label')}, or write a class for each range of scores",
             gotcha="labels-are-scores",
         )

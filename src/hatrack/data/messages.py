@@ -4,6 +4,7 @@ A message key is honoured, refused, or handed back as not read. Knows nothing of
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -117,6 +118,25 @@ def looks_like_talk(value: Any) -> bool:
         except (ValueError, RecursionError):
             return False
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and _role(turn) for turn in value)
+
+
+def looks_like_python_talk(value: str) -> bool:
+    """Whether a text is a list of messages as Python prints it."""
+    return re.match(r"\s*\[\s*\{\s*'(role|from|content|value)'\s*:", value) is not None
+
+
+def continued(prompt: Talk, completion: Talk) -> Talk:
+    """A prompt and its completion as one; where the completion repeats all of the prompt, its turns are there once."""
+    repeated = completion.turns[: len(prompt.turns)]
+    if [_plain(turn) for turn in repeated] != [_plain(turn) for turn in prompt.turns]:
+        return prompt + completion
+    say_once("the completions hold the whole conversation, the prompt too: it is read once")
+    read_only = tuple(sorted({*prompt.read_only, *completion.read_only}))
+    return Talk(completion.turns, read_only, prompt.unread | completion.unread)
+
+
+def _plain(turn: Turn) -> tuple[str, str]:
+    return turn["role"], str(turn["content"]).strip()
 
 
 def read_history(value: Any) -> Talk:

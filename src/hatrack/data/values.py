@@ -9,7 +9,9 @@ from hatrack.data.labels import Label, encodable, read_label
 from hatrack.data.messages import (
     Talk,
     Unusable,
+    continued,
     holds,
+    looks_like_python_talk,
     looks_like_talk,
     read_history,
     read_talk,
@@ -91,7 +93,7 @@ def _conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> Talk:
         talk = _read(row, columns, "messages", read_talk)
     else:
         talk = unlearned(_turns(row, columns, "prompt"))
-        talk = talk + _turns(row, columns, "completion") if "completion" in columns else talk
+        talk = continued(talk, _turns(row, columns, "completion")) if "completion" in columns else talk
     if "history" in columns:
         talk = _read(row, columns, "history", read_history) + talk
     if "system" in columns and holds(row.get(columns["system"])):
@@ -142,6 +144,10 @@ def text_problem(value: object) -> str:
         hint = "; put it in quotes" if isinstance(value, int | float) and not isinstance(value, bool) else ""
         hint = "; a list of messages goes with --task chat" if looks_like_talk(value) else hint
         return f"mixed types: {type(value).__name__} where text was expected{hint}"
+    if looks_like_talk(value):
+        return "it is a list of messages in JSON, which goes with --task chat"
+    if looks_like_python_talk(value):
+        return "it is a list of messages in Python's way, with single quotes: write it as JSON (json.dumps)"
     if not encodable(value):
         return "the text holds half a character (a lone surrogate)"
     return "" if value.strip() else "the text is empty"
