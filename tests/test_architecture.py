@@ -30,6 +30,7 @@ WITHOUT_TORCH += [
     "base/peek",
     "base/room",
     "data/light",
+    "data/limit",
     "data/order",
     "engine/states",
     "engine/forecast",

@@ -31,6 +31,7 @@ from hatrack.base.room import holds
 from hatrack.base.trunk import find_trunk
 from hatrack.base.window import Window
 from hatrack.data.ends import Ends, ends_of_template
+from hatrack.data.limit import position_limit
 from hatrack.data.template import chat_prompt, chat_template
 from hatrack.data.tokens import check_ids
 from hatrack.engine.fast_lora import LAYER_CLASSES
@@ -249,8 +250,7 @@ class Hat:
     @property
     def _longest(self) -> int:
         """The most tokens that the base takes; where it does not tell, more than anybody asks of it."""
-        found = getattr(self.base.model.config, "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else sys.maxsize
+        return position_limit(self.base.model.config.to_dict()) or sys.maxsize
 
     def _encode(self, prompt: str | Sequence[dict[str, str]]) -> dict[str, torch.Tensor]:
         tokenizer = self.tokenizer

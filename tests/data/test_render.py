@@ -14,8 +14,8 @@ from tokenizers import Regex, normalizers
 
 from hatrack.cli.demo import ENCODER
 from hatrack.data.examples import Example
-from hatrack.data.render import TokenRows, choose_max_length, render, render_cached
-from hatrack.errors import DataError, MachineError, RecipeError
+from hatrack.data.render import TokenRows, render, render_cached
+from hatrack.errors import DataError, MachineError
 from hatrack.wheels import fetch_member
 from tests.conftest import tiny_tokenizer, turns
 
@@ -110,29 +110,6 @@ def test_rows_that_would_teach_nothing_are_refused_with_the_length_that_helps() 
     assert caught.value.complaints == ["f.jsonl rows 7, 9: the answer begins after the 16 tokens that are kept"]
     needed = int(str(caught.value.fix).split()[1])
     assert render(examples, tokenizer, task="chat", max_length=needed, template=tokenizer.chat_template).cut == 0
-
-
-@pytest.mark.parametrize(
-    ("asked", "config", "task", "found"),
-    [
-        (None, 40, "classify", (40, "the model's limit")),
-        (None, None, "chat", (64, "the model's limit")),
-        (32, 40, "chat", (32, "as asked")),
-    ],
-)
-def test_the_longest_row(asked: int | None, config: int | None, task: str, found: tuple[int, str]) -> None:
-    assert choose_max_length(asked, tiny_tokenizer(chat=False), config, task) == found
-
-
-def test_the_longest_row_has_a_default_and_a_limit() -> None:
-    tokenizer = tiny_tokenizer(chat=False)
-    tokenizer.model_max_length = int(1e30)  # what tokenizers say that do not know
-    assert choose_max_length(None, tokenizer, 8192, "classify") == (512, "the default for classify")
-    assert choose_max_length(None, tokenizer, None, "complete") == (2048, "the default for complete")
-    assert choose_max_length(None, tokenizer, -1, "classify") == (512, "the default for classify")  # XLNet says -1
-    assert choose_max_length(9000, tokenizer, -1, "classify") == (9000, "as asked")
-    with pytest.raises(RecipeError, match="--max-length is more than this model can take; got 9000; fix: at most 8192"):
-        choose_max_length(9000, tokenizer, 8192, "chat")
 
 
 @pytest.fixture(scope="module")

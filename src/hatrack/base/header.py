@@ -73,6 +73,9 @@ LANGUAGE_HEADS = ("lm_head.", "embed_out.", "head.")
 BALANCES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """Buffers that steer how many tokens each expert gets: in the files, but no parameters."""
 
+WITHOUT_MASK = ("fnet",)
+"""Model types that see padding, whatever the attention mask says."""
+
 OTHER_HEADS: tuple[str, ...] = (
     "cls.",
     "lm_head.",
@@ -213,6 +216,12 @@ def check_task(source: str, config: Mapping[str, Any], task: str) -> None:
     """Raises BaseError where a base of this kind cannot do the task."""
     kind = family(config)
     described = f"{source} ({config.get('model_type', 'unknown type')})"
+    if task == "classify" and config.get("model_type") in WITHOUT_MASK:
+        raise BaseError(
+            f"{source} mixes padding into its answers: a text's label would depend on its neighbours",
+            got=str(config["model_type"]),
+            fix="use another base, such as a BERT",
+        )
     if task != "classify" and kind == "encoder":
         raise BaseError(
             f"{described} is an encoder: it cannot generate text",

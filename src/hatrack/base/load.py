@@ -40,7 +40,7 @@ from hatrack.base.header import (
 )
 from hatrack.base.packed import whole_base
 from hatrack.base.quiet import quiet
-from hatrack.base.room import available_memory, give_back, no_device
+from hatrack.base.room import available_memory, give_back, need_bitsandbytes, no_device
 from hatrack.base.sources import BaseFiles
 from hatrack.cpu import fast_at_bfloat16
 from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
@@ -55,8 +55,6 @@ STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes", "*.model", "*.tiktoken")
 """Files of which a tokenizer needs at least one, unless it splits text into bytes or characters."""
-WITHOUT_MASK = ("fnet",)
-"""Model types that see padding, whatever the attention mask says."""
 WITHOUT_VOCABULARY = ("ByT5", "Canine", "Perceiver")
 
 
@@ -202,12 +200,6 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
     """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task,
     cannot be trained on, or needs code that may not run."""
     check_task(files.source, read_config(check_code(check_bare(files)).folder), task)
-    if task == "classify" and read_config(files.folder).get("model_type") in WITHOUT_MASK:
-        raise BaseError(
-            f"{files.source} mixes padding into its answers: a text's label would depend on its neighbours",
-            got=str(read_config(files.folder)["model_type"]),
-            fix="use another base, such as a BERT",
-        )
     if task == "classify" and not labels:
         raise RecipeError("a classifier needs labels", got="none", fix="give the label column with --label COLUMN")
     extra: dict[str, Any] = {}
@@ -340,7 +332,7 @@ def _state(files: BaseFiles, task: Task, device: torch.device, options: dict[str
 
 def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], task: Task) -> Any:
     """What bitsandbytes is told: heads that are trained stay as they are."""
-    packed.need_bitsandbytes(quantize)
+    need_bitsandbytes(quantize)
     skipped = packed.skipped_modules(config, task)
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)

@@ -10,7 +10,6 @@ Needs no torch: what is quantised, and how it is loaded, is for `load.py`.
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from hatrack import storage
 from hatrack.base.fingerprint import digest, fingerprint
 from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_config, read_header
-from hatrack.errors import BaseError, MachineError, RecipeError
+from hatrack.base.room import need_bitsandbytes
+from hatrack.errors import BaseError, MachineError
 from hatrack.say import say, say_once, size
 from hatrack.storage import ABOUT, Entry, cache_dir, held, new_folder, read_about, remove_unheld
 
@@ -56,12 +56,6 @@ def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
     pooler, which may be fresh. None leaves it to transformers, which skips the output head."""
     pooler = POOLERS.get(str(config.get("model_type")))
     return [*head_modules(config), *([pooler] if pooler else [])] if task == "classify" else None
-
-
-def need_bitsandbytes(quantize: str) -> None:
-    """Raises RecipeError where it is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
 
 
 def made_by(files: "BaseFiles", *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Knows no torch and reads no weights.
 
 import ctypes
 import gc
+import importlib.util
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,12 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
 def no_device(asked: str, there: Sequence[str]) -> RecipeError:
     """The complaint about a device that this machine does not have."""
     return RecipeError(f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}")
+
+
+def need_bitsandbytes(quantize: str) -> None:
+    """Raises RecipeError where a base is to be quantised, and bitsandbytes is not installed."""
+    if quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
 
 
 def resident() -> int:

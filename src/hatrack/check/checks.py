@@ -13,6 +13,7 @@ from hatrack.base.code import check_code
 from hatrack.base.header import head_shapes, model_shapes, read_config
 from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer, name_of
 from hatrack.base.peek import peek_folder
+from hatrack.base.room import need_bitsandbytes
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check import base, rows, settings
 from hatrack.check.facts import Facts
@@ -122,7 +123,8 @@ def _rank(recipe: Recipe, chosen: tuple[Choice, dict[str, tuple[int, int]]]) -> 
 
 
 def _dtype(recipe: Recipe) -> str:
-    """The base's number format on the device asked for."""
+    """The base's number format on the device asked for, where this machine has all that the recipe asks of it."""
     device, _ = choose_device(recipe.device)
     check_compute(recipe.compute, device.type)
+    need_bitsandbytes(recipe.quantize)
     return name_of(choose_dtype(recipe.dtype, device)[0])

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from hatrack.data.examples import PLAIN, Example, Examples, of_both
+from hatrack.data.limit import length_limit
 from hatrack.data.render import Encoded, attempt, learnable
 from hatrack.data.template import chat_template, check_steady, spoken
 from hatrack.errors import DataError
@@ -50,8 +51,7 @@ class LightTokenizer:
         self.chat_template = _templates(folder, kept.get("chat_template"))
         described = folder / "config.json"
         config = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-        limits = [kept.get("model_max_length"), config.get("max_position_embeddings")]
-        self.model_max_length = min(limit for limit in (*limits, 10**30) if isinstance(limit, int))  # as transformers
+        self.model_max_length = length_limit(kept.get("model_max_length"), config) or 10**30
         end = self._named.get("eos_token")
         self.eos_token_id = self._tokenizer.token_to_id(end) if isinstance(end, str) else None
         self._compiled: dict[str, Any] = {}

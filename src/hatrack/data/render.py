@@ -17,7 +17,7 @@ from hatrack.data.complaints import Unlearnable
 from hatrack.data.examples import Example
 from hatrack.data.template import render_chat
 from hatrack.data.values import Bad
-from hatrack.errors import DataError, MachineError, RecipeError
+from hatrack.errors import DataError, MachineError
 from hatrack.say import say, say_once
 from hatrack.storage import cache_dir, new_folder
 
@@ -25,7 +25,6 @@ Encoded = tuple[np.ndarray, np.ndarray]
 """The tokens of a row (int32), and which of them are learned (bool)."""
 
 CACHE_FORMAT = 5
-LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
 TEXTS_AT_ONCE = 1000
 ONE_END = "leave the end token out of the text; the tokenizer must add one itself"
 
@@ -70,26 +69,6 @@ class TokenRows:
         """ids, learn and label of one row."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[part], self.learn[part], self.labels[index] if len(self.labels) else None
-
-
-def choose_max_length(asked: int | None, tokenizer: Any, config_max: int | None, task: str) -> tuple[int, str]:
-    """The longest row in tokens, and why: as asked, or what the model can take up to 512 (to classify) or 2,048.
-
-    Raises RecipeError where more is asked than the model can take.
-    """
-    most = length_limit(tokenizer, config_max)
-    if asked is not None:
-        if most is not None and asked > most:
-            raise RecipeError("--max-length is more than this model can take", got=asked, fix=f"at most {most}")
-        return asked, "as asked"
-    cap = LENGTH_CAPS[task]
-    return (most, "the model's limit") if most is not None and most <= cap else (cap, f"the default for {task}")
-
-
-def length_limit(tokenizer: Any, config_max: int | None) -> int | None:
-    """The longest row that a model can take, in tokens, by its tokenizer and its config; None where neither says."""
-    limits = [limit for limit in (tokenizer.model_max_length, config_max) if limit and 0 < limit < 10**9]
-    return min(limits, default=None)
 
 
 def render_cached(examples: Sequence[Example], tokenizer: Any, **settings: Any) -> TokenRows:

@@ -9,7 +9,8 @@ import numpy as np
 
 from hatrack.data.ends import Ends, find_ends
 from hatrack.data.examples import Examples, of_both
-from hatrack.data.render import ONE_END, TokenRows, choose_max_length, length_limit, render_cached, wrong_ends
+from hatrack.data.limit import choose_max_length, length_limit
+from hatrack.data.render import ONE_END, TokenRows, render_cached, wrong_ends
 from hatrack.data.template import chat_template, check_steady
 from hatrack.errors import BaseError, DataError
 from hatrack.recipe import Recipe
@@ -44,9 +45,8 @@ def tokenise(
         template = chat_template(tokenizer, tools=tools)[0]
     if template is not None:
         check_steady(examples.train[0].messages, tokenizer, template)
-    positions = getattr(config, "max_position_embeddings", None)
-    length, why = choose_max_length(recipe.max_length, tokenizer, positions, examples.task)
-    limit = length_limit(tokenizer, positions)
+    limit = length_limit(tokenizer.model_max_length, config.to_dict())
+    length, why = choose_max_length(recipe.max_length, limit, examples.task)
     examples, learn, held_out = render_both(
         recipe,
         examples,

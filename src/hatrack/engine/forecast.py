@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from hatrack.base.header import family
+from hatrack.base.header import check_task, family
 from hatrack.base.hub import peek_hub
 from hatrack.base.peek import Peek, is_on_hub, peek, peek_folder
+from hatrack.base.room import need_bitsandbytes
 from hatrack.data.complaints import Unlearnable
 from hatrack.data.examples import Examples, look_further, read_examples
 from hatrack.data.light import row_sizes
+from hatrack.data.limit import choose_max_length, length_limit, tokenizer_limit
 from hatrack.errors import RecipeError
 from hatrack.planning import fit
 from hatrack.planning.fit import Plan, Setting, Work
@@ -76,6 +78,7 @@ def plan(recipe: Recipe, on: str | None = None) -> Forecast:
         raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
     if not on:
         check_device(recipe.device)
+        need_bitsandbytes(recipe.quantize)
     machine = named(on) if on else here(recipe.device, recipe.dtype)
     if on and not machine.accelerator:
         say(f"--on {on}: memory that is free on a CPU which multiplies {machine.dtype}; for a GPU or laptop, its name")
@@ -119,14 +122,15 @@ def _work(recipe: Recipe, peeked: Peek) -> Work:
     """The rows of the data and how long they are; without data, so many of a usual length."""
     if recipe.data is None:
         task = recipe.task or ("classify" if family(peeked.config) == "encoder" else "chat")
-        length = recipe.max_length or ASSUMED_LENGTH
+        check_task(peeked.source, peeked.config, task)
+        length = min(recipe.max_length or ASSUMED_LENGTH, _max_length(recipe, peeked, task))
         say(f"no --data: {ASSUMED_ROWS:,} rows of {length} tokens are assumed, task {task}")
         rows = np.full((ASSUMED_ROWS, 2), (length, 0 if task == "classify" else length))
         return Work(task, 2, rows, rows[: ASSUMED_ROWS // 10])
 
     def sizes(examples: Examples) -> tuple[Examples, np.ndarray, np.ndarray]:
-        most = recipe.max_length or min(512 if examples.task == "classify" else 2048, _limit(peeked))
-        return row_sizes(recipe, examples, peeked.folder, most)
+        check_task(peeked.source, peeked.config, examples.task)
+        return row_sizes(recipe, examples, peeked.folder, _max_length(recipe, peeked, examples.task))
 
     try:
         examples = read_examples(recipe)
@@ -138,6 +142,7 @@ def _work(recipe: Recipe, peeked: Peek) -> Work:
     return Work(examples.task, max(len(examples.labels), 1), learn, held_out)
 
 
-def _limit(peeked: Peek) -> int:
-    most = peeked.config.get("max_position_embeddings")
-    return most if isinstance(most, int) and most > 0 else 2048
+def _max_length(recipe: Recipe, peeked: Peek, task: str) -> int:
+    """The longest row. Raises RecipeError where more is asked than the base can take."""
+    limit = length_limit(tokenizer_limit(peeked.folder), peeked.config)
+    return choose_max_length(recipe.max_length, limit, task)[0]

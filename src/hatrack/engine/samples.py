@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from hatrack.base.load import Base
 from hatrack.check.running import end_not_learned
+from hatrack.data.limit import position_limit
 from hatrack.data.render import TokenRows
 from hatrack.engine.callbacks import MetricsFile
 from hatrack.errors import short
@@ -97,7 +98,7 @@ def _last_line(prompt: str) -> str:
 def answered(model: Any, prompt: np.ndarray, ends: list[int], base: Base, most: int) -> list[int]:
     """The likeliest tokens after `prompt` (n,), the one that ends them included; `most` at most, and no more than the
     model takes."""
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(base.model.config.to_dict())
     most = min(most, limit - len(prompt)) if limit else most
     if most < 1:
         return []

@@ -14,8 +14,9 @@ from hatrack.adapter.hatfile import HatFile
 from hatrack.data import seen
 from hatrack.data.complaints import Unlearnable, refuse_or_skip
 from hatrack.data.examples import Example, Examples, prepare, read_scored
+from hatrack.data.limit import choose_max_length, length_limit
 from hatrack.data.read import read_rows
-from hatrack.data.render import TokenRows, choose_max_length, render_cached
+from hatrack.data.render import TokenRows, render_cached
 from hatrack.data.template import chat_template
 from hatrack.data.tokens import check_embedded, only_end, render_both
 from hatrack.errors import AdapterError, DataError, HatrackError
@@ -151,11 +152,8 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
     """
     config, first = hat.base.model.config, next(iter(hat.hats.values()))
     template = _template(hat) if task == "chat" else None
-    limit = getattr(config, "max_position_embeddings", None)
-    lengths = {
-        made.max_length or choose_max_length(None, hat.tokenizer_of(name), limit, task)[0]
-        for name, made in hat.hats.items()
-    }
+    limits = {name: length_limit(hat.tokenizer_of(name).model_max_length, config.to_dict()) for name in hat.hats}
+    lengths = {made.max_length or choose_max_length(None, limits[name], task)[0] for name, made in hat.hats.items()}
     if len(lengths) > 1:
         say(f"rows are cut at {min(lengths)} tokens, the least that one of the adapters was trained with")
     rows = {}

@@ -1,0 +1,62 @@
+"""How long a row may be: what a base can read at once, by its config.json and its tokenizer. Imports no torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hatrack.errors import RecipeError
+
+LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "model_max_length")
+"""The names that configs have for the number of positions: Llama's, GPT-2's, MPT's, RWKV's, Kimi's."""
+# fmt: off
+AFTER_PADDING = frozenset((
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+))
+# fmt: on
+"""Model types that number their tokens from the padding token's id on, and so have fewer positions than embeddings."""
+
+
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """The most tokens that a base can read at once by its config, as config.json or transformers' `to_dict()` has it;
+    None where it does not say, or says none (-1)."""
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        names = POSITIONS[:1] if "relative_attention_num_buckets" in part else POSITIONS  # T5's n_positions is no limit
+        found = next((part[name] for name in names if isinstance(part.get(name), int)), 0)
+        if part.get("model_type") in AFTER_PADDING:
+            padding = part.get("pad_token_id")
+            found -= (1 if padding is None else int(padding)) + 1
+        if found > 0:
+            return found
+    return None
+
+
+def tokenizer_limit(folder: Path) -> int | None:
+    """The `model_max_length` of a folder's tokenizer_config.json; None where it tells none."""
+    settings = folder / "tokenizer_config.json"
+    found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    return found.get("model_max_length")
+
+
+def length_limit(of_tokenizer: float | None, config: Mapping[str, Any]) -> int | None:
+    """The longest row that a base can take, in tokens, by its tokenizer's `model_max_length` and its config; None where
+    neither says."""
+    limits = [of_tokenizer, position_limit(config)]
+    return min((int(limit) for limit in limits if limit and 0 < limit < 10**9), default=None)
+
+
+def choose_max_length(asked: int | None, limit: int | None, task: str) -> tuple[int, str]:
+    """The longest row in tokens, and why: as asked, or what the model can take up to 512 (to classify) or 2,048.
+
+    Raises RecipeError where more is asked than the model can take.
+    """
+    if asked is not None:
+        if limit is not None and asked > limit:
+            raise RecipeError("--max-length is more than this model can take", got=asked, fix=f"at most {limit}")
+        return asked, "as asked"
+    cap = LENGTH_CAPS[task]
+    return (limit, "the model's limit") if limit is not None and limit <= cap else (cap, f"the default for {task}")
