@@ -156,3 +156,11 @@ def test_every_other_name_leads_to_an_option_that_is_there() -> None:
     for meant in OTHER_NAMES.values():
         option, _, value = meant.partition(" ")
         assert not value or value in choices(Recipe.model_fields[option])
+
+
+def test_a_path_is_a_recipe_or_the_rows(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("base: b\nr: 4\n")
+    assert Recipe.of(tmp_path / "r.yaml", r=16) == Recipe.make(base="b", r=16)
+    assert Recipe.of("rows.csv", base="b") == Recipe.make(base="b", data="rows.csv")
+    with pytest.raises(RecipeError, match=r"named twice; got rows.csv and new.csv"):
+        Recipe.of("rows.csv", data="new.csv")

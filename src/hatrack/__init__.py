@@ -38,7 +38,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda told: "gemm_
 
 
 def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **options: Any) -> "Hat":
-    """Trains an adapter from a recipe, the path of one, or options by name; options win.
+    """Trains an adapter from a recipe, the path of one (.yaml) or of a data file, or options by name; options win.
 
     `data` and `eval_data` may be paths, lists of rows (one dict each), DataFrames or `datasets.Dataset`s. `like`, a
     folder or a name on the rack, repeats the run of that adapter with the options given changed.
@@ -71,7 +71,7 @@ def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: s
             raise RecipeError("a recipe and `like` exclude each other", got=f"{recipe!r}, {like}", fix="keep one")
         return importlib.import_module("hatrack.engine.repeat").recipe_like(like, **options)  # type: ignore[no-any-return]
     if isinstance(recipe, str | Path):
-        return Recipe.read(recipe, **options)
+        return Recipe.of(recipe, **options)
     return recipe.changed(**options) if recipe is not None else Recipe.make(**options)
 
 

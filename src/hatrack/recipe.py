@@ -95,6 +95,10 @@ def _name(value: str) -> str:
     return value
 
 
+RECIPES = (".yaml", ".yml")
+"""How the names of recipe files end."""
+
+
 def option(default: Any, help: str, *, group: str, word: str = "", fix: str = "", **limits: Any) -> Any:
     """A field of the recipe: its help text, the heading it is listed under, the word that stands for its value in the
     help, and the advice when it is wrong."""
@@ -296,6 +300,18 @@ class Recipe(BaseModel):
             raise RecipeError("a recipe is lines of 'name: value'", got=f"{path}: {type(content).__name__}")
         options = {name.replace("-", "_"): value for name, value in content.items()}
         return cls.make(**(options | flags))
+
+    @classmethod
+    def of(cls, path: str | Path, **options: Any) -> Self:
+        """The recipe in a .yaml file, or a recipe for the rows in any other one; `options` win.
+
+        Raises RecipeError where the rows are named by `data` too.
+        """
+        if Path(path).suffix.lower() in RECIPES:
+            return cls.read(path, **options)
+        if options.get("data") is not None:
+            raise RecipeError("the data is named twice", got=f"{path} and {options['data']}", fix="keep one")
+        return cls.make(**options | {"data": str(path)})
 
     def changed(self, **options: Any) -> Self:
         """The same recipe with some options replaced."""

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from hatrack.errors import RecipeError
-from hatrack.recipe import Recipe, about, choices, flag
+from hatrack.recipe import RECIPES, Recipe, about, choices, flag
 from hatrack.storage import write_file
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
@@ -50,15 +49,10 @@ def with_recipe(
         rest = {parameter.name: values.pop(parameter.name) for parameter in own}
         path = values.pop("recipe_file")
         given = {name: value for name, value in values.items() if value is not None}
-        if path is not None and path.suffix.lower() not in (".yaml", ".yml"):
-            if adapter is not None and not is_data(path):
-                adapter(str(path), given, **rest)
-                return
-            if "data" in given:
-                raise RecipeError("the data is named twice", got=f"{path} and --data {given['data']}", fix="keep one")
-            path, given = None, given | {"data": str(path)}
-        recipe = Recipe.read(path, **given) if path else Recipe.make(**given)
-        command(recipe, **rest)
+        if adapter is not None and path is not None and path.suffix.lower() not in RECIPES and not is_data(path):
+            adapter(str(path), given, **rest)
+            return
+        command(Recipe.of(path, **given) if path else Recipe.make(**given), **rest)
 
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
