@@ -32,7 +32,7 @@ CASES = [
     (["--base", "BASE", "--data", "goood.csv"], "there is no such data file; got goood.csv", "did you mean good.csv?"),
     (["--base", "BASE", "--data", "nothing", "--name", "x"], "the data is a folder, not a file", "name one file"),
     (["--base", "BASE", "--data", "empty.csv"], "empty.csv has no rows; got 0 rows", "at least 2"),
-    (["--base", "BASE", "--data", "one.csv"], "label 'yes' is seen only once", "mend it"),
+    (["--base", "BASE", "--data", "one.csv"], "label 'yes' is seen only once", "correct it"),
     (["--base", "BASE", "--data", "same.csv"], "same.csv has only one class; got yes", "at least two labels"),
     (["--base", "BASE", "--data", "other.csv"], "got columns sentence, stars, place", "--text COLUMN --label COLUMN"),
     (["--base", "BASE", "--data", "good.csv", "--text", "txt"], "no column 'txt'", "did you mean text?"),

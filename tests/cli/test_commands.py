@@ -83,7 +83,7 @@ def test_the_rack_lists_shows_renames_and_removes(classifier: Ran, hatrack: Run)
     entry = hatrack("list", "--json").json["hats"][0]
     assert entry["name"] == "reviews" and entry["task"] == "classify" and not entry["missing"]
     shown = hatrack("show", "reviews").out
-    assert "classify: no, yes" in shown and "r 8, alpha 16.0, dropout 0.05" in shown and "held out" in shown
+    assert "classify: no, yes" in shown and "r 8, alpha 16, dropout 0.05" in shown and "held out" in shown
     assert hatrack("show", "reviews", "--json").json["hat"]["labels"] == ["no", "yes"]
 
     assert hatrack("rename", "reviews", "films").code == 0
@@ -93,7 +93,7 @@ def test_the_rack_lists_shows_renames_and_removes(classifier: Ran, hatrack: Run)
     assert hatrack("remove", "films").code == 0
     assert hatrack("list").out.startswith("The rack is empty.")
     assert hatrack("add", "reviews").code == 0 and hatrack("list").out.count("films") >= 1
-    assert hatrack("remove", "reviews", "--files").code == 0 and not Path("reviews").exists()
+    assert hatrack("remove", "films", "--files").code == 0 and not Path("reviews").exists()
 
 
 def test_compare_gives_a_verdict_with_an_interval(classifier: Ran, hatrack: Run) -> None:
