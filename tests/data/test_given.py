@@ -30,14 +30,20 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tuple(ROWS),
         {"text": ["good film", "bad film"], "label": ["yes", "no"]},
         pd.DataFrame(ROWS, index=[7, 9]),
+        pd.DataFrame(ROWS).set_index("text"),
         pa.Table.from_pylist(ROWS),
         datasets.Dataset.from_list(ROWS),
     ],
-    ids=["list", "tuple", "columns", "pandas", "pyarrow", "datasets"],
+    ids=["list", "tuple", "columns", "pandas", "pandas with an index", "pyarrow", "datasets"],
 )
 def test_every_kind_of_table_is_read(data: Any) -> None:
     rows = read_rows(file_of(data))
     assert rows.rows == ROWS and rows.columns == ("text", "label")
+
+
+def test_a_series_has_no_columns() -> None:
+    with pytest.raises(DataError, match=r"a list of rows, a DataFrame or a datasets.Dataset; got Series"):
+        file_of(pd.Series(["a", "b"]))
 
 
 def test_the_same_rows_are_the_same_file() -> None:

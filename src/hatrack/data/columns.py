@@ -89,12 +89,11 @@ def _unclear(task: str | None, columns: Sequence[str], source: str, first: Mappi
     ]
     known = {column.strip().lower(): column for column in columns}
     if {"chosen", "rejected"} <= set(known):
-        learned = {"prompt": known["prompt"], "completion": known["chosen"]} if "prompt" in known else {}
-        answer = first.get(known["chosen"])
-        written = isinstance(answer, str) and not looks_like_talk(answer)
-        learned = learned or (
-            {"task": "complete", "text": known["chosen"]} if written else {"messages": known["chosen"]}
-        )
+        chosen, learned = known["chosen"], {"messages": known["chosen"]}
+        if "prompt" in known:
+            learned = {"prompt": known["prompt"], "completion": chosen}
+        elif isinstance(first.get(chosen), str) and not looks_like_talk(first[chosen]):
+            learned = {"task": "complete", "text": chosen}
         return DataError(
             f"{source} has pairs of a better and a worse answer; hatrack learns from one answer",
             got=f"columns {', '.join(told)}",

@@ -55,8 +55,10 @@ def _rows(data: Any) -> Sequence[Any]:
         return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
     if hasattr(data, "features") and hasattr(data, "column_names"):  # datasets.Dataset
         return named_classes(data)[1]
+    if hasattr(data, "reset_index") and hasattr(data, "columns"):  # an index of pandas that has a name is a column
+        data = data.reset_index([name for name in data.index.names if name is not None and name not in data.columns])
     for method, options in (("to_dicts", {}), ("to_pylist", {}), ("to_dict", {"orient": "records"})):
-        if hasattr(data, method):  # polars, pyarrow, pandas
+        if hasattr(data, method) and hasattr(data, "columns"):  # polars, pyarrow, pandas
             return list(getattr(data, method)(**options))
     if isinstance(data, Sequence) and not isinstance(data, str | bytes):
         wrong = next((row for row in data if not isinstance(row, Mapping)), None)
