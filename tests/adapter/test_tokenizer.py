@@ -1,12 +1,13 @@
 """An adapter made elsewhere is used with the tokenizer that it brought, the others on its base with the base's."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
 import hatrack
 from hatrack.errors import AdapterError, DataError
@@ -92,11 +93,58 @@ def test_another_template_alone_is_used(base: Path, capsys: pytest.CaptureFixtur
     assert hat.tokenizer.decode(hat._encode("what is red")["input_ids"][0]) == "what is red :"
 
 
-def test_a_damaged_one_is_refused(base: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tokenizer.json", "{}", r"cannot be loaded.*remove the tokenizer's files"),
+        ("tokenizer_config.json", "{", r"tokenizer_config.json is not valid JSON.*remove the tokenizer's files"),
+        (
+            "tokenizer.json",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a Git LFS pointer",
+        ),
+    ],
+)
+def test_a_damaged_one_is_refused(base: Path, file: str, content: str, told: str) -> None:
     folder = _adapter(base, "own", _more)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(AdapterError, match=r"cannot be loaded.*remove the tokenizer's files"):
+    (folder / file).write_text(content)
+    with pytest.raises(AdapterError, match=told):
         hatrack.load(folder, device="cpu", dtype="float32")
+
+
+def test_one_that_needs_code_is_not_used(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _adapter(base, "own", _more)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["own.Own", None]},
+    }
+    path.write_text(json.dumps(settings))
+    (folder / "own.py").write_text("raise SystemExit('it ran')")
+    hat = hatrack.load(folder, device="cpu", dtype="float32")
+    assert hat.tokenizer is hat.base.tokenizer
+    assert "needs code of its own, which is not run; the base's is used" in capsys.readouterr().err
+
+
+def test_a_classifier_with_a_padding_token_of_its_own(base: Path) -> None:
+    """Each text gets the scores that plain peft gives it alone."""
+    folder, texts = base.parent / "classifier", ["a <tool> film", "what is red and what is blue ?", "good"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<none>", "additional_special_tokens": ["<tool>"]})
+    tokenizer.padding_side = "left"
+    bare = LlamaForSequenceClassification.from_pretrained(base, num_labels=3)
+    bare.config.pad_token_id = tokenizer.pad_token_id
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = get_peft_model(bare, config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.no_grad():
+        wanted = [
+            model.eval()(tokenizer(text, return_tensors="pt")["input_ids"]).logits.softmax(-1)[0] for text in texts
+        ]
+    found = hatrack.load(folder, device="cpu", dtype="float32").predict(texts)
+    for answer, scores in zip(found, wanted, strict=True):
+        assert list(answer["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
 
 
 def test_a_token_without_an_embedding_is_named(base: Path) -> None:

@@ -87,6 +87,7 @@ def test_the_rack_lists_shows_renames_and_removes(classifier: Ran, hatrack: Run)
     assert hatrack("show", "reviews", "--json").json["hat"]["labels"] == ["no", "yes"]
 
     assert hatrack("rename", "reviews", "films").code == 0
+    assert hatrack("show", "films", "--json").json["hat"]["recipe"].get("name", "films") == "films"
     assert hatrack("predict", "films", "it was good film plot .").code == 0
     gone = hatrack("predict", "reviews2", "it was good film plot .")
     assert gone.code == 2 and "there is no such adapter; got reviews2" in gone.complaint

@@ -121,6 +121,17 @@ def test_an_older_adapter_is_asked_for_its_data(trained: Any, hatrack: Run, revi
     )
 
 
+def test_rows_that_moved_are_asked_for(trained: Any, hatrack: Run, reviews: Path) -> None:
+    trained("hat")
+    same = hatrack("compare", "hat", "--json")
+    assert same.code == 0 and "--task" not in same.err
+    moved = reviews.rename(reviews.with_name("moved.csv"))
+    found = hatrack("compare", "hat")
+    assert found.code == 2 and "the rows that hat was trained on cannot be read: there is no such" in found.complaint
+    assert "fix: name rows with --data; that may be the same file" in found.complaint
+    assert "were trained on" in hatrack("compare", "hat", "--data", moved).complaint
+
+
 def test_a_damaged_memory_is_refused(trained: Any, hatrack: Run) -> None:
     path = trained("hat") / seen.FILE
     path.write_bytes(path.read_bytes()[:-8])

@@ -202,7 +202,9 @@ def rename_in_files(folder: Path, new: str) -> None:
     if not (folder / HATRACK_JSON).is_file():
         return
     content = read_object(folder / HATRACK_JSON)
-    old = content.get("name")
+    old, recipe = content.get("name"), content.get("recipe")
+    if isinstance(recipe, dict) and "name" in recipe:
+        recipe["name"] = new
     write_file(folder / HATRACK_JSON, json.dumps(content | {"name": new}, indent=2, ensure_ascii=False) + "\n")
     card = folder / "README.md"
     if card.is_file():

@@ -8,8 +8,10 @@ from hatrack.adapter.hatfile import HATRACK_JSON
 from hatrack.base.code import needed_code
 from hatrack.base.load import Base, has_tokenizer, load_tokenizer
 from hatrack.errors import AdapterError, BaseError, short
+from hatrack.first_bytes import other_kind
 from hatrack.say import say_once
 
+FILES = ("*token*.json", "vocab.*", "*.model", "merges.txt", "*.jinja")
 PROBE = "One hat, two hats."
 
 
@@ -19,12 +21,17 @@ def tokenizer_beside(folder: Path, base: Base) -> Any | None:
 
     Raises AdapterError where it cannot be loaded.
     """
-    if (folder / HATRACK_JSON).exists() or not has_tokenizer(folder):
+    if (folder / HATRACK_JSON).exists():
         return None
-    if needed_code(folder):
-        say_once(f"{folder}: its tokenizer needs code of its own, which is not run; the base's is used")
-        return None
+    others = (other_kind(path, "a tokenizer's file", AdapterError) for name in FILES for path in folder.glob(name))
+    for other in filter(None, others):
+        raise other
     try:
+        if not has_tokenizer(folder):
+            return None
+        if needed_code(folder):
+            say_once(f"{folder}: its tokenizer needs code of its own, which is not run; the base's is used")
+            return None
         rows = base.model.get_input_embeddings().weight.shape[0]
         own = load_tokenizer(replace(base.files, folder=folder, source=str(folder), trusted=False), rows)
     except BaseError as error:

@@ -64,7 +64,9 @@ def show(adapter: Name, as_json: Json = False) -> None:
 
 def add(
     folder: Annotated[Path, typer.Argument(help="The folder of an adapter.")],
-    name: Annotated[str | None, typer.Option("--name", help="Its name on the rack. Default: the folder's.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Its name on the rack. Default: the one it has, or else the folder's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hang an adapter on the rack, where it lies."""

@@ -56,8 +56,13 @@ def _its_data(hat: Hat, name: str, made: HatFile) -> Examples:
     if not made.recipe.get("data"):
         raise AdapterError(f"{name} does not remember what it was trained on", fix=f"name rows with {flag('data')}")
     recipe = Recipe.make(**{**made.recipe, "task": made.task})
-    rows = read_rows(str(recipe.data))
-    examples = prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+    others = f"name rows with {flag('data')}; that may be the same file: rows that were trained on are left out"
+    try:
+        rows, more = read_rows(str(recipe.data)), read_rows(recipe.eval_data) if recipe.eval_data else None
+    except DataError as error:
+        told = f"the rows that {name} was trained on cannot be read: {error.what}"
+        raise DataError(told, got=error.got, fix=others) from error
+    examples = prepare(recipe, rows, more)
     if recipe.bad_rows == "skip" and made.max_length:  # also those that only the base's tokenizer and template find
         tokenizer = hat.base.tokenizer
         examples, _, _ = render_both(
@@ -69,10 +74,7 @@ def _its_data(hat: Hat, name: str, made: HatFile) -> Examples:
             end=only_end(tokenizer, hat.base.model.config, made.task),
         )
     if examples.digest != made.data.get("digest"):
-        raise DataError(
-            f"{recipe.data} is not what {name} was trained on any more",
-            fix=f"name rows with {flag('data')}; that may be the same file: rows that were trained on are left out",
-        )
+        raise DataError(f"{recipe.data} is not what {name} was trained on any more", fix=others)
     return examples
 
 
