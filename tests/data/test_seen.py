@@ -96,3 +96,11 @@ def test_the_keys_are_the_same_in_every_version() -> None:
 def test_a_damaged_file_is_seen(damage: Any) -> None:
     with pytest.raises(ValueError, match="not what was written"):
         seen.from_bytes(damage(seen.to_bytes(seen.keys([_text("one"), _text("two")]))))
+
+
+def test_of_a_longer_conversation_the_turns_that_were_trained_on_are_told() -> None:
+    known = seen.keys([_chat("a", "b"), _chat("x", "y", "z", "w")])
+    assert seen.seen_turns(_system(_chat("A ", "b", "c", "d"), "Be brief."), known) == (2,)
+    assert seen.seen_turns(_chat("x", "y", "z", "w"), known) == (1, 3)
+    assert seen.seen_turns(_chat("a", "other", "c", "d"), known) == ()
+    assert seen.seen_turns(_text("a b"), known) == ()

@@ -45,3 +45,22 @@ def _others(talks: Path) -> Path:
     path = talks.with_name("others.jsonl")
     path.write_text(talks.read_text().replace("what is", "who is"))
     return path
+
+
+def test_of_a_longer_conversation_only_what_is_new_is_scored(
+    tmp_path: Path, tiny_decoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"what is {one} {two} ?" for one in WORDS for two in WORDS[:4]]
+    first, path = [[("user", ask), ("assistant", "it is red .")] for ask in asked], tmp_path / "talks.jsonl"
+
+    def write(talks: list[list[tuple[str, str]]]) -> str:
+        rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in talks]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    hat = hatrack.train(base=str(tiny_decoder), data=write(first), device="cpu", steps=2, output=str(tmp_path / "a"))
+    more = [("user", "so ?"), ("assistant", "it is so .")]
+    (rows,) = held_out(hat, write([[*talk, *more] for talk in first])).values()
+    assert "29 rows go on from what was trained on: only their new answers are scored" in capsys.readouterr().err
+    learned = {int(count) for count in rows.sizes[:, 1]}
+    assert len(learned) == 2 and max(learned) == 2 * min(learned)  # one answer of two; both of those held out

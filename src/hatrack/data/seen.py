@@ -35,6 +35,13 @@ def row_keys(examples: Iterable["Example"]) -> np.ndarray:
     return np.array([_hash(_answers(each)[-1]) for each in examples], dtype=np.uint64)
 
 
+def seen_turns(example: "Example", known: np.ndarray) -> tuple[int, ...]:
+    """The turns of a conversation that were trained on: the answers that are among the `known` keys."""
+    turns = [index for index, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+    found = np.isin(np.array([_hash(words) for words in _answers(example)], dtype=np.uint64), known)
+    return tuple(index for index, seen in zip(turns, found, strict=False) if seen)
+
+
 def to_bytes(keys: np.ndarray) -> bytes:
     """The content of the file."""
     content = keys.astype("<u8").tobytes()

@@ -113,13 +113,15 @@ def _given(made: HatFile, data: str, options: Mapping[str, str]) -> tuple[str, l
 
 def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Examples], source: str) -> list[Example]:
     """The rows that no adapter was trained on. Raises DataError where they are too few because of that."""
-    own, trained = seen.row_keys(examples), np.zeros(len(examples), dtype=bool)
+    keys = [np.empty(0, dtype=np.uint64)]
     for name, made in hat.hats.items():
         known = _trained_on(hat, name, made, earlier.get(name))
         if known is None:
             say(f"{name} does not tell which rows it was trained on: whether these are among them is not known")
         else:
-            trained |= np.isin(own, known)
+            keys.append(known)
+    every = np.concatenate(keys)
+    trained = np.isin(seen.row_keys(examples), every)
     count, fresh = int(trained.sum()), _chosen(examples, ~trained)
     if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # of held-out rows few may be all there are
         raise DataError(
@@ -130,7 +132,21 @@ def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Example
         )
     if count:
         say(f"{count:,} of {len(examples):,} rows were trained on and are left out")
-    return fresh
+    return _new_answers(fresh, every)
+
+
+def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
+    """Conversations that go on from one that was trained on with only what is new in them to score."""
+    found = [
+        replace(each, read_only=tuple(sorted({*each.read_only, *turns})))
+        if (turns := seen.seen_turns(each, known))
+        else each
+        for each in examples
+    ]
+    longer = sum(new is not old for new, old in zip(found, examples, strict=True))
+    if longer:
+        say(f"{counted(longer)} go on from what was trained on: only their new answers are scored")
+    return found
 
 
 def _trained_on(hat: Hat, name: str, made: HatFile, earlier: Examples | None) -> np.ndarray | None:
