@@ -136,7 +136,8 @@ class Recipe(BaseModel):
 
     data: FilePath = option(
         None,
-        "Training rows: a .csv (also .gz, .bz2), .jsonl or .parquet file, a hub data set, or pypi:NAME==VERSION/path.",
+        "Training rows: a .csv, .tsv, .json, .jsonl (also .gz, .bz2) or .parquet file, a hub data set, or "
+        "pypi:NAME==VERSION/path.",
         group="Data",
         word="FILE",
     )
