@@ -86,9 +86,9 @@ def _beside(filled: dict[str, list[Any]], **options: str) -> dict[str, str]:
             ["the prompt is 'instruction', and where there is one a blank line and 'input'", "not read: text\n"],
         ),
         (
-            {"question": ["q"], "context": ["c"], "answer": ["a"], "id": [1]},
-            {"prompt": "question", "completion": "answer", "input": "context"},
-            ["the prompt is 'question', and where there is one a blank line and 'context'", "not read: id\n"],
+            {"question": ["q"], "passage": ["c"], "answer": ["a"], "id": [1]},
+            {"prompt": "question", "completion": "answer", "input": "passage"},
+            ["the prompt is 'question', and where there is one a blank line and 'passage'", "not read: id\n"],
         ),
         (
             {"conversations": [[]], "system": ["s"], "tools": ["[]"], "source": ["x"]},
@@ -146,6 +146,12 @@ def test_one_that_says_the_same_of_all_rows_is_only_named(
 def test_two_columns_that_could_be_one_thing_are_refused() -> None:
     with pytest.raises(DataError, match="two columns could be the input; got input, context"):
         _beside(ALPACA | {"context": ["c"]})
+    rows = {"instruction": ["be kind"], "prompt": ["q"], "completion": ["a"]}
+    with pytest.raises(
+        DataError, match=r"two columns could be the prompt; got prompt, instruction; fix: .* leaves 'instr"
+    ):
+        _beside(rows)
+    assert _beside(rows, prompt="prompt", completion="completion") == {"prompt": "prompt", "completion": "completion"}
 
 
 def test_texts_alone_have_no_first_turn(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ COMMON = {
     "completion": ("completion", "response", "answer", "output", "reply"),
 }
 BESIDE = {
-    "input": ("input", "context"),
+    "input": ("input", "context", "passage", "document"),
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
     "tools": ("tools",),
@@ -35,7 +35,8 @@ WEIGHTS: tuple[str, ...] = ("weight", "weights", "sample_weight", "loss_weight",
 WEIGHTS += ("loss", "train", "training", "trainable")
 ONE, ZERO = ("1", "1.0", "true"), ("0", "0.0", "false")
 MEANING: tuple[str, ...] = ("functions", "function_call", "tool_calls", "reasoning_content", "reasoning", "thinking")
-MEANING += ("masked", "chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
+MEANING += ("cot", "chain_of_thought", "rationale", "thought", "thoughts", "masked")
+MEANING += ("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 SECOND_TEXTS = ("text_pair", "text2", "text_b", "sentence2", "sentence_b", "premise", "hypothesis")
 """The other half of what is classified, in data sets of pairs."""
 NEVER_TEXTS = ("id", "idx", "index", "uid", "date", "time")
@@ -137,6 +138,15 @@ def find_beside(
             )
     beside: dict[str, str] = {}
     paired = "completion" in found
+    asked = [column for column, name in left.items() if name in COMMON["prompt"] and name not in BESIDE["input"]]
+    if paired and asked and recipe.prompt is None:
+        raise DataError(
+            "two columns could be the prompt",
+            got=f"{found['prompt']}, {asked[0]}",
+            fix=f"{flag('prompt', found['prompt'])} {flag('completion', found['completion'])} leaves {asked[0]!r} out; "
+            "or bring both into one column",
+            gotcha="columns-ignored",
+        )
     for role, names in BESIDE.items() if task == "chat" or paired else ():
         candidates = [column for column, name in left.items() if name in names]
         if role == "input" and (not paired or recipe.prompt is not None):

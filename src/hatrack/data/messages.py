@@ -188,7 +188,7 @@ def unlearned(talk: Talk) -> Talk:
 def holds(value: Any) -> bool:
     """Whether a cell or the value of a message key holds anything."""
     if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}", "null")
+        return value.strip() not in ("", "[]", "{}", "null", "<noinput>")  # the last as Alpaca's makers wrote it
     return value is not None and value == value and value != [] and value != {}
 
 
