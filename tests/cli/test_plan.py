@@ -48,6 +48,7 @@ def test_conversations_are_planned_as_their_template_writes_them(
 
 def test_the_verdict_comes_first_with_the_one_change(hatrack: Run, tiny_decoder: Path, questions: Path) -> None:
     fits = hatrack("plan", "--base", tiny_decoder, "--data", questions, "--on", "t4").out.splitlines()
+    assert not any("--probe" in line for line in fits)  # which measures this machine, not a T4
     assert fits[0].startswith("fits: ") and "rows at a time" in fits[0]
     assert fits[1].startswith("machine    t4, base in float16")
     small = hatrack("plan", "--base", tiny_decoder, "--on", "600MiB").out.splitlines()

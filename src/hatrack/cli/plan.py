@@ -35,7 +35,7 @@ def plan(
     if as_json:
         print(json.dumps(found.as_json()))
         return
-    _show(found)
+    _show(found, here=on is None)
 
 
 def _measure() -> None:
@@ -59,8 +59,8 @@ def _measure() -> None:
     say(f"to start: {prices.start:.1f} s, {size(found.framework)}")
 
 
-def _show(found: "Forecast") -> None:
-    """The verdict first, then the table."""
+def _show(found: "Forecast", *, here: bool) -> None:
+    """The verdict first, then the table. `here` is whether the plan is for this machine."""
     from hatrack.adapter.count import line
     from hatrack.planning import fit
 
@@ -86,9 +86,11 @@ def _show(found: "Forecast") -> None:
         f"{schedule.steps:,} steps of {schedule.batch_size} rows"
     )
     if machine.prices is not None and chosen.seconds is not None and chosen.whole_seconds is not None:
+        source = machine.prices.source
+        hint = "; --probe measures this machine" if here and source != "probe" else ""
         print(
             f"time       {_duration(chosen.seconds)} of training, {_duration(chosen.whole_seconds)} in all "
-            f"({machine.prices.source}{'' if machine.prices.source == 'probe' else '; --probe measures this machine'})"
+            f"({source}{hint})"
         )
     else:
         print("time       unknown for this machine")

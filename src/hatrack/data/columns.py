@@ -254,7 +254,7 @@ def _may_be(role: str, column: str, asked: bool) -> bool:
 def _say_guesses(task: str, found: dict[str, str], named: dict[str, str], recipe: Recipe) -> None:
     guessed = [role for role, column in found.items() if role not in named and column != role]
     if recipe.task is None:
-        say(f"task: {task}, from the columns (--task to change it)")
+        say(f"task: {task}, from the columns (--task NAME changes it)")
     if guessed:
         listed = ", ".join(f"{role} = {column!r}" for role, column in found.items())
         flags = " and ".join(flag(role) for role in guessed)
