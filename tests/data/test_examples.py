@@ -114,7 +114,7 @@ def test_ten_complaints_are_shown_and_the_rest_counted() -> None:
     [
         ("chat", {"prompt": "[{'role': 'user', 'content': 'hi'}]", "completion": "ho"}, "in Python's way, with single"),
         ("complete", {"prompt": "[{'role': 'user'}]", "completion": "ho"}, "in Python's way, with single quotes"),
-        ("complete", {"text": '[{"role": "user", "content": "hi"}]'}, "in JSON, which goes with --task chat"),
+        ("complete", {"text": '[{"role": "user", "content": "hi"}]'}, "in JSON, where a text was expected"),
     ],
 )
 def test_conversations_are_not_learned_as_text(task: str, row: dict[str, Any], words: str) -> None:

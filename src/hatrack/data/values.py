@@ -145,7 +145,7 @@ def text_problem(value: object) -> str:
         hint = "; a list of messages goes with --task chat" if looks_like_talk(value) else hint
         return f"mixed types: {type(value).__name__} where text was expected{hint}"
     if looks_like_talk(value):
-        return "it is a list of messages in JSON, which goes with --task chat"
+        return "it is a list of messages in JSON, where a text was expected: name it as a column of messages"
     if looks_like_python_talk(value):
         return "it is a list of messages in Python's way, with single quotes: write it as JSON (json.dumps)"
     if not encodable(value):
