@@ -105,3 +105,25 @@ def test_one_figure_for_the_peak(hatrack: Run, tiny_encoder: Path, reviews: Path
     memory = next(line for line in lines if line.startswith("memory ")).split()
     peak = size(hatrack(*options, "--json").json["peak_memory_bytes"])
     assert lines[0].startswith(f"fits: {peak} of ") and peak in " ".join(memory)
+
+
+AS_A_COMMAND = "import sys; from hatrack.cli.main import main; sys.argv[1:1] = ['train']; main()"
+IN_PYTHON = """
+import json, sys, pandas, hatrack
+pairs = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+options = {name[2:].replace("-", "_"): value for name, value in pairs.items() if name != "--json"}
+print(json.dumps(hatrack.train(**options | {"steps": int(options["steps"])}).result))
+"""
+
+
+@pytest.mark.parametrize("script", [AS_A_COMMAND, IN_PYTHON], ids=["command", "python"])
+def test_a_run_of_a_tiny_base_takes_what_was_planned(
+    script: str, tiny_decoder: Path, questions: Path, tmp_path: Path
+) -> None:
+    """Nearly all of it is imports, what is loaded while running, and compiled matmuls: of processes of their own."""
+    given = {"base": tiny_decoder, "data": questions, "device": "cpu", "steps": 4, "output": tmp_path / "hat"}
+    options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run([sys.executable, "-c", script, *options, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak_memory_bytes"] == pytest.approx(found["planned"]["peak_memory_bytes"], rel=0.1)

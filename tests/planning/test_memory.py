@@ -15,7 +15,16 @@ from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.evaluate.loss import losses
 from hatrack.kernels.attention import BLOCK
 from hatrack.kernels.loss import CHUNK, CHUNK_ON_ACCELERATOR
-from hatrack.planning.memory import LOGITS, LOGITS_ON_ACCELERATOR, SCORES, Batch, Method, training_bytes
+from hatrack.planning.memory import (
+    LOGITS,
+    LOGITS_ON_ACCELERATOR,
+    MATMUL,
+    MATMULS,
+    SCORES,
+    Batch,
+    Method,
+    training_bytes,
+)
 from hatrack.planning.shape import Anatomy, Shape, describe, shape_of
 from hatrack.recipe import Recipe
 from tests.planning.test_fit import llama
@@ -127,3 +136,22 @@ def test_what_is_kept_is_what_torch_keeps(kind: str, targets: str, layers: str) 
         values = losses(wrapped, batch, task)[0]
     planned = training_bytes(found, Method(), Batch(16, 64, 1008), dtype="float32", step_tokens=1024)["activations"]
     assert sum(kept.values()) == pytest.approx(planned, rel=0.05), values.shape
+
+
+def test_compiled_matmuls_are_counted_where_they_are_stored() -> None:
+    def found(compiled: bool, accelerator: bool = False) -> dict[str, int]:
+        batch = Batch(4, 128, 512)
+        return training_bytes(
+            anatomy(),
+            Method(),
+            batch,
+            dtype="bfloat16",
+            step_tokens=512,
+            compiled=compiled,
+            accelerator=accelerator,
+            scored=batch,
+        )
+
+    assert found(True)["matmuls"] == MATMULS * MATMUL and found(False)["matmuls"] == 0
+    assert found(True) == found(False) | {"matmuls": MATMULS * MATMUL}
+    assert found(True, accelerator=True)["matmuls"] == 0

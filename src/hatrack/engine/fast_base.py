@@ -31,15 +31,16 @@ from hatrack.kernels.attention import attention
 from hatrack.kernels.frozen import FrozenLinear, can_unpack, keep_packed_as_is, linear, rounding_of
 from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.norm import rms_norm
+from hatrack.planning.memory import MATMULS
 
 NAME = "hatrack"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers (malloc.h) for: give memory back to the system above this; take single blocks from it above that."""
 
 
-PRIMITIVES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+PRIMITIVES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(MATMULS)}
 """How many compiled matmuls torch keeps: one for each shape, and so for each length of rows. oneDNN, which multiplies
-bfloat16, keeps 1,024 by default and torch as many again, 0.3 MB each, between the activations; a step has some 20."""
+bfloat16, keeps 1,024 by default and torch as many again, 0.4 MiB each, between the activations; a step has some 20."""
 
 
 def speed_up(base: PreTrainedModel, trunk: Trunk | None = None, compute: str = "auto") -> None:

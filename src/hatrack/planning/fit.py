@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hatrack import cpu
 from hatrack.base.peek import Peek
 from hatrack.data.order import epoch_batches, length_order
 from hatrack.errors import RecipeError
@@ -46,8 +47,9 @@ FEWEST_SCORED = 8
 """Rows that are scored at a time, where a micro-batch has fewer."""
 SET_UP, SAVE = 0.05, 0.02
 """Setting the trainer up and saving a checkpoint, as shares of the seconds that a start takes."""
-USUAL = 1.3
-"""A process that holds up to so many times what imports take is a command: `plan` and `train` say one figure."""
+USUAL = 1.05
+"""A process that holds up to so many times what imports take is a command: `plan` and `train` say one figure. Python
+scripts, notebooks and runs that read from the hub import more, which is counted."""
 MARGIN = 0.95
 """Share of the available memory that is planned with: the system needs a little of it."""
 
@@ -298,6 +300,7 @@ def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]
             dropout=where.recipe.dropout,
             plain=plain,
             accelerator=where.machine.accelerator,
+            compiled=where.dtype == "bfloat16" and cpu.fast_at_bfloat16(),
             framework=framework,
             unread=0 if method.full or method.sweep else unread,
             packed=where.work.packed,

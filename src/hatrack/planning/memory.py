@@ -19,6 +19,9 @@ FRAMEWORK = 320 * MIB
 """torch, transformers and peft once imported for a run, on a processor; `hatrack plan --probe` measures it."""
 RUNTIME = 40 * MIB
 """What comes once training runs: compiled products, tokens, the trainer, code that is touched for the first time."""
+MATMULS, MATMUL = 64, round(0.4 * MIB)
+"""Where oneDNN multiplies bfloat16 it stores so many compiled matmuls, one for each shape, of so many bytes: 23 to 28
+MiB of a run on a tiny base, whose figure is exact without the store (docs/log.md)."""
 TOKEN = 800
 """A tokenizer's table of words and merges takes so much for each of its tokens."""
 BITSANDBYTES = 60 * MIB
@@ -79,6 +82,7 @@ def training_bytes(
     dropout: float = 0.0,
     plain: bool = True,
     accelerator: bool = False,
+    compiled: bool = False,
     framework: int | None = None,
     unread: int = 0,
     packed: bool = False,
@@ -87,7 +91,8 @@ def training_bytes(
     """Bytes of a run at its fullest, by term, for the largest micro-batch it meets, and the largest that it scores.
 
     `step_tokens` are those of a whole step, which a sweep keeps at the boundaries of layers; `plain` says that the
-    adapted layers are hatrack's own, not peft's (DoRA, quantised bases); `framework` what the process holds before;
+    adapted layers are hatrack's own, not peft's (DoRA, quantised bases); `compiled` that the CPU's matmuls are compiled
+    for each shape and stored; `framework` what the process holds before;
     `unread` how many layers are left in their file until the finished adapter is proven; `packed` that a quantised base
     is on disk as such already, and only has to be mapped.
     """
@@ -120,9 +125,10 @@ def training_bytes(
         "logits": held * (2 * item + (8 if accelerator else 0)) if anatomy.decoder else 0,
         "workspace": _workspace(anatomy, batch, item) + item * _in_another_format(anatomy, method, dtype, accelerator),
         "heap": heap,
+        "matmuls": MATMULS * MATMUL if compiled and not accelerator else 0,
         "framework": runtime + (BITSANDBYTES if quantised and not accelerator else 0),
     }
-    beside = sum(terms[name] for name in ("weights", "adapter", "gradients", "optimizer", "framework"))
+    beside = sum(terms[name] for name in ("weights", "adapter", "gradients", "optimizer", "matmuls", "framework"))
     scoring = beside + (_while_scoring(anatomy, scored, item, at_once) if scored else 0)
     terms["scoring"] = max(0, scoring - sum(terms.values()))
     loading = terms["framework"] + _while_loading(anatomy, method, dtype, weights, accelerator, packed)
