@@ -24,9 +24,8 @@ MATMULS, MATMUL = 64, round(0.4 * MIB)
 MiB of a run on a tiny base, whose figure is exact without the store (docs/log.md)."""
 TOKEN = 800
 """A tokenizer's table of words and merges takes so much for each of its tokens."""
-BITSANDBYTES = 60 * MIB
-BITSANDBYTES_IMPORTED = 257 * MIB
-"""What importing it takes, and torch's compiler with it, in a process that has yet to start."""
+BITSANDBYTES_IMPORTED = 150 * MIB
+"""What importing bitsandbytes takes, in a process that has yet to start."""
 ACCELERATOR = 64 * MIB
 """torch counts its own allocations there: what the driver takes besides is not in it, but room for products is, up to
 32 MiB for each of the threads that go forward and backward (cuBLAS on an H100; 8 on older ones)."""
@@ -112,9 +111,6 @@ def training_bytes(
     heap = 0 if accelerator else round(HEAP * (activations + batch.tokens * dropped * depth))
     at_once = LOGITS_ON_ACCELERATOR if accelerator else LOGITS
     held = min(batch.learned * anatomy.shape.vocabulary, max(at_once, 16 * anatomy.shape.vocabulary))
-    runtime = ACCELERATOR if accelerator else (FRAMEWORK if framework is None else framework) + RUNTIME
-    runtime += 0 if accelerator else TOKEN * anatomy.shape.vocabulary
-    quantised = method.quantize != "none"
     left = round(anatomy.dense * PACKED.get(method.quantize, item) * unread / max(anatomy.shape.layers, 1))
     terms = {
         "weights": 4 * trained if method.full else weights - left,
@@ -126,7 +122,7 @@ def training_bytes(
         "workspace": _workspace(anatomy, batch, item) + item * _in_another_format(anatomy, method, dtype, accelerator),
         "heap": heap,
         "matmuls": MATMULS * MATMUL if compiled and not accelerator else 0,
-        "framework": runtime + (BITSANDBYTES if quantised and not accelerator else 0),
+        "framework": ACCELERATOR if accelerator else _before_anything(anatomy, framework or FRAMEWORK),
     }
     beside = sum(terms[name] for name in ("weights", "adapter", "gradients", "optimizer", "matmuls", "framework"))
     scoring = beside + (_while_scoring(anatomy, scored, item, at_once) if scored else 0)
@@ -139,6 +135,11 @@ def state_bytes(anatomy: Anatomy, step_tokens: int, item: int) -> int:
     """Bytes of the hidden states that a sweep keeps of a step: of each token, what goes into each layer with a
     gradient."""
     return step_tokens * anatomy.shape.hidden * item * anatomy.reach
+
+
+def _before_anything(anatomy: Anatomy, framework: int) -> int:
+    """What is imported, and what comes with it while running."""
+    return framework + RUNTIME + TOKEN * anatomy.shape.vocabulary
 
 
 def weight_bytes(anatomy: Anatomy, method: Method, dtype: str, accelerator: bool = False) -> int:
