@@ -29,7 +29,7 @@ def test_adapters_are_compared_by_name_and_in_memory(
     alone = hatrack.compare("reviews", data=_new_rows(30), device="cpu")
     assert isinstance(alone, Comparison) and alone.rows == 30
     assert alone == hatrack.compare(hatrack.load("reviews", device="cpu"), data=_new_rows(30))
-    both = hatrack.compare("reviews", tmp_path / "reviews-2", data=_new_rows(30), device="cpu")
+    both = hatrack.compare(["reviews", tmp_path / "reviews-2"], data=_new_rows(30), device="cpu")
     assert isinstance(both, Comparisons) and both.adapters["reviews"] == alone
     assert list(both.pairs) == [("reviews", "reviews-2")]
     held_out = hatrack.compare(second)
