@@ -51,7 +51,7 @@ def parquet_table() -> bytes:
 KINDS = {
     "a Git LFS pointer": POINTER,
     "a web page (HTML or XML)": PAGE,
-    "compressed with gzip": gzip.compress(b"text,label\na,b\n"),
+    "compressed with gzip": gzip.compress(b"text,label\na,b\n", mtime=0),
     "a zip archive": zipped("reviews.csv"),
     "a spreadsheet": zipped("docProps/app.xml", "xl/workbook.xml"),
     "a Word document": zipped("[Content_Types].xml", "word/document.xml"),
@@ -120,8 +120,12 @@ def test_data_of_another_kind(tmp_path: Path, name: str, content: str) -> None:
         ("rows.csv.gz", b"text,label\na,b\n", "name it rows.csv "),
         ("rows.csv.bz2", KINDS["compressed with gzip"], "name it rows.csv.gz"),
         ("rows.csv.zip", zipped("rows.csv"), "unpack it, and name the file that was in it"),
-        ("rows.csv.gz", gzip.compress(POINTER), "git lfs pull"),
-        ("rows.csv.gz", gzip.compress(gzip.compress(b"text")), "unpack it once and name it rows.csv.gz"),
+        ("rows.csv.gz", gzip.compress(POINTER, mtime=0), "git lfs pull"),
+        (
+            "rows.csv.gz",
+            gzip.compress(gzip.compress(b"text", mtime=0), mtime=0),
+            "unpack it once and name it rows.csv.gz",
+        ),
         ("rows.csv", b'{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n', "name it .jsonl"),
         ("rows.csv", b'[\n {"text": "a", "label": "b"}\n]\n', "name it .json"),
         ("rows.jsonl", b"text,label\na,b\n", "name it .csv"),
