@@ -196,7 +196,7 @@ def test_names_and_paths_that_lead_out_of_the_folder(hat: Path, name: str) -> No
         with pytest.raises(AdapterError) as caught:
             ready.add(hat, name=name)
         assert caught.value.what == "that is no name for an adapter" and caught.value.got == repr(name)
-        assert caught.value.fix == "letters, digits, '.', '_' and '-', at most 64"
+        assert caught.value.fix == "use letters, digits, '.', '_' and '-', at most 64"
 
 
 def test_a_name_that_is_a_part_of_the_base(hat: Path) -> None:

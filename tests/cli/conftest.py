@@ -39,6 +39,7 @@ def hatrack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline sets it
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["hatrack", *map(str, arguments)])

@@ -65,7 +65,7 @@ def test_a_run_of_one_step_learns(
     """There is no step to warm up in: an adapter whose only step had rate 0 would be refused as changing nothing."""
     result = _train(tmp_path, tiny_encoder, reviews, steps=1).result
     assert result["eval"]["loss"] != result["before"]["loss"]
-    assert "learning rate: 0.02, down to 0" in capsys.readouterr().err
+    assert "learning rate: 0.02, then linear decay to 0" in capsys.readouterr().err
 
 
 def test_the_result_has_the_fields_scripts_rely_on(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:

@@ -221,6 +221,19 @@ def test_a_reader_that_goes_away_does_not_end_a_run(straight: Any, tmp_path: Pat
     assert _ended_with(tmp_path / "hat") == expected
 
 
+def test_a_reader_of_both_outputs_that_goes_away_is_no_failure(straight: Any, tmp_path: Path) -> None:
+    """The adapter is finished when the result has nobody to print it for."""
+    arguments, expected, _ = straight
+    child = Child([*arguments, "--output", tmp_path / "hat"], tmp_path / "said", _close_both_pipes)
+    assert child.end() == 0
+    assert _ended_with(tmp_path / "hat") == expected
+
+
+def _close_both_pipes() -> None:
+    _close_the_pipe()
+    os.dup2(2, 1)
+
+
 def _close_the_pipe() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -1,5 +1,6 @@
 """The command line: which commands there are, and how each error becomes one line and an exit code."""
 
+import contextlib
 import errno
 import gc
 import io
@@ -90,13 +91,18 @@ def main() -> NoReturn:
         if debug:
             traceback.print_exc()
         code = _explain(error)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        code = _explain(error)
     gc.freeze()  # and so does looking through them once more at the end
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _explain(error: BaseException) -> int:
     """Says what went wrong in one line, and returns the exit code."""
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # the parser's word for it
+        error = error.__context__
     if isinstance(error, HatrackError):
         return _complain(str(error), error.exit_code)
     if isinstance(error, SystemExit):
@@ -138,8 +144,9 @@ def _escape_what_cannot_be_written() -> None:
     """Has whatever a terminal's or file's encoding does not know written as `\\u2713`: no finished run ends in an error
     over a letter."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # a file whose place a pipe has taken since it was opened
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _complain(line: str, code: int) -> int:
