@@ -12,6 +12,7 @@ from hatrack.adapter.files import AdapterFiles, read_adapter
 from hatrack.adapter.origin import find_its_base
 from hatrack.adapter.rack import find
 from hatrack.check.finding import Finding, Looking
+from hatrack.say import size
 
 Tensors = dict[str, torch.Tensor]
 PEFTS_OWN = ("classifier", "score")
@@ -76,10 +77,11 @@ def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     }
     if not bulky:
         return None
+    others = f" and {len(bulky) - 1} more" if len(bulky) > 1 else ""
     return Finding(
         "embeddings-saved",
         "embeddings or an output head came into the adapter by accident",
-        f"{next(iter(bulky))} and {len(bulky) - 1} more, {sum(bulky.values()) / 2**20:.1f} MiB",
+        f"{next(iter(bulky))}{others}, {size(sum(bulky.values()))}",
         "save it with save_embedding_layers=False; hatrack does",
     )
 
