@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,3 +351,18 @@ def test_plan_and_cost_are_in_the_result_and_the_adapter(tmp_path: Path, tiny_en
     # Linux counts pages in batches: what it says later may be some pages less
     assert 2**26 < cost["actual"]["peak_memory_bytes"] < result["peak_memory_bytes"] + 2**22
     assert sum(cost["planned"]["memory"].values()) == cost["planned"]["peak_memory_bytes"]
+
+
+def test_a_base_in_a_hubs_cache_is_found_again_where_it_lies(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter names the hub's model; what it was trained on lies in a folder that no hub library looks into."""
+    monkeypatch.chdir(tmp_path)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = shutil.copytree(tiny_encoder, tmp_path / f"hub/models--acme--tiny/snapshots/{commit}")
+    (tmp_path / "acme/tiny").mkdir(parents=True)  # hides the hub's name as well
+    hat = _train(tmp_path, snapshot, reviews, steps=2)
+    made = next(iter(hat.hats.values()))
+    assert (made.base["source"], made.base["revision"]) == ("acme/tiny", commit)
+    text = ["it was good film"]
+    assert hatrack.load(tmp_path / "hat", device="cpu", dtype="float32").predict(text) == hat.predict(text)

@@ -44,8 +44,11 @@ def find_its_base(files: AdapterFiles, base: str | None = None, *, trust: str | 
     """
     if base is not None:
         return find_base(base, trust=trust)
-    made_on = made_from(files).base
-    source, revision = str(made_on["source"]), made_on.get("revision") or None
+    made = made_from(files)
+    source, revision = str(made.base["source"]), made.base.get("revision") or None
+    snapshot = Path(str(made.recipe.get("base", ""))).expanduser()
+    if revision is not None and snapshot.name == revision and snapshot.is_dir():  # in a hub's cache, given as a folder
+        return find_base(str(snapshot), trust=trust)
     if revision is not None and (wheels.is_pypi(source) or Path(source).expanduser().exists()):
         say_once(f"{files.folder / CONFIG}: revision {revision} is passed over, as {source} is not on the hub")
         revision = None
