@@ -16,7 +16,7 @@ import torch
 from hatrack.base.load import free_memory, name_of
 from hatrack.base.packed import is_kept, made_by
 from hatrack.base.peek import peek_folder
-from hatrack.base.room import resident
+from hatrack.base.room import resident, trim
 from hatrack.base.sources import BaseFiles
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
@@ -45,6 +45,7 @@ def plan(
 
     Raises RecipeError where the run does not fit this machine's memory, unless the recipe says `force`.
     """
+    trim()  # what reading and tokenising took for a moment is not held
     work = Work(
         task=examples.task,
         labels=len(examples.labels),
