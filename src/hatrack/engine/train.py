@@ -339,7 +339,7 @@ def _fit(
     if trainer.state.global_step < schedule.steps:
         with stop.listening(), bar.shown(), trainer.starting_over_after(TooMuchMemory):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds, state = time.monotonic() - began, trainer.state
+    seconds, state = time.monotonic() - began - sum(each.took for each in answers), trainer.state
     if stop.stopped and state.global_step < schedule.steps:
         raise run.interrupted()
     before, after = trainer.score_before(), trainer.score_best()
@@ -430,7 +430,8 @@ def _generation_config(base: Base, ends: Ends) -> str:
 
 
 def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, parameters: tuple[int, int]) -> dict[str, Any]:
-    """What `hatrack train --json` prints. `seconds` are those of training and of scoring, without loading."""
+    """What `hatrack train --json` prints. `seconds` are those of training and of scoring, without loading and
+    without the sample answers."""
     return {
         "adapter": str(run.output),
         "name": run.name,
