@@ -152,7 +152,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_format(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a file that is no LoraConfig of peft's, by what it is."""
+    """Refuses a file that does not hold a LoraConfig of peft, and says what it is."""
     kind = config.get("peft_type")
     if kind == "LORA":
         return

@@ -57,7 +57,7 @@ def count(
 
 
 def linears_from_shapes(shapes: Mapping[str, tuple[int, ...]], model_type: str) -> dict[str, tuple[int, int]]:
-    """Full name -> (d_in, d_out) of every linear layer: two-dimensional weights that are no embedding and no expert."""
+    """Full name -> (d_in, d_out) of every linear layer: two-dimensional weights except embeddings and experts."""
     linears = {}
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")

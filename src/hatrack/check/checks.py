@@ -123,7 +123,7 @@ def _rank(recipe: Recipe, chosen: tuple[Choice, dict[str, tuple[int, int]]]) -> 
 
 
 def _dtype(recipe: Recipe) -> str:
-    """The base's number format on the device asked for, where this machine has all that the recipe asks of it."""
+    """The base's dtype on the device asked for, where this machine has all that the recipe asks of it."""
     device, _ = choose_device(recipe.device)
     check_compute(recipe.compute, device.type)
     need_bitsandbytes(recipe.quantize)

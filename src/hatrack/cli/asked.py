@@ -115,7 +115,7 @@ def _as_typed(argument: str) -> str:
 
 
 def _standard_input(*, whole: bool) -> Iterator[str | None]:
-    """The lines of standard input, from a pipe as they come; None for one that is no UTF-8."""
+    """The lines of standard input, from a pipe as they come; None for one that is not UTF-8."""
     binary = getattr(sys.stdin, "buffer", None)
     if binary is None:  # text in memory, put there by whoever runs us in their process
         yield from lines_of("standard input", sys.stdin.read().encode())

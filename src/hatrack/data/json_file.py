@@ -25,7 +25,7 @@ JSON_TYPES = {str: "a text", list: "an array", int: "a number", float: "a number
 JSON_TYPES |= {type(None): "null"}
 
 Values = list[Any]
-"""What stands in a file, one by one: an object each where all is well, the ValueError of a line that is no JSON."""
+"""What stands in a file, one by one: an object each where all is well, the ValueError of a line that is not JSON."""
 
 Layout = Callable[[str, Any], tuple[Values, str] | None]
 """Takes a text, and its value or the ValueError of parsing it; gives its objects and the layout's name in words."""
@@ -34,7 +34,7 @@ Layout = Callable[[str, Any], tuple[Values, str] | None]
 def read_json_lines(source: str, text: str) -> Rows:
     """The rows of a file named as JSON Lines: an object a line; or of one in another layout, which is said.
 
-    A line that is no object is kept as a problem. Raises DataError where most of them are none.
+    A line that is not an object is kept as a problem. Raises DataError where most lines are not.
     """
     values, python = _by_line(text)
     good = sum(isinstance(value, dict) for value in values)

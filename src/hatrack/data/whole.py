@@ -62,7 +62,7 @@ def _left_out(
 ) -> dict[str, str]:
     """What of a conversation the template does not write, by name, with an example of each.
 
-    What hangs on a turn is looked for in the conversation up to it: templates may drop it again from earlier turns.
+    What belongs to a turn is looked for in the conversation up to it: templates may drop it again from earlier turns.
     """
     missing: dict[str, str] = {}
     for index, turn in enumerate(turns):
