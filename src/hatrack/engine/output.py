@@ -33,7 +33,12 @@ class Output:
     @property
     def run_folder(self) -> Path:
         """Where the run keeps everything until its adapter is finished."""
-        return self.folder.with_name(self.folder.name + ".run")
+        return run_folder(self.folder)
+
+
+def run_folder(output: Path) -> Path:
+    """The folder of the run that makes the adapter in `output`: `reviews.run` beside `reviews`."""
+    return output.with_name(output.name + ".run")
 
 
 def candidates(recipe: Recipe) -> Iterator[Output]:

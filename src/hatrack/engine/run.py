@@ -18,7 +18,7 @@ from hatrack.adapter import rack
 from hatrack.adapter.files import WEIGHTS
 from hatrack.adapter.hatfile import CONFIG, HATRACK_JSON
 from hatrack.engine import checkpoint
-from hatrack.engine.output import RUN, Output, candidates, interrupted, name_of_data
+from hatrack.engine.output import RUN, Output, candidates, interrupted, name_of_data, run_folder
 from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, short
 from hatrack.recipe import Recipe, flag
 from hatrack.say import say
@@ -230,7 +230,7 @@ def _check_replaceable(output: Path) -> None:
 def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
     """The interrupted run that is meant, in a folder that `claimed` keeps others out of."""
     output = interrupted(recipe)
-    folder = output.with_name(output.name + ".run")
+    folder = run_folder(output)
     claimed.enter_context(_own_folder(folder))
     recipe = _resumed(recipe, folder, output)
     checkpoint.mend(folder)
