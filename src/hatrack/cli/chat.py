@@ -106,11 +106,14 @@ def _lines(talk: Talk) -> Iterator[str]:
         except KeyboardInterrupt:
             if not talk.person:
                 raise
-            print()
-            if asked_to_leave:
+            try:
+                print()
+                if asked_to_leave:
+                    return
+                asked_to_leave = True
+                say("Ctrl-C once more leaves, as /quit does")
+            except KeyboardInterrupt:  # the second one, pressed at once
                 return
-            asked_to_leave = True
-            say("Ctrl-C once more leaves, as /quit does")
             continue
         asked_to_leave = False
         yield line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
