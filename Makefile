@@ -31,6 +31,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/python -m hatrack.cli.options docs/options.md
+	$(BIN)/python -m tests.rooms
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"hatrack needs Python 3.11 or newer, this is {sys.version}"'

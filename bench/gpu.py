@@ -21,8 +21,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hatrack
-from hatrack.engine.fast_base import speed_up
 from hatrack.evaluate.loss import losses
+from hatrack.layers.fast_base import speed_up
 from sides import ALL_LINEAR, multiply, products_of, update
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -1,9 +1,9 @@
 """One training step over a base larger than its memory, against an ordinary one and against transformers + peft.
 
-    python bench/memory.py                        # a 7B shape: swept inside 3 and 2 GiB
-    python bench/memory.py --layers 12 --stored float32 --sides swept,ordinary,peft --caps 3GiB
+    python bench/memory.py                        # a 7B shape: streamed inside 3 and 2 GiB
+    python bench/memory.py --layers 12 --stored float32 --sides streamed,ordinary,peft --caps 3GiB
     python bench/memory.py --sides 4bit --batches 1x64  # twice: the first time the base is quantised, and kept
-    python bench/memory.py --device cuda --sides swept,ordinary,peft --caps 64GiB  # and what the accelerator held
+    python bench/memory.py --device cuda --sides streamed,ordinary,peft --caps 64GiB  # and what the accelerator held
 
 Writes the base once (Llama's shape, random weights, a file for each layer: 13.5 GB with all 32 layers in bfloat16) to
 the cache folder. Each side runs in a process of its own, capped ones in a memory control group (needs root), and has
@@ -32,14 +32,14 @@ from tests.cgroup import forget, group, run_in  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from hatrack.console import size  # noqa: E402
 from hatrack.recipe import Recipe, parse_size  # noqa: E402
-from hatrack.say import size  # noqa: E402
 from hatrack.storage import cache_dir  # noqa: E402
 
-SIDES = ("swept", "ordinary", "4bit", "peft")
+SIDES = ("streamed", "ordinary", "4bit", "peft")
 """hatrack over a base on disk; hatrack with the base in memory and checkpointing; the same with the base in 4 bits;
 transformers, peft, checkpointing."""
-CAPPED = ("swept", "peft")
+CAPPED = ("streamed", "peft")
 
 
 def main() -> None:
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="format of the products")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", default="4x256", help="micro-batches x tokens of a step; several with commas")
-    parser.add_argument("--sides", default="swept")
-    parser.add_argument("--caps", default="3GiB,2GiB", help="of swept and peft")
+    parser.add_argument("--sides", default="streamed")
+    parser.add_argument("--caps", default="3GiB,2GiB", help="of streamed and peft")
     parser.add_argument("--limit", type=int, default=1800, help="seconds after which a side is given up")
     parser.add_argument("--json", type=Path, default=Path("memory.json"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -110,7 +110,7 @@ def _one(asked: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     ids = [torch.randint(3, 32_000, (1, tokens)).to(asked["device"]) for _ in range(micro)]
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-    make = {"swept": _swept, "ordinary": _ordinary, "4bit": _in_4_bits, "peft": _peft}[asked["side"]]
+    make = {"streamed": _swept, "ordinary": _ordinary, "4bit": _in_4_bits, "peft": _peft}[asked["side"]]
     start = time.perf_counter()
     model, step = make(asked, batches)
     loading = {"seconds": time.perf_counter() - start, "resident": _status("VmHWM")}
@@ -140,21 +140,21 @@ Made = tuple[Any, Callable[[], float]]
 
 def _swept(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
     from hatrack.adapter.place import place
-    from hatrack.base.lending import as_loaded, open_window, settle
-    from hatrack.base.trunk import find_trunk
-    from hatrack.engine.fast_base import speed_up
-    from hatrack.engine.fast_lora import LAYER_CLASSES
-    from hatrack.engine.sweep import Sweep
+    from hatrack.base.layer_stack import find_layer_stack
+    from hatrack.base.offload import as_if_loaded, open_layers, settle
+    from hatrack.layers.fast_base import speed_up
+    from hatrack.layers.fast_lora import LAYER_CLASSES
+    from hatrack.training.layer_streaming import LayerStreaming
 
     base = _loaded(asked, mapped=True)
-    trunk = find_trunk(base.model)
+    trunk = find_layer_stack(base.model)
     settle(base.model, trunk, base.dtype, base.device)
     speed_up(base.model, trunk)
-    with as_loaded(base):
+    with as_if_loaded(base):
         model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
     folder = Path(asked["base"])
-    window = open_window(base.model, trunk, base.dtype, folder, base.device)
-    sweep = Sweep(model, window, task="complete", folder=folder.parent)
+    window = open_layers(base.model, trunk, base.dtype, folder, base.device)
+    sweep = LayerStreaming(model, window, task="complete", folder=folder.parent)
     items = _items(batches)
     return model, lambda: float(sweep.step(batches, range(len(batches)), lambda batch: _loss(model, batch, items)))
 
@@ -165,8 +165,8 @@ def _in_4_bits(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) ->
 
 def _ordinary(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]], quantize: str = "none") -> Made:
     from hatrack.adapter.place import place
-    from hatrack.engine.fast_base import speed_up
-    from hatrack.engine.fast_lora import LAYER_CLASSES
+    from hatrack.layers.fast_base import speed_up
+    from hatrack.layers.fast_lora import LAYER_CLASSES
 
     base = _loaded(asked, quantize=quantize)
     speed_up(base.model)

@@ -42,10 +42,10 @@ RUNS = {
     "complete, 256 tokens, DoRA": "--data text.jsonl --variant dora --targets q_proj,v_proj --batch-size 2",
     "chat, 4-bit": "--data questions.jsonl --quantize 4bit --targets q_proj,v_proj --batch-size 4",
     "chat, 8-bit": "--data questions.jsonl --quantize 8bit --targets q_proj,v_proj --batch-size 4",
-    "complete, 256 tokens, swept": "--data text.jsonl --targets q_proj,v_proj --batch-size 4 --memory 850MiB",
+    "complete, 256 tokens, streamed": "--data text.jsonl --targets q_proj,v_proj --batch-size 4 --memory 850MiB",
     "encoder, long rows, top 2, kept": "--data long.csv --layers top-2 --batch-size 16",
     "complete, 256 tokens, top 10, kept": "--data text.jsonl --layers top-10 --batch-size 4",
-    "7B, swept": "--data words.jsonl --task complete --targets q_proj,v_proj --batch-size 4 --memory 3GiB",
+    "7B, streamed": "--data words.jsonl --task complete --targets q_proj,v_proj --batch-size 4 --memory 3GiB",
     "chat, 4-bit, kept": "--data questions.jsonl --quantize 4bit --targets q_proj,v_proj --batch-size 4",
 }
 """Name -> options of both commands. A new way to train is one more line. Runs named `kept` come after the same ones;

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from hatrack.kernels import integers
+from hatrack.kernels import int8
 
 SHAPES = "1024x576x576,1024x576x192,1024x576x1536,1024x1536x576,2048x768x768,2048x768x3072,512x384x384,2048x384x1536"
 SHAPES += ",170x576x49152,1024x4096x4096,1024x4096x11008"
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--sides", default="float32,bfloat16,int16,int8")
     options = parser.parse_args()
-    if not integers.available():
+    if not int8.available():
         raise SystemExit("no kernels for integers here: they need a C++ compiler and a processor with AVX2")
     torch.set_num_threads(options.threads)
     sides = options.sides.split(",")
@@ -67,11 +67,11 @@ def _speeds(n: int, k: int, d: int, transposed: bool, sides: list[str], rounds: 
 
 
 def _multiply(x: torch.Tensor, W: torch.Tensor, side: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    if side not in integers.BITS:
+    if side not in int8.BITS:
         dtype = getattr(torch, side)
         return torch.mm(x.to(dtype), W.to(dtype), out=out)
     out = torch.empty(len(x), W.shape[1]) if out is None else out
-    integers.product(x, W, out, side)
+    int8.product(x, W, out, side)
     return out
 
 

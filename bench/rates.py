@@ -24,7 +24,7 @@ from hatrack.base.header import hidden_size, read_config
 from hatrack.base.sources import find_base
 from hatrack.cli.demo import CHAT_MODEL, ENCODER, QUESTIONS, REVIEWS
 from hatrack.errors import HatrackError
-from hatrack.planning.derive import learning_rate
+from hatrack.planning.schedule import learning_rate
 from hatrack.wheels import fetch_member
 
 TIMES = (1 / 1000, 1 / 100, 1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30, 100)

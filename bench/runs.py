@@ -58,10 +58,10 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
     from hatrack.base.sources import find_base
     from hatrack.data.examples import Example
     from hatrack.data.render import render
-    from hatrack.engine.fast_base import speed_up
-    from hatrack.engine.fast_lora import LAYER_CLASSES
-    from hatrack.engine.trainer import HatTrainer
+    from hatrack.layers.fast_base import speed_up
+    from hatrack.layers.fast_lora import LAYER_CLASSES
     from hatrack.recipe import Recipe
+    from hatrack.training.trainer import HatTrainer
 
     learn, held_out = rows()
     recipe = Recipe.make(

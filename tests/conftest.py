@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hatrack import cpu
-from hatrack.base import packed
+from hatrack.base import quantized_cache
 from hatrack.errors import Words
 
 WORDS = [
@@ -82,7 +82,7 @@ def own_rack(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     """No test touches the rack or the cached bases of whoever runs it, and none asks a hub."""
     monkeypatch.setenv("HATRACK_HOME", str(tmp_path_factory.mktemp("home")))
     bases = tmp_path_factory.mktemp("packed")
-    monkeypatch.setattr(packed, "root", lambda: bases)
+    monkeypatch.setattr(quantized_cache, "root", lambda: bases)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

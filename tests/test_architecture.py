@@ -1,47 +1,32 @@
-"""The rooms and who may import whom, held against the code. The table is the one in the README."""
+"""The rooms and who may import whom, held against the code and against docs/architecture.md."""
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "src" / "hatrack"
-FILES = sorted(SOURCE.rglob("*.py"))
+from tests.rooms import FILES, GROUND, MAY_IMPORT, PAGE, SOURCE, page
 
-GROUND = {"cpu", "errors", "first_bytes", "other_names", "recipe", "say", "storage", "wheels"}
-MAY_IMPORT = {
-    "base": {"kernels.frozen"},
-    "kernels": set(),
-    "data": set(),
-    "adapter": {"base"},
-    "planning": {"base.header", "base.peek", "base.room", "data.order", "adapter.count", "adapter.targets"},
-    "hat": {"base", "adapter", "data", "engine.fast_lora"},
-    "evaluate": {"base", "adapter", "data", "kernels", "hat"},
-    "check": {"base", "adapter", "data", "planning"},
-    "engine": {"base", "adapter", "data", "planning", "check", "evaluate", "kernels", "hat"},
-}
 WITHOUT_TORCH = [*sorted(GROUND), "base/header", "adapter/count", "adapter/targets"]
 WITHOUT_TORCH += [
     "base/hub",
     "base/locate",
-    "base/peek",
-    "base/room",
-    "data/light",
+    "base/description",
+    "base/free_memory",
+    "data/token_lengths",
     "data/limit",
     "data/order",
-    "engine/states",
-    "engine/forecast",
+    "training/hidden_states",
+    "training/forecast",
 ]
-WITHOUT_TORCH += ["data/seen", "evaluate/alike"]
-WITHOUT_TORCH += [f"planning/{name}" for name in ("derive", "fit", "machine", "memory", "shape", "time")]
+WITHOUT_TORCH += ["data/trained_rows", "evaluate/comparable"]
+WITHOUT_TORCH += [f"planning/{name}" for name in ("schedule", "fit", "machine", "memory", "model_shape", "time")]
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60
 
 
 def _room(path: Path) -> str:
-    """`engine` for engine/train.py, `hat` for hat.py, `` for the package itself and what runs it."""
+    """`training` for training/train.py, `` for the package itself and what runs it."""
     parts = path.relative_to(SOURCE).with_suffix("").parts
     return "" if parts in (("__init__",), ("__main__",)) else parts[0]
 
@@ -127,9 +112,5 @@ def test_ground_floor_stands_on_nothing() -> None:
         assert rooms <= GROUND
 
 
-def test_readme_shows_the_tree_as_it_is() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = set(re.findall(r"^\s+([a-z_]+\.py)\s", readme, flags=re.M))
-    there = {path.name for path in FILES if path.name != "__init__.py"}
-    assert there - shown == set(), "files the README's tree leaves out"
-    assert shown - there - {"__init__.py"} == set(), "files the README's tree invents"
+def test_the_page_shows_the_rooms_as_they_are() -> None:
+    assert PAGE.read_text() == page(), "write it anew: .venv/bin/python -m tests.rooms"

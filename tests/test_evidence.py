@@ -20,7 +20,7 @@ from hatrack.base.load import load_base
 from hatrack.base.sources import find_base
 from hatrack.check.folder import check_adapter
 from hatrack.data.batch import collate
-from hatrack.errors import AdapterError, BaseError, HatrackError, RecipeError, TargetError
+from hatrack.errors import AdapterError, HatrackError, ModelError, RecipeError, TargetError
 from hatrack.recipe import Recipe
 from tests.base import tiny
 
@@ -94,7 +94,7 @@ def test_a_generators_task_on_a_classifier(tmp_path: Path, tiny_encoder: Path, q
         get_peft_model(
             tiny.model("Bert", "classify", num_labels=2), LoraConfig(task_type="CAUSAL_LM", target_modules=["query"])
         )
-    error = _refused(BaseError, tmp_path, tiny_encoder, questions, task="chat")
+    error = _refused(ModelError, tmp_path, tiny_encoder, questions, task="chat")
     assert error.what == f"{tiny_encoder} (bert) is an encoder: it cannot generate text"
     assert (error.got, error.fix) == ("--task chat", "use --task classify, or a causal base such as a Llama")
 
@@ -157,7 +157,7 @@ def test_an_adapter_loaded_for_use_is_not_trained(tmp_path: Path, tiny_encoder: 
     what, got, fix = _parts(placed.value)
     assert what == "the base already carries an adapter" and got == "PeftModelForSequenceClassification"
     assert fix == "start from the bare base"
-    error = _refused(BaseError, tmp_path, tmp_path / "hat", reviews, name="again")
+    error = _refused(ModelError, tmp_path, tmp_path / "hat", reviews, name="again")
     assert error.what == f"{tmp_path / 'hat'} is an adapter, not a base"
     assert error.got == "adapter_config.json" and error.fix == f"use its base: {tiny_encoder}"
 

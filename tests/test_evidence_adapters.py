@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import hatrack
 from hatrack.adapter import config
+from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import save_adapter
-from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.place import place
 from hatrack.base.fingerprint import lineage
 from hatrack.base.load import load_base
@@ -39,7 +39,7 @@ def _make(folder: Path, base: Path, task: str = "chat") -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    hat = HatFile(name=folder.name, base=lineage(files), task=task, labels=labels)
+    hat = AdapterCard(name=folder.name, base=lineage(files), task=task, labels=labels)
     save_adapter(model, folder, hat, base=str(base))
     return folder
 

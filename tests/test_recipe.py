@@ -10,7 +10,7 @@ import pytest
 import hatrack
 from hatrack.cli.options import options_page
 from hatrack.errors import RecipeError
-from hatrack.other_names import NOT_NEEDED, OTHER_NAMES
+from hatrack.option_aliases import NOT_NEEDED, OTHER_NAMES
 from hatrack.recipe import Recipe, choices, flag
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hatrack.console import size
 from hatrack.errors import SHOWN_COMPLAINTS, DataError, HatrackError, MachineError
-from hatrack.say import size
 from hatrack.storage import cache_dir, folder_size, locked, machine_errors, new_folder, write_file
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 import hatrack
+from hatrack.console import say
 from hatrack.errors import HatrackError, RecipeError, Words, in_words
 from hatrack.recipe import flag
-from hatrack.say import say
 
 
 @pytest.fixture(autouse=True)

@@ -16,21 +16,21 @@ from hatrack.errors import HatrackError, RecipeError
 from hatrack.recipe import Recipe
 
 if TYPE_CHECKING:
-    from hatrack.engine.fast_base import speed_up
-    from hatrack.engine.fast_lora import get_peft_model
-    from hatrack.engine.forecast import Forecast
     from hatrack.evaluate.by_name import compare
-    from hatrack.hat import Hat, load
+    from hatrack.inference.hat import Hat, load
+    from hatrack.layers.fast_base import speed_up
+    from hatrack.layers.fast_lora import get_peft_model
+    from hatrack.training.forecast import Forecast
 
 __version__ = "0.1.0"
 __all__ = ["Hat", "HatrackError", "Recipe", "compare", "get_peft_model", "load", "plan", "speed_up", "train"]
 
 _LATER = {
-    "Hat": "hatrack.hat",
+    "Hat": "hatrack.inference.hat",
     "compare": "hatrack.evaluate.by_name",
-    "get_peft_model": "hatrack.engine.fast_lora",
-    "load": "hatrack.hat",
-    "speed_up": "hatrack.engine.fast_base",
+    "get_peft_model": "hatrack.layers.fast_lora",
+    "load": "hatrack.inference.hat",
+    "speed_up": "hatrack.layers.fast_base",
 }
 
 # a kernel for repacked weights, of which hatrack has none
@@ -45,7 +45,7 @@ def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **o
     Returns the adapter on its base, ready to use. Raises HatrackError, see `hatrack.errors`.
     """
     made = _recipe(recipe, options, like)
-    run = importlib.import_module("hatrack.engine.train").train
+    run = importlib.import_module("hatrack.training.train").train
     return run(made)  # type: ignore[no-any-return]
 
 
@@ -58,18 +58,18 @@ def plan(
     ("16GiB"). The result has `plan` (`fits`, `peak_memory_bytes`, `seconds`, ...), `ways` and `change`.
     """
     made = _recipe(recipe, options, like)
-    return importlib.import_module("hatrack.engine.forecast").plan(made, on)  # type: ignore[no-any-return]
+    return importlib.import_module("hatrack.training.forecast").plan(made, on)  # type: ignore[no-any-return]
 
 
 def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: str | Path | None = None) -> Recipe:
     """One recipe of all that was given; rows in memory are kept in a file."""
     for name in ("data", "eval_data"):
         if not isinstance(options.get(name), str | Path | None):
-            options = options | {name: importlib.import_module("hatrack.data.given").file_of(options[name])}
+            options = options | {name: importlib.import_module("hatrack.data.in_memory").file_of(options[name])}
     if like is not None:
         if recipe is not None:
             raise RecipeError("a recipe and `like` exclude each other", got=f"{recipe!r}, {like}", fix="keep one")
-        return importlib.import_module("hatrack.engine.repeat").recipe_like(like, **options)  # type: ignore[no-any-return]
+        return importlib.import_module("hatrack.training.repeat").recipe_like(like, **options)  # type: ignore[no-any-return]
     if isinstance(recipe, str | Path):
         return Recipe.of(recipe, **options)
     return recipe.changed(**options) if recipe is not None else Recipe.make(**options)

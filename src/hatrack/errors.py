@@ -2,7 +2,7 @@
 
 HatrackError                  exit 2: the input was wrong, or was refused
 ├── RecipeError(ValueError)     an option: unknown, out of range, or at odds with another
-├── BaseError(ValueError)       a base that is not there, has no weights, or cannot be used
+├── ModelError(ValueError)       a base that is not there, has no weights, or cannot be used
 ├── DataError(ValueError)       data files and their rows; carries every complaint at once
 ├── TargetError(ValueError)     layer names that match nothing
 ├── AdapterError(ValueError)    an adapter folder that is missing, damaged or does not fit
@@ -112,7 +112,7 @@ class RecipeError(HatrackError, ValueError):
     """An option is unknown, out of range, or at odds with another one."""
 
 
-class BaseError(HatrackError, ValueError):
+class ModelError(HatrackError, ValueError):
     """A base model is not where it was said to be, has no weights, or cannot do the task."""
 
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from hatrack.errors import RecipeError, Words, short
-from hatrack.other_names import NOT_NEEDED, OTHER_NAMES
+from hatrack.option_aliases import NOT_NEEDED, OTHER_NAMES
 
 Task = Literal["classify", "chat", "complete"]
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from hatrack.console import say, size
 from hatrack.errors import HatrackError, MachineError, RecipeError
-from hatrack.say import say, size
 from hatrack.storage import cache_dir, machine_errors, new_folder
 
 PREFIX = "pypi:"

@@ -18,12 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hatrack.adapter.count import EXPERT_NAMES, joined_experts, linears_from_shapes
 from hatrack.adapter.place import linear_layers, output_modules, place
 from hatrack.adapter.targets import choose
+from hatrack.base.description import describe_folder
 from hatrack.base.header import ENCODERS, TensorInfo, task_shapes
-from hatrack.base.peek import peek_folder
-from hatrack.engine.fast_base import speed_up
-from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.evaluate.loss import losses
-from hatrack.planning.shape import describe
+from hatrack.layers.fast_base import speed_up
+from hatrack.layers.fast_lora import LAYER_CLASSES
+from hatrack.planning.model_shape import describe
 from hatrack.recipe import Recipe
 
 # fmt: off
@@ -183,7 +183,7 @@ def test_an_adapter_of_the_default_rank_learns_everywhere_it_is(kind: str, tmp_p
     speed_up(model, None, "auto")
     recipe = Recipe.make(targets="auto")
     placed = place(model, recipe, task="chat", layer_classes=LAYER_CLASSES)
-    counted = describe(peek_folder(tmp_path), recipe, task="chat", labels=0).counted
+    counted = describe(describe_folder(tmp_path), recipe, task="chat", labels=0).counted
     assert (counted.trainable, counted.total) == placed.get_nb_trainable_parameters()
     ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from hatrack.adapter.attach import attach, detach
+from hatrack.adapter.card import AdapterCard, read_card
 from hatrack.adapter.files import read_adapter, save_adapter
-from hatrack.adapter.hatfile import HatFile, read_hat_file
 from hatrack.adapter.place import place
 from hatrack.errors import AdapterError, MachineError
 from hatrack.recipe import Recipe
 from tests.base import tiny
 
-HAT = HatFile(name="hat", base={"source": "somewhere"}, task="classify", labels=["no", "yes"])
+HAT = AdapterCard(name="hat", base={"source": "somewhere"}, task="classify", labels=["no", "yes"])
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
 
 
@@ -45,7 +45,9 @@ def _saved(
         if parameter.requires_grad:
             parameter.data.normal_(generator=generator)
     names = [f"label {index}" for index in range(labels)] if task == "classify" else []
-    save_adapter(model, folder, HatFile(name=folder.name, base={"source": base}, task=task, labels=names), base=base)
+    save_adapter(
+        model, folder, AdapterCard(name=folder.name, base={"source": base}, task=task, labels=names), base=base
+    )
     return _logits(model)
 
 
@@ -76,7 +78,7 @@ def test_the_folder_has_what_it_needs_and_nothing_of_the_base(tmp_path: Path) ->
     assert config["modules_to_save"] == ["classifier", "score"] and config["task_type"] == "SEQ_CLS"
     card = (tmp_path / "hat/README.md").read_text()
     assert card.startswith('---\nbase_model: "b"\nlibrary_name: peft\n') and "label 0, label 1" in card
-    assert read_hat_file(tmp_path / "hat") == read_adapter(tmp_path / "hat").hat
+    assert read_card(tmp_path / "hat") == read_adapter(tmp_path / "hat").hat
 
 
 def test_the_textbook_recipe_on_distilbert_is_under_4_megabytes(tmp_path: Path) -> None:
@@ -322,7 +324,7 @@ def test_later_versions_of_hatrack_json_are_read(tmp_path: Path) -> None:
     path = tmp_path / "hat/hatrack.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"format": 9, "something": {"of": "later"}}))
-    found = read_hat_file(tmp_path / "hat")
+    found = read_card(tmp_path / "hat")
     assert found is not None and found.format == 9 and found.labels == ["label 0", "label 1"]
     path.unlink()
-    assert read_hat_file(tmp_path / "hat") is None
+    assert read_card(tmp_path / "hat") is None

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 import hatrack
+from hatrack.adapter.card import AdapterCard, model_card
 from hatrack.adapter.files import read_adapter
-from hatrack.adapter.hatfile import HatFile, model_card
 from hatrack.adapter.origin import find_its_base, made_from
 from hatrack.base.fingerprint import lineage
 from hatrack.base.sources import BaseFiles
 from hatrack.check.folder import check_adapter
-from hatrack.errors import AdapterError, BaseError, HatrackError, Words
+from hatrack.errors import AdapterError, HatrackError, ModelError, Words
 from tests.adapter.test_like_peft import QV, _adapter, _base
 
 GOOD = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -120,13 +120,13 @@ def test_what_changes_nothing_is_no_obstacle(adapter: Path, more: dict[str, Any]
 def test_a_base_that_is_not_here(adapter: Path, source: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(adapter.parent)
     _write(adapter, GOOD | {"base_model_name_or_path": source, "revision": "main"})
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         find_its_base(read_adapter(adapter))
     error = str(caught.value)
     assert error.startswith(f"the base of {adapter} cannot be had: ") and told in error
     assert "--base" in str(caught.value.fix) and "--revision" not in error
     monkeypatch.setattr(Words, "flags", False)
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         find_its_base(read_adapter(adapter))
     assert len(re.findall(r"\b(with base\b|base=)", str(caught.value.fix))) == 1
 
@@ -182,7 +182,7 @@ def test_what_a_base_is_called_elsewhere(tiny_decoder: Path, tmp_path: Path) -> 
 
 
 def test_the_card_tells_plain_transformers_the_classes() -> None:
-    hat = HatFile(name="kinds", base={"source": "acme/tiny"}, task="classify", labels=["it's no", 'a "yes"'])
+    hat = AdapterCard(name="kinds", base={"source": "acme/tiny"}, task="classify", labels=["it's no", 'a "yes"'])
     card = model_card(hat, {"r": 8, "lora_alpha": 16})
     line = next(line for line in card.splitlines() if line.startswith("base = "))
 
@@ -197,7 +197,7 @@ def test_the_card_tells_plain_transformers_the_classes() -> None:
         ("/models/tiny.gguf", 'from_pretrained("/models", gguf_file="tiny.gguf"'),
         ("pypi:a==1/b", 'from_pretrained("path/of/the/base", id2label'),
     ):
-        assert expected in model_card(HatFile("x", {"source": source}, "classify", ["a"]), {})
+        assert expected in model_card(AdapterCard("x", {"source": source}, "classify", ["a"]), {})
 
 
 def test_a_base_of_the_same_name_elsewhere_is_taken(adapter: Path, tmp_path: Path, tiny_decoder: Path) -> None:

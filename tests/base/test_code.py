@@ -13,7 +13,7 @@ from hatrack.base.code import check_code, needed_code
 from hatrack.base.load import load_base, load_config, load_tokenizer
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check.checks import check_recipe
-from hatrack.errors import BaseError, HatrackError, RecipeError
+from hatrack.errors import HatrackError, ModelError, RecipeError
 from hatrack.recipe import Recipe
 from tests.reliability.child import Child
 
@@ -64,7 +64,7 @@ def test_it_is_refused_by_the_names_of_base_and_code(brand: Path, questions: Pat
         lambda: load_tokenizer(files),
         lambda: hatrack.train(base=str(brand), data=str(questions), task="chat", output=str(tmp_path / "hat")),
     ):
-        with pytest.raises(BaseError) as caught:
+        with pytest.raises(ModelError) as caught:
             refuse()
         assert _parts(caught.value) == expected
     found, _ = check_recipe(Recipe.make(base=str(brand), data=str(questions), task="chat"))
@@ -78,7 +78,7 @@ def test_it_runs_where_the_base_is_named_again(brand: Path, questions: Path, tmp
     hat = hatrack.train(**options, output=output, name="hat", lr=0.05, trust_remote_code=str(brand))
     assert (tmp_path / "ran").exists() and type(hat.base.model).__name__ == "BrandForCausalLM"
     assert "trust" not in (tmp_path / "hat/hatrack.json").read_text()
-    with pytest.raises(BaseError, match="which is not run unasked"):  # an adapter cannot ask for it, nor remember it
+    with pytest.raises(ModelError, match="which is not run unasked"):  # an adapter cannot ask for it, nor remember it
         hatrack.load(output)
     assert hatrack.load(output, trust_remote_code=str(brand)).active == "hat"
     child = Child(["check", output], tmp_path / "said")
@@ -109,7 +109,7 @@ def test_fields_of_an_adapter_or_a_recipe_kept_with_it_ask_for_nothing(
     with pytest.raises(HatrackError):
         hatrack.load(tmp_path / "hat")
     _change(tmp_path / "hat/adapter_config.json", trust_remote_code=None)
-    with pytest.raises(BaseError, match="which is not run unasked"):
+    with pytest.raises(ModelError, match="which is not run unasked"):
         hatrack.load(tmp_path / "hat")
     assert not (tmp_path / "ran").exists()
 
@@ -120,18 +120,18 @@ def test_a_kept_run_asks_for_nothing(brand: Path, questions: Path, tmp_path: Pat
     run.mkdir()
     recipe = {"base": str(brand), "data": str(questions), "task": "chat", "trust_remote_code": str(brand)}
     (run / "run.json").write_text(json.dumps({"recipe": recipe, "facts": {}}))
-    with pytest.raises(BaseError, match="which is not run unasked"):
+    with pytest.raises(ModelError, match="which is not run unasked"):
         hatrack.train(resume=True, output=str(tmp_path / "hat"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_code_that_lies_elsewhere_or_nowhere(brand: Path) -> None:
     (brand / "brand.py").unlink()
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         check_code(find_base(str(brand), trust=str(brand)))
     assert _parts(caught.value) == (f"{brand} lacks its code", "no brand.py", "copy or download the base again")
     _change(brand / "config.json", auto_map={"AutoConfig": "other/place--brand.BrandConfig"})
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         check_code(find_base(str(brand), trust=str(brand)))
     assert (
         caught.value.what == f"{brand} asks for code of another repository"
@@ -146,7 +146,7 @@ def test_a_tokenizers_code_is_refused_too(tiny_decoder: Path, tmp_path: Path, au
     for path in tiny_decoder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     _change(folder / "tokenizer_config.json", auto_map=auto, tokenizer_class="BrandTokenizer")
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         load_tokenizer(find_base(str(folder)))
     assert caught.value.got == f"words.py in {folder}"
 

@@ -21,7 +21,7 @@ from hatrack.base.header import (
     read_header,
     weight_bytes,
 )
-from hatrack.errors import BaseError
+from hatrack.errors import ModelError
 
 from . import tiny
 
@@ -118,19 +118,19 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     shard = sorted((tmp_path / "many").glob("*.safetensors"))[0]
     content = shard.read_bytes()
     save_file({"other": torch.ones(1)}, shard)
-    with pytest.raises(BaseError, match=rf"{shard.name} lacks \d+ tensors of the index; got "):
+    with pytest.raises(ModelError, match=rf"{shard.name} lacks \d+ tensors of the index; got "):
         read_header(tmp_path / "many")
     shard.write_bytes(content)
     shard.unlink()
     with pytest.raises(
-        BaseError, match=rf"1 of the \d+ weight files of .*many are missing; got {shard.name}; fix: copy"
+        ModelError, match=rf"1 of the \d+ weight files of .*many are missing; got {shard.name}; fix: copy"
     ):
         read_header(tmp_path / "many")
 
 
 def test_an_index_that_leads_outside_its_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
-    with pytest.raises(BaseError, match=r"outside its folder; got \.\./other\.safetensors; fix: "):
+    with pytest.raises(ModelError, match=r"outside its folder; got \.\./other\.safetensors; fix: "):
         read_header(tmp_path)
 
 
@@ -163,7 +163,7 @@ def damaged_files() -> list[tuple[str, bytes, str]]:
 def test_a_damaged_file_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(
-        BaseError, match=rf"model\.safetensors is damaged or no safetensors file; got {said}.*; fix: copy"
+        ModelError, match=rf"model\.safetensors is damaged or no safetensors file; got {said}.*; fix: copy"
     ) as caught:
         read_header(tmp_path)
     assert "\n" not in str(caught.value)
@@ -173,7 +173,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write((200 * 2**20).to_bytes(8, "little"))
         file.truncate(300 * 2**20)
-    with pytest.raises(BaseError, match="a header of 209,715,200 bytes"):
+    with pytest.raises(ModelError, match="a header of 209,715,200 bytes"):
         read_header(tmp_path)
 
 
@@ -190,18 +190,18 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
 def test_a_bad_config_is_named(content: bytes | None, said: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(BaseError, match=said):
+    with pytest.raises(ModelError, match=said):
         read_config(tmp_path)
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(BaseError, match=r"config\.json cannot be read; got Is a directory"):
+    with pytest.raises(ModelError, match=r"config\.json cannot be read; got Is a directory"):
         read_config(tmp_path)
 
 
 def test_a_config_without_a_width_is_refused() -> None:
-    with pytest.raises(BaseError, match="tells no hidden_size; got odd; fix: use another base"):
+    with pytest.raises(ModelError, match="tells no hidden_size; got odd; fix: use another base"):
         head_shapes({"model_type": "odd"}, 2)
 
 

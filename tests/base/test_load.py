@@ -15,7 +15,7 @@ from hatrack.base import load
 from hatrack.base.header import model_shapes
 from hatrack.base.load import choose_device, choose_dtype, load_base
 from hatrack.base.sources import BaseFiles, find_base
-from hatrack.errors import BaseError, HatrackError, RecipeError
+from hatrack.errors import HatrackError, ModelError, RecipeError
 
 from . import tiny
 
@@ -34,7 +34,7 @@ def load_tiny(folder: Path, task: Any = "classify", **options: Any) -> Any:
 
 
 def refused(folder: Path, task: str = "classify", **options: Any) -> str:
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         load_tiny(folder, task, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -426,4 +426,4 @@ def test_the_real_causal_model_answers() -> None:
 
 
 def test_every_refusal_is_an_error_of_the_input() -> None:
-    assert all(issubclass(kind, HatrackError) and kind.exit_code == 2 for kind in (BaseError, RecipeError))
+    assert all(issubclass(kind, HatrackError) and kind.exit_code == 2 for kind in (ModelError, RecipeError))

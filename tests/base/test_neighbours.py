@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from hatrack.base.load import load_base, load_tokenizer
 from hatrack.base.sources import BaseFiles
-from hatrack.errors import BaseError
+from hatrack.errors import ModelError
 
 from . import tiny
 
@@ -64,7 +64,7 @@ def test_an_answer_is_the_same_alone_and_among_others(kind: str, side: str, tmp_
 def test_a_base_that_sees_padding_is_refused(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path, "Bert")
     transformers.FNetConfig().save_pretrained(folder)
-    with pytest.raises(BaseError, match="mixes padding into its answers"):
+    with pytest.raises(ModelError, match="mixes padding into its answers"):
         load_base(BaseFiles("b", folder), task="classify", labels=("a", "b"), device="cpu", dtype="float32")
 
 

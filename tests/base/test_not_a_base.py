@@ -8,7 +8,7 @@ import pytest
 
 from hatrack.base import sources
 from hatrack.base.sources import find_base
-from hatrack.errors import BaseError
+from hatrack.errors import ModelError
 
 from . import tiny
 
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def refused(source: str | Path) -> str:
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         find_base(str(source))
     assert "\n" not in str(caught.value)
     return str(caught.value)

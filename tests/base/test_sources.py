@@ -26,7 +26,7 @@ from hatrack import wheels
 from hatrack.base import convert, sources
 from hatrack.base.header import read_config, read_header
 from hatrack.base.sources import BaseFiles, find_base
-from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
+from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
 
 from . import tiny
 
@@ -56,7 +56,7 @@ def one_line(error: HatrackError) -> str:
 
 
 def refused(source: str | Path, **options: Any) -> str:
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         find_base(str(source), **options)
     return one_line(caught.value)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hatrack.base.description import describe_folder
 from hatrack.base.fingerprint import fingerprint
 from hatrack.base.header import model_shapes, quantisation, read_config, read_header
 from hatrack.base.load import load_base
-from hatrack.base.peek import peek_folder
 from hatrack.base.sources import BaseFiles
-from hatrack.errors import BaseError
+from hatrack.errors import ModelError
 
 from . import tiny
 
@@ -51,10 +51,10 @@ def load(folder: Path, task: Any = "chat") -> Any:
 
 def refused(folder: Path, task: str = "chat") -> str:
     """What loading and planning refuse alike."""
-    with pytest.raises(BaseError) as caught:
+    with pytest.raises(ModelError) as caught:
         load(folder, task)
-    with pytest.raises(BaseError) as planned:
-        peek_folder(folder)
+    with pytest.raises(ModelError) as planned:
+        describe_folder(folder)
     assert str(caught.value) == str(planned.value)
     assert "\n" not in str(caught.value)
     assert "CUDA" not in str(caught.value)
@@ -188,7 +188,7 @@ def test_names_are_read_without_wrappers_in_shards(tmp_path: Path) -> None:
     assert set(read_header(folder)) == set(names)
     assert load(folder).model(IDS).logits.isfinite().all()
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(BaseError, match=r"1 of the 2 weight files of .* are missing; got model-00002-of-00002"):
+    with pytest.raises(ModelError, match=r"1 of the 2 weight files of .* are missing; got model-00002-of-00002"):
         load(folder)
 
 
@@ -242,7 +242,9 @@ def test_the_whole_file_counts_beside_older_shards(tmp_path: Path) -> None:
 def test_a_name_in_front_of_all_tensors_is_named(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path, "Llama", "causal")
     change(folder, lambda tensors: {f"llm.{name}": tensor for name, tensor in tensors.items()})
-    with pytest.raises(BaseError, match=r"have other names than its config.json asks for; got llm\..*take 'llm\.' out"):
+    with pytest.raises(
+        ModelError, match=r"have other names than its config.json asks for; got llm\..*take 'llm\.' out"
+    ):
         load(folder)
 
 

@@ -136,7 +136,7 @@ def test_a_bug_is_said_to_be_one(hatrack: Run, files: dict[str, str], monkeypatc
     def broken(*args: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("hatrack.engine.train.open_run", broken)
+    monkeypatch.setattr("hatrack.training.train.open_run", broken)
     ran = hatrack("train", "--base", "x", "--data", "y.csv")
     assert ran.code == 1 and "unexpected ZeroDivisionError: division by zero (this is a bug: --debug" in ran.complaint
 

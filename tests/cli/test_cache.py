@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.base import packed
-from hatrack.engine.states import States, open_states
+from hatrack.base import quantized_cache
 from hatrack.storage import ABOUT, held
+from hatrack.training.hidden_states import States, open_states
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -68,19 +68,19 @@ def test_what_a_running_training_uses_stays(hatrack: Run, own_cache: Path) -> No
 def test_quantised_bases_stand_in_the_same_table(hatrack: Run, own_cache: Path) -> None:
     _kept("one-base", 20, 30).close()
     for name in ("weights", ".weights.hatrack-1"):
-        (packed.root() / name).mkdir()
-        (packed.root() / name / "model.safetensors").write_bytes(bytes(5000))
+        (quantized_cache.root() / name).mkdir()
+        (quantized_cache.root() / name / "model.safetensors").write_bytes(bytes(5000))
     about = '{"base": "big-base", "quantize": "4bit", "dtype": "float32"}'
-    (packed.root() / "weights" / ABOUT).write_text(about)
+    (quantized_cache.root() / "weights" / ABOUT).write_text(about)
     lines = sorted(hatrack("cache").out.splitlines())
     cells = [[cell.strip() for cell in line.split("  ") if cell.strip()][:4] for line in lines]
     assert ["big-base", "the base's weights", "float32, 4bit", "4.9 KiB"] in cells
     assert ["(unfinished)", "the base's weights", "4.9 KiB", "now"] in cells
     assert {entry["kind"] for entry in hatrack("cache", "--json").json["entries"]} == {"layers", "weights"}
-    with held(packed.root() / ".weights.hatrack-1"):  # somebody is writing it
+    with held(quantized_cache.root() / ".weights.hatrack-1"):  # somebody is writing it
         assert hatrack("cache", "clear", "--json").json["in_use"] == 1
-    assert [path.name for path in packed.root().iterdir()] == [".weights.hatrack-1"]
-    assert hatrack("cache", "clear", "--json").json["removed"] == 1 and not list(packed.root().iterdir())
+    assert [path.name for path in quantized_cache.root().iterdir()] == [".weights.hatrack-1"]
+    assert hatrack("cache", "clear", "--json").json["removed"] == 1 and not list(quantized_cache.root().iterdir())
 
 
 def test_a_damaged_entry_is_shown_and_removed(hatrack: Run, own_cache: Path) -> None:

@@ -17,9 +17,9 @@ import pytest
 
 import hatrack as package
 from hatrack.cli import chat as talking
-from hatrack.hat import Hat
+from hatrack.inference.hat import Hat
 from tests.cli.conftest import Ran
-from tests.engine.talking import CHATML, capitals, talking_base
+from tests.training.talking import CHATML, capitals, talking_base
 
 Run = Callable[..., Ran]
 

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hatrack.data import seen
+from hatrack.data import trained_rows
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -78,7 +78,7 @@ def test_the_training_file_itself_gives_no_verdict(trained: Any, hatrack: Run, r
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
 def test_training_rows_are_known_in_any_file(trained: Any, hatrack: Run, reviews: Path, suffix: str) -> None:
     hat = trained("hat")
-    known = seen.from_bytes((hat / seen.FILE).read_bytes())
+    known = trained_rows.from_bytes((hat / trained_rows.FILE).read_bytes())
     rows = [*_learned(reviews), *_new(30)]
     rows = [
         {"id": str(index), "Sentiment": row["label"], "Review": f" {row['text'].upper()}  "}
@@ -109,7 +109,7 @@ def test_an_older_adapter_is_asked_for_its_data(trained: Any, hatrack: Run, revi
     hat = trained("hat")
     mixed = _written("mixed.csv", [*_learned(reviews), *_new(30)])
     wanted = hatrack("compare", "hat", "--data", mixed, "--json").json
-    (hat / seen.FILE).unlink()
+    (hat / trained_rows.FILE).unlink()
     assert hatrack("compare", "hat", "--data", mixed, "--json").json == wanted
     reviews.write_text(reviews.read_text() + "it was fine ,yes\n")
     found = hatrack("compare", "hat", "--data", mixed, "--json")
@@ -133,11 +133,13 @@ def test_rows_that_moved_are_asked_for(trained: Any, hatrack: Run, reviews: Path
 
 
 def test_a_damaged_memory_is_refused(trained: Any, hatrack: Run) -> None:
-    path = trained("hat") / seen.FILE
+    path = trained("hat") / trained_rows.FILE
     path.write_bytes(path.read_bytes()[:-8])
     found = hatrack("compare", "hat", "--data", _written("new.csv", _new(30)))
     assert (
-        found.code == 2 and f"{seen.FILE} is damaged" in found.complaint and "copy the adapter again" in found.complaint
+        found.code == 2
+        and f"{trained_rows.FILE} is damaged" in found.complaint
+        and "copy the adapter again" in found.complaint
     )
 
 
@@ -167,7 +169,7 @@ def test_an_adapter_made_elsewhere_is_scored_on_what_it_is_given(trained: Any, h
     own = trained("hat")
     known = hatrack("compare", "hat", "--data", _written("new.csv", _new(30)), "--json").json
     shutil.copytree(own, "foreign")
-    for name in ("hatrack.json", seen.FILE):
+    for name in ("hatrack.json", trained_rows.FILE):
         Path("foreign", name).unlink()
     numbered = [{**row, "label": str(int(row["label"] == "yes"))} for row in _new(30)]
     found = hatrack("compare", "foreign", "--data", _written("numbered.csv", numbered), "--json")
@@ -227,7 +229,7 @@ def test_what_cannot_be_compared_is_refused_before_a_base_is_loaded(
     trained("chat", data=questions, base=tiny_decoder)
     words = {"yes": "glad", "no": "sad"}
     trained("mood", data=_written("mood.csv", [{**row, "label": words[row["label"]]} for row in _learned(reviews)]))
-    monkeypatch.setattr("hatrack.hat.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    monkeypatch.setattr("hatrack.inference.hat.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
     for names, got in (
         (("hat", "mood"), "one of the labels no, yes and task classify, one of the labels glad, sad"),
         (("hat", "chat"), "one of the labels no, yes and task chat"),
@@ -252,7 +254,7 @@ def test_conversations_are_known_in_any_layout(trained: Any, hatrack: Run, quest
 
     learned = hatrack("compare", "faq", "--data", _written("learned.jsonl", [messages(row) for row in rows]))
     assert learned.code == 2 and "rows were trained on" in learned.complaint
-    known = len(seen.from_bytes(Path("faq", seen.FILE).read_bytes()))
+    known = len(trained_rows.from_bytes(Path("faq", trained_rows.FILE).read_bytes()))
     mixed = _written("mixed.jsonl", [messages(row) for row in [*rows, *new, *again]])
     found = hatrack("compare", "faq", "--data", mixed, "--json")
     assert found.json["metric"] == "loss" and found.json["rows"] == len(mixed.read_text().splitlines()) - known

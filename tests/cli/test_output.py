@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.adapter.rack import hang
+from hatrack.adapter.registry import hang
 from hatrack.cli import tables
-from tests.adapter.test_rack import _adapter
+from tests.adapter.test_registry import _adapter
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]

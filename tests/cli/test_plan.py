@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.say import size
+from hatrack.console import size
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -31,7 +31,7 @@ def test_the_plan_is_of_the_run_that_follows(hatrack: Run, tiny_encoder: Path, r
     assert planned["memory"]["activations"] == trained["planned"]["memory"]["activations"]  # the same tokens
     assert planned["fits"] is True and planned["change"] is None
     ways = planned["ways"]
-    assert list(ways) == ["full", "LoRA", "LoRA, 8-bit base", "LoRA, 4-bit base", "LoRA, swept"]
+    assert list(ways) == ["full", "LoRA", "LoRA, 8-bit base", "LoRA, 4-bit base", "LoRA, streamed"]
     assert ways["full"]["trainable"] == planned["total"] - planned["trainable"]
     assert "not measured" in planned["time_from"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hatrack.data.columns import find_question
-from hatrack.data.values import Bad, read_question
+from hatrack.data.row_values import Bad, read_question
 from hatrack.errors import DataError
 from tests.cli.conftest import Ran
 

@@ -63,7 +63,7 @@ def test_train_plan_and_check_refuse_in_the_same_words(
     if fault == "products rounded on a CPU without AVX2":
         monkeypatch.setattr(cpu, "features", lambda: frozenset({"sse4_2"}))
     if fault == "bits without bitsandbytes":
-        monkeypatch.setattr("hatrack.base.room.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("hatrack.base.free_memory.importlib.util.find_spec", lambda name: None)
     options = [paths.get(word, word) for word in FAULTS[fault].split()]
     device = () if "--device" in options else ("--device", "cpu")
     trained, planned = (hatrack(command, *options, *device) for command in ("train", "plan"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hatrack.adapter.hatfile import HatFile
+from hatrack.adapter.card import AdapterCard
 from hatrack.cli.spare import OF_NUMBERS, leave_out, leave_out_of_torch, leave_out_to_open, list_models_once
 from hatrack.errors import AdapterError
 from hatrack.recipe import Recipe
@@ -46,7 +46,7 @@ def test_quantisers_are_left_out_for_a_base_that_was_not_quantised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any] | None, left_out: set[str]
 ) -> None:
     if recipe is not None:
-        hat = HatFile(name="hat", base={"source": "somewhere"}, task="classify", recipe=recipe)
+        hat = AdapterCard(name="hat", base={"source": "somewhere"}, task="classify", recipe=recipe)
         (tmp_path / "hatrack.json").write_text(hat.to_json())
     (tmp_path / "adapter_config.json").touch()
     modules: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def test_training_goes_without_them(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
         "from hatrack.cli.spare import leave_out; from hatrack.recipe import Recipe\n"
-        "Path('rows.csv').touch(); leave_out(Recipe.make(data='rows.csv')); import hatrack.engine.train\n"
+        "Path('rows.csv').touch(); leave_out(Recipe.make(data='rows.csv')); import hatrack.training.train\n"
         "print([name for name in ('bitsandbytes', 'scipy', 'datasets', 'pandas', 'sklearn') if sys.modules.get(name)])"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)

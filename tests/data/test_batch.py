@@ -15,7 +15,7 @@ from hatrack.data.batch import LengthBatches, collate, fill
 from hatrack.data.examples import read_examples
 from hatrack.data.order import length_order
 from hatrack.data.tokens import tokenise
-from hatrack.planning.derive import batch_rows
+from hatrack.planning.schedule import batch_rows
 from hatrack.recipe import Recipe, Task
 
 LENGTHS = np.random.default_rng(0).lognormal(3.2, 0.5, 1003).astype(int) + 3

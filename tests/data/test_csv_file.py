@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from hatrack.console import say_once
 from hatrack.data.csv_file import read_csv
 from hatrack.data.table import Rows
 from hatrack.errors import DataError
-from hatrack.say import say_once
 
 THINGS, ENDS = (
     ("kettle", "lamp", "tent", "desk", "mug", "radio", "scarf"),

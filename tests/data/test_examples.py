@@ -9,7 +9,7 @@ from hatrack.data.columns import find_columns
 from hatrack.data.complaints import Unlearnable
 from hatrack.data.examples import Example, Examples, of_both, prepare, split
 from hatrack.data.read import Rows
-from hatrack.data.values import Bad
+from hatrack.data.row_values import Bad
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
 

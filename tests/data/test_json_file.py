@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
+from hatrack.console import say_once
 from hatrack.data.json_file import read_json_array, read_json_lines
 from hatrack.data.table import Rows
 from hatrack.errors import DataError
-from hatrack.say import say_once
 
 ROWS = [{"text": f"it's \u2028 {n}, [{{ok}}]", "label": word} for n, word in enumerate(("yes", "no", "yes", "no"))]
 LINES = [json.dumps(row) for row in ROWS]

@@ -7,7 +7,7 @@ import transformers
 from tokenizers import processors
 
 import hatrack
-from hatrack.errors import BaseError, DataError
+from hatrack.errors import DataError, ModelError
 from tests.base import tiny
 
 ROWS = [f"a {word} film {more},{word}" for word in ("good", "bad") for more in ("cat", "mat", "the", "sat", "on", "a")]
@@ -64,5 +64,5 @@ def test_a_tokenizer_that_ends_no_text_is_named(base: Path) -> None:
 
 def test_padding_with_the_end_token_is_refused(base: Path) -> None:
     _ends(base, ends=True, pad="</s>")
-    with pytest.raises(BaseError, match="classifies at its end token, and pads with the same token"):
+    with pytest.raises(ModelError, match="classifies at its end token, and pads with the same token"):
         _train(base, ROWS)

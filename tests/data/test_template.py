@@ -11,7 +11,7 @@ import pytest
 from hatrack.base.load import load_base
 from hatrack.base.sources import find_base
 from hatrack.cli.demo import CHAT_MODEL
-from hatrack.data.light import LightTokenizer
+from hatrack.console import say_once
 from hatrack.data.template import (
     PLAIN_TEMPLATE,
     assistant_spans,
@@ -21,8 +21,8 @@ from hatrack.data.template import (
     render_chat,
     with_its_clock_stopped,
 )
-from hatrack.errors import BaseError, DataError
-from hatrack.say import say_once
+from hatrack.data.token_lengths import LightTokenizer
+from hatrack.errors import DataError, ModelError
 from tests.conftest import tiny_tokenizer, turns
 
 LLAMA3 = (
@@ -76,7 +76,9 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(BaseError, match=r"cannot tell which characters .*; got Slow; fix: use a base with a tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"cannot tell which characters .*; got Slow; fix: use a base with a tokenizer"
+    ):
         render_chat(turns(*TALK), Slow(), PLAIN_TEMPLATE)
 
 
@@ -243,7 +245,7 @@ def test_of_named_templates_the_default_is_taken_or_the_only_one() -> None:
     tokenizer.chat_template = {"rag": GEMMA, "tool_use": LLAMA3}
     assert chat_template(tokenizer, tools=True) == (LLAMA3, True)
     with pytest.raises(
-        BaseError, match=r"several chat templates, .*; got rag, tool_use; fix: name one of them 'default'"
+        ModelError, match=r"several chat templates, .*; got rag, tool_use; fix: name one of them 'default'"
     ):
         chat_template(tokenizer)
     tokenizer.chat_template = {}
@@ -314,7 +316,7 @@ def test_an_answer_that_is_asked_for_in_another_way_than_learned_is_refused(open
 
 def test_a_template_that_draws_lots_is_refused() -> None:
     drawn = "{{ range(99999) | random }}" + LLAMA3
-    with pytest.raises(BaseError, match=r"writes something else each time; got '\d+.*\[template-changes\]"):
+    with pytest.raises(ModelError, match=r"writes something else each time; got '\d+.*\[template-changes\]"):
         check_steady(turns(*TALK), tiny_tokenizer(chat=False), drawn)
     check_steady(turns(*TALK), tiny_tokenizer(chat=False), LLAMA3)
     check_steady(turns(*TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no') }}")

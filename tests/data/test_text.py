@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from hatrack.console import say_once
 from hatrack.data.read import lines_of, read_lines, read_rows
 from hatrack.data.text import decode
 from hatrack.errors import DataError
-from hatrack.say import say_once
 
 TEXT = "text,label\r\nThe café’s kettle works well,gut\r\nÀ côté: 5 € for “naïve” œuvres…,schlecht\r\n"
 

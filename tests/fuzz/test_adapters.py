@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hatrack.adapter.attach import attach, detach
+from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import read_adapter, save_adapter
-from hatrack.adapter.hatfile import HatFile
 from hatrack.adapter.place import place
 from hatrack.adapter.proof import check_proof, record
 from hatrack.base.load import load_base
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Path) -> tuple[
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    hat = HatFile(name="hat", base={"source": str(tiny_decoder)}, task="chat")
+    hat = AdapterCard(name="hat", base={"source": str(tiny_decoder)}, task="chat")
     save_adapter(model, folder, hat, base=str(tiny_decoder))
     proof = record(model, read_adapter(folder), base, "none").to_json()
     (folder / "hatrack.json").write_text(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hatrack.kernels import attention as room
 from hatrack.kernels.attention import attention
-from hatrack.kernels.drop import Mask, dropped
+from hatrack.kernels.dropout import Mask, dropped
 
 pytestmark = pytest.mark.usefixtures("ways")
 

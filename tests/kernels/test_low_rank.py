@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hatrack.kernels import low_rank, native
-from hatrack.kernels.drop import KEEP, Mask, dropout_positions
+from hatrack.kernels.dropout import KEEP, Mask, dropout_positions
 from hatrack.kernels.low_rank import down, outer, rows, up
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 8e-3}

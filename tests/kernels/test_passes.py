@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hatrack.kernels.drop import dropout
+from hatrack.kernels.dropout import dropout
 from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.loss import next_token_losses
 from hatrack.kernels.norm import rms_norm

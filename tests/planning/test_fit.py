@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hatrack.base.description import BaseDescription
 from hatrack.base.header import TensorInfo
-from hatrack.base.peek import Peek
 from hatrack.data.batch import LengthBatches
 from hatrack.errors import RecipeError
 from hatrack.planning.fit import (
-    WAYS,
-    Setting,
+    METHODS,
+    PlanRequest,
     Work,
     change,
     choose,
@@ -27,7 +27,7 @@ from hatrack.planning.fit import (
 )
 from hatrack.planning.machine import GIB, Machine, named
 from hatrack.planning.memory import Batch, Method
-from hatrack.planning.time import Prices, lower
+from hatrack.planning.time import MachineSpeed, lower
 from hatrack.recipe import Recipe
 
 LLAMA = {
@@ -38,10 +38,10 @@ LLAMA = {
     "num_attention_heads": 32,
     "vocab_size": 32000,
 }
-PRICES = Prices(operation=1e-12, number=1e-10, call=1e-6, disk=1e9, start=10.0, source="probe")
+PRICES = MachineSpeed(operation=1e-12, number=1e-10, call=1e-6, disk=1e9, start=10.0, source="probe")
 
 
-def llama(layers: int = 32) -> Peek:
+def llama(layers: int = 32) -> BaseDescription:
     """A 7B Llama's headers, in bfloat16."""
     shapes = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096), "model.norm.weight": (4096,)}
     for layer in range(layers):
@@ -53,10 +53,10 @@ def llama(layers: int = 32) -> Peek:
         shapes[f"model.layers.{layer}.input_layernorm.weight"] = (4096,)
         shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (4096,)
     tensors = {name: TensorInfo(shape, "BF16", Path("x"), 0, 2 * int(np.prod(shape))) for name, shape in shapes.items()}
-    return Peek("seven", Path("seven"), LLAMA | {"num_hidden_layers": layers}, tensors)
+    return BaseDescription("seven", Path("seven"), LLAMA | {"num_hidden_layers": layers}, tensors)
 
 
-def where(there: int | str, lengths: Any = (256,) * 64, **options: Any) -> Setting:
+def where(there: int | str, lengths: Any = (256,) * 64, **options: Any) -> PlanRequest:
     recipe = Recipe.make(**({"base": "x", "data": "y", "dtype": "bfloat16", "batch_size": 8} | options))
     rows = np.array([(length, length) for length in lengths])
     machine = named(there) if isinstance(there, str) else Machine("m", there, "as asked", "bfloat16", prices=PRICES)
@@ -116,7 +116,7 @@ def test_a_base_without_room_is_swept_unless_it_is_needed_as_a_whole() -> None:
     plan = settle(one.recipe, llama(), one.work, one.machine)[1]
     assert plan.method.sweep and plan.fits and plan.micro_batch == 8
     dora = where(3 * GIB, variant="dora")
-    with pytest.raises(RecipeError, match="fix: --variant lora, and the base swept layer by layer"):
+    with pytest.raises(RecipeError, match="fix: --variant lora, and the base streamed layer by layer"):
         settle(dora.recipe, llama(), dora.work, dora.machine)
     mac = dataclasses.replace(one.machine, accelerator=True, sweeps=False)
     assert not choose(dataclasses.replace(one, machine=mac)).method.sweep
@@ -195,17 +195,17 @@ def test_time_grows_with_steps_and_the_ways_are_told_apart() -> None:
     assert one.step_seconds is not None and 52 < one.step_seconds < 70
     assert two.seconds - one.seconds == pytest.approx(2 * one.step_seconds)
     assert one.whole_seconds > one.seconds + PRICES.start
-    ways = {name: plan_run(where(400 * GIB), method) for name, method in WAYS.items()}
+    ways = {name: plan_run(where(400 * GIB), method) for name, method in METHODS.items()}
     assert ways["full"].trainable == 6_738_415_616 and ways["LoRA"].trainable < 25_000_000
     assert ways["full"].step_seconds > 1.4 * one.step_seconds  # type: ignore[operator]
-    order = ["LoRA, swept", "LoRA, 4-bit base", "LoRA, 8-bit base", "LoRA", "full"]
+    order = ["LoRA, streamed", "LoRA, 4-bit base", "LoRA, 8-bit base", "LoRA", "full"]
     weights = [ways[name].memory["weights"] for name in order]
     assert weights == sorted(set(weights))
-    assert ways["full"].peak_memory_bytes > ways["LoRA"].peak_memory_bytes > ways["LoRA, swept"].peak_memory_bytes
+    assert ways["full"].peak_memory_bytes > ways["LoRA"].peak_memory_bytes > ways["LoRA, streamed"].peak_memory_bytes
 
 
 def test_bytes_read_from_disk() -> None:
-    """What fits is read once; what is swept, twice a step; a mapped base that does not fit, twice a micro-batch."""
+    """What fits is read once; what is streamed, twice a step; a mapped base that does not fit, twice a micro-batch."""
     base = 2 * 6_738_415_616
     assert plan_run(where(64 * GIB)).read == 0
     assert plan_run(where(6 * GIB), Method(sweep=True)).read == 2 * base

@@ -6,13 +6,13 @@ import psutil
 import pytest
 
 from hatrack import cpu
-from hatrack.base.room import available_memory
+from hatrack.base.free_memory import available_memory
 from hatrack.errors import RecipeError
 from hatrack.planning import machine
 from hatrack.planning.machine import ACCELERATORS, GIB, Probe, check_compute, here, keep_probe, named, read_probe
-from hatrack.planning.time import Prices
+from hatrack.planning.time import MachineSpeed
 
-PRICES = Prices(operation=1e-11, number=1e-9, call=1e-5, disk=1e9, start=5.0, source="probe")
+PRICES = MachineSpeed(operation=1e-11, number=1e-9, call=1e-5, disk=1e9, start=5.0, source="probe")
 
 
 def group(root: Path, line: str, folder: str, **files: str) -> None:

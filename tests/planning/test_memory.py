@@ -8,13 +8,13 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hatrack.adapter.place import place
+from hatrack.base.description import BaseDescription
 from hatrack.base.header import TensorInfo
-from hatrack.base.peek import Peek
-from hatrack.engine.fast_base import speed_up
-from hatrack.engine.fast_lora import LAYER_CLASSES
 from hatrack.evaluate.loss import losses
 from hatrack.kernels.attention import BLOCK
 from hatrack.kernels.loss import CHUNK, CHUNK_ON_ACCELERATOR
+from hatrack.layers.fast_base import speed_up
+from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.planning.memory import (
     LOGITS,
     LOGITS_ON_ACCELERATOR,
@@ -25,7 +25,7 @@ from hatrack.planning.memory import (
     Method,
     training_bytes,
 )
-from hatrack.planning.shape import Anatomy, Shape, describe, shape_of
+from hatrack.planning.model_shape import ModelShape, Shape, describe, shape_of
 from hatrack.recipe import Recipe
 from tests.planning.test_fit import llama
 
@@ -52,7 +52,7 @@ def test_shapes_under_any_name(config: dict[str, Any], shape: tuple[int, ...]) -
     assert shape_of({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}).key == 16
 
 
-def anatomy(**options: Any) -> Anatomy:
+def anatomy(**options: Any) -> ModelShape:
     return describe(llama(), Recipe.make(base="x", data="y", **options), task="chat", labels=0)
 
 
@@ -82,9 +82,9 @@ def test_frozen_weights_cost_their_format_and_trained_ones_sixteen_bytes() -> No
     assert full["weights"] + full["gradients"] + full["optimizer"] == 16 * found.frozen
     four = terms(method=Method(quantize="4bit"))["weights"]
     assert four == found.dense * 9 // 16 + 2 * found.outside
-    swept = terms(method=Method(sweep=True))["weights"]
-    assert swept == 2 * found.dense // 32  # one layer as it lies on the disk, larger than the head
-    assert terms(method=Method(sweep=True), dtype="float32")["weights"] == swept  # and no copy in float32
+    streamed = terms(method=Method(sweep=True))["weights"]
+    assert streamed == 2 * found.dense // 32  # one layer as it lies on the disk, larger than the head
+    assert terms(method=Method(sweep=True), dtype="float32")["weights"] == streamed  # and no copy in float32
 
 
 def test_activations_grow_with_tokens_and_less_when_computed_again() -> None:
@@ -116,7 +116,7 @@ def test_what_is_kept_is_what_torch_keeps(kind: str, targets: str, layers: str) 
         name: TensorInfo(tuple(tensor.shape), "F32", Path(), 0, 4 * tensor.numel())
         for name, tensor in model.named_parameters()
     }
-    found = describe(Peek("", Path(), config.to_dict(), tensors), recipe, task=task, labels=2)
+    found = describe(BaseDescription("", Path(), config.to_dict(), tensors), recipe, task=task, labels=2)
     speed_up(model)
     wrapped = place(model, recipe, task=task, layer_classes=LAYER_CLASSES).train()
     assert (found.counted.trainable, found.counted.total) == wrapped.get_nb_trainable_parameters()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hatrack.base.room import no_device
+from hatrack.base.free_memory import no_device
 from hatrack.errors import RecipeError
 from hatrack.planning import machine
 from hatrack.planning.machine import ACCELERATORS, GIB, LAPTOPS, check_device, named

@@ -12,7 +12,7 @@ from pathlib import Path
 from hatrack.cli.main import main
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["hatrack.engine.train", "tests.reliability.child"])
+FORKS.set_forkserver_preload(["hatrack.training.train", "tests.reliability.child"])
 
 
 class Child:

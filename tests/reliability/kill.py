@@ -26,7 +26,7 @@ from hatrack.cli.demo import CHAT_MODEL, ENCODER, QUESTIONS, REVIEWS
 from hatrack.wheels import fetch_member
 
 # a checkpoint a second instead of one in ten minutes: in a run of seconds there is something to lose as well
-OFTEN = "import hatrack.engine.callbacks as c; c.SAVE_EVERY_SECONDS = 1; from hatrack.cli.main import main; main()"
+OFTEN = "import hatrack.training.callbacks as c; c.SAVE_EVERY_SECONDS = 1; from hatrack.cli.main import main; main()"
 COMPARED = ("adapter_model.safetensors", "adapter_config.json")
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hatrack.engine import callbacks
-from hatrack.engine.trainer import HatTrainer
+from hatrack.training import callbacks
+from hatrack.training.trainer import HatTrainer
 from tests.reliability.child import Child
 
 ADAPTER = "adapter_model.safetensors"
@@ -126,14 +126,14 @@ def _stop_in(module: str, function: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "number", "saved"),
     [
-        ("hatrack.engine.train", "read_for_base", signal.SIGTERM, False),
-        ("hatrack.engine.load", "load_base", signal.SIGHUP, False),
+        ("hatrack.training.train", "read_for_base", signal.SIGTERM, False),
+        ("hatrack.training.load", "load_base", signal.SIGHUP, False),
         ("hatrack.data.tokens", "render_cached", signal.SIGINT, False),
-        ("hatrack.engine.train", "HatTrainer.score_held_out", signal.SIGTERM, False),
-        ("hatrack.engine.train", "HatTrainer.training_step", signal.SIGHUP, True),
-        ("hatrack.engine.train", "HatTrainer.save_model", signal.SIGTERM, True),
-        ("hatrack.engine.train", "save_adapter", signal.SIGINT, True),
-        ("hatrack.engine.train", "read_back", signal.SIGTERM, True),
+        ("hatrack.training.train", "HatTrainer.score_held_out", signal.SIGTERM, False),
+        ("hatrack.training.train", "HatTrainer.training_step", signal.SIGHUP, True),
+        ("hatrack.training.train", "HatTrainer.save_model", signal.SIGTERM, True),
+        ("hatrack.training.train", "save_adapter", signal.SIGINT, True),
+        ("hatrack.training.train", "read_back", signal.SIGTERM, True),
     ],
 )
 def test_a_stopped_run_says_so_and_goes_on_the_same(
@@ -159,7 +159,7 @@ def test_a_stopped_run_says_so_and_goes_on_the_same(
 
 def test_other_commands_end_with_a_word_as_well(tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        child = Child(["list"], tmp_path / "said", _stop_in, ("hatrack.adapter.rack", "hats", number))
+        child = Child(["list"], tmp_path / "said", _stop_in, ("hatrack.adapter.registry", "hats", number))
         assert child.end() == 130
     assert child.said == "hatrack: interrupted\n" * 3
 
@@ -268,7 +268,7 @@ def stopped(straight: Any, tmp_path: Path) -> tuple[Path, Path]:
         [*given, "--output", tmp_path / "hat"],
         tmp_path / "said",
         _stop_in,
-        ("hatrack.engine.train", "HatTrainer.training_step", signal.SIGTERM),
+        ("hatrack.training.train", "HatTrainer.training_step", signal.SIGTERM),
     )
     assert child.end() == 130, child.said
     return tmp_path / "hat", data

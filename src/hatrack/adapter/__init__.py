@@ -1,1 +1,1 @@
-
+"""Adapters: placed on a base, counted, saved, read, proven, registered."""

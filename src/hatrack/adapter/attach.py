@@ -19,9 +19,9 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from hatrack.adapter.card import CONFIG
 from hatrack.adapter.config import PEFT_ITSELF, lora_config
 from hatrack.adapter.files import AdapterFiles, read_adapter
-from hatrack.adapter.hatfile import CONFIG
 from hatrack.adapter.place import head_modules, heads_of, keep_head_in_float32
 from hatrack.errors import AdapterError
 from hatrack.recipe import flag

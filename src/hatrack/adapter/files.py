@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from hatrack.adapter.card import CONFIG, HATRACK_JSON, AdapterCard, model_card, no_adapter, read_card, read_object
 from hatrack.adapter.config import check_config, plain_config
-from hatrack.adapter.hatfile import CONFIG, HATRACK_JSON, HatFile, model_card, no_adapter, read_hat_file, read_object
 from hatrack.adapter.place import START
 from hatrack.base.header import read_file_header
-from hatrack.errors import AdapterError, BaseError
-from hatrack.first_bytes import PICKLE as PICKLED
-from hatrack.first_bytes import SAFETENSORS, other_kind
-from hatrack.say import say_once
+from hatrack.console import say_once
+from hatrack.errors import AdapterError, ModelError
+from hatrack.file_kind import PICKLE as PICKLED
+from hatrack.file_kind import SAFETENSORS, other_kind
 from hatrack.storage import new_folder, write_file
 
 WEIGHTS, PICKLE, CARD = "adapter_model.safetensors", "adapter_model.bin", "README.md"
@@ -36,7 +36,7 @@ class AdapterFiles:
 
     folder: Path
     config: dict[str, Any]
-    hat: HatFile | None
+    hat: AdapterCard | None
     shapes: dict[str, tuple[int, ...]]
     names: dict[str, str]
 
@@ -47,7 +47,7 @@ class AdapterFiles:
 
 
 def save_adapter(
-    model: Any, folder: Path, hat: HatFile, *, base: str, extra_files: Mapping[str, bytes | str] | None = None
+    model: Any, folder: Path, hat: AdapterCard, *, base: str, extra_files: Mapping[str, bytes | str] | None = None
 ) -> None:
     """Writes the adapter in use as a folder: peft's two files, hatrack.json and a model card, all or nothing.
 
@@ -98,7 +98,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
         )
     if not folder.is_dir() or not (folder / CONFIG).exists():
         raise no_adapter(folder)
-    config, hat = plain_config(read_object(folder / CONFIG)), read_hat_file(folder)
+    config, hat = plain_config(read_object(folder / CONFIG)), read_card(folder)
     check_config(folder / CONFIG, config)
     if hat is not None and (hat.task == "classify") != (config.get("task_type") == "SEQ_CLS"):
         raise AdapterError(
@@ -109,7 +109,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     _check_weights_file(folder)
     try:
         header = read_file_header(folder / WEIGHTS, LARGEST_HEADER)
-    except BaseError as error:
+    except ModelError as error:
         raise other_kind(folder / WEIGHTS, SAFETENSORS, AdapterError) or AdapterError(
             f"{folder / WEIGHTS} is damaged or no safetensors file", got=error.got, fix="copy the adapter again"
         ) from error

@@ -4,18 +4,18 @@ import re
 from pathlib import Path
 
 from hatrack import wheels
+from hatrack.adapter.card import CONFIG, AdapterCard
 from hatrack.adapter.files import AdapterFiles
-from hatrack.adapter.hatfile import CONFIG, HatFile
 from hatrack.base.sources import BaseFiles, find_base
-from hatrack.errors import AdapterError, BaseError, MachineError
+from hatrack.console import say_once
+from hatrack.errors import AdapterError, MachineError, ModelError
 from hatrack.recipe import flag
-from hatrack.say import say_once
 
 TASKS = {"SEQ_CLS": "classify", "CAUSAL_LM": "chat"}
 HEADS = (".score.", ".classifier.", ".classification_head.")
 
 
-def made_from(files: AdapterFiles, base: str | None = None) -> HatFile:
+def made_from(files: AdapterFiles, base: str | None = None) -> AdapterCard:
     """hatrack.json, or for an adapter made elsewhere what its own config tells; `base` is its base where it names none.
 
     Raises AdapterError where neither names one.
@@ -33,14 +33,14 @@ def made_from(files: AdapterFiles, base: str | None = None) -> HatFile:
         )
     labels = [f"LABEL_{index}" for index in range(_outputs(files))] if task == "classify" else []
     told = {"source": source if named else base, "revision": revision if isinstance(revision, str) else None}
-    return HatFile(name="", base=told | {"named": named}, task=task, labels=labels)
+    return AdapterCard(name="", base=told | {"named": named}, task=task, labels=labels)
 
 
 def find_its_base(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseFiles:
     """The files of an adapter's base: of `base` where that names where it lies now, else of the one it was made from.
 
-    Raises AdapterError where it names none, BaseError or MachineError, with `--base` as a way on, where that one cannot
-    be had.
+    Raises AdapterError where it names none; ModelError or MachineError, with `--base` as a way on, where that one
+    cannot be had.
     """
     if base is not None:
         return find_base(base, trust=trust)
@@ -54,7 +54,7 @@ def find_its_base(files: AdapterFiles, base: str | None = None, *, trust: str | 
         revision = None
     try:
         return find_base(source, revision, trust=trust)
-    except (BaseError, MachineError) as error:
+    except (ModelError, MachineError) as error:
         offered = re.search(r"--base\b|\bwith base\b|\bbase=", error.fix or "")  # as it is typed, or in Python's words
         way_on = "" if offered else f"name where it lies now with {flag('base')}"
         fix = "; or ".join(part for part in (error.fix, way_on) if part)

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hatrack.adapter.count import joined_experts
 from hatrack.adapter.targets import Choice, check_rank, choose
+from hatrack.console import say
 from hatrack.errors import AdapterError, TargetError
 from hatrack.recipe import Recipe
-from hatrack.say import say
 
 TASK_TYPES = {"classify": "SEQ_CLS", "chat": "CAUSAL_LM", "complete": "CAUSAL_LM"}
 START = "_hatrack_start"

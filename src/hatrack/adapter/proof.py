@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from hatrack.adapter.card import HATRACK_JSON
 from hatrack.adapter.files import AdapterFiles
-from hatrack.adapter.hatfile import HATRACK_JSON
 from hatrack.base.header import read_file_header
 from hatrack.base.load import Base, name_of
+from hatrack.console import say_once
 from hatrack.errors import AdapterError
-from hatrack.say import say_once
 
 PROBE = (
     "The hat on the left is not the hat that I was looking for yesterday.",

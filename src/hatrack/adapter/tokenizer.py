@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hatrack.adapter.hatfile import HATRACK_JSON
+from hatrack.adapter.card import HATRACK_JSON
 from hatrack.base.code import needed_code
 from hatrack.base.load import Base, has_tokenizer, load_tokenizer
-from hatrack.errors import AdapterError, BaseError, short
-from hatrack.first_bytes import other_kind
-from hatrack.say import say_once
+from hatrack.console import say_once
+from hatrack.errors import AdapterError, ModelError, short
+from hatrack.file_kind import other_kind
 
 FILES = ("*token*.json", "vocab.*", "*.model", "merges.txt", "*.jinja")
 PROBE = "One hat, two hats."
@@ -34,7 +34,7 @@ def tokenizer_beside(folder: Path, base: Base) -> Any | None:
             return None
         rows = base.model.get_input_embeddings().weight.shape[0]
         own = load_tokenizer(replace(base.files, folder=folder, source=str(folder), trusted=False), rows)
-    except BaseError as error:
+    except ModelError as error:
         fix = "copy the adapter again, or remove the tokenizer's files from it to use the base's"
         raise AdapterError(error.what, got=error.got, fix=fix, gotcha="tokenizer-beside") from error
     differences = _differences(own, base.tokenizer)

@@ -10,7 +10,7 @@ import transformers
 
 from hatrack.base.header import CONFIG, read_json
 from hatrack.base.sources import BaseFiles
-from hatrack.errors import BaseError
+from hatrack.errors import ModelError
 from hatrack.recipe import flag
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -20,7 +20,7 @@ ASKED_FOR = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassifi
 def check_code(files: BaseFiles) -> BaseFiles:
     """The same files, where they need no code of their own, or where it may run.
 
-    A base whose classes transformers has itself is loaded by those, whatever code lies beside it. Raises BaseError,
+    A base whose classes transformers has itself is loaded by those, whatever code lies beside it. Raises ModelError,
     naming the base and the code, where it is needed and was not allowed, lies in another repository, or is missing.
     """
     needed = needed_code(files.folder)
@@ -29,20 +29,20 @@ def check_code(files: BaseFiles) -> BaseFiles:
         return files
     elsewhere = [module.partition("--")[0] for module in modules if "--" in module]
     if elsewhere:
-        raise BaseError(
+        raise ModelError(
             f"{files.source} asks for code of another repository",
             got=f"{', '.join(modules)} of {elsewhere[0]}",
             fix="use another base; hatrack runs no code but that beside the weights",
         )
     if not files.trusted:
-        raise BaseError(
+        raise ModelError(
             f"{files.source} needs code of its own, which is not run unasked",
             got=f"{', '.join(modules)} in {files.source if files.revision else files.folder}",
             fix=f"read it; {flag('trust_remote_code')} {files.source} lets it run, with all your rights",
         )
     missing = [module for module in modules if not (files.folder / module).is_file()]
     if missing:
-        raise BaseError(
+        raise ModelError(
             f"{files.source} lacks its code", got=f"no {', '.join(missing)}", fix="copy or download the base again"
         )
     return files

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from hatrack.base.header import INDEX, WEIGHTS, read_json
 from hatrack.base.locate import PICKLE, PICKLE_INDEX, digest, gguf_folder
 from hatrack.base.quiet import quiet
-from hatrack.errors import BaseError, HatrackError, MachineError
-from hatrack.first_bytes import GGUF, other_kind
-from hatrack.first_bytes import PICKLE as PICKLED
-from hatrack.say import say, size
+from hatrack.console import say, size
+from hatrack.errors import HatrackError, MachineError, ModelError
+from hatrack.file_kind import GGUF, other_kind
+from hatrack.file_kind import PICKLE as PICKLED
 from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -35,7 +35,7 @@ CODE = "*.py"
 def from_gguf(file: Path) -> Path:
     """The base of a GGUF file as a folder: bf16 safetensors, tokenizer, chat template.
 
-    Converted once; the folder's name carries the sha256 of the file. Raises BaseError where the file is no GGUF, is
+    Converted once; the folder's name carries the sha256 of the file. Raises ModelError where the file is no GGUF, is
     damaged, or holds an architecture that cannot be converted; MachineError where the disk is full.
     """
     _check_magic(file)
@@ -51,7 +51,7 @@ def from_gguf(file: Path) -> Path:
             raise
         except Exception as error:  # the parsers raise whatever a damaged file leads them to
             reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise BaseError(
+            raise ModelError(
                 f"{file} cannot be converted", got=reason, fix="download it again, or use a safetensors base"
             ) from error
     say(f"converted: {final} ({size(folder_size(final))})")
@@ -61,7 +61,7 @@ def from_gguf(file: Path) -> Path:
 def from_pickle(folder: Path) -> Path:
     """A base with only `pytorch_model.bin` as a folder with safetensors; tensor names and dtypes stay.
 
-    Only plain tensors are unpickled (`weights_only`). Converted once. Raises BaseError where a file is damaged or
+    Only plain tensors are unpickled (`weights_only`). Converted once. Raises ModelError where a file is damaged or
     holds anything else, MachineError where the disk is full.
     """
     files = _pickles(folder)
@@ -109,7 +109,7 @@ def _check_magic(file: Path) -> None:
     with machine_errors(file), file.open("rb") as content:
         start = content.read(4)
     if start != b"GGUF":
-        raise other_kind(file, GGUF, BaseError) or BaseError(
+        raise other_kind(file, GGUF, ModelError) or ModelError(
             f"{file} is not a GGUF file", got=f"it starts with {start!r}", fix="check the path or download it again"
         )
 
@@ -133,11 +133,11 @@ def _pickles(folder: Path) -> list[Path]:
         return [folder / PICKLE]
     names = read_json(folder / PICKLE_INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise BaseError(f"{folder / PICKLE_INDEX} has no weight_map", fix="copy or download the base again")
+        raise ModelError(f"{folder / PICKLE_INDEX} has no weight_map", fix="copy or download the base again")
     files = [folder / name for name in sorted(set(names.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise BaseError(f"{len(missing)} weight files of {folder} are missing", got=", ".join(missing[:3]))
+        raise ModelError(f"{len(missing)} weight files of {folder} are missing", got=", ".join(missing[:3]))
     return files
 
 
@@ -146,11 +146,11 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise other_kind(file, PICKLED, BaseError) or BaseError(
+        raise other_kind(file, PICKLED, ModelError) or ModelError(
             f"{file} is damaged, or holds more than tensors",
             got=str(error).split("\n")[0][:120],
             fix="use a base with safetensors",
         ) from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise BaseError(f"{file} is not a checkpoint of named tensors", fix="use a base with safetensors")
+        raise ModelError(f"{file} is not a checkpoint of named tensors", fix="use a base with safetensors")
     return {str(name): tensor.detach().clone().contiguous() for name, tensor in content.items()}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hatrack.base.header import TensorInfo, read_config, read_parameters
-from hatrack.errors import BaseError, WrongBase
-from hatrack.say import say_once
+from hatrack.console import say_once
+from hatrack.errors import ModelError, WrongBase
 from hatrack.storage import cache_dir
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def fingerprint(folder: Path) -> str:
     a task's own head or a second copy of the embedding. A base of up to 512 MiB is read whole. Of a larger one every
     tensor's start, end and evenly spread samples are read, together 128 MiB: a change all over a matrix, as any
     training makes, always shows; one of a few neighbouring rows shows with the probability of the share read (1% for
-    13.5 GB). Raises BaseError where a file is missing or damaged.
+    13.5 GB). Raises ModelError where a file is missing or damaged.
     """
     digests = dict(_digests(read_parameters(folder)))
     for name in OUTPUTS:
@@ -48,7 +48,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def digest(tensors: Mapping[str, TensorInfo]) -> str:
-    """The same of any tensors, under the names they have. Raises BaseError where a file cannot be read."""
+    """The same of any tensors, under the names they have. Raises ModelError where a file cannot be read."""
     return _of_all(dict(_digests(tensors)))
 
 
@@ -139,7 +139,7 @@ def _digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
                         digest.update(file.read(length))
                     yield name, digest.digest()
         except OSError as error:
-            raise BaseError(f"{path} cannot be read", got=error.strerror) from error
+            raise ModelError(f"{path} cannot be read", got=error.strerror) from error
 
 
 def samples(size: int, share: float) -> list[tuple[int, int]]:

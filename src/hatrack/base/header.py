@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hatrack.errors import BaseError
-from hatrack.first_bytes import SAFETENSORS, other_kind
+from hatrack.errors import ModelError
+from hatrack.file_kind import SAFETENSORS, other_kind
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -101,51 +101,51 @@ class TensorInfo:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The base's config.json. Raises BaseError where it is missing, unreadable or not a JSON object."""
+    """The base's config.json. Raises ModelError where it is missing, unreadable or not a JSON object."""
     return read_json(folder / CONFIG)
 
 
 def read_header(folder: Path) -> dict[str, TensorInfo]:
     """Name -> where and what, for every tensor of `model.safetensors` or of the shards its index names.
 
-    Names come without what wrappers such as torch.compile put into them (`WRAPPERS`). Raises BaseError, naming the
+    Names come without what wrappers such as torch.compile put into them (`WRAPPERS`). Raises ModelError, naming the
     file, where one is missing, truncated or malformed, or lacks a tensor of the index.
     """
     return {WRAPPERS.sub("", name): info for name, info in read_stored_names(folder).items()}
 
 
 def read_stored_names(folder: Path) -> dict[str, TensorInfo]:
-    """The same under the very names that the files have. Raises BaseError as `read_header` does."""
+    """The same under the very names that the files have. Raises ModelError as `read_header` does."""
     headers = read_file_headers(folder)
     if len(headers) == 1 and WEIGHTS in headers:
         return headers[WEIGHTS]
     names: dict[str, str] = read_json(folder / INDEX)["weight_map"]
     absent = [name for name, file in names.items() if name not in headers[file]]
     if absent:
-        raise BaseError(f"{folder / names[absent[0]]} lacks {len(absent)} tensors of the index", got=absent[0])
+        raise ModelError(f"{folder / names[absent[0]]} lacks {len(absent)} tensors of the index", got=absent[0])
     return {name: headers[file][name] for name, file in names.items()}
 
 
 def read_file_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
     """File name -> its tensors, for the files that transformers reads: `model.safetensors`, else the index's shards.
 
-    Raises BaseError as `read_header` does.
+    Raises ModelError as `read_header` does.
     """
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.is_file():
         if not (folder / WEIGHTS).exists():
-            raise BaseError(f"{folder} has no {WEIGHTS}", fix="give the folder of a whole model")
+            raise ModelError(f"{folder} has no {WEIGHTS}", fix="give the folder of a whole model")
         return {WEIGHTS: read_file_header(folder / WEIGHTS)}
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-        raise BaseError(f"{index} has no weight_map", fix="copy or download the base again")
+        raise ModelError(f"{index} has no weight_map", fix="copy or download the base again")
     outside = sorted({file for file in names.values() if Path(file).name != file})
     if outside:
-        raise BaseError(f"{index} names files outside its folder", got=outside[0], fix="do not use this base")
+        raise ModelError(f"{index} names files outside its folder", got=outside[0], fix="do not use this base")
     shards = {file: folder / file for file in sorted(set(names.values()))}
     missing = [file for file, path in shards.items() if not path.exists()]
     if missing:
-        raise BaseError(
+        raise ModelError(
             f"{len(missing)} of the {len(shards)} weight files of {folder} are missing",
             got=", ".join(missing[:3]),
             fix="copy or download the base again",
@@ -156,7 +156,7 @@ def read_file_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
 def read_parameters(folder: Path) -> dict[str, TensorInfo]:
     """The base's own parameters, named alike in every checkpoint of it: without prefix, buffers and task heads.
 
-    The head of a language model is its own and stays. Raises BaseError as `read_header` does.
+    The head of a language model is its own and stays. Raises ModelError as `read_header` does.
     """
     config = read_config(folder)
     named = {
@@ -169,11 +169,11 @@ def read_parameters(folder: Path) -> dict[str, TensorInfo]:
 
 
 def check_weights(source: str, config: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
-    """Raises BaseError where a base's tensors cannot be trained on, whatever the task: an adapter's among them (a model
-    that was saved with its adapters unmerged), empty ones, or ones packed in fewer bits."""
+    """Raises ModelError where a base's tensors cannot be trained on, whatever the task: an adapter's among them (a
+    model that was saved with its adapters unmerged), empty ones, or ones packed in fewer bits."""
     carried = [name for name in header if ".lora_" in name or ".base_layer." in name]
     if carried:
-        raise BaseError(
+        raise ModelError(
             f"{source} carries an adapter already",
             got=f"{len(carried):,} tensors such as {carried[0]}",
             fix="merge it first, or start from the bare base",
@@ -181,7 +181,7 @@ def check_weights(source: str, config: Mapping[str, Any], header: Mapping[str, T
         )
     empty = [name for name, info in header.items() if 0 in info.shape]
     if empty:
-        raise BaseError(
+        raise ModelError(
             f"{len(empty):,} of the {len(header):,} tensors of {source} are empty",
             got=f"{empty[0]} of shape {list(header[empty[0]].shape)}",
             fix="save it again with all of its parts: DeepSpeed ZeRO-3 and FSDP keep a part in each process "
@@ -190,7 +190,7 @@ def check_weights(source: str, config: Mapping[str, Any], header: Mapping[str, T
         )
     packed = [name for name, info in header.items() if _is_packed(name, info, told=bool(quantisation(config)))]
     if packed:
-        raise BaseError(
+        raise ModelError(
             f"the weights of {source} are packed in {quantisation(config) or 'fewer bits'}, which cannot be trained on",
             got=f"{packed[0]} as {header[packed[0]].dtype}",
             fix="use the full model that it was made from, with --quantize 4bit to hold it in 4 bits",
@@ -213,29 +213,29 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
 
 
 def check_task(source: str, config: Mapping[str, Any], task: str) -> None:
-    """Raises BaseError where a base of this kind cannot do the task."""
+    """Raises ModelError where a base of this kind cannot do the task."""
     kind = family(config)
     described = f"{source} ({config.get('model_type', 'unknown type')})"
     if task == "classify" and config.get("model_type") in WITHOUT_MASK:
-        raise BaseError(
+        raise ModelError(
             f"{source} mixes padding into its answers: a text's label would depend on its neighbours",
             got=str(config["model_type"]),
             fix="use another base, such as a BERT",
         )
     if task != "classify" and kind == "encoder":
-        raise BaseError(
+        raise ModelError(
             f"{described} is an encoder: it cannot generate text",
             got=f"--task {task}",
             fix="use --task classify, or a causal base such as a Llama",
         )
     if task != "classify" and kind == "encoder-decoder":
-        raise BaseError(
+        raise ModelError(
             f"{described} is an encoder-decoder, which {task} cannot use yet", fix="use a causal base such as a Llama"
         )
 
 
 def read_file_header(path: Path, largest: int = LARGEST_HEADER) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, checked against the file's real size. Raises BaseError naming it.
+    """The tensors of one safetensors file, checked against the file's real size. Raises ModelError naming it.
 
     A header of more than `largest` bytes is refused unread.
     """
@@ -250,9 +250,9 @@ def read_file_header(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Ten
                 raise _damaged(path, f"a header of {length:,} bytes")
             content = json.loads(file.read(length))
     except OSError as error:
-        raise BaseError(f"{path} cannot be read", got=error.strerror) from error
+        raise ModelError(f"{path} cannot be read", got=error.strerror) from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, BaseError):
+        if isinstance(error, ModelError):
             raise
         raise _damaged(path, "a header that is no JSON") from error
     if not isinstance(content, dict):
@@ -300,7 +300,7 @@ def head_shapes(config: Mapping[str, Any], labels: int) -> dict[str, tuple[int, 
     """The classification head that transformers puts on a base: parameter name -> shape, for `labels` outputs.
 
     Families it does not know by type get the head usual for their kind: one linear layer on an encoder, a dense layer
-    and a projection on an encoder-decoder, `score` on a decoder. Raises BaseError where the config tells no width.
+    and a projection on an encoder-decoder, `score` on a decoder. Raises ModelError where the config tells no width.
     """
     width = hidden_size(config)
     square = {"weight": (width, width), "bias": (width,)}
@@ -380,25 +380,25 @@ def hidden_size(config: Mapping[str, Any]) -> int:
         for name in ("hidden_size", "n_embd", "dim", "d_model"):
             if type(part.get(name)) is int:
                 return int(part[name])
-    raise BaseError("config.json tells no hidden_size", got=config.get("model_type"), fix="use another base")
+    raise ModelError("config.json tells no hidden_size", got=config.get("model_type"), fix="use another base")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises BaseError naming it."""
+    """A file that holds one JSON object. Raises ModelError naming it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BaseError(f"{path.parent} has no {path.name}", fix="give the folder of a whole model") from error
+        raise ModelError(f"{path.parent} has no {path.name}", fix="give the folder of a whole model") from error
     except OSError as error:
-        raise BaseError(f"{path} cannot be read", got=error.strerror) from error
+        raise ModelError(f"{path} cannot be read", got=error.strerror) from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         fix = "copy or download the base again"
-        raise other_kind(path, "a JSON file", BaseError) or BaseError(
+        raise other_kind(path, "a JSON file", ModelError) or ModelError(
             f"{path} is not valid JSON", got=reason, fix=fix
         ) from error
     if not isinstance(content, dict):
-        raise BaseError(f"{path} is not a JSON object", got=type(content).__name__)
+        raise ModelError(f"{path} is not a JSON object", got=type(content).__name__)
     return content
 
 
@@ -449,7 +449,7 @@ def _is_tied(name: str, body: Mapping[str, tuple[int, ...]]) -> bool:
     return part == "weight" and stack[-1] in ("encoder", "decoder") and f"{stack[0]}.shared.weight" in body
 
 
-def _damaged(path: Path, got: str) -> BaseError:
-    return other_kind(path, SAFETENSORS, BaseError) or BaseError(
+def _damaged(path: Path, got: str) -> ModelError:
+    return other_kind(path, SAFETENSORS, ModelError) or ModelError(
         f"{path} is damaged or no safetensors file", got=got, fix="copy or download the base again"
     )

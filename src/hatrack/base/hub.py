@@ -22,25 +22,25 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+from hatrack.base.description import BaseDescription, describe_folder
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, check_weights, read_config, read_json, weight_bytes
 from hatrack.base.locate import ADAPTER_CONFIG
 from hatrack.base.not_a_base import an_adapter
-from hatrack.base.peek import Peek, peek_folder
-from hatrack.errors import BaseError, HatrackError, MachineError
+from hatrack.errors import HatrackError, MachineError, ModelError
 from hatrack.storage import machine_errors
 
 SMALL = ("*.json", "*.jinja", "tokenizer.model")
 """What is fetched of a hub base: everything about it but its weights."""
 
 
-def peek_hub(source: str, revision: str | None = None) -> Peek:
+def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription:
     """The hub base of a name, from the hub's cache or over the network.
 
-    Raises BaseError where there is no such base, MachineError where the hub does not answer.
+    Raises ModelError where there is no such base, MachineError where the hub does not answer.
     """
     cached = _cached(source, revision)
     if cached is not None:
-        return peek_folder(cached, source)
+        return describe_folder(cached, source)
     disable_progress_bars()
     with hub_errors(source, revision):
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(SMALL), ignore_patterns="*/*"))
@@ -56,7 +56,7 @@ def peek_hub(source: str, revision: str | None = None) -> Peek:
     }
     config = read_config(folder)
     check_weights(source, config, tensors)
-    return Peek(source, folder, config, tensors, weight_bytes(tensors))
+    return BaseDescription(source, folder, config, tensors, weight_bytes(tensors))
 
 
 def _cached(source: str, revision: str | None) -> Path | None:
@@ -74,10 +74,10 @@ def _cached(source: str, revision: str | None) -> Path | None:
     return folder if whole else None
 
 
-def _no_base(source: str, folder: Path) -> BaseError:
+def _no_base(source: str, folder: Path) -> ModelError:
     if (folder / ADAPTER_CONFIG).is_file():
         return an_adapter(source, folder)
-    return BaseError(f"{source} on the hub has no {CONFIG}", fix="use another repository")
+    return ModelError(f"{source} on the hub has no {CONFIG}", fix="use another repository")
 
 
 @contextlib.contextmanager
@@ -87,24 +87,24 @@ def hub_errors(source: str, revision: str | None) -> Iterator[None]:
         with machine_errors("the hub's cache"):
             yield
     except HFValidationError as error:
-        raise BaseError("neither a folder nor a hub id", got=source, fix="check the name") from error
+        raise ModelError("neither a folder nor a hub id", got=source, fix="check the name") from error
     except GatedRepoError as error:
-        raise BaseError(f"{source} is gated", fix="accept its terms on the hub, then: hf auth login") from error
+        raise ModelError(f"{source} is gated", fix="accept its terms on the hub, then: hf auth login") from error
     except RevisionNotFoundError as error:
-        raise BaseError(f"{source} has no such revision", got=revision, fix="check --revision") from error
+        raise ModelError(f"{source} has no such revision", got=revision, fix="check --revision") from error
     except RepositoryNotFoundError as error:
-        raise BaseError(
+        raise ModelError(
             f"there is no folder {source} here and no public model {source} on the hub",
             fix="check the spelling; for a private model: hf auth login",
         ) from error
     except LocalEntryNotFoundError as error:
-        raise BaseError(
+        raise ModelError(
             f"there is no folder {source} here, and the hub cannot be asked for it",
             got="no answer, and nothing in its cache",
             fix="check the name and the network (and HF_HUB_OFFLINE), or give a folder",
         ) from error
     except (NotASafetensorsRepoError, SafetensorsParsingError, EntryNotFoundError) as error:
-        raise BaseError(
+        raise ModelError(
             f"{source} on the hub has no safetensors weights whose headers could be read",
             fix="use another repository, or download it and give its folder",
         ) from error

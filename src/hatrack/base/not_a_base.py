@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, is_hub_id
-from hatrack.errors import BaseError
+from hatrack.errors import ModelError
 from hatrack.recipe import flag
 
 BELOW = ("*", "*/*", "models--*/snapshots/*", "*/models--*/snapshots/*")
@@ -34,7 +34,7 @@ OTHER_FORMATS = (
 """What a folder may hold in place of a model that transformers reads: patterns of names, what it is, what helps."""
 
 
-def no_model_in(path: Path, names: Collection[str], source: str) -> BaseError:
+def no_model_in(path: Path, names: Collection[str], source: str) -> ModelError:
     """Why a folder with files of these `names`, given as `source`, is no base."""
     if ADAPTER_CONFIG in names:
         return an_adapter(str(path), path)
@@ -46,9 +46,9 @@ def no_model_in(path: Path, names: Collection[str], source: str) -> BaseError:
     )
 
 
-def an_adapter(source: str, folder: Path) -> BaseError:
+def an_adapter(source: str, folder: Path) -> ModelError:
     """Why an adapter's `folder`, given as `source`, is no base, and what its base is."""
-    return BaseError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_its_base(folder))
+    return ModelError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_its_base(folder))
 
 
 def _its_base(folder: Path, whose: str = "its") -> str:
@@ -58,25 +58,25 @@ def _its_base(folder: Path, whose: str = "its") -> str:
     return f"use {whose} base: {base}" if base else f"use {whose} base, which {ADAPTER_CONFIG} does not name"
 
 
-def no_such_path(source: str) -> BaseError:
+def no_such_path(source: str) -> ModelError:
     """Why there is no base at a path that does not exist."""
     fix = "give its path on this machine with --base FOLDER, or its hub id"
     hub_id = _hub_id_in(source)
     if hub_id:
         fix = f"give its hub id: {flag('base', hub_id)}"
     if re.match(r"[a-z][a-z0-9+.-]+://", source):
-        return BaseError(f"{source} is an address, not a folder or a hub id", fix=fix)
+        return ModelError(f"{source} is an address, not a folder or a hub id", fix=fix)
     there = Path(source.replace("\\", "/")).expanduser()
     if re.match(r"[A-Za-z]:[\\/]", source) or "\\" in source:
         if there.exists():
-            return BaseError(f"there is no base at {source}", fix=f"did you mean {there}?")
-        return BaseError(f"there is no base at {source}", got="a Windows path", fix=fix)
+            return ModelError(f"there is no base at {source}", fix=f"did you mean {there}?")
+        return ModelError(f"there is no base at {source}", got="a Windows path", fix=fix)
     missing = next((folder for folder in [*reversed(there.parents)] if not folder.exists()), None)
     if missing is None:
         near = f"{there.parent} has {some(entry.name for entry in _entries(there.parent))}"
-        return BaseError(f"there is no base at {source}", got=near, fix=fix if hub_id else "check the path")
+        return ModelError(f"there is no base at {source}", got=near, fix=fix if hub_id else "check the path")
     other = ": a path of another machine" if there.is_absolute() and len(missing.parts) == 2 else ""
-    return BaseError(f"there is no base at {source}", got=f"no folder {missing} here{other}", fix=fix)
+    return ModelError(f"there is no base at {source}", got=f"no folder {missing} here{other}", fix=fix)
 
 
 def some(names: Iterable[str], most: int = 6) -> str:
@@ -86,7 +86,7 @@ def some(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(ordered[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
 
 
-def _models_below(path: Path) -> BaseError | None:
+def _models_below(path: Path) -> ModelError | None:
     """Several models or one inside of a folder: checkpoints, a folder of models, the hub's cache."""
     models = _below(path, CONFIG, WHOLE)
     if not models:
@@ -95,42 +95,42 @@ def _models_below(path: Path) -> BaseError | None:
     what = "the hub's cache, not a model" if "snapshots" in chosen.relative_to(path).parts else "a folder of models"
     inside = some(str(model.relative_to(path)) for model in models)
     fix = f"give {'' if len(models) == 1 else 'one of them: '}{flag('base', chosen)}"
-    return BaseError(f"{path} is {what}", got=inside, fix=fix, gotcha="base-folder-around")
+    return ModelError(f"{path} is {what}", got=inside, fix=fix, gotcha="base-folder-around")
 
 
-def _adapters_below(path: Path) -> BaseError | None:
+def _adapters_below(path: Path) -> ModelError | None:
     adapters = _below(path, ADAPTER_CONFIG, (ADAPTER_CONFIG,))
     if not adapters:
         return None
     inside = some(str(adapter.relative_to(path)) for adapter in adapters)
-    return BaseError(f"{path} holds adapters, not a base", got=inside, fix=_its_base(adapters[0], "their"))
+    return ModelError(f"{path} holds adapters, not a base", got=inside, fix=_its_base(adapters[0], "their"))
 
 
-def _other_format(path: Path, names: Collection[str]) -> BaseError | None:
+def _other_format(path: Path, names: Collection[str]) -> ModelError | None:
     for patterns, what, fix in OTHER_FORMATS:
         found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
         if found:
-            return BaseError(f"{path} {what}", got=some(found), fix=fix, gotcha="base-saved-in-parts")
+            return ModelError(f"{path} {what}", got=some(found), fix=fix, gotcha="base-saved-in-parts")
     return None
 
 
-def _nothing_whole(path: Path, names: Collection[str], source: str) -> BaseError:
+def _nothing_whole(path: Path, names: Collection[str], source: str) -> ModelError:
     """No model, nor a sign of one elsewhere: no config, no weights, or a folder that only has a model's name."""
     weights = [name for name in names if any(fnmatch(name, pattern) for pattern in OTHER_WEIGHTS)]
     if CONFIG in names:
-        return BaseError(
+        return ModelError(
             f"{path} has no weights that can be used",
             got=f"{', '.join(sorted(weights)[:4])} but no {WEIGHTS}" if weights else f"no {WEIGHTS}",
             fix="copy the weights into it, or use another base",
         )
     if not weights and is_hub_id(source.rstrip("/")):
-        return BaseError(
+        return ModelError(
             f"the folder {source} here has no model in it, and hides the one of that name on the hub",
             got=some(names),
             fix="rename or remove the folder, or give another one with --base FOLDER",
             gotcha="base-hidden-by-a-folder",
         )
-    return BaseError(f"{path} has no {CONFIG}", got=some(names), fix="give the folder of a whole model")
+    return ModelError(f"{path} has no {CONFIG}", got=some(names), fix="give the folder of a whole model")
 
 
 def _below(path: Path, needed: str, any_of: tuple[str, ...]) -> list[Path]:

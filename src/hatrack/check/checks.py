@@ -10,22 +10,22 @@ from typing import Any, cast
 from hatrack.adapter.count import joined_experts, linears_from_shapes
 from hatrack.adapter.targets import Choice, check_rank, choose
 from hatrack.base.code import check_code
+from hatrack.base.description import describe_folder
+from hatrack.base.free_memory import need_bitsandbytes
 from hatrack.base.header import head_shapes, model_shapes, read_config
 from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer, name_of
-from hatrack.base.peek import peek_folder
-from hatrack.base.room import need_bitsandbytes
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check import base, rows, settings
 from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding, Looking
 from hatrack.check.reading import read_for_base
+from hatrack.console import say
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import tokenise
 from hatrack.errors import RecipeError
 from hatrack.planning.fit import Work, settle
 from hatrack.planning.machine import check_compute, here
 from hatrack.recipe import Recipe, Task
-from hatrack.say import say
 
 BEFORE_TRAINING = (
     settings.learning_rate_timid,
@@ -81,7 +81,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
     if looking.found or not (examples and files and tokens and dtype and task):
         return looking.found, None
     work = Work(task, len(examples.labels), tokens.learn.sizes, tokens.held_out.sizes)
-    settled = look("does-not-fit", settle, recipe, peek_folder(files.folder), work, here(recipe.device, dtype))
+    settled = look("does-not-fit", settle, recipe, describe_folder(files.folder), work, here(recipe.device, dtype))
     if settled is None:
         return looking.found, None
     where, plan = settled

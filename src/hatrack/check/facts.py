@@ -8,8 +8,8 @@ from hatrack.base.header import hidden_size, read_config, read_header
 from hatrack.base.sources import BaseFiles
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
-from hatrack.planning.derive import Schedule, learning_rate
 from hatrack.planning.fit import Plan
+from hatrack.planning.schedule import Schedule, learning_rate
 from hatrack.recipe import Recipe
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from hatrack.adapter.files import AdapterFiles, read_adapter
 from hatrack.adapter.origin import find_its_base
-from hatrack.adapter.rack import find
+from hatrack.adapter.registry import find
 from hatrack.check.finding import Finding, Looking
-from hatrack.say import size
+from hatrack.console import size
 
 Tensors = dict[str, torch.Tensor]
 PEFTS_OWN = ("classifier", "score")

@@ -3,8 +3,8 @@
 from functools import partial
 from typing import cast
 
+from hatrack.base.description import is_on_hub
 from hatrack.base.load import load_config, load_tokenizer
-from hatrack.base.peek import is_on_hub
 from hatrack.base.sources import find_base
 from hatrack.data.complaints import Unlearnable
 from hatrack.data.examples import Examples, look_further, read_examples

@@ -5,9 +5,9 @@ from collections import Counter
 
 from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
-from hatrack.data.ends import Ends
 from hatrack.data.examples import Example
 from hatrack.data.labels import is_number
+from hatrack.data.stop_tokens import Ends
 from hatrack.errors import short
 
 LOPSIDED = 0.8

@@ -1,0 +1,1 @@
+"""One small file per command; the only room that may import inside functions."""

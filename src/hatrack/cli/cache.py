@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hatrack.cli.hats import age
 from hatrack.cli.options import Json
+from hatrack.cli.rack import age
 from hatrack.cli.tables import print_table
+from hatrack.console import size
 from hatrack.errors import RecipeError
-from hatrack.say import size
 from hatrack.storage import cache_dir
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ def cache(
 
     Hidden states below the adapted layers, and quantised bases: no run computes them again.
     """
-    from hatrack.base import packed
-    from hatrack.engine import states
+    from hatrack.base import quantized_cache
+    from hatrack.training import hidden_states
 
     if action not in (None, "clear"):
         raise RecipeError("hatrack cache shows, hatrack cache clear removes", got=action, fix="use one of them")
     if action == "clear":
-        gone = [(entry.bytes, states.remove(entry)) for entry in states.entries()]
-        gone += [(entry.bytes, packed.remove(entry)) for entry in packed.entries()]
+        gone = [(entry.bytes, hidden_states.remove(entry)) for entry in hidden_states.entries()]
+        gone += [(entry.bytes, quantized_cache.remove(entry)) for entry in quantized_cache.entries()]
         _clear(gone, as_json)
         return
-    found = [_layers(entry, states.rows(entry)) for entry in states.entries()]
-    found += [_weights(entry) for entry in packed.entries()]
+    found = [_layers(entry, hidden_states.rows(entry)) for entry in hidden_states.entries()]
+    found += [_weights(entry) for entry in quantized_cache.entries()]
     found.sort(key=lambda facts: facts["last_used"], reverse=True)
     if as_json:
         print(json.dumps({"folder": str(cache_dir()), "entries": found}))

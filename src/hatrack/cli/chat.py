@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from hatrack.cli.opening import Adapter, OpenHat, with_hat
+from hatrack.cli.adapter_options import Adapter, OpenHat, with_hat
 from hatrack.cli.options import Json
 from hatrack.cli.predict import Length, Temperature
+from hatrack.console import say
 from hatrack.errors import HatrackError, RecipeError
-from hatrack.say import say
 
 if TYPE_CHECKING:
-    from hatrack.hat import Hat
+    from hatrack.inference.hat import Hat
 
 HELP = """/help         this list
 /use NAME     another adapter answers; it is loaded where it is not yet

@@ -28,7 +28,7 @@ def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
         return _report(adapter, [refusal("adapter-refused", error)], as_json)
 
     from hatrack.check.folder import check_adapter
-    from hatrack.hat import load
+    from hatrack.inference.hat import load
 
     found = check_adapter(adapter, given.get("base"), trust=given.get("trust_remote_code"))
     if not any(finding.refused for finding in found):
@@ -47,7 +47,7 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
     """
     leave_out(recipe)
     from hatrack.check.checks import check_recipe
-    from hatrack.engine.trial import one_step
+    from hatrack.training.one_step import one_step
 
     found, facts = check_recipe(recipe)
     if facts is not None and not any(finding.refused for finding in found):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.models import OptionInfo
 
-from hatrack.cli.opening import OpenHat, names_on_the_rack, with_hat
+from hatrack.cli.adapter_options import OpenHat, names_on_the_rack, with_hat
 from hatrack.cli.options import Json
 from hatrack.errors import AdapterError
 from hatrack.recipe import Recipe, flag
@@ -58,9 +58,9 @@ def compare(
     _check_names(adapter)
     hat = open_hat()
 
+    from hatrack.console import say
     from hatrack.evaluate.compare import compare as run
     from hatrack.evaluate.held_out import held_out
-    from hatrack.say import say
 
     scored = held_out(hat, data, **options)
     say(f"comparing on {len(next(iter(scored.values()))):,} rows")
@@ -70,14 +70,14 @@ def compare(
 
 def _check_names(adapters: list[str]) -> None:
     """Before a base is loaded. Raises AdapterError for an adapter named twice, and for some that cannot be compared."""
-    from hatrack.adapter.hatfile import read_hat_file
-    from hatrack.adapter.rack import find
-    from hatrack.evaluate.alike import check_alike
+    from hatrack.adapter.card import read_card
+    from hatrack.adapter.registry import find
+    from hatrack.evaluate.comparable import check_alike
 
     folders = {name: find(name).resolve() for name in adapters}
     if len(set(folders.values())) < len(adapters):
         raise AdapterError("an adapter is named twice", got=" ".join(adapters), fix="name each once")
-    made = {name: read_hat_file(folder) for name, folder in folders.items()}
+    made = {name: read_card(folder) for name, folder in folders.items()}
     here = {name: hat for name, hat in made.items() if hat is not None}
     if len(here) > 1:
         check_alike(here)

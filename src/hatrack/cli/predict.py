@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hatrack.cli.opening import Adapter, OpenHat, with_hat
+from hatrack.cli.adapter_options import Adapter, OpenHat, with_hat
 from hatrack.cli.options import Json
+from hatrack.console import counted, say
 from hatrack.errors import DataError, cut
-from hatrack.say import counted, say
 
 if TYPE_CHECKING:
-    from hatrack.cli.asked import Asked
-    from hatrack.hat import Hat
+    from hatrack.cli.inputs import Asked
+    from hatrack.inference.hat import Hat
 
 Bare = Annotated[bool, typer.Option("--without-adapter", help="Answer with the bare base instead.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The most tokens of an answer.")]
@@ -54,8 +54,8 @@ def predict(
 
     Each row gets one answer, in order; one that cannot be answered gets an error, and the exit code is then 2.
     """
-    from hatrack.cli.answers import check_output, print_answer, refuse_failed, written
-    from hatrack.cli.asked import open_source, read_asked
+    from hatrack.cli.inputs import open_source, read_asked
+    from hatrack.cli.outputs import check_output, print_answer, refuse_failed, written
 
     check_output(output)
     source = open_source(texts, file, text)

@@ -40,10 +40,10 @@ def leave_out_to_open(*adapters: str) -> None:
 
     Raises AdapterError, before anything slow is imported, where there is no such adapter or hatrack.json is malformed.
     """
-    from hatrack.adapter.hatfile import read_hat_file
-    from hatrack.adapter.rack import find
+    from hatrack.adapter.card import read_card
+    from hatrack.adapter.registry import find
 
-    hats = [read_hat_file(find(adapter)) for adapter in adapters]
+    hats = [read_card(find(adapter)) for adapter in adapters]
     if all(hat is not None and hat.recipe.get("quantize", "none") == "none" for hat in hats):
         _not_installed(QUANTIZERS)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hatrack.cli.opening import names_on_the_rack
+from hatrack.cli.adapter_options import names_on_the_rack
 from hatrack.cli.options import Json, with_recipe
 from hatrack.cli.spare import leave_out
 from hatrack.recipe import Recipe
@@ -28,12 +28,12 @@ def train(
 ) -> None:
     """Train an adapter: hatrack train FILE --base MODEL."""
     if like is not None:
-        from hatrack.engine.repeat import recipe_like
+        from hatrack.training.repeat import recipe_like
 
         recipe = recipe_like(like, **recipe.set_options(), trust_remote_code=recipe.trust_remote_code)
     leave_out(recipe)
-    from hatrack.engine.train import shown
-    from hatrack.engine.train import train as run
+    from hatrack.training.train import shown
+    from hatrack.training.train import train as run
 
     gc.freeze()  # a search for garbage, one before the first step, looked through all that was imported: half a second
     hat = run(recipe)

@@ -1,1 +1,1 @@
-
+"""Files -> rows -> examples -> token rows -> batches."""

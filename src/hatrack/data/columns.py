@@ -6,10 +6,10 @@ Knows nothing of what becomes of the rows.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hatrack.console import say
 from hatrack.data.messages import looks_like_talk
 from hatrack.errors import DataError, short
 from hatrack.recipe import Recipe, flag, nearest
-from hatrack.say import say
 
 COMMON = {
     "text": ("text", "sentence", "review", "content", "body", "document", "message", "comment", "tweet", "description"),

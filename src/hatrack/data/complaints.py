@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from hatrack.data.values import Bad
+from hatrack.console import counted, say
+from hatrack.data.row_values import Bad
 from hatrack.errors import DataError
-from hatrack.say import counted, say
 
 SHOWN_SPANS = 8
 

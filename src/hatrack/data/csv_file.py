@@ -13,9 +13,9 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from hatrack.console import say_once
 from hatrack.data.table import Rows, from_cells
 from hatrack.errors import DataError
-from hatrack.say import say_once
 
 csv.field_size_limit(2**31 - 1)
 

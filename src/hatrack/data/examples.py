@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from hatrack.console import say
 from hatrack.data import labels
 from hatrack.data.columns import find_beside, find_columns
 from hatrack.data.complaints import Unlearnable, joined, refuse_or_skip
 from hatrack.data.labels import Label
 from hatrack.data.messages import holds
 from hatrack.data.read import Rows, read_rows
-from hatrack.data.values import Bad, read_example
+from hatrack.data.row_values import Bad, read_example
 from hatrack.errors import DataError, HatrackError, short
 from hatrack.recipe import Recipe
-from hatrack.say import say
 
 Made = TypeVar("Made")
 PLAIN = {"role", "content"}

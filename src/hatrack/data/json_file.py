@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hatrack.console import say_once
 from hatrack.data.table import Rows, from_objects
 from hatrack.errors import DataError
-from hatrack.say import say_once
 
 LARGEST_LITERAL = 2**26
 """Characters of a file that is tried as Python writes it: its parser takes many times their memory."""

@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from hatrack.console import counted, say, say_once
 from hatrack.errors import DataError, short
 from hatrack.recipe import flag
-from hatrack.say import counted, say, say_once
 
 Label = str | int | float | bool | list[Any]
 

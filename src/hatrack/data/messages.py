@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hatrack.console import say_once
 from hatrack.data.labels import encodable
 from hatrack.errors import short
-from hatrack.say import say_once
 
 Turn = dict[str, Any]
 

@@ -17,7 +17,7 @@ from hatrack.data.table import Rows as Rows
 from hatrack.data.table import check_names, from_objects
 from hatrack.data.text import PACKED, decode, read_text
 from hatrack.errors import DataError
-from hatrack.first_bytes import PARQUET, other_kind
+from hatrack.file_kind import PARQUET, other_kind
 from hatrack.recipe import flag, nearest
 from hatrack.wheels import fetch_member, is_pypi
 

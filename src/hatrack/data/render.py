@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from hatrack.console import say, say_once
 from hatrack.data.complaints import Unlearnable
 from hatrack.data.examples import Example
+from hatrack.data.row_values import Bad
 from hatrack.data.template import render_chat
-from hatrack.data.values import Bad
 from hatrack.errors import DataError, MachineError
-from hatrack.say import say, say_once
 from hatrack.storage import cache_dir, new_folder
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -154,7 +154,7 @@ def render(
 def encode(example: Example, tokenizer: Any, template: str | None) -> tuple[np.ndarray, np.ndarray]:
     """One example's tokens (int32), however many they are, and which of them are learned (bool).
 
-    Raises DataError where the template refuses its conversation, BaseError as `render_chat` does.
+    Raises DataError where the template refuses its conversation, ModelError as `render_chat` does.
     """
     if example.messages:
         return render_chat(

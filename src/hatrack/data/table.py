@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hatrack.console import say_once
 from hatrack.errors import DataError
-from hatrack.say import say_once
 
 INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*|__index_level_\d+__)?")
 """How pandas names the columns of its index: not at all in CSV, `Unnamed: 0` once that is read and written again."""

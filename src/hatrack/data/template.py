@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from jinja2.exceptions import TemplateSyntaxError
 
+from hatrack.console import say_once
 from hatrack.data.messages import Turn, speaks
-from hatrack.data.whole import written
-from hatrack.errors import BaseError, DataError
-from hatrack.say import say_once
+from hatrack.data.template_coverage import written
+from hatrack.errors import DataError, ModelError
 
 THOUGHT = re.compile(r"</?think(ing)?>")
 WORD = re.compile(r"\w+")
@@ -40,7 +40,7 @@ def chat_template(tokenizer: Any, *, tools: bool = False, today: datetime | None
 
     Of several by name it is `tool_use` where the rows have `tools`, else `default`, or the only one. A template that
     writes the time gets it written in: the beginning of `today`, whenever and wherever it is used from then on.
-    Raises BaseError where none of several is meant to be used without being asked for.
+    Raises ModelError where none of several is meant to be used without being asked for.
     """
     own = _chosen(tokenizer.chat_template, tools)
     if own:
@@ -57,7 +57,7 @@ def _chosen(own: str | dict[str, str] | None, tools: bool) -> str | None:
         return own["tool_use"]
     if "default" in own or len(own) < 2:
         return own.get("default", next(iter(own.values()), None))
-    raise BaseError(
+    raise ModelError(
         "the base has several chat templates, and none of them is the default",
         got=", ".join(sorted(own)),
         fix="name one of them 'default', in the base's tokenizer_config.json or additional_chat_templates",
@@ -107,10 +107,10 @@ def render_chat(
     each, but for those whose index is in `read_only`. `tools` are those that the assistant could call.
 
     Raises DataError where the template fails, leaves out anything of the conversation, or does not show where the
-    assistant speaks; BaseError where the tokenizer cannot tell which characters a token stands for.
+    assistant speaks; ModelError where the tokenizer cannot tell which characters a token stands for.
     """
     if not tokenizer.is_fast:
-        raise BaseError(
+        raise ModelError(
             "this base's tokenizer cannot tell which characters a token stands for",
             got=type(tokenizer).__name__,
             fix="use a base with a tokenizer.json, or --task complete with prompt and completion",
@@ -157,13 +157,13 @@ def _tokens(tokenizer: Any, whole: str, starts: Sequence[int]) -> tuple[list[int
 
 
 def check_steady(messages: Sequence[Turn], tokenizer: Any, template: str) -> None:
-    """Raises BaseError where the template writes one and the same conversation in two ways: what is asked for later is
+    """Raises ModelError where the template writes one and the same conversation in two ways: what is asked for later is
     then nothing that was learned. What it refuses is left to others to say."""
     with suppress(DataError):
         first, again = (_write(tokenizer, list(messages), template, prompt=False) for _ in range(2))
         if first != again:
             start = len(_common(first, again))
-            raise BaseError(
+            raise ModelError(
                 "the chat template writes something else each time",
                 got=f"{first[start : start + SHOWN]!r}, then {again[start : start + SHOWN]!r}",
                 fix="use a base with another template",
@@ -278,7 +278,7 @@ def _write(
             add_generation_prompt=prompt,
         )
     except TemplateSyntaxError as error:
-        raise BaseError(
+        raise ModelError(
             "the base's chat template is not valid Jinja",
             got=f"line {error.lineno}: {error.message}",
             fix="mend it in the base's chat_template.jinja or tokenizer_config.json, or use another base",

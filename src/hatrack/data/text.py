@@ -11,9 +11,9 @@ import re
 import zlib
 from pathlib import Path
 
+from hatrack.console import say_once
 from hatrack.errors import DataError
-from hatrack.first_bytes import BZIP2, GZIP, LONGEST, PARQUET, Found, look
-from hatrack.say import say_once
+from hatrack.file_kind import BZIP2, GZIP, LONGEST, PARQUET, Found, look
 
 PACKED = {".gz": GZIP, ".bz2": BZIP2}
 """The end of a file's name -> what such a file is."""

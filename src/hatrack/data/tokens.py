@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from hatrack.data.ends import Ends, find_ends
+from hatrack.console import say
 from hatrack.data.examples import Examples, of_both
 from hatrack.data.limit import choose_max_length, length_limit
 from hatrack.data.render import ONE_END, TokenRows, render_cached, wrong_ends
+from hatrack.data.stop_tokens import Ends, find_ends
 from hatrack.data.template import chat_template, check_steady
-from hatrack.errors import BaseError, DataError
+from hatrack.errors import DataError, ModelError
 from hatrack.recipe import Recipe
-from hatrack.say import say
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def render_both(
 
 
 def check_embedded(part: TokenRows, tokenizer: Any, config: Any) -> None:
-    """Raises BaseError where a row has a token that the base has no embedding for."""
+    """Raises ModelError where a row has a token that the base has no embedding for."""
     known = _embeddings(config)
     if not len(part.ids) or part.ids.max() < known:
         return
     place = int((part.ids >= known).argmax())
     row = part.rows[np.searchsorted(part.offsets, place, side="right") - 1]
-    raise BaseError(
+    raise ModelError(
         "the tokenizer has tokens that the base has no embedding for",
         got=f"{_without(tokenizer, int(part.ids[place]), known)} in row {row}",
         fix="use tokenizer and weights of one model, or weights whose embeddings were resized for it",
@@ -125,12 +125,12 @@ def check_ids(ids: np.ndarray, tokenizer: Any, config: Any, task: str) -> None:
 
 def only_end(tokenizer: Any, config: Any, task: str) -> int | None:
     """The token that a row to classify must have exactly once, as an encoder-decoder reads its answer there; None for
-    other bases and tasks. Raises BaseError where rows are padded with that token."""
+    other bases and tasks. Raises ModelError where rows are padded with that token."""
     if task != "classify" or not getattr(config, "is_encoder_decoder", False):
         return None
     end: int = config.eos_token_id
     if tokenizer.pad_token_id == end:
-        raise BaseError(
+        raise ModelError(
             "this base classifies at its end token, and pads with the same token",
             got=f"{tokenizer.pad_token!r} as {end:,}",
             fix="set another pad_token in its tokenizer_config.json",

@@ -1,1 +1,1 @@
-
+"""How well a model does, and whether an adapter made it better."""

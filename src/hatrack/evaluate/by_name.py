@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from hatrack.data.given import file_of
+from hatrack.data.in_memory import file_of
 from hatrack.errors import RecipeError
 from hatrack.evaluate.compare import Comparison, Comparisons
 from hatrack.evaluate.compare import compare as compare_on
 from hatrack.evaluate.held_out import COLUMNS, held_out
-from hatrack.hat import Hat, load
+from hatrack.inference.hat import Hat, load
 
 
 def compare(

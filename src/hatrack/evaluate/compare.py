@@ -13,7 +13,7 @@ import numpy as np
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.held_out import FEWEST_ROWS
 from hatrack.evaluate.score import Score, main_metric, score
-from hatrack.hat import Hat
+from hatrack.inference.hat import Hat
 
 RESAMPLES = 2000
 

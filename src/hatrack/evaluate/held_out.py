@@ -1,6 +1,6 @@
 """The rows to compare adapters on: none that one of them was trained on.
 
-What an adapter was trained on is known by content, from the file beside it (`data/seen.py`); of one that has no such
+What an adapter was trained on is known by content, from the file beside it (`data/trained_rows.py`); without such a
 file, from the rows that its hatrack.json names, as long as they are the same.
 """
 
@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from hatrack.adapter.hatfile import HatFile
-from hatrack.data import seen
+from hatrack.adapter.card import AdapterCard
+from hatrack.console import counted, say
+from hatrack.data import trained_rows
 from hatrack.data.complaints import Unlearnable, refuse_or_skip
 from hatrack.data.examples import Example, Examples, prepare, read_scored
 from hatrack.data.limit import choose_max_length, length_limit
@@ -20,10 +21,9 @@ from hatrack.data.render import TokenRows, render_cached
 from hatrack.data.template import chat_template
 from hatrack.data.tokens import check_embedded, only_end, render_both
 from hatrack.errors import AdapterError, DataError, HatrackError
-from hatrack.evaluate.alike import check_alike
-from hatrack.hat import Hat
+from hatrack.evaluate.comparable import check_alike
+from hatrack.inference.hat import Hat
 from hatrack.recipe import Recipe, flag
-from hatrack.say import counted, say
 
 FEWEST_ROWS = 20
 """A bootstrap of fewer rows is surer than it has reason to be, so there is no verdict."""
@@ -51,7 +51,7 @@ def held_out(hat: Hat, data: str | None = None, **options: str) -> dict[str, Tok
     return _as_tokens(hat, task, fresh, source, skip)
 
 
-def _its_data(hat: Hat, name: str, made: HatFile) -> Examples:
+def _its_data(hat: Hat, name: str, made: AdapterCard) -> Examples:
     """The rows that an adapter was trained on and scored by, read again."""
     if not made.recipe.get("data"):
         raise AdapterError(f"{name} does not remember what it was trained on", fix=f"name rows with {flag('data')}")
@@ -82,7 +82,7 @@ def _held_out_by_all(earlier: Mapping[str, Examples]) -> list[Example]:
     first, *others = earlier.values()
     shared = first.held_out
     for other in others:
-        shared = _chosen(shared, np.isin(seen.row_keys(shared), seen.row_keys(other.held_out)))
+        shared = _chosen(shared, np.isin(trained_rows.row_keys(shared), trained_rows.row_keys(other.held_out)))
     if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in earlier.values())):
         raise DataError(
             f"{' and '.join(earlier)} hold out other rows",
@@ -93,7 +93,7 @@ def _held_out_by_all(earlier: Mapping[str, Examples]) -> list[Example]:
     return shared
 
 
-def _given(made: HatFile, data: str, options: Mapping[str, str]) -> tuple[str, list[Example]]:
+def _given(made: AdapterCard, data: str, options: Mapping[str, str]) -> tuple[str, list[Example]]:
     """The task of the rows in a file, and these rows with the adapter's labels."""
     rows = read_rows(data)
     kept = {role: made.recipe[role] for role in COLUMNS if made.recipe.get(role) in rows.columns}
@@ -121,7 +121,7 @@ def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Example
         else:
             keys.append(known)
     every = np.concatenate(keys)
-    trained = np.isin(seen.row_keys(examples), every)
+    trained = np.isin(trained_rows.row_keys(examples), every)
     count, fresh = int(trained.sum()), _chosen(examples, ~trained)
     if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # of held-out rows few may be all there are
         raise DataError(
@@ -139,7 +139,7 @@ def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
     """Conversations that go on from one that was trained on with only what is new in them to score."""
     found = [
         replace(each, read_only=tuple(sorted({*each.read_only, *turns})))
-        if (turns := seen.seen_turns(each, known))
+        if (turns := trained_rows.seen_turns(each, known))
         else each
         for each in examples
     ]
@@ -149,18 +149,18 @@ def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
     return found
 
 
-def _trained_on(hat: Hat, name: str, made: HatFile, earlier: Examples | None) -> np.ndarray | None:
+def _trained_on(hat: Hat, name: str, made: AdapterCard, earlier: Examples | None) -> np.ndarray | None:
     """The keys of the rows that an adapter was trained on; None where nothing tells."""
-    path = hat.folders[name] / seen.FILE
+    path = hat.folders[name] / trained_rows.FILE
     if path.exists():
         try:
-            return seen.from_bytes(path.read_bytes())
+            return trained_rows.from_bytes(path.read_bytes())
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path} is damaged", got=error, fix="copy the adapter again") from error
     if earlier is None and made.recipe.get("data"):
         with contextlib.suppress(HatrackError):  # the file is gone, or another one now
             earlier = _its_data(hat, name, made)
-    return None if earlier is None else seen.keys(earlier.train)
+    return None if earlier is None else trained_rows.keys(earlier.train)
 
 
 def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hatrack.kernels.frozen import FrozenLinear, rounding_of
+from hatrack.kernels.frozen_linear import FrozenLinear, rounding_of
 from hatrack.kernels.loss import next_token_losses
 
 Batch = dict[str, torch.Tensor]
@@ -39,7 +39,7 @@ def losses(model: Any, batch: Batch, task: str) -> Losses:
     return values, supervised.nonzero()[:, 0], None
 
 
-def get_to_know(model: Any, task: str) -> None:
+def detect_output_head(model: Any, task: str) -> None:
     """Finds out what `losses` would find out about a model when it first meets it, by a pass of its own."""
     whole = _inside(model)
     if task != "classify" and _is_plain(whole.get_output_embeddings()):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from hatrack.kernels import native
-from hatrack.kernels.drop import Mask, draw, dropped
+from hatrack.kernels.dropout import Mask, draw, dropped
 
 BLOCK = 2**22
 """Numbers of P held at one time: small enough to stay in the processor's cache."""

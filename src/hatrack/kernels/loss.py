@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hatrack.kernels import native
-from hatrack.kernels.frozen import back, times
+from hatrack.kernels.frozen_linear import back, times
 
 CHUNK, CHUNK_ON_ACCELERATOR = 2**23, 2**26
 """Logits held at one time: 16 and 128 MiB of them in bfloat16."""

@@ -86,7 +86,7 @@ static void up(T* y, const float* h, const T* A, int64_t n, int64_t width, int64
 template <bool DROP, typename T>
 static void outer(const T* x, const float* h, float* out, float* space, int64_t n, int64_t width, int64_t rank,
                   int64_t lead, uint32_t threshold, const uint64_t* seeds, int threads) {
-    const int AT_ONCE = RANK / PARTS < 2 ? 2 : RANK / PARTS;  // ranks whose sums of a block fit in registers
+    const int CHUNK = RANK / PARTS < 2 ? 2 : RANK / PARTS;  // ranks whose sums of a block fit in registers
     int64_t size = rank * width;
     #pragma omp parallel num_threads(threads)
     {
@@ -97,21 +97,21 @@ static void outer(const T* x, const float* h, float* out, float* space, int64_t 
             Tile tile = tile_of(number, n);
             for (int64_t j = 0; j < width; j += BLOCK) {
                 floats rows[TILE][PARTS];
-                for (int64_t first = 0; first < rank; first += AT_ONCE) {
+                for (int64_t first = 0; first < rank; first += CHUNK) {
                     if (first == 0 || (DROP && first % RANK == 0 && seeds[first / RANK] != seeds[first / RANK - 1])) {
                         if (DROP) tile.use(seeds[first / RANK]);
                         for (int64_t i = tile.from; i < tile.to; i++)
                             load_block<DROP>(x + i * width, j, tile.keys[i - tile.from], threshold, rows[i - tile.from]);
                     }
-                    floats found[AT_ONCE][PARTS];
-                    for (int k = 0; k < AT_ONCE; k++)
+                    floats found[CHUNK][PARTS];
+                    for (int k = 0; k < CHUNK; k++)
                         for (int part = 0; part < PARTS; part++)
                             found[k][part] = load(mine + (first + k) * width + j + part * LANES);
                     for (int64_t i = tile.from; i < tile.to; i++)
-                        for (int k = 0; k < AT_ONCE; k++)
+                        for (int k = 0; k < CHUNK; k++)
                             for (int part = 0; part < PARTS; part++)
                                 found[k][part] += h[i * lead + first + k] * rows[i - tile.from][part];
-                    for (int k = 0; k < AT_ONCE; k++)
+                    for (int k = 0; k < CHUNK; k++)
                         for (int part = 0; part < PARTS; part++)
                             store(mine + (first + k) * width + j + part * LANES, found[k][part]);
                 }

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from hatrack.kernels import native
-from hatrack.kernels.drop import KEEP, STEPS, Mask, dropped
+from hatrack.kernels.dropout import KEEP, STEPS, Mask, dropped
 
 LARGEST_RANK, LARGEST_STACK = 64, 256
 """Above the first, for one adapter, a general matrix product does better; the second is the kernels' for a stack."""

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from hatrack import cpu
+from hatrack.console import say
 from hatrack.errors import MachineError
-from hatrack.say import say
 from hatrack.storage import cache_dir, machine_errors
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))

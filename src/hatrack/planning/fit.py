@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from hatrack import cpu
-from hatrack.base.peek import Peek
+from hatrack.base.description import BaseDescription
+from hatrack.console import size
 from hatrack.data.order import epoch_batches, length_order
 from hatrack.errors import RecipeError
-from hatrack.planning.derive import Schedule, batch_rows, derive
 from hatrack.planning.machine import Machine
 from hatrack.planning.memory import (
     BITSANDBYTES_IMPORTED,
@@ -28,17 +28,17 @@ from hatrack.planning.memory import (
     training_bytes,
     weight_bytes,
 )
-from hatrack.planning.shape import Anatomy, describe
-from hatrack.planning.time import Effort, forward, lower, step
+from hatrack.planning.model_shape import ModelShape, describe
+from hatrack.planning.schedule import Schedule, batch_rows, derive
+from hatrack.planning.time import OpCounts, forward, lower, step
 from hatrack.recipe import Recipe
-from hatrack.say import size
 
-WAYS = {
+METHODS = {
     "full": Method(full=True),
     "LoRA": Method(),
     "LoRA, 8-bit base": Method(quantize="8bit"),
     "LoRA, 4-bit base": Method(quantize="4bit"),
-    "LoRA, swept": Method(sweep=True),
+    "LoRA, streamed": Method(sweep=True),
 }
 """The columns of a plan."""
 MOST_ROWS = 20_000
@@ -131,11 +131,11 @@ def needed(memory: Mapping[str, int]) -> int:
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanRequest:
     """All that a plan depends on: a base with its adapter, the work, the machine and the recipe."""
 
     recipe: Recipe
-    anatomy: Anatomy
+    anatomy: ModelShape
     work: Work
     machine: Machine
 
@@ -166,12 +166,14 @@ class Setting:
         )
 
 
-def setting(recipe: Recipe, peeked: Peek, work: Work, machine: Machine) -> Setting:
+def setting(recipe: Recipe, peeked: BaseDescription, work: Work, machine: Machine) -> PlanRequest:
     """Raises TargetError or RecipeError where the recipe does not fit the base."""
-    return Setting(recipe, describe(peeked, recipe, task=work.task, labels=work.labels), work, machine)
+    return PlanRequest(recipe, describe(peeked, recipe, task=work.task, labels=work.labels), work, machine)
 
 
-def settle(recipe: Recipe, peeked: Peek, work: Work, machine: Machine, rows: int | None = None) -> tuple[Setting, Plan]:
+def settle(
+    recipe: Recipe, peeked: BaseDescription, work: Work, machine: Machine, rows: int | None = None
+) -> tuple[PlanRequest, Plan]:
     """The plan that training follows, with `rows` at a time where an interrupted run had so many. Where the base has no
     room in memory it stays on disk, and each step sweeps over it.
 
@@ -184,24 +186,24 @@ def settle(recipe: Recipe, peeked: Peek, work: Work, machine: Machine, rows: int
     return where, found
 
 
-def choose(where: Setting, rows: int | None = None) -> Plan:
+def choose(where: PlanRequest, rows: int | None = None) -> Plan:
     """The recipe's own way where that fits, else a sweep where that does and can be."""
     found = plan_run(where, rows=rows)
     if not found.fits and not _needs_whole_base(where):
-        swept = plan_run(where, Method(sweep=True), rows)
-        found = swept if swept.fits else found
+        streamed = plan_run(where, Method(sweep=True), rows)
+        found = streamed if streamed.fits else found
     return found
 
 
-def _needs_whole_base(where: Setting) -> str | None:
-    """The option that a base cannot be swept with, one layer after the other; None where it can."""
+def _needs_whole_base(where: PlanRequest) -> str | None:
+    """The option that a base cannot be streamed with, one layer after the other; None where it can."""
     recipe = where.recipe
     options = {"quantize": recipe.quantize != "none", "variant": recipe.variant in ("dora", "pissa")}
     options |= {"lr": recipe.lr == "auto", "layers": recipe.layers == "auto", "device": not where.machine.sweeps}
     return next((name for name, needs in options.items() if needs), None)
 
 
-def plan_run(where: Setting, method: Method | None = None, rows: int | None = None) -> Plan:
+def plan_run(where: PlanRequest, method: Method | None = None, rows: int | None = None) -> Plan:
     """The plan of a run by one method, by default the recipe's: as many rows at a time as fit (or exactly `rows`, where
     they are given), activations kept.
 
@@ -228,7 +230,7 @@ def most_rows(memory_for: Callable[[int], dict[str, int]], batch_size: int, limi
     raise ValueError("a batch has at least one row")
 
 
-def change(where: Setting, plan: Plan) -> str | None:
+def change(where: PlanRequest, plan: Plan) -> str | None:
     """The one change that makes a run fit that does not, the one that alters the result least first; None if none."""
     for words, recipe, method in _changes(where, plan):
         most = recipe.max_length or np.iinfo(np.int64).max
@@ -240,7 +242,7 @@ def change(where: Setting, plan: Plan) -> str | None:
     return None
 
 
-def refuse(where: Setting, plan: Plan) -> RecipeError:
+def refuse(where: PlanRequest, plan: Plan) -> RecipeError:
     """The complaint about a run that does not fit: what it takes, what there is, and what to change."""
     largest = max(plan.memory, key=lambda term: plan.memory[term])
     most = f"{size(needed(plan.memory))} needed, of which {largest} {size(plan.memory[largest])}"
@@ -250,7 +252,7 @@ def refuse(where: Setting, plan: Plan) -> RecipeError:
     return RecipeError(f"{limit} is too little even for one row at a time", got=most, fix=f"{cure}; or --force")
 
 
-def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
+def _changes(where: PlanRequest, plan: Plan) -> list[tuple[str, Recipe, Method]]:
     """What to try, in order: shorter rows first where one row is the trouble, else the base in fewer bits."""
     method = plan.method
     shorter = []
@@ -263,8 +265,8 @@ def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
         for bits in ("8bit", "4bit")
         if method.quantize == "none"
     ]
-    swept = [
-        (f"{words}, and the base swept layer by layer", where.recipe.changed(**{name: value}), Method(sweep=True))
+    streamed = [
+        (f"{words}, and the base streamed layer by layer", where.recipe.changed(**{name: value}), Method(sweep=True))
         for words, name, value in (
             ("--variant lora", "variant", "lora"),
             ("no --lr auto", "lr", None),
@@ -273,15 +275,15 @@ def _changes(where: Setting, plan: Plan) -> list[tuple[str, Recipe, Method]]:
         if _needs_whole_base(where) == name
     ]
     by_rows = sum(plan.memory[term] for term in ("activations", "heap", "scoring")) > plan.memory["weights"]
-    return [*shorter[:1], *swept, *fewer, *shorter[1:]] if by_rows else [*swept, *fewer, *shorter]
+    return [*shorter[:1], *streamed, *fewer, *shorter[1:]] if by_rows else [*streamed, *fewer, *shorter]
 
 
-def _trained(where: Setting, method: Method) -> int:
+def _trained(where: PlanRequest, method: Method) -> int:
     counted = where.anatomy.counted
     return counted.total - counted.lora - counted.head if method.full else counted.trainable
 
 
-def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]]:
+def _memory_of(where: PlanRequest, method: Method) -> Callable[[int], dict[str, int]]:
     plain = method.quantize == "none" and where.recipe.variant != "dora"
     unread = where.anatomy.below if where.work.known == 1 and _mapped(where, method) else 0
     framework = where.machine.framework or FRAMEWORK
@@ -310,13 +312,13 @@ def _memory_of(where: Setting, method: Method) -> Callable[[int], dict[str, int]
     return memory_for
 
 
-def scored_batches(where: Setting, rows: int) -> list[Batch]:
+def scored_batches(where: PlanRequest, rows: int) -> list[Batch]:
     """The batches in which held-out rows are scored, of a run with so many rows at a time."""
     thin = _thinned(where.work.held_out)
     return _batches(thin, length_order(thin[:, 0], max(rows, FEWEST_SCORED))) if len(thin) else []
 
 
-def micro_batches(where: Setting, rows: int) -> list[Batch]:
+def micro_batches(where: PlanRequest, rows: int) -> list[Batch]:
     """The very micro-batches that training with so many rows at a time will meet, of at most two epochs."""
     schedule, work = where.schedule(rows), where.work
     thin = _thinned(work.rows)
@@ -338,7 +340,7 @@ def _thinned(rows: np.ndarray) -> np.ndarray:
     return rows if len(rows) <= MOST_ROWS else rows[np.argsort(rows[:, 0])][:: -(-len(rows) // MOST_ROWS)]
 
 
-def _priced(where: Setting, plan: Plan) -> Plan:
+def _priced(where: PlanRequest, plan: Plan) -> Plan:
     """The plan with its seconds, bytes on disk and bytes read."""
     anatomy, method = where.anatomy, plan.method
     adapter = (4 if not method.full else ITEM_BYTES[where.dtype]) * plan.trainable
@@ -362,12 +364,12 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     batches = micro_batches(where, plan.micro_batch)
     steps = [step(anatomy, method, batch) + lower(anatomy, method, batch) * -spared for batch in batches]
     count = schedule.steps * schedule.accumulation
-    training = sum(steps, Effort(0, 0, 0)) * (count / len(steps))
-    update = Effort(0, 8.0 * plan.trainable, anatomy.adapters)  # clipping and the optimizer, once a step
+    training = sum(steps, OpCounts(0, 0, 0)) * (count / len(steps))
+    update = OpCounts(0, 8.0 * plan.trainable, anatomy.adapters)  # clipping and the optimizer, once a step
     training += update * schedule.steps
     scored = scored_batches(where, plan.micro_batch)
     again = _spared(where, method, math.inf)  # the first of all scores computes what the later ones read
-    scoring = sum((forward(anatomy, b) + lower(anatomy, method, b) * -again for b in scored), Effort(0, 0, 0))
+    scoring = sum((forward(anatomy, b) + lower(anatomy, method, b) * -again for b in scored), OpCounts(0, 0, 0))
     scoring = scoring * (len(where.work.held_out) / max(len(_thinned(where.work.held_out)), 1))
     evaluations = max(1, -int(-schedule.epochs // 1))
     reading = read * schedule.steps / prices.disk
@@ -380,7 +382,7 @@ def _priced(where: Setting, plan: Plan) -> Plan:
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
 
 
-def _read(where: Setting, plan: Plan, base: int, spared: float) -> int:
+def _read(where: PlanRequest, plan: Plan, base: int, spared: float) -> int:
     """Bytes read from disk in a step, of a base of `base` bytes: none where it stays in memory. A sweep reads it twice,
     the layers below all adapters once, and these not at all for the share `spared` of rows whose results are kept."""
     anatomy, method = where.anatomy, plan.method
@@ -392,13 +394,13 @@ def _read(where: Setting, plan: Plan, base: int, spared: float) -> int:
     return 2 * base * accumulation if _mapped(where, method) and not plan.fits else 0
 
 
-def _mapped(where: Setting, method: Method) -> bool:
+def _mapped(where: PlanRequest, method: Method) -> bool:
     """Whether the base's weights are the pages of a file: its own, or the one that quantised weights are kept in."""
     same = where.anatomy.stored == where.dtype or method.quantize != "none"
     return same and not where.machine.accelerator
 
 
-def kept_bytes(where: Setting, method: Method) -> int:
+def kept_bytes(where: PlanRequest, method: Method) -> int:
     """Bytes on disk of what the layers below all adapters give: of each token a hidden state, up to --cache-limit."""
     if method.full or not where.anatomy.below:
         return 0
@@ -406,13 +408,13 @@ def kept_bytes(where: Setting, method: Method) -> int:
     return min(whole, where.recipe.cache_limit or whole)
 
 
-def _state_bytes(where: Setting) -> int:
+def _state_bytes(where: PlanRequest) -> int:
     """Bytes of one hidden state for each token of all rows."""
     tokens = int(where.work.rows[:, 0].sum() + where.work.held_out[:, 0].sum())
     return tokens * where.anatomy.shape.hidden * ITEM_BYTES[where.dtype]
 
 
-def _spared(where: Setting, method: Method, epochs: float) -> float:
+def _spared(where: PlanRequest, method: Method, epochs: float) -> float:
     """The share of all rows' visits in which the layers below all adapters need not be computed."""
     share = kept_bytes(where, method) / max(_state_bytes(where), 1)
     return share * (1 - (1 - where.work.known) / max(epochs, 1))

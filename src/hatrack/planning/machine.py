@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hatrack import cpu
-from hatrack.base.room import available_memory, no_device
+from hatrack.base.free_memory import available_memory, no_device
+from hatrack.console import size
 from hatrack.errors import RecipeError
-from hatrack.planning.time import Prices
+from hatrack.planning.time import MachineSpeed
 from hatrack.recipe import nearest, parse_size
-from hatrack.say import size
 from hatrack.storage import cache_dir, write_file
 
 GIB = 2**30
@@ -96,7 +96,7 @@ class Machine:
     """Where a run is to take place. `memory` in bytes is what the run may take; `why` says what sets it.
 
     `prices` is None where nothing is known of its speed; `framework` is what importing takes, where it was measured;
-    `sweeps` says whether a base can be swept there, one layer after the other.
+    `sweeps` says whether a base can be streamed there, one layer after the other.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Machine:
     why: str
     dtype: str
     accelerator: bool = False
-    prices: Prices | None = None
+    prices: MachineSpeed | None = None
     framework: int | None = None
     sweeps: bool = True
 
@@ -114,7 +114,7 @@ class Probe:
     """What was measured of this machine: prices by number format, and bytes in memory once everything is imported."""
 
     processor: str
-    prices: dict[str, Prices]
+    prices: dict[str, MachineSpeed]
     framework: int
 
 
@@ -156,9 +156,11 @@ def _key(name: str) -> str:
     return next((key for key in (*ACCELERATORS, *LAPTOPS) if key.replace("-", "") == words), words)
 
 
-def _sheet(teraflops: float, bandwidth: float) -> Prices:
-    """Prices of an accelerator by its data sheet: a number is read and written, often in float32."""
-    return Prices(1 / (teraflops * 1e12 * USED), 6 / (bandwidth * 1e9), 8e-6, 2e9, 15.0, "data sheet, a rough guess")
+def _sheet(teraflops: float, bandwidth: float) -> MachineSpeed:
+    """The speed of an accelerator by its data sheet: a number is read and written, often in float32."""
+    return MachineSpeed(
+        1 / (teraflops * 1e12 * USED), 6 / (bandwidth * 1e9), 8e-6, 2e9, 15.0, "data sheet, a rough guess"
+    )
 
 
 def here(device: str = "auto", dtype: str = "auto") -> Machine:
@@ -215,7 +217,7 @@ def read_probe() -> Probe | None:
     """What was measured of this processor with as many threads; None where nothing was, or the file is damaged."""
     try:
         content = json.loads(_probe_file().read_text())
-        prices = {dtype: Prices(**values) for dtype, values in content["prices"].items()}
+        prices = {dtype: MachineSpeed(**values) for dtype, values in content["prices"].items()}
         return Probe(content["processor"], prices, int(content["framework"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -231,12 +233,14 @@ def _probe_file() -> Path:
     return cache_dir("probe") / f"{safe}-{os.environ.get('OMP_NUM_THREADS', 'all')}.json"
 
 
-def _guess() -> Prices:
-    """Prices of a processor nobody measured: by its number of cores and its widest instructions."""
+def _guess() -> MachineSpeed:
+    """The speed of a processor nobody measured: by its number of cores and its widest instructions."""
     lanes = 32 if "avx512f" in cpu.features() else 16 if "avx2" in cpu.features() else 8
     operation = 1 / (processors() * 2.5e9 * lanes * 0.8)
     rounded = {"int16": operation / 1.4, "int8": operation / 2} if lanes == 16 else {}
-    return Prices(operation, 1.2e-9 / processors(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured", rounded)
+    return MachineSpeed(
+        operation, 1.2e-9 / processors(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured", rounded
+    )
 
 
 def _accelerator() -> Machine | None:

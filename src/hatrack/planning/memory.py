@@ -12,7 +12,7 @@ keeps what enters a layer, and all that of one layer at a time. Full fine-tuning
 
 from dataclasses import dataclass
 
-from hatrack.planning.shape import Anatomy
+from hatrack.planning.model_shape import ModelShape
 
 MIB = 2**20
 FRAMEWORK = 320 * MIB
@@ -39,17 +39,17 @@ LOGITS, LOGITS_ON_ACCELERATOR = 2**23, 2**26
 SCORES = 2**22
 """Attention probabilities held at one time in 16-bit formats (`kernels/attention.py`); in float32 none are."""
 PART = 2**21
-"""Numbers of a matrix brought into the products' format at one time (`kernels/frozen.py`)."""
+"""Numbers of a matrix brought into the products' format at one time (`kernels/frozen_linear.py`)."""
 STATES = 2**27
-"""Bytes of hidden states that a sweep holds in memory (`engine/sweep.py`); those beyond go to a file."""
+"""Bytes of hidden states that a sweep holds in memory (`training/layer_streaming.py`); those beyond go to a file."""
 PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes a weight of a quantised layer: 4-bit numbers come with a float32 scale for each 64 of them."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train: `full` or with an adapter, the base in how many bits, kept in memory or swept layer by layer,
-    activations kept or computed again."""
+    """One way to train: `full` or with an adapter, the base in how many bits, kept in memory or streamed layer by
+    layer, activations kept or computed again."""
 
     full: bool = False
     quantize: str = "none"
@@ -72,7 +72,7 @@ class Batch:
 
 
 def training_bytes(
-    anatomy: Anatomy,
+    anatomy: ModelShape,
     method: Method,
     batch: Batch,
     *,
@@ -131,18 +131,18 @@ def training_bytes(
     return terms | {"loading": max(0, loading - sum(terms.values()))}
 
 
-def state_bytes(anatomy: Anatomy, step_tokens: int, item: int) -> int:
+def state_bytes(anatomy: ModelShape, step_tokens: int, item: int) -> int:
     """Bytes of the hidden states that a sweep keeps of a step: of each token, what goes into each layer with a
     gradient."""
     return step_tokens * anatomy.shape.hidden * item * anatomy.reach
 
 
-def _before_anything(anatomy: Anatomy, framework: int) -> int:
+def _before_anything(anatomy: ModelShape, framework: int) -> int:
     """What is imported, and what comes with it while running."""
     return framework + RUNTIME + TOKEN * anatomy.shape.vocabulary
 
 
-def weight_bytes(anatomy: Anatomy, method: Method, dtype: str, accelerator: bool = False) -> int:
+def weight_bytes(anatomy: ModelShape, method: Method, dtype: str, accelerator: bool = False) -> int:
     """Bytes of the frozen base that are in memory at a time: all of it, or while sweeping the largest part as it lies
     in its file. On an accelerator, while sweeping: two layers so, a copy of one in `dtype` where that is another
     format, and all that is in no layer."""
@@ -156,7 +156,9 @@ def weight_bytes(anatomy: Anatomy, method: Method, dtype: str, accelerator: bool
     return round(anatomy.dense * PACKED.get(method.quantize, item) + anatomy.outside * item)
 
 
-def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, accelerator: bool, packed: bool) -> int:
+def _while_loading(
+    anatomy: ModelShape, method: Method, dtype: str, weights: int, accelerator: bool, packed: bool
+) -> int:
     """While numbers are converted, the file's pages are in memory beside what is made of them."""
     if accelerator or method.sweep:
         return 0
@@ -165,7 +167,7 @@ def _while_loading(anatomy: Anatomy, method: Method, dtype: str, weights: int, a
     return made + (anatomy.disk if converted else 0)
 
 
-def _while_scoring(anatomy: Anatomy, batch: Batch, item: int, at_once: int) -> int:
+def _while_scoring(anatomy: ModelShape, batch: Batch, item: int, at_once: int) -> int:
     """What one layer holds without keeping anything, as much again freed between (measured), and a block of logits: of
     held-out rows, which may be longer."""
     shape = anatomy.shape
@@ -175,7 +177,7 @@ def _while_scoring(anatomy: Anatomy, batch: Batch, item: int, at_once: int) -> i
 
 
 def _kept_in_layer(
-    anatomy: Anatomy, method: Method, item: int, dropout: float, plain: bool, accelerator: bool
+    anatomy: ModelShape, method: Method, item: int, dropout: float, plain: bool, accelerator: bool
 ) -> float:
     """Bytes a token that one layer keeps for its backward pass, in the mean over those a gradient passes through."""
     shape, layers = anatomy.shape, max(anatomy.reach, 1)
@@ -192,18 +194,18 @@ def _kept_in_layer(
     return kept + (shape.query * item if accelerator else 0)  # attention's output
 
 
-def _in_another_format(anatomy: Anatomy, method: Method, dtype: str, accelerator: bool) -> int:
+def _in_another_format(anatomy: ModelShape, method: Method, dtype: str, accelerator: bool) -> int:
     """Numbers of the base that are brought into the products' format at a time, where they are kept in another."""
     if method.quantize == "8bit" or (method.quantize == "4bit" and accelerator):
         return anatomy.largest
     return PART if method.quantize == "4bit" or (method.sweep and anatomy.stored != dtype) else 0
 
 
-def _workspace(anatomy: Anatomy, batch: Batch, item: int) -> int:
+def _workspace(anatomy: ModelShape, batch: Batch, item: int) -> int:
     """What is held for a moment: attention probabilities with their gradients, and gradients of one MLP."""
     return 3 * _scores(anatomy, batch, item) * item + 3 * batch.tokens * anatomy.shape.intermediate * item
 
 
-def _scores(anatomy: Anatomy, batch: Batch, item: int) -> int:
+def _scores(anatomy: ModelShape, batch: Batch, item: int) -> int:
     """Attention probabilities held at a time: in float32 none are."""
     return min(SCORES, batch.rows * anatomy.shape.heads * batch.longest**2) if item < 4 else 0

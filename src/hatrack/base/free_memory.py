@@ -1,0 +1,110 @@
+"""How much memory there is for a base, whether it fits in there, and what can be given back.
+
+Knows no torch and reads no weights.
+"""
+
+import ctypes
+import gc
+import importlib.util
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from hatrack.base.header import TensorInfo
+from hatrack.console import size
+from hatrack.errors import RecipeError
+
+BESIDE = 640 * 2**20
+"""Bytes for all but the base where answers are given: torch itself, an adapter, a few rows."""
+
+
+def holds(header: Mapping[str, TensorInfo], dtype: str, free: int, limit: int | None) -> bool:
+    """Whether a base in `dtype` can be in memory as a whole: in `limit` bytes, and in what is `free`."""
+    weights = sum(math.prod(info.shape) for info in header.values()) * (4 if dtype == "float32" else 2)
+    return weights <= free and (limit is None or weights + BESIDE <= limit)
+
+
+def available_memory(root: Path = Path("/")) -> tuple[int, str]:
+    """Bytes a process can still get, and what sets the limit: the system, or a control group (version 1 or 2).
+
+    What a group's limit leaves is the limit less what is in use, of which cached files that can be dropped do not
+    count. `root` is where the file systems lie.
+    """
+    found = [(psutil.virtual_memory().available, "free on this machine")]
+    for group in _groups(root):
+        for limit_file, used_file, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = _number(group / limit_file), _number(group / used_file)
+            if limit is None or limit >= 2**60:
+                continue
+            droppable = _stat(group / "memory.stat").get(cached, 0)
+            left = max(0, limit - max(0, (used or 0) - droppable))
+            found.append((left, f"left of the control group's {size(limit)}"))
+    return min(found)
+
+
+def no_device(asked: str, there: Sequence[str]) -> RecipeError:
+    """The complaint about a device that this machine does not have."""
+    return RecipeError(f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}")
+
+
+def need_bitsandbytes(quantize: str) -> None:
+    """Raises RecipeError where a base is to be quantised, and bitsandbytes is not installed."""
+    if quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
+
+
+def resident() -> int:
+    """Bytes this process holds in memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def give_back() -> None:
+    """Drops what nobody refers to any more, and hands the memory back to the system. The search takes half a second."""
+    gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Hands memory that is free, in holes between blocks as well, back to the system (glibc)."""
+    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
+    if found is not None:
+        found(0)
+
+
+def _groups(root: Path) -> list[Path]:
+    """The folders of this process's memory control groups, up to the top, of version 1 and 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        place = PurePosixPath(path)
+        folders += [mount / part.relative_to("/") for part in (place, *place.parents)]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None for `max`, or where there is none."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(file: Path) -> dict[str, int]:
+    try:
+        pairs = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

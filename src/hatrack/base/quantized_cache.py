@@ -1,0 +1,162 @@
+"""Bases held in fewer bits, kept on disk: quantised once, mapped from then on.
+
+A folder for each, named by all that its weights depend on, which `about.json` tells: which base, in how many bits, with
+what computed, by which versions. `model.safetensors` has the quantised model's weights under the names transformers
+gives them, without those that are made anew for a task. A folder appears whole or not at all, and is used only as long
+as it is what was written: up to 512 MiB are read for that, of larger ones samples, as for a base's fingerprint.
+
+Needs no torch: what is quantised, and how it is loaded, is for `load.py`.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hatrack import storage
+from hatrack.base.fingerprint import digest, fingerprint
+from hatrack.base.free_memory import need_bitsandbytes
+from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_config, read_header
+from hatrack.console import say, say_once, size
+from hatrack.errors import MachineError, ModelError
+from hatrack.storage import ABOUT, Entry, cache_dir, held, new_folder, read_about, remove_unheld
+
+if TYPE_CHECKING:
+    from hatrack.base.sources import BaseFiles  # which needs torch to convert
+
+FORMAT = 1
+DIGITS = 16
+FEWEST_BITS = {"4bit": 4, "8bit": 8}
+"""Bits of a weight, without its scale."""
+
+
+def root() -> Path:
+    """Where all of them lie."""
+    return cache_dir("packed")
+
+
+def entries() -> list[Entry]:
+    """Every base that is kept, the one last used first; damaged ones as well."""
+    return storage.entries(root())
+
+
+def remove(entry: Entry) -> bool:
+    """Removes one, unless a run is just writing or opening it; one that has it mapped keeps what it mapped."""
+    return remove_unheld(entry.folder)
+
+
+def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
+    """The modules that stay as they are, by the ends of their names: a classifier's heads, which are trained, and its
+    pooler, which may be fresh. None leaves it to transformers, which skips the output head."""
+    pooler = POOLERS.get(str(config.get("model_type")))
+    return [*head_modules(config), *([pooler] if pooler else [])] if task == "classify" else None
+
+
+def made_by(files: "BaseFiles", *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
+    """All that the quantised weights of a base depend on. `dtype` is the format of the rest of them and of what is
+    computed, `device` the kind of device (cpu, cuda) that quantised them.
+
+    Raises RecipeError where bitsandbytes is not installed, ModelError where the base cannot be read.
+    """
+    need_bitsandbytes(quantize)
+    config = read_config(files.folder)
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint(files.folder),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:DIGITS],
+        "task": "classify" if task == "classify" else "generate",
+        "skipped": skipped_modules(config, task),
+        "quantize": quantize,
+        "dtype": dtype,
+        "device": device,
+        "versions": {name: version(name) for name in ("bitsandbytes", "torch", "transformers")},
+    }
+
+
+def is_kept(about: Mapping[str, Any]) -> bool:
+    """Whether there is such a base, damaged or not."""
+    with contextlib.suppress(OSError, MachineError):
+        return (_folder(about) / ABOUT).is_file()
+    return False
+
+
+def find(about: Mapping[str, Any]) -> Path | None:
+    """The folder of a base that `about` made. None where there is none; a damaged one is said, and removed."""
+    try:
+        folder = _folder(about)
+        if not folder.exists():
+            return None
+        if _is_whole(folder, about):
+            with contextlib.suppress(OSError):
+                os.utime(folder / ABOUT)
+            return folder
+    except (OSError, MachineError):
+        return None
+    say(f"the quantised base in {folder} is damaged: it is not used")
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def has_room(folder: Path, quantize: str) -> bool:
+    """Whether there may be room to keep the base in `folder` so; where there cannot be, why is said once."""
+    least = parameter_count({n: info.shape for n, info in read_header(folder).items()}) * FEWEST_BITS[quantize] // 8
+    try:
+        there, free = root(), shutil.disk_usage(root()).free
+    except (OSError, MachineError) as error:
+        return _tell_unkept(str(error))
+    if not os.access(there, os.W_OK):
+        return _tell_unkept(f"writing to {there} is not allowed")
+    return free > least or _tell_unkept(f"{there} has {size(free)} left, and more than {size(least)} are needed")
+
+
+def keep(about: Mapping[str, Any], source: str, write: Callable[[Path], None]) -> Path | None:
+    """Keeps what `write` writes to a safetensors file; `source` is what people call the base.
+
+    None where that fails, which is said once.
+    """
+    try:
+        with new_folder(_folder(about)) as working:
+            write(working / WEIGHTS)
+            told = {**about, "base": source, "weights": digest(read_header(working))}
+            (working / ABOUT).write_text(json.dumps(told, indent=2))
+    except (OSError, MachineError) as error:
+        _tell_unkept(str(error))
+        return None
+    return find(about)
+
+
+@contextlib.contextmanager
+def whole_base(kept: Path, base: Path) -> Iterator[Path]:
+    """A folder for transformers to load from while the block runs: the weights in `kept`, all else from `base`."""
+    with tempfile.TemporaryDirectory(prefix="hatrack-") as name, held(kept):
+        folder = Path(name)
+        for file in base.iterdir():
+            if file.name not in (WEIGHTS, INDEX):
+                (folder / file.name).symlink_to(file.resolve())
+        (folder / WEIGHTS).symlink_to((kept / WEIGHTS).resolve())
+        yield folder
+
+
+def _folder(about: Mapping[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return root() / key[:DIGITS]
+
+
+def _is_whole(folder: Path, about: Mapping[str, Any]) -> bool:
+    told = read_about(folder) or {}
+    try:
+        return {name: told.get(name) for name in about} == about and told.get("weights") == digest(read_header(folder))
+    except ModelError:
+        return False
+
+
+def _tell_unkept(why: str) -> bool:
+    """Says once why a base is not kept. Always False."""
+    say_once(f"the quantised base is not kept on disk, and quantised anew at each load: {why}")
+    return False

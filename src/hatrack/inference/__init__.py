@@ -1,0 +1,1 @@
+"""One base in memory and the adapters on it: generation and classification."""

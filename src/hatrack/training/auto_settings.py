@@ -1,0 +1,134 @@
+"""Settings that a recipe leaves to a measurement: the learning rate (`--lr auto`) and the depth (`--layers auto`)."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import set_seed
+
+from hatrack.adapter.place import place
+from hatrack.base.free_memory import give_back
+from hatrack.base.layer_stack import find_layer_stack
+from hatrack.base.load import Base
+from hatrack.check.facts import Facts
+from hatrack.console import say
+from hatrack.data.batch import LengthBatches, collate
+from hatrack.errors import ModelError
+from hatrack.evaluate.loss import Batch
+from hatrack.evaluate.score import Runner, Score, main_metric, score
+from hatrack.layers.fast_base import speed_up
+from hatrack.layers.fast_lora import LAYER_CLASSES
+from hatrack.planning.schedule import Schedule
+from hatrack.recipe import Recipe
+from hatrack.training.depth import (
+    KEEP,
+    SCORED,
+    SMALLER,
+    TIMED,
+    Depth,
+    Trial,
+    choose,
+    keeps,
+    steps_of,
+    tops,
+    try_depths,
+)
+from hatrack.training.load import load_for
+from hatrack.training.lr_range import find_learning_rate
+
+
+def measured_rate(base: Base, model: Any, facts: Facts) -> float:
+    """The peak learning rate that a range test finds on the rows of one step."""
+    return find_learning_rate(model, _first_steps(base, facts, facts.schedule, 1)[0], facts.task, facts.usual_lr)
+
+
+def measured_depth(facts: Facts) -> Recipe:
+    """The recipe with as few adapted layers as a short comparison finds enough; says what that costs and saves."""
+    try:
+        return facts.recipe.changed(layers=_compared(facts))
+    except (ModelError, ValueError) as error:  # no single stack of layers, or one that is not the same each time
+        say(f"layers: all; depths cannot be compared: {error}")
+        return facts.recipe.changed(layers="all")
+
+
+def _compared(facts: Facts) -> str:
+    count = steps_of(facts.schedule.steps)
+    if not count:
+        say(f"layers: all; a run of {facts.schedule.steps:,} steps is too short to try several depths first")
+        return "all"
+    base = load_for(facts.recipe, facts.files, facts.examples, mapped=False)
+    set_seed(facts.recipe.seed)
+    trunk = find_layer_stack(base.model)
+    speed_up(base.model, compute=facts.recipe.compute)
+    model = place(base.model, facts.recipe, task=facts.task, layer_classes=LAYER_CLASSES)
+    if facts.plan.method.checkpointing:
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+    trial, seen = _trial(base, facts, count), _rows_seen(facts)
+    names = ", ".join(f"top {top}" for top in tops(len(trunk.layers))[1:])
+    say(f"layers: trying {count} small steps with adapters on all {len(trunk.layers)} layers, and on the {names}")
+    before = trial.score(model, None)
+    tried: list[Depth] = []
+    for depth in try_depths(model, trunk, trial):
+        tried.append(depth)
+        seconds = depth.seconds(facts.schedule.steps, seen)
+        say(f"  {depth.name}: {_shown(depth.score)} after them; about {seconds:,.0f} s for the whole run")
+        if not keeps(depth, tried[0], before.metrics["loss"]):  # a smaller one would keep less
+            break
+    chosen = choose(tried, before.metrics["loss"], facts.schedule.steps, seen)
+    say(f"layers: {_verdict(tried, chosen, before, facts, seen)}")
+    del base, model, trunk, trial
+    give_back()
+    return chosen.name
+
+
+def _trial(base: Base, facts: Facts, count: int) -> Trial:
+    rows = max(1, facts.schedule.batch_size // SMALLER)
+    small = replace(facts.schedule, batch_size=rows, micro_batch=math.gcd(rows, facts.schedule.micro_batch))
+    held_out = facts.tokens.held_out.first(min(SCORED, max(32, count * rows // 4)))
+
+    def scored(model: Any, run: Runner | None) -> Score:
+        pad_id = base.tokenizer.pad_token_id
+        return score(model, held_out, task=facts.task, batch_size=8, pad_id=pad_id, device=base.device, run=run)
+
+    steps = _first_steps(base, facts, small, count)
+    whole = _first_steps(base, facts, facts.schedule, TIMED)
+    return Trial(steps, whole, facts.task, facts.schedule.lr, scored)
+
+
+def _first_steps(base: Base, facts: Facts, schedule: Schedule, count: int) -> list[list[Batch]]:
+    """The micro-batches of a schedule's first steps, on the base's device."""
+    learn = facts.tokens.learn
+    order = LengthBatches(learn.lengths, schedule.micro_batch, facts.recipe.seed, by_tokens=facts.task != "classify")
+    found = [
+        collate([learn.row(index) for index in rows], base.tokenizer.pad_token_id, facts.task)
+        for rows in itertools.islice(order, count * schedule.accumulation)
+    ]
+    moved = [{name: tensor.to(base.device) for name, tensor in batch.items()} for batch in found]
+    return [moved[start : start + schedule.accumulation] for start in range(0, len(moved), schedule.accumulation)]
+
+
+def _rows_seen(facts: Facts) -> int:
+    """Rows that go through the layers below the adapters: each once, or where nothing is kept in every epoch."""
+    visits = facts.schedule.steps * facts.schedule.batch_size
+    return visits if facts.recipe.cache_limit == 0 else min(len(facts.tokens.learn), visits)
+
+
+def _verdict(tried: Sequence[Depth], chosen: Depth, before: Score, facts: Facts, seen: int) -> str:
+    """What was chosen, what it costs and what it saves."""
+    everything, metric = tried[0], main_metric(facts.task)
+    gained = before.metrics["loss"] - everything.loss
+    if chosen is everything:
+        return f"all; they lowered the held-out loss by {gained:.3f}, and no smaller depth keeps {KEEP:.0%} of that"
+    kept = (before.metrics["loss"] - chosen.loss) / gained
+    change = chosen.score.metrics[metric] - everything.score.metrics[metric]
+    full, short = (depth.seconds(facts.schedule.steps, seen) for depth in (everything, chosen))
+    return (
+        f"{chosen.name} keeps {kept:.0%} of what all {chosen.layers} lowered the held-out loss by "
+        f"({metric} {change:+.3f} on {len(chosen.score.weights):,} rows), in about {short:,.0f} s, not {full:,.0f}"
+    )
+
+
+def _shown(found: Score) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.metrics.items() if name in ("accuracy", "loss"))

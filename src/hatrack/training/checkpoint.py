@@ -1,0 +1,104 @@
+"""Checkpoints of a run: there whole or not at all, and looked through before anything goes on from one.
+
+Beside the files of transformers' Trainer lies a manifest of them. Knows nothing of what they hold, but for the step
+of the best epoch, whose checkpoint a later one needs.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hatrack.console import say
+from hatrack.errors import MachineError
+from hatrack.storage import new_folder, write_file
+
+MANIFEST, STATE = "manifest.json", "trainer_state.json"
+KEPT = 2
+"""The newest two stay, and the best epoch's, whatever its age."""
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / f"checkpoint-{step}"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps with a checkpoint, newest first."""
+    numbers = (path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*"))
+    return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+
+
+@contextlib.contextmanager
+def writing(run: Path, step: int) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes the checkpoint of `step` once it is on disk to the last byte.
+
+    Raises MachineError where it could not be written; earlier checkpoints stay as they are.
+    """
+    final = folder_of(run, step)
+    try:
+        with new_folder(final) as working:
+            yield working
+            write_file(working / MANIFEST, json.dumps(_listed(working), indent=2))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a failed write
+        if isinstance(error, MachineError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise MachineError(f"{final} could not be written", got=reason, fix="look after that disk") from error
+
+
+def prune(run: Path, best: int | None) -> None:
+    """Removes the checkpoints that nothing needs any more."""
+    for step in steps(run)[KEPT:]:
+        if step != best:
+            shutil.rmtree(folder_of(run, step), ignore_errors=True)
+
+
+def mend(run: Path) -> None:
+    """Leaves only what can be gone on from: whole checkpoints, whose best epoch's is whole too. Says which went."""
+    for path in run.glob(".*"):  # begun by a process that was killed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    wrong = {step: problem for step in steps(run) if (problem := _problem(folder_of(run, step)))}
+    for step in steps(run):
+        problem = wrong.get(step) or _without_best(folder_of(run, step), wrong)
+        if problem:
+            say(f"{folder_of(run, step)} is not used: {problem}")
+            shutil.rmtree(folder_of(run, step))
+
+
+def _without_best(checkpoint: Path, wrong: dict[int, str]) -> str | None:
+    best = json.loads((checkpoint / STATE).read_text())["best_global_step"]
+    gone = best is not None and (best in wrong or not folder_of(checkpoint.parent, best).exists())
+    return f"the best epoch's, of step {best}, is gone" if gone else None
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are what was written."""
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text())
+        for name, (size, digest) in listed.items():
+            path = checkpoint / name
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+            if _digest(path) != digest:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None if STATE in listed else f"{STATE} is missing"
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Each file's size in bytes and SHA-256, by its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_size, _digest(path)) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

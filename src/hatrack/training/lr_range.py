@@ -1,0 +1,69 @@
+"""A range test of the learning rate: twenty steps on one batch, each at a higher rate, then all is put back.
+
+The loss falls while the rate is of use and grows once it is too wild (Smith, "Cyclical Learning Rates for Training
+Neural Networks", 2017, section 3.3). Knows nothing of recipes or files.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hatrack.console import say
+from hatrack.training.undone_steps import gradients, rehearsal
+
+STEPS = 20
+LOWEST, HIGHEST = 1 / 30, 100
+"""Times the usual rate: where the test begins and ends."""
+WORSE = 1.3
+"""Times the lowest loss so far: beyond that the rate is too wild, and what comes after is chance."""
+BACK = 4
+"""The rate taken is this many times lower than the one at the lowest loss: training is longer than the test."""
+
+
+def find_learning_rate(model: Any, batches: Sequence[dict[str, torch.Tensor]], task: str, usual: float) -> float:
+    """The peak learning rate for what is trainable in `model`, to two digits; `usual` where the test tells nothing.
+
+    `batches` are the micro-batches of one step. Weights, random state and mode are afterwards as they were.
+    """
+    say(f"learning rate: trying up to {STEPS} rates on one batch")
+    tried = _try_rates(model, batches, task, usual)
+    chosen = choose_rate(tried, usual)
+    best = min(tried, key=lambda rate_and_loss: rate_and_loss[1])
+    say(
+        f"learning rate {chosen:g} (measured: the loss fell from {tried[0][1]:.3f} to {best[1]:.3f} until the rate "
+        f"reached {best[0]:.1g}; {BACK} times lower is taken)"
+        if chosen != usual
+        else f"learning rate {usual:g} (the usual one: the test of {len(tried)} rates told nothing)"
+    )
+    return chosen
+
+
+def choose_rate(tried: Sequence[tuple[float, float]], usual: float) -> float:
+    """From (rate, loss before the step at that rate): `BACK` times below the rate that led to the lowest loss."""
+    losses = [loss if math.isfinite(loss) else math.inf for _, loss in tried]
+    lowest = losses.index(min(losses))
+    if lowest == 0:  # it never got better: the test tells nothing
+        return usual
+    return float(f"{tried[lowest - 1][0] / BACK:.1e}")
+
+
+def _try_rates(
+    model: Any, batches: Sequence[dict[str, torch.Tensor]], task: str, usual: float
+) -> list[tuple[float, float]]:
+    tried: list[tuple[float, float]] = []
+    with rehearsal(model) as parameters:
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+        for step in range(STEPS):
+            rate = usual * LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
+            loss = gradients(model, batches, task)
+            tried.append((rate, loss))
+            if not loss <= WORSE * min(earlier for _, earlier in tried) + 0.05:  # also where it is not a number
+                break
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+    return tried

@@ -1,0 +1,453 @@
+"""The main path: from a recipe to a finished adapter, read from top to bottom."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import transformers
+from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.utils import logging as transformers_logging
+
+from hatrack.adapter.card import AdapterCard
+from hatrack.adapter.count import line
+from hatrack.adapter.files import save_adapter
+from hatrack.adapter.place import place
+from hatrack.adapter.proof import logits, probe_of
+from hatrack.base.fingerprint import lineage
+from hatrack.base.free_memory import give_back
+from hatrack.base.header import read_config
+from hatrack.base.layer_stack import LayerStack, find_layer_stack
+from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer, name_of
+from hatrack.base.mapped_layers import OUTSIDE, unmap
+from hatrack.base.offload import as_if_loaded, open_layers, settle
+from hatrack.base.sources import BaseFiles, find_base
+from hatrack.check.checks import advise
+from hatrack.check.facts import Facts
+from hatrack.check.reading import read_for_base
+from hatrack.console import say, size
+from hatrack.data import trained_rows
+from hatrack.data.examples import Examples
+from hatrack.data.stop_tokens import Ends
+from hatrack.data.tokens import Tokens, tokenise
+from hatrack.errors import ModelError, RecipeError
+from hatrack.evaluate.score import Score
+from hatrack.inference.hat import Hat, end_tokens
+from hatrack.layers.fast_base import check_rounding, speed_up
+from hatrack.layers.fast_lora import LAYER_CLASSES
+from hatrack.planning.fit import FEWEST_SCORED, Plan
+from hatrack.planning.machine import check_compute
+from hatrack.planning.model_shape import shape_of
+from hatrack.planning.schedule import Schedule
+from hatrack.recipe import Recipe, Task, nearest
+from hatrack.storage import folder_size
+from hatrack.training import cost
+from hatrack.training.auto_settings import measured_depth, measured_rate
+from hatrack.training.callbacks import GracefulStop, MemoryWatch, MetricsFile, ProgressBar, TooMuchMemory
+from hatrack.training.checkpoint import STATE
+from hatrack.training.divergence import Watch
+from hatrack.training.hidden_states import States, open_states, row_key
+from hatrack.training.layer_streaming import LayerStreaming
+from hatrack.training.load import load_for
+from hatrack.training.prefix_cache import Prefix
+from hatrack.training.read_back import read_back
+from hatrack.training.run import Run, open_run
+from hatrack.training.sample_answers import SampleAnswers, check_ends
+from hatrack.training.trainer import BEST, HatTrainer
+
+
+def train(recipe: Recipe) -> Hat:
+    """Trains an adapter as `recipe` says, saves it, proves that the saved one works, and returns it ready to use.
+
+    `Hat.result` holds what `hatrack train --json` prints. Raises a HatrackError for anything the input caused,
+    MachineError where the machine failed, Interrupted (with a checkpoint saved) on Ctrl-C.
+    """
+    with ExitStack() as opened:
+        return _train(opened.enter_context(open_run(recipe)), cost.start_meter(), opened)
+
+
+def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
+    recipe = run.recipe
+    trackers = _trackers(recipe)
+    examples = read_for_base(recipe)
+    files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
+    tokenizer, examples, tokens = _tokenise(run, files, examples)
+    made_on = lineage(files, recipe.quantize)
+    facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
+    advise(facts)
+    if recipe.layers == "auto":
+        recipe = measured_depth(facts)
+        run, facts = replace(run, recipe=recipe), replace(facts, recipe=recipe)
+        if recipe.top_layers is not None:  # all layers are what was planned
+            facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
+    plan, schedule, resumed = facts.plan, facts.schedule, run.recall("schedule")
+    base = load_for(recipe, files, examples, mapped=plan.method.sweep)
+
+    set_seed(recipe.seed)
+    trunk = _trunk(base, recipe)
+    if base.mapped and trunk is not None:
+        settle(base.model, trunk, base.dtype, base.device)
+    speed_up(base.model, trunk if base.mapped or known == 1 else None, recipe.compute)
+    with as_if_loaded(base):
+        model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
+    say(line(*model.get_nb_trainable_parameters()))
+    if recipe.lr == "auto":
+        schedule = replace(schedule, lr=resumed["lr"] if resumed else measured_rate(base, model, facts))
+    told = {"rows": examples.digest, "base": made_on["fingerprint"], "template": tokens.template}
+    sweep, prefix = _parts(run, base, model, trunk, facts, states, known)
+
+    trained, schedule = _with_rows_that_fit(
+        partial(_fit, run, base, model, facts, trackers=trackers, sweep=sweep, prefix=prefix),
+        schedule,
+        lambda schedule: run.remember({**told, "schedule": asdict(schedule)}),
+    )
+    plan = replace(plan, micro_batch=schedule.micro_batch)
+    took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
+    hat = _describe(run, made_on, examples, tokens, trained, took)
+    beside: dict[str, bytes | str] = {"metrics.jsonl": run.metrics.read_bytes()}
+    beside[trained_rows.FILE] = trained_rows.to_bytes(trained_rows.keys(examples.train))
+    if facts.task != "classify":
+        beside["generation_config.json"] = _generation_config(base, tokens.ends)
+    save_adapter(model, run.adapter, hat, base=made_on["source"], extra_files=beside)
+    answers = logits(model.eval(), probe_of(base), base)
+    result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
+    del model, base, trunk, trained, sweep, prefix
+    give_back()  # before the base is loaded a second time
+    ready = read_back(run.adapter, answers, recipe)
+    check_ends(ready, tokens.learn, tokens.ends.tokens)
+    run.finish()
+    ready.folders = dict.fromkeys(ready.folders, run.output)
+    say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
+    in_all = meter.cost(result["seconds"])
+    say(cost.against(plan, in_all))
+    ready.result = result | in_all
+    return ready
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run measured; `seconds` and `tokens_per_second` since it was last resumed."""
+
+    before: Score
+    after: Score
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    train_loss: float
+
+
+def _tokenise(run: Run, files: BaseFiles, examples: Examples) -> tuple[Any, Examples, Tokens]:
+    """The base's tokenizer, and the rows as its tokens."""
+    task = cast(Task, examples.task)
+    config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
+    tokenizer = load_tokenizer(files)
+    return tokenizer, *tokenise(run.recipe, examples, tokenizer, config, template=run.recall("template"))
+
+
+def _prepare(
+    run: Run,
+    made_on: dict[str, Any],
+    files: BaseFiles,
+    examples: Examples,
+    tokenizer: Any,
+    tokens: Tokens,
+    opened: ExitStack,
+) -> tuple[Facts, States | None, float]:
+    """What the run will take and the schedule that follows, said aloud; and what is kept of the layers below the
+    adapters, with the share of rows it is kept of. Raises RecipeError where the run does not fit this machine."""
+    recipe, device = run.recipe, choose_device(run.recipe.device)[0]
+    check_compute(recipe.compute, device.type)
+    check_rounding(recipe.compute, device.type)
+    dtype = choose_dtype(recipe.dtype, device)[0]
+    states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, name_of(dtype))
+    if states is not None:
+        opened.callback(states.close)
+    known = _known(states, tokens)
+    rows = (run.recall("schedule") or {}).get("micro_batch")
+    plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, known, rows)
+    return Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, name_of(dtype)), states, known
+
+
+def _states(
+    recipe: Recipe, files: BaseFiles, made_on: dict[str, Any], tokenizer: Any, task: str, device: str, dtype: str
+) -> States | None:
+    """What is kept of the layers below the adapters. All that it depends on, besides a row's tokens, is named."""
+    config = read_config(files.folder)
+    below = shape_of(config).layers - (recipe.top_layers or math.inf)
+    if below <= 0 or recipe.cache_limit == 0:
+        return None
+    made_by = {
+        "fingerprint": made_on["fingerprint"],
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        "task": "classify" if task == "classify" else "generate",
+        "pad": tokenizer.pad_token_id,
+        "layers": below,
+        "dtype": dtype,
+        "quantize": recipe.quantize,
+        "device": device,
+        "transformers": transformers.__version__,
+    }
+    return open_states(made_by, made_on["source"], recipe.cache_limit)
+
+
+def _known(states: States | None, tokens: Tokens) -> float:
+    """The share of all rows whose states an earlier run has kept."""
+    if not states:
+        return 0.0
+    keys = [row_key(rows.row(index)[0]) for rows in (tokens.learn, tokens.held_out) for index in range(len(rows))]
+    return sum(key in states for key in keys) / len(keys)
+
+
+def _parts(
+    run: Run, base: Base, model: Any, trunk: LayerStack | None, facts: Facts, states: States | None, known: float
+) -> tuple[LayerStreaming | None, Prefix | None]:
+    """What takes the steps over a base larger than memory, and what stands for the layers below the adapters."""
+    if trunk is None or not base.mapped:
+        return None, _prefix(model, trunk, facts, states, known)
+    window = open_layers(base.model, trunk, base.dtype, base.files.folder, base.device)
+    window.show(OUTSIDE)
+    prefix = _prefix(model, trunk, facts, states, known)
+    sweep = LayerStreaming(model, window, task=facts.task, folder=run.folder, prefix=prefix)
+    window.stream()
+    return sweep, prefix
+
+
+def _trunk(base: Base, recipe: Recipe) -> LayerStack | None:
+    """The stack of layers, where a run needs to know it. Raises ModelError where a base larger than memory has none."""
+    if not base.mapped and recipe.top_layers is None:
+        return None
+    try:
+        trunk = find_layer_stack(base.model)
+        if base.mapped:
+            unmap(base.files.folder)
+        return trunk
+    except ModelError as error:
+        if base.mapped:
+            raise
+        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        return None
+
+
+def _prefix(model: Any, trunk: LayerStack | None, facts: Facts, states: States | None, known: float) -> Prefix | None:
+    """The layers below the adapters, where there are any and what they give is the same each time."""
+    top = facts.recipe.top_layers
+    if trunk is None or top is None or len(trunk.layers) == top:
+        return None
+    try:
+        prefix = Prefix(model, trunk, len(trunk.layers) - top, task=facts.task, states=states)
+    except ValueError as error:
+        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        return None
+    once = "" if states is None else " and are computed once for each row"
+    earlier = f" ({known:.0%} of the rows were, by earlier runs)" if known else ""
+    say(f"the first {prefix.depth} of {len(trunk.layers)} layers stay as they are, run without dropout{once}{earlier}")
+    return prefix
+
+
+def _trackers(recipe: Recipe) -> list[str]:
+    """The experiment trackers asked for. Raises RecipeError for one that transformers does not know or cannot find."""
+    asked = [name.strip() for name in recipe.report_to.split(",") if name.strip() not in ("", "none")]
+    there = get_available_reporting_integrations()
+    for name in asked:
+        if name not in INTEGRATION_TO_CALLBACK:
+            guess = nearest(name, INTEGRATION_TO_CALLBACK)
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise RecipeError(
+                f"--report-to does not know {name}", fix=f"did you mean {guess}?" if guess else f"use {known}"
+            )
+        if name not in there:
+            raise RecipeError(f"--report-to {name} needs its package", got="not installed", fix=f"pip install {name}")
+    return asked
+
+
+def _with_rows_that_fit(
+    fit: Callable[[Schedule], Trained], schedule: Schedule, remember: Callable[[Schedule], None]
+) -> tuple[Trained, Schedule]:
+    """What `fit` gives, from the start again with fewer rows at a time as long as its first step takes too much."""
+    while True:
+        remember(schedule)
+        try:
+            return fit(schedule), schedule
+        except TooMuchMemory as over:
+            batch, before = schedule.batch_size, schedule.micro_batch
+            rows = max(count for count in range(1, before) if batch % count == 0)
+            schedule = replace(schedule, micro_batch=rows)
+            say(f"{before} rows at a time took {size(over.took)} of {size(over.limit)}: now {rows}, of {batch} a step")
+        give_back()
+
+
+def _fit(
+    run: Run,
+    base: Base,
+    model: Any,
+    facts: Facts,
+    schedule: Schedule,
+    trackers: list[str],
+    sweep: LayerStreaming | None,
+    prefix: Prefix | None,
+) -> Trained:
+    """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
+    transformers_logging.set_verbosity_error()
+    stop, bar = GracefulStop(), ProgressBar()
+    memory = _memory_watch(run, facts, sweep)
+    watch = Watch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
+
+    metrics = MetricsFile(run.metrics)
+    asks = facts.task != "classify" and sweep is None  # each token would read a base larger than memory once
+    ends = end_tokens(base, facts.tokens.ends.tokens) if asks else []  # classifiers have no generation settings
+    answers = [SampleAnswers(facts.tokens.held_out, base, ends, metrics)] if asks else []
+
+    def tell_before(found: Score) -> None:
+        watch.before = found.metrics["loss"]
+        say(f"before training: held-out {shown(found.metrics)}")
+
+    trainer = HatTrainer(
+        model=model,
+        args=_arguments(run, base, schedule, facts.plan, trackers),
+        rows=facts.tokens.learn,
+        held_out=facts.tokens.held_out,
+        task=facts.task,
+        sweep=sweep,
+        prefix=prefix,
+        pad_id=base.tokenizer.pad_token_id,
+        watch=watch.step,
+        tell_before=tell_before,
+        callbacks=[bar, metrics, stop, watch, memory, *answers],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    watch.few, bar.loss = trainer.loss_before, lambda: trainer.smoothed.value
+    if sweep is None:  # a row shows the layers which of them share an input: the first step is then as it is resumed
+        trainer.score_held_out(1)
+    checkpoint = run.last_checkpoint()
+    if checkpoint is not None:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        say(f"going on from step {trainer.state.global_step:,} of {schedule.steps:,}")
+    else:
+        say("held-out rows are scored after each epoch; the score before training comes with the first")
+    earlier, began = int(trainer.state.num_input_tokens_seen), time.monotonic()
+    if trainer.state.global_step < schedule.steps:
+        with stop.listening(), bar.shown(), trainer.starting_over_after(TooMuchMemory):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds, state = time.monotonic() - began - sum(each.took for each in answers), trainer.state
+    if stop.stopped and state.global_step < schedule.steps:
+        raise run.interrupted()
+    before, after = trainer.score_before(), trainer.score_best()
+    say(f"after training: held-out {shown(after.metrics)}")
+    seen, loss = int(state.num_input_tokens_seen), _mean_loss(state.log_history)
+    return Trained(before, after, state.global_step, seen, (seen - earlier) / max(seconds, 1e-9), seconds, loss)
+
+
+def _memory_watch(run: Run, facts: Facts, sweep: LayerStreaming | None) -> MemoryWatch:
+    """A run that goes on keeps its rows at a time, and so does a sweep, whose steps hold what their plan says."""
+    settled = sweep is not None or run.recipe.resume
+    return MemoryWatch(facts.plan.peak_memory_bytes, None if settled else facts.plan.limit)
+
+
+def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: list[str]) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(run.folder),
+        per_device_train_batch_size=schedule.micro_batch,
+        per_device_eval_batch_size=max(schedule.micro_batch, FEWEST_SCORED),
+        gradient_accumulation_steps=schedule.accumulation,
+        max_steps=schedule.steps,
+        learning_rate=schedule.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=schedule.warmup_steps,
+        weight_decay=0.0,
+        optim="adamw_torch_fused" if base.device.type == "cuda" else "adamw_torch",
+        seed=run.recipe.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model=BEST,
+        greater_is_better=True,
+        logging_steps=max(1, schedule.steps // 100),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to=trackers or "none",
+        run_name=run.name,
+        activation_checkpointing=plan.method.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=base.device.type == "cpu",
+        dataloader_pin_memory=base.device.type == "cuda",
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one adapter on one device; several go through accelerate
+    return arguments
+
+
+def _mean_loss(history: list[dict[str, float]]) -> float:
+    """The mean of the logged losses, each weighed by the steps it stands for; a resumed run's earlier part counts."""
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total, last = total + entry["loss"] * (entry["step"] - last), int(entry["step"])
+    return total / max(last, 1)
+
+
+def _describe(
+    run: Run, made_on: dict[str, Any], examples: Examples, tokens: Tokens, trained: Trained, took: dict[str, Any]
+) -> AdapterCard:
+    return AdapterCard(
+        name=run.name,
+        base=made_on,
+        task=examples.task,
+        labels=examples.labels,
+        multi_label=examples.multi_label,
+        template=tokens.template,
+        end_tokens=list(tokens.ends.tokens),
+        stop_strings=list(tokens.ends.texts),
+        max_length=tokens.max_length,
+        recipe=run.recipe.set_options(),
+        data={
+            "source": str(run.recipe.data),
+            "rows": len(tokens.learn),
+            "held_out": len(tokens.held_out),
+            "digest": examples.digest,
+        },
+        metrics={"before": trained.before.metrics, "after": trained.after.metrics},
+        cost=took,
+    )
+
+
+def _generation_config(base: Base, ends: Ends) -> str:
+    """What plain transformers and vLLM read: the base's own settings, and where an answer of the adapter ends."""
+    own = base.model.generation_config.to_diff_dict()
+    own.pop("_from_model_config", None)  # would have transformers take the base's end for it
+    more = {"eos_token_id": end_tokens(base, ends.tokens), "pad_token_id": base.tokenizer.pad_token_id}
+    texts = {"stop_strings": list(ends.texts)} if ends.texts else {}
+    return json.dumps(own | more | texts, indent=2) + "\n"
+
+
+def _result(run: Run, schedule: Schedule, plan: Plan, trained: Trained, parameters: tuple[int, int]) -> dict[str, Any]:
+    """What `hatrack train --json` prints. `seconds` are those of training and of scoring, without loading and
+    without the sample answers."""
+    return {
+        "adapter": str(run.output),
+        "name": run.name,
+        "trainable": parameters[0],
+        "total": parameters[1],
+        "seconds": round(trained.seconds, 3),
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "tokens_per_second": round(trained.tokens_per_second, 1),
+        "train_loss": trained.train_loss,
+        "before": trained.before.metrics,
+        "eval": trained.after.metrics,
+        "planned": {"steps": schedule.steps, **plan.as_json()},
+    }
+
+
+def shown(metrics: dict[str, float]) -> str:
+    """Metrics as people read them: `accuracy 0.795, loss 0.441`."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -1,0 +1,40 @@
+"""Steps that are taken to learn something from, and then undone. Knows nothing of recipes or files."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hatrack.evaluate.loss import Batch, items, losses
+from hatrack.training.prefix_cache import Prefix
+
+
+@contextmanager
+def rehearsal(model: Any) -> Iterator[list[torch.nn.Parameter]]:
+    """Yields what is trainable in `model`, which is set to train; afterwards weights, gradients, random state and mode
+    are as they were."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before, was_training = [parameter.detach().clone() for parameter in parameters], model.training
+    accelerators = [parameters[0].device] if parameters[0].device.type in ("cuda", "xpu") else []
+    model.train()
+    try:
+        with torch.random.fork_rng(accelerators):
+            yield parameters
+    finally:
+        with torch.no_grad():
+            for parameter, kept in zip(parameters, before, strict=True):
+                parameter.copy_(kept)
+                parameter.grad = None
+        model.train(was_training)
+
+
+def gradients(model: Any, batches: Sequence[Batch], task: str, prefix: Prefix | None = None) -> float:
+    """Adds the gradients of one step, whose micro-batches are `batches`, and returns its loss. `prefix` stands for the
+    layers below all adapters."""
+    total, loss = max(sum(items(batch, task) for batch in batches), 1), 0.0
+    for values, _, _ in prefix.losses(batches) if prefix else (losses(model, batch, task) for batch in batches):
+        part = values.sum() / total
+        part.backward()  # type: ignore[no-untyped-call]
+        loss += float(part.detach())
+    return loss
