@@ -20,9 +20,9 @@ from transformers import (
     T5Config,
 )
 
-from hatrack.adapter.count import count, line, linears_from_shapes
+from hatrack.adapter.count import count_parameters, linear_layers_from_shapes, trainable_line
 from hatrack.adapter.place import head_modules, linear_layers, place
-from hatrack.adapter.targets import choose
+from hatrack.adapter.targets import choose_targets
 from hatrack.recipe import Recipe
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -81,12 +81,14 @@ def test_the_count_is_pefts_own(name: str, task: str, options: dict[str, Any]) -
     model, recipe = _fresh(name, task), Recipe.make(**options)
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     heads = head_modules(model) if task == "classify" else []
-    linears = linears_from_shapes(shapes, model.config.model_type)
+    linears = linear_layers_from_shapes(shapes, model.config.model_type)
     found = {key: sides for key, sides in linear_layers(model).items() if key != "lm_head"}
     assert {key: sides for key, sides in linears.items() if key != "lm_head"} == found
 
-    choice = choose(linears, recipe.targets, recipe.top_layers, heads=heads)
-    counted = count(shapes, [linears[key] for key in choice.names], r=recipe.r, variant=recipe.variant, heads=heads)
+    choice = choose_targets(linears, recipe.targets, recipe.top_layers, heads=heads)
+    counted = count_parameters(
+        shapes, [linears[key] for key in choice.names], r=recipe.r, variant=recipe.variant, heads=heads
+    )
     wrapped = place(model, recipe, task=task)
     assert (counted.trainable, counted.total) == wrapped.get_nb_trainable_parameters()
 
@@ -94,17 +96,17 @@ def test_the_count_is_pefts_own(name: str, task: str, options: dict[str, Any]) -
 def test_the_textbooks_line() -> None:
     model = _fresh("distilbert-base-uncased", "classify")
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
-    linears = linears_from_shapes(shapes, "distilbert")
-    choice = choose(linears, "q_lin,v_lin", None, heads=head_modules(model))
-    counted = count(shapes, [linears[key] for key in choice.names], r=8, heads=head_modules(model))
+    linears = linear_layers_from_shapes(shapes, "distilbert")
+    choice = choose_targets(linears, "q_lin,v_lin", None, heads=head_modules(model))
+    counted = count_parameters(shapes, [linears[key] for key in choice.names], r=8, heads=head_modules(model))
     shown = "trainable params: 739,586 || all params: 67,694,596 || trainable%: 1.0925"
-    assert line(counted.trainable, counted.total) == shown
+    assert trainable_line(counted.trainable, counted.total) == shown
     plain = get_peft_model(model, LoraConfig(r=8, target_modules=["q_lin", "v_lin"], task_type="SEQ_CLS"))
-    assert line(*plain.get_nb_trainable_parameters()) == shown
+    assert trainable_line(*plain.get_nb_trainable_parameters()) == shown
 
 
 def test_dora_adds_a_magnitude_for_each_output() -> None:
     shapes = {"layers.0.q.weight": (30, 20), "layers.0.q.bias": (30,), "head.weight": (2, 20)}
-    counted = count(shapes, [(20, 30)], r=4, variant="dora", heads=["head"])
+    counted = count_parameters(shapes, [(20, 30)], r=4, variant="dora", heads=["head"])
     assert (counted.lora, counted.head) == (4 * (20 + 30) + 30, 40)
     assert counted.total == 600 + 30 + 40 + counted.lora + 40

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hatrack.adapter.count import EXPERT_NAMES, joined_experts, linears_from_shapes
+from hatrack.adapter.count import EXPERT_NAMES, joined_experts, linear_layers_from_shapes
 from hatrack.adapter.place import linear_layers, output_modules, place
-from hatrack.adapter.targets import choose
+from hatrack.adapter.targets import choose_targets
 from hatrack.base.description import describe_folder
 from hatrack.base.header import ENCODERS, TensorInfo, task_shapes
 from hatrack.evaluate.loss import losses
@@ -84,18 +84,20 @@ def check(kind: str) -> None:
     linears, shapes = linear_layers(model), {name: tuple(p.shape) for name, p in model.named_parameters()}
     modules, experts = [name for name, _ in model.named_modules() if name], joined_experts(shapes, kind)
     for targets in ("auto", "all-linear"):
-        choice = choose(linears, targets, None, r=8, heads=output_modules(model), modules=modules, experts=experts)
+        choice = choose_targets(
+            linears, targets, None, r=8, heads=output_modules(model), modules=modules, experts=experts
+        )
         assert not [name for name in choice.names if NOT_TO_TOUCH.search(name)]
         assert all(min(linears[name]) >= 8 for name in choice.names)
-    choice = choose(linears, "auto", None, r=8, modules=modules, experts=experts)
+    choice = choose_targets(linears, "auto", None, r=8, modules=modules, experts=experts)
     assert any(ATTENTION.search(name) for name in choice.names) or kind in WITHOUT_ATTENTION
     assert bool(experts.modules) == any("expert" in name.lower() and len(shape) == 3 for name, shape in shapes.items())
     if kind in FUSED_OTHERWISE:
         return
     config = json.loads(json.dumps(model.config.to_dict(), default=str)) | {"architectures": [type(model).__name__]}
     told = task_shapes(config, header_of(model), "chat")
-    there = linears_from_shapes(told, kind)
-    chosen = choose(there, "auto", None, r=8, experts=joined_experts(told, kind))
+    there = linear_layers_from_shapes(told, kind)
+    chosen = choose_targets(there, "auto", None, r=8, experts=joined_experts(told, kind))
     assert Counter(there[name] for name in chosen.names) == Counter(linears[name] for name in choice.names)
     assert bool(joined_experts(told, kind).modules) == bool(experts.modules)
 

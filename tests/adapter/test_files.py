@@ -78,7 +78,7 @@ def test_the_folder_has_what_it_needs_and_nothing_of_the_base(tmp_path: Path) ->
     assert config["modules_to_save"] == ["classifier", "score"] and config["task_type"] == "SEQ_CLS"
     card = (tmp_path / "hat/README.md").read_text()
     assert card.startswith('---\nbase_model: "b"\nlibrary_name: peft\n') and "label 0, label 1" in card
-    assert read_card(tmp_path / "hat") == read_adapter(tmp_path / "hat").hat
+    assert read_card(tmp_path / "hat") == read_adapter(tmp_path / "hat").card
 
 
 def test_the_textbook_recipe_on_distilbert_is_under_4_megabytes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import hatrack
 from hatrack.adapter.card import AdapterCard, model_card
 from hatrack.adapter.files import read_adapter
-from hatrack.adapter.origin import find_its_base, made_from
+from hatrack.adapter.origin import card_of, find_base_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.sources import BaseFiles
 from hatrack.check.folder import check_adapter
@@ -103,7 +103,7 @@ def test_what_is_not_loaded_is_named_as_what_it_is(adapter: Path, name: str) -> 
 def test_what_changes_nothing_is_no_obstacle(adapter: Path, more: dict[str, Any]) -> None:
     _write(adapter, GOOD | {"base_model_name_or_path": "b"} | more)
     files = read_adapter(adapter)
-    assert files.config["r"] == 4 and type(files.config["r"]) is int and made_from(files).task == "chat"
+    assert files.config["r"] == 4 and type(files.config["r"]) is int and card_of(files).task == "chat"
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_a_base_that_is_not_here(adapter: Path, source: str, told: str, monkeypa
     monkeypatch.chdir(adapter.parent)
     _write(adapter, GOOD | {"base_model_name_or_path": source, "revision": "main"})
     with pytest.raises(ModelError) as caught:
-        find_its_base(read_adapter(adapter))
+        find_base_of(read_adapter(adapter))
     error = str(caught.value)
     assert error.startswith(f"the base of {adapter} cannot be had: ") and told in error
     assert "--base" in str(caught.value.fix) and "--revision" not in error
     monkeypatch.setattr(Words, "flags", False)
     with pytest.raises(ModelError) as caught:
-        find_its_base(read_adapter(adapter))
+        find_base_of(read_adapter(adapter))
     assert len(re.findall(r"\b(with base\b|base=)", str(caught.value.fix))) == 1
 
 
@@ -136,16 +136,16 @@ def test_no_base_is_named(adapter: Path, tiny_decoder: Path, source: Any) -> Non
     _write(adapter, GOOD | {"base_model_name_or_path": source})
     files = read_adapter(adapter)
     with pytest.raises(AdapterError, match=r"helper does not name its base; got .*; fix: name it with --base"):
-        find_its_base(files)
-    assert find_its_base(files, str(tiny_decoder)).folder == tiny_decoder
-    assert made_from(files, str(tiny_decoder)).base == {"source": str(tiny_decoder), "revision": None, "named": False}
+        find_base_of(files)
+    assert find_base_of(files, str(tiny_decoder)).folder == tiny_decoder
+    assert card_of(files, str(tiny_decoder)).base == {"source": str(tiny_decoder), "revision": None, "named": False}
 
 
 def test_a_revision_does_not_go_with_a_folder(
     adapter: Path, tiny_decoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(adapter, GOOD | {"base_model_name_or_path": str(tiny_decoder), "revision": "main"})
-    assert find_its_base(read_adapter(adapter)).folder == tiny_decoder
+    assert find_base_of(read_adapter(adapter)).folder == tiny_decoder
     assert "revision main is passed over" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.adapter.registry import hang
+from hatrack.adapter.registry import register
 from hatrack.cli import tables
 from tests.adapter.test_registry import _adapter
 from tests.cli.conftest import Ran
@@ -52,7 +52,7 @@ def test_what_an_encoding_does_not_know_is_escaped(tmp_path: Path, tiny_encoder:
 def rack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_HOME", str(tmp_path / "home"))
     for name in ("reviews", "reviews-of-last-year-in-all-languages", "talks"):
-        hang(name, _adapter(tmp_path / name))
+        register(name, _adapter(tmp_path / name))
 
 
 def test_tables_fit_the_terminal(rack: None, hatrack: Run, monkeypatch: pytest.MonkeyPatch) -> None:

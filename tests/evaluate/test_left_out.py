@@ -7,7 +7,7 @@ import pytest
 
 import hatrack
 from hatrack.data.complaints import Unlearnable
-from hatrack.evaluate.held_out import held_out
+from hatrack.evaluate.held_out import held_out_rows
 
 WORDS = ("red", "good", "bad", "fine", "one", "two", "three", "film")
 
@@ -31,13 +31,13 @@ def test_what_was_left_out_in_training_is_left_out_of_a_comparison(
     with pytest.raises(Unlearnable, match=r"talks.jsonl rows 1, 5, 9, .*the answer begins after the 24 tokens"):
         hatrack.train(**options, output=str(tmp_path / "a"))
     hat = hatrack.train(**options, bad_rows="skip", output=str(tmp_path / "b"), name="b")
-    (rows,) = held_out(hat).values()
+    (rows,) = held_out_rows(hat).values()
     told = json.loads((tmp_path / "b/hatrack.json").read_text())["data"]
     assert len(rows) == told["held_out"] == 6 and told["rows"] == 54 and not any((rows.rows - 1) % 4 == 0)
-    (others,) = held_out(hat, str(_others(talks)), bad_rows="skip").values()
+    (others,) = held_out_rows(hat, str(_others(talks)), bad_rows="skip").values()
     assert len(others) == 60 and not any((others.rows - 1) % 4 == 0)
     with pytest.raises(Unlearnable):
-        held_out(hat, str(_others(talks)), bad_rows="refuse")
+        held_out_rows(hat, str(_others(talks)), bad_rows="refuse")
 
 
 def _others(talks: Path) -> Path:
@@ -60,7 +60,7 @@ def test_of_a_longer_conversation_only_what_is_new_is_scored(
 
     hat = hatrack.train(base=str(tiny_decoder), data=write(first), device="cpu", steps=2, output=str(tmp_path / "a"))
     more = [("user", "so ?"), ("assistant", "it is so .")]
-    (rows,) = held_out(hat, write([[*talk, *more] for talk in first])).values()
+    (rows,) = held_out_rows(hat, write([[*talk, *more] for talk in first])).values()
     assert "29 rows go on from what was trained on: only their new answers are scored" in capsys.readouterr().err
     learned = {int(count) for count in rows.sizes[:, 1]}
     assert len(learned) == 2 and max(learned) == 2 * min(learned)  # one answer of two; both of those held out

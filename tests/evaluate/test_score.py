@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hatrack.data.render import TokenRows
-from hatrack.evaluate.loss import items, losses
+from hatrack.evaluate.loss import count_losses, losses
 from hatrack.evaluate.score import f1, score
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_token_loss_is_transformers_own(decoder: torch.nn.Module) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     values, rows, _ = losses(decoder, batch, "chat")
     assert values.mean().item() == pytest.approx(decoder(**batch).loss.item(), rel=1e-6)
-    assert len(values) == items(batch, "chat") == int((labels[:, 1:] != -100).sum())
+    assert len(values) == count_losses(batch, "chat") == int((labels[:, 1:] != -100).sum())
     assert rows.bincount(minlength=3).tolist() == (labels[:, 1:] != -100).sum(1).tolist()
 
 

@@ -20,7 +20,7 @@ from hatrack.adapter.attach import attach, detach
 from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import read_adapter, save_adapter
 from hatrack.adapter.place import place
-from hatrack.adapter.proof import check_proof, record
+from hatrack.adapter.proof import check_proof, record_proof
 from hatrack.base.load import load_base
 from hatrack.base.sources import find_base
 from hatrack.errors import HatrackError
@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Path) -> tuple[
             parameter.data.normal_()
     hat = AdapterCard(name="hat", base={"source": str(tiny_decoder)}, task="chat")
     save_adapter(model, folder, hat, base=str(tiny_decoder))
-    proof = record(model, read_adapter(folder), base, "none").to_json()
+    proof = record_proof(model, read_adapter(folder), base, "none").to_json()
     (folder / "hatrack.json").write_text(
         json.dumps(json.loads((folder / "hatrack.json").read_text()) | {"proof": proof})
     )

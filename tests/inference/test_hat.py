@@ -16,7 +16,7 @@ from peft.tuners._buffer_dict import BufferDict
 
 import hatrack
 from hatrack.adapter import registry
-from hatrack.adapter.attach import name_inside
+from hatrack.adapter.attach import name_in_model
 from hatrack.base.sources import BaseFiles
 from hatrack.errors import AdapterError, ModelError, WrongBase
 
@@ -111,7 +111,7 @@ def test_switching_takes_milliseconds(trained: dict[str, Path]) -> None:
 
 
 def test_names_on_the_rack_do_as_well(trained: dict[str, Path]) -> None:
-    registry.hang("legal", trained["of-2"])
+    registry.register("legal", trained["of-2"])
     assert hatrack.load("legal").hats.keys() == {"legal"}
 
 
@@ -153,16 +153,16 @@ CONTAINERS = (torch.nn.ModuleDict, torch.nn.ParameterDict, BufferDict)
 
 def test_no_two_names_are_one_inside_a_model() -> None:
     names = ["".join(letters) for length in (1, 2, 3, 4) for letters in itertools.product("a-_.", repeat=length)]
-    inside = {name_inside(name) for name in names}
+    inside = {name_in_model(name) for name in names}
     assert len(inside) == len(names) and not any("." in name for name in inside)
     attributes = {name for kind in CONTAINERS for name in dir(kind())}
-    assert not attributes & {name_inside(name) for name in attributes}
+    assert not attributes & {name_in_model(name) for name in attributes}
 
 
 def test_one_name_everywhere(trained: dict[str, Path], tmp_path: Path) -> None:
     """After a change of name, the rack, hatrack.json, the card and what is loaded say the same."""
     folder = shutil.copytree(trained["of-2"], tmp_path / "copied")
-    registry.hang("train", folder)
+    registry.register("train", folder)
     assert hatrack.load("train").active == hatrack.load(folder).active == "train"
     registry.rename("train", "pop.v2")
     content = json.loads((folder / "hatrack.json").read_text())
@@ -171,7 +171,7 @@ def test_one_name_everywhere(trained: dict[str, Path], tmp_path: Path) -> None:
     assert "of-2" not in card
     hat = hatrack.load("pop.v2")
     assert list(hat.hats) == ["pop.v2"] == list(hatrack.load(folder).hats)
-    registry.hang("other", trained["of-3"])
+    registry.register("other", trained["of-3"])
     assert hat.add("other") == "other" and hat.add(trained["of-4"]) == "of-4"
     with pytest.raises(AdapterError, match=r"no adapter named x is attached; got pop.v2, other, of-4"):
         hat.use("x")

@@ -117,7 +117,7 @@ def test_overwrite_replaces_the_adapter_when_the_new_one_is_finished() -> None:
 def test_overwrite_gives_the_name_to_the_new_folder_and_leaves_the_old_one() -> None:
     _finish(_recipe(name="helper", output="old"))
     _finish(_recipe(name="helper", output="new", overwrite=True))
-    assert registry.find("helper") == Path("new").resolve()
+    assert registry.find_adapter("helper") == Path("new").resolve()
     assert Path("old/adapter_model.safetensors").exists()
 
 

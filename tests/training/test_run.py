@@ -31,7 +31,7 @@ def test_a_finished_run_leaves_its_adapter_and_nothing_else(tmp_path: Path) -> N
         _saved(run, b"w")
         run.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["hat"]
-    assert registry.find("reviews") == tmp_path / "hat"
+    assert registry.find_adapter("reviews") == tmp_path / "hat"
 
 
 def test_a_name_taken_meanwhile_costs_no_adapter(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_name_taken_meanwhile_costs_no_adapter(tmp_path: Path) -> None:
         open_run(_recipe(tmp_path / "hat")) as run,
     ):
         _saved(run, b"w")
-        registry.hang("reviews", other)
+        registry.register("reviews", other)
         run.finish()
     assert caught.value.fix == f"hatrack add {tmp_path / 'hat'} --name ANOTHER"
     assert (tmp_path / "hat/adapter_model.safetensors").read_bytes() == b"w"

@@ -302,16 +302,16 @@ def test_searches_for_garbage_are_as_they_were_after_training(
     assert gc.get_freeze_count() == before
 
 
-def test_an_adapter_that_does_not_reproduce_itself_is_not_hung_up(
+def test_an_adapter_that_does_not_reproduce_itself_is_not_registered(
     tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other_answers(*args: Any) -> Any:
-        return hatrack.adapter.proof.logits(*args).flip(-1)
+        return hatrack.adapter.proof.probe_logits(*args).flip(-1)
 
-    monkeypatch.setattr("hatrack.training.train.logits", other_answers)
+    monkeypatch.setattr("hatrack.training.train.probe_logits", other_answers)
     with pytest.raises(MachineError, match=r"does not reproduce the trained one; got probabilities .*% apart"):
         _train(tmp_path, tiny_encoder, reviews, epochs=2)
-    assert registry.hats() == [] and list((tmp_path / "hat.run").glob("checkpoint-*"))
+    assert registry.list_adapters() == [] and list((tmp_path / "hat.run").glob("checkpoint-*"))
 
 
 def test_a_run_that_does_not_fit_is_refused_unless_forced(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:

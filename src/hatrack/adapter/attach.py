@@ -45,7 +45,7 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
     _check_name(model, name)
     _check_kind(model, files)
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = own_modules(bare)
+    own = base_modules(bare)
     _check_vocabulary(bare, own, files)
     names = [*own, *(f"{full}.{part}" for full, module in own.items() for part in module._parameters)]
     config = lora_config(folder / CONFIG, files.config, names)
@@ -77,12 +77,12 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
     return model
 
 
-def name_inside(name: str) -> str:
+def name_in_model(name: str) -> str:
     """What an adapter of this name is called inside a model, where it is a key of torch's containers and a part of
     parameter names: no attribute of a container (`train`, `pop`), no dot, and neither a part of the base's own names
     nor ending like one (peft compares endings). Each name has its own.
 
-    >>> name_inside("train"), name_inside("tickets-v1.5")
+    >>> name_in_model("train"), name_in_model("tickets-v1.5")
     ('hat-train-', 'hat-tickets--v1-_5-')
     """
     return f"hat-{name.replace('-', '--').replace('.', '-_')}-"
@@ -140,7 +140,7 @@ def _check_kind(model: Any, files: AdapterFiles) -> None:
         )
 
 
-def own_modules(bare: Any) -> dict[str, nn.Module]:
+def base_modules(bare: Any) -> dict[str, nn.Module]:
     """Full name -> module as the base has it, whatever adapters have put round or beside it."""
     theirs = {"base_layer", "modules_to_save", "original_module", "token_adapter"}
     found: dict[str, nn.Module] = {}

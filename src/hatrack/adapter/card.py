@@ -133,7 +133,7 @@ def read_card(folder: Path) -> AdapterCard | None:
     path = folder / HATRACK_JSON
     if not path.exists() and not path.is_symlink():
         return None
-    content = read_object(path)
+    content = read_json_object(path)
     wrong = [name for name, kind in KINDS.items() if name in content and not isinstance(content[name], kind)]
     wrong += [name for name in ("name", "base", "task") if name not in content]
     if not wrong:
@@ -143,16 +143,16 @@ def read_card(folder: Path) -> AdapterCard | None:
     return AdapterCard(**{name: value for name, value in content.items() if name in KINDS})
 
 
-def as_name(text: str) -> str:
+def valid_name(text: str) -> str:
     """A name like `text` that an adapter may have.
 
-    >>> as_name("my adapter (2)")
+    >>> valid_name("my adapter (2)")
     'my-adapter--2-'
     """
     return re.sub(r"[^A-Za-z0-9._-]", "-", text).lstrip("._-")[:64] or "hat"
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object. Raises AdapterError naming it."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe or a device could wait for ever
@@ -175,7 +175,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def no_adapter(folder: Path) -> AdapterError:
+def not_an_adapter(folder: Path) -> AdapterError:
     """Why this path is not an adapter's folder: what lies there instead, and which folders in it are adapters'."""
     if folder.is_file():
         around = f": {folder.parent}" if (folder.parent / CONFIG).is_file() else ""
@@ -201,7 +201,7 @@ def rename_in_files(folder: Path, new: str) -> None:
     """
     if not (folder / HATRACK_JSON).is_file():
         return
-    content = read_object(folder / HATRACK_JSON)
+    content = read_json_object(folder / HATRACK_JSON)
     old, recipe = content.get("name"), content.get("recipe")
     if isinstance(recipe, dict) and "name" in recipe:
         recipe["name"] = new

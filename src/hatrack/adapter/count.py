@@ -27,7 +27,7 @@ EXPERT_NAMES |= dict.fromkeys(("mixtral", "minimax", "minimax_m2"), ("w1", "w2",
 
 
 @dataclass(frozen=True)
-class Count:
+class ParameterCount:
     """`trainable` = `lora` + `head`; `total` counts the base, the adapter, and the head a second time, since peft
     trains a copy of it."""
 
@@ -37,14 +37,14 @@ class Count:
     head: int
 
 
-def count(
+def count_parameters(
     shapes: Mapping[str, tuple[int, ...]],
     adapted: Iterable[tuple[int, int]],
     *,
     r: int,
     variant: str = "lora",
     heads: Collection[str] = (),
-) -> Count:
+) -> ParameterCount:
     """Counts as peft's `get_nb_trainable_parameters` does after wrapping.
 
     `shapes`: every parameter of the base's model, its head included; `adapted`: (d_in, d_out) of each adapted layer,
@@ -53,10 +53,10 @@ def count(
     lora = sum(r * (d_in + d_out) + (d_out if variant == "dora" else 0) for d_in, d_out in adapted)
     head = sum(math.prod(shape) for name, shape in shapes.items() if any(name.startswith(f"{h}.") for h in heads))
     base = sum(math.prod(shape) for shape in shapes.values())
-    return Count(trainable=lora + head, total=base + lora + head, lora=lora, head=head)
+    return ParameterCount(trainable=lora + head, total=base + lora + head, lora=lora, head=head)
 
 
-def linears_from_shapes(shapes: Mapping[str, tuple[int, ...]], model_type: str) -> dict[str, tuple[int, int]]:
+def linear_layers_from_shapes(shapes: Mapping[str, tuple[int, ...]], model_type: str) -> dict[str, tuple[int, int]]:
     """Full name -> (d_in, d_out) of every linear layer: two-dimensional weights except embeddings and experts."""
     linears = {}
     for name, shape in shapes.items():
@@ -93,6 +93,6 @@ def joined_experts(shapes: Mapping[str, tuple[int, ...]], model_type: str) -> Ex
     return Experts(tuple(found), EXPERT_NAMES.get(model_type, ()) if found else ())
 
 
-def line(trainable: int, total: int) -> str:
+def trainable_line(trainable: int, total: int) -> str:
     """peft's own line: `trainable params: 739,586 || all params: 67,694,596 || trainable%: 1.0925`."""
     return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"

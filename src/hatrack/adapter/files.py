@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hatrack.adapter.card import CONFIG, HATRACK_JSON, AdapterCard, model_card, no_adapter, read_card, read_object
+from hatrack.adapter.card import (
+    CONFIG,
+    HATRACK_JSON,
+    AdapterCard,
+    model_card,
+    not_an_adapter,
+    read_card,
+    read_json_object,
+)
 from hatrack.adapter.config import check_config, plain_config
-from hatrack.adapter.place import START
+from hatrack.adapter.place import PISSA_START
 from hatrack.base.header import read_file_header
 from hatrack.console import say_once
 from hatrack.errors import AdapterError, ModelError
@@ -36,7 +44,7 @@ class AdapterFiles:
 
     folder: Path
     config: dict[str, Any]
-    hat: AdapterCard | None
+    card: AdapterCard | None
     shapes: dict[str, tuple[int, ...]]
     names: dict[str, str]
 
@@ -65,8 +73,8 @@ def save_adapter(
                 path.rename(working / path.name)
             (working / name).rmdir()
         config = _tidy_config(working / CONFIG, base)
-        if hasattr(model, START):
-            config = _as_plain_lora(working, config, getattr(model, START))
+        if hasattr(model, PISSA_START):
+            config = _as_plain_lora(working, config, getattr(model, PISSA_START))
         saved = read_file_header(working / WEIGHTS)
         if set(saved) != placed:
             wrong = sorted(set(saved) ^ placed)
@@ -97,8 +105,8 @@ def read_adapter(folder: Path) -> AdapterFiles:
             "there is no such adapter folder", got=folder, fix="hatrack list shows the adapters there are"
         )
     if not folder.is_dir() or not (folder / CONFIG).exists():
-        raise no_adapter(folder)
-    config, hat = plain_config(read_object(folder / CONFIG)), read_card(folder)
+        raise not_an_adapter(folder)
+    config, hat = plain_config(read_json_object(folder / CONFIG)), read_card(folder)
     check_config(folder / CONFIG, config)
     if hat is not None and (hat.task == "classify") != (config.get("task_type") == "SEQ_CLS"):
         raise AdapterError(

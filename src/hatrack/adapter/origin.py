@@ -15,13 +15,13 @@ TASKS = {"SEQ_CLS": "classify", "CAUSAL_LM": "chat"}
 HEADS = (".score.", ".classifier.", ".classification_head.")
 
 
-def made_from(files: AdapterFiles, base: str | None = None) -> AdapterCard:
+def card_of(files: AdapterFiles, base: str | None = None) -> AdapterCard:
     """hatrack.json, or for an adapter made elsewhere what its own config tells; `base` is its base where it names none.
 
     Raises AdapterError where neither names one.
     """
-    if files.hat is not None:
-        return files.hat
+    if files.card is not None:
+        return files.card
     task = TASKS[files.config["task_type"]]  # no other is read
     source, revision = files.config.get("base_model_name_or_path"), files.config.get("revision")
     named = isinstance(source, str) and source.strip() != ""
@@ -36,7 +36,7 @@ def made_from(files: AdapterFiles, base: str | None = None) -> AdapterCard:
     return AdapterCard(name="", base=told | {"named": named}, task=task, labels=labels)
 
 
-def find_its_base(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseFiles:
+def find_base_of(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseFiles:
     """The files of an adapter's base: of `base` where that names where it lies now, else of the one it was made from.
 
     Raises AdapterError where it names none; ModelError or MachineError, with `--base` as a way on, where that one
@@ -44,7 +44,7 @@ def find_its_base(files: AdapterFiles, base: str | None = None, *, trust: str | 
     """
     if base is not None:
         return find_base(base, trust=trust)
-    made = made_from(files)
+    made = card_of(files)
     source, revision = str(made.base["source"]), made.base.get("revision") or None
     snapshot = Path(str(made.recipe.get("base", ""))).expanduser()
     if revision is not None and snapshot.name == revision and snapshot.is_dir():  # in a hub's cache, given as a folder

@@ -11,13 +11,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hatrack.adapter.count import joined_experts
-from hatrack.adapter.targets import Choice, check_rank, choose
+from hatrack.adapter.targets import TargetChoice, check_rank, choose_targets
 from hatrack.console import say
 from hatrack.errors import AdapterError, TargetError
 from hatrack.recipe import Recipe
 
 TASK_TYPES = {"classify": "SEQ_CLS", "chat": "CAUSAL_LM", "complete": "CAUSAL_LM"}
-START = "_hatrack_start"
+PISSA_START = "_hatrack_start"
 """Attribute of a PiSSA model that keeps where its adapter started: what is saved is the difference from there."""
 
 
@@ -40,7 +40,7 @@ def place(
     outputs = heads or output_modules(model)
     shapes = {parameter: tuple(weight.shape) for parameter, weight in model.named_parameters()}
     experts = joined_experts(shapes, str(model.config.model_type))
-    choice = choose(
+    choice = choose_targets(
         linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=outputs, modules=modules, experts=experts
     )
     check_rank(recipe.r, choice, linears)
@@ -135,7 +135,7 @@ def _inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
     return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
-def _check_placed(model: Any, choice: Choice) -> None:
+def _check_placed(model: Any, choice: TargetChoice) -> None:
     """peft must have put adapters on the chosen layers, all of them and no others."""
     prefix = "base_model.model."
     placed = {name.removeprefix(prefix) for name, module in model.named_modules() if hasattr(module, "lora_A")}
@@ -147,7 +147,7 @@ def _check_placed(model: Any, choice: Choice) -> None:
 def _remember_start(model: Any, name: str) -> None:
     """Keeps the starting values of a PiSSA adapter, which the base's weights have lost, until it is saved."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    setattr(model, START, {key: tensor.detach().clone() for key, tensor in state.items() if ".lora_" in key})
+    setattr(model, PISSA_START, {key: tensor.detach().clone() for key, tensor in state.items() if ".lora_" in key})
 
 
 def _leaves(names: Iterable[str]) -> list[str]:

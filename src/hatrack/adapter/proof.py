@@ -54,14 +54,14 @@ class Proof:
 
 
 @torch.no_grad()
-def logits(model: Any, probe: list[list[int]], base: Base) -> torch.Tensor:
+def probe_logits(model: Any, probe: list[list[int]], base: Base) -> torch.Tensor:
     """What comes out for the probe, float32 on the CPU: (rows, labels), or (rows, vocabulary) at the last position."""
     ids = torch.tensor(probe, device=base.device)
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
     return out if out.dim() == 2 else out[:, -1]  # type: ignore[no-any-return]
 
 
-def probe_of(base: Base) -> list[list[int]]:
+def probe_tokens(base: Base) -> list[list[int]]:
     """The probe in a base's tokens: rows of one length, so that no padding decides anything."""
     ends = [base.tokenizer.eos_token_id] if getattr(base.model.config, "is_encoder_decoder", False) else []
     rows = [base.tokenizer(text)["input_ids"] for text in PROBE]
@@ -70,7 +70,7 @@ def probe_of(base: Base) -> list[list[int]]:
     return [[*row[: length - 1], row[-1]] for row in rows]
 
 
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def mean_max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference of any answer's probability, mean over rows."""
     return float((one - other).abs().amax(-1).mean())
 
@@ -80,9 +80,9 @@ def probabilities(out: torch.Tensor, several: bool) -> torch.Tensor:
     return out.sigmoid() if several else out.softmax(-1)
 
 
-def record(model: Any, files: AdapterFiles, base: Base, quantize: str) -> Proof:
+def record_proof(model: Any, files: AdapterFiles, base: Base, quantize: str) -> Proof:
     """The proof of the adapter in use, as it was read back from `files`. Raises AdapterError where it is inert."""
-    probe, several = probe_of(base), bool(files.hat and files.hat.multi_label)
+    probe, several = probe_tokens(base), bool(files.card and files.card.multi_label)
     bare, ours = _both(model, probe, base)
     _check_effect(files, bare, ours)
     without, with_it = probabilities(bare, several), probabilities(ours, several)
@@ -93,7 +93,7 @@ def record(model: Any, files: AdapterFiles, base: Base, quantize: str) -> Proof:
         answers=chosen.tolist(),
         base=[[round(p, 6) for p in row] for row in without.gather(1, chosen).tolist()],
         adapter=[[round(p, 6) for p in row] for row in with_it.gather(1, chosen).tolist()],
-        moved=distance(without, with_it),
+        moved=mean_max_difference(without, with_it),
         tolerance=TOLERANCE if dtype == "float32" and quantize == "none" else ROUGH,
         dtype=dtype,
         quantize=quantize,
@@ -108,7 +108,7 @@ def check_proof(model: Any, files: AdapterFiles, base: Base, quantize: str, *, s
     """
     proof = read_proof(files)
     if proof is None:
-        bare, ours = _both(model, probe_of(base), base)
+        bare, ours = _both(model, probe_tokens(base), base)
         _check_effect(files, bare, ours)
         return
     _check_tensors(files, proof)
@@ -138,7 +138,7 @@ def digests(files: AdapterFiles) -> dict[str, str]:
 
 def read_proof(files: AdapterFiles) -> Proof | None:
     """The record in hatrack.json, checked; None where there is none. Raises AdapterError where it is malformed."""
-    content = files.hat.proof if files.hat else None
+    content = files.card.proof if files.card else None
     if content is None:
         return None
     try:
@@ -167,9 +167,9 @@ def _both(model: Any, probe: list[list[int]], base: Base) -> tuple[torch.Tensor,
     name = model.active_adapter
     model.eval()
     try:
-        ours = logits(model, probe, base)
+        ours = probe_logits(model, probe, base)
         model.base_model.disable_adapter_layers()
-        bare = logits(model, probe, base)
+        bare = probe_logits(model, probe, base)
     except (ValueError, IndexError, RuntimeError) as error:
         raise AdapterError(
             "the adapter cannot be run on this base", got=" ".join(str(error).split())[:200], fix="use another base"
@@ -225,7 +225,7 @@ def _check_tensors(files: AdapterFiles, proof: Proof) -> None:
 
 def _check_answers(files: AdapterFiles, proof: Proof, base: Base, bare: torch.Tensor, ours: torch.Tensor) -> None:
     """Holds the answers to the recorded ones: the base's first, since an adapter is nothing without its base."""
-    several = bool(files.hat and files.hat.multi_label)
+    several = bool(files.card and files.card.multi_label)
     chosen = torch.tensor(proof.answers)
     same = str(base.dtype) == f"torch.{proof.dtype}"
     tolerance = proof.tolerance if same else ROUGH
@@ -235,7 +235,7 @@ def _check_answers(files: AdapterFiles, proof: Proof, base: Base, bare: torch.Te
     if files.config.get("task_type") != "SEQ_CLS":  # a bare classifier's head is whatever it was loaded with
         compared.insert(0, ("the base", bare, proof.base))
     for what, out, table in compared:
-        apart = distance(probabilities(out, several).gather(1, chosen), torch.tensor(table))
+        apart = mean_max_difference(probabilities(out, several).gather(1, chosen), torch.tensor(table))
         if not apart <= tolerance:
             raise AdapterError(
                 f"{what} does not give the answers recorded when {files.folder} was made",

@@ -15,11 +15,11 @@ from hatrack.adapter.card import (
     CONFIG,
     NAME,
     AdapterCard,
-    as_name,
-    no_adapter,
+    not_an_adapter,
     read_card,
-    read_object,
+    read_json_object,
     rename_in_files,
+    valid_name,
 )
 from hatrack.console import say
 from hatrack.errors import AdapterError, HatrackError
@@ -41,10 +41,10 @@ class RegisteredAdapter:
     missing: bool
 
 
-def hang(name: str, folder: Path, *, replace: bool = False) -> None:
+def register(name: str, folder: Path, *, replace: bool = False) -> None:
     """Puts an adapter's folder on the rack. Raises AdapterError where another folder has the name, unless `replace`."""
     with _writing():
-        _hang(name, folder, replace=replace)
+        _register(name, folder, replace=replace)
 
 
 def check_free(name: str, folder: Path, *, replace: bool = False) -> None:
@@ -54,30 +54,30 @@ def check_free(name: str, folder: Path, *, replace: bool = False) -> None:
         _check_free(name, folder, replace=replace)
 
 
-def find(adapter: str | Path) -> Path:
+def find_adapter(adapter: str | Path) -> Path:
     """The folder of an adapter: a path to one, or a name on the rack. Raises AdapterError where it is neither."""
     path = Path(adapter).expanduser()
     if (path / CONFIG).is_file():
         return path
     name = str(adapter)
     if NAME.fullmatch(name) and _pointer(name).exists():
-        folder = Path(str(read_object(_pointer(name)).get("folder")))
+        folder = Path(str(read_json_object(_pointer(name)).get("folder")))
         if not (folder / CONFIG).is_file():
             raise AdapterError(
                 f"{name} is on the rack, but its folder is gone", got=folder, fix=f"hatrack remove {name}"
             )
         return folder
     if path.exists():
-        raise no_adapter(path)
+        raise not_an_adapter(path)
     known = names()
     guess = nearest(name, known)
     fix = f"did you mean {guess}?" if guess else "hatrack list shows the names" if known else "hatrack train makes one"
     raise AdapterError("there is no such adapter", got=name, fix=fix)
 
 
-def hats() -> list[RegisteredAdapter]:
+def list_adapters() -> list[RegisteredAdapter]:
     """Everything on the rack, by name."""
-    return [_hanging(name) for name in names()]
+    return [_describe(name) for name in names()]
 
 
 def registered_name(adapter: str | Path, folder: Path) -> str:
@@ -86,7 +86,7 @@ def registered_name(adapter: str | Path, folder: Path) -> str:
     if NAME.fullmatch(str(adapter)) and _target(str(adapter)) == folder.resolve():
         return str(adapter)
     hat = read_card(folder)
-    own = as_name(hat.name if hat and hat.name else folder.resolve().name)
+    own = valid_name(hat.name if hat and hat.name else folder.resolve().name)
     on_rack = [name for name in names() if _target(name) == folder.resolve()]
     return own if own in on_rack or not on_rack else on_rack[0]
 
@@ -100,7 +100,7 @@ def rename(old: str, new: str) -> None:
         folder = _folder(old)
         if _pointer(new).exists():
             raise AdapterError(f"the name {new} is taken on the rack", got=_folder(new), fix="choose another one")
-        _hang(new, folder)
+        _register(new, folder)
         _pointer(old).unlink(missing_ok=True)
     try:
         rename_in_files(folder, new)
@@ -127,7 +127,7 @@ def _writing() -> contextlib.AbstractContextManager[None]:
     return locked(_rack() / ".lock")
 
 
-def _hang(name: str, folder: Path, *, replace: bool = False) -> None:
+def _register(name: str, folder: Path, *, replace: bool = False) -> None:
     _check_free(name, folder, replace=replace)
     write_file(_pointer(name), json.dumps({"folder": str(folder.resolve())}) + "\n")
 
@@ -135,7 +135,7 @@ def _hang(name: str, folder: Path, *, replace: bool = False) -> None:
 def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
     pointer = _pointer(name)
     if pointer.exists() and not replace:
-        other = Path(str(read_object(pointer).get("folder")))
+        other = Path(str(read_json_object(pointer).get("folder")))
         if other != folder.resolve() and (other / CONFIG).exists():
             raise AdapterError(
                 f"the name {name} is taken on the rack",
@@ -160,7 +160,7 @@ def _pointer(name: str) -> Path:
 def _target(name: str) -> Path | None:
     """The folder that a name on the rack points to, there or not; None where nothing hangs under it."""
     try:
-        return Path(str(read_object(_pointer(name)).get("folder"))).resolve()
+        return Path(str(read_json_object(_pointer(name)).get("folder"))).resolve()
     except AdapterError:
         return None
 
@@ -172,16 +172,16 @@ def names() -> list[str]:
 
 def _folder(name: str) -> Path:
     if not _pointer(name).exists():
-        find(name)  # says what is nearest
+        find_adapter(name)  # says what is nearest
         raise AdapterError("that is a folder, not a name on the rack", got=name, fix="hatrack list shows the names")
-    return Path(str(read_object(_pointer(name)).get("folder")))
+    return Path(str(read_json_object(_pointer(name)).get("folder")))
 
 
-def _hanging(name: str) -> RegisteredAdapter:
+def _describe(name: str) -> RegisteredAdapter:
     folder, config, hat = Path("?"), None, None
     try:
         folder = _folder(name)
-        config = read_object(folder / CONFIG)
+        config = read_json_object(folder / CONFIG)
         hat = read_card(folder)
     except AdapterError:
         return RegisteredAdapter(name, folder, "", "", 0, "", "", missing=True)

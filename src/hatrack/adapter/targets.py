@@ -49,7 +49,7 @@ OUTPUT_HEADS = (
 
 
 @dataclass(frozen=True)
-class Choice:
+class TargetChoice:
     """The layers that get an adapter by full name, what to call them in peft's `target_modules`, and why these.
 
     `notes` say which others could be expected to get one, and why they do not.
@@ -61,7 +61,7 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(
+def choose_targets(
     linears: Mapping[str, tuple[int, int]],
     targets: str,
     top_layers: int | None,
@@ -70,7 +70,7 @@ def choose(
     heads: Collection[str] = (),
     modules: Collection[str] = (),
     experts: Experts = NO_EXPERTS,
-) -> Choice:
+) -> TargetChoice:
     """Chooses among `linears` (full name -> (d_in, d_out)).
 
     `targets`: auto (every projection inside the repeated layers), all-linear (every linear layer but the output's), or
@@ -104,10 +104,10 @@ def choose(
             f"no layer to adapt: {why}", got=_some(_leaves(body)), fix="name layers with --targets NAME,NAME"
         )
     ordered = tuple(name for name in linears if name in names)
-    return Choice(ordered, tuple(_short_names(ordered, everything)), why, tuple(notes))
+    return TargetChoice(ordered, tuple(_short_names(ordered, everything)), why, tuple(notes))
 
 
-def check_rank(r: int, choice: Choice, linears: Mapping[str, tuple[int, int]]) -> None:
+def check_rank(r: int, choice: TargetChoice, linears: Mapping[str, tuple[int, int]]) -> None:
     """Raises RecipeError where an adapter would be wider than a layer it is put on."""
     narrow = min(choice.names, key=lambda name: min(linears[name]))
     side = min(linears[narrow])
@@ -120,7 +120,7 @@ def matches(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def depth(names: Iterable[str]) -> dict[str, int]:
+def layer_counts(names: Iterable[str]) -> dict[str, int]:
     """Number of layers of each repeated stack: `{"model.layers": 32}`."""
     found: dict[str, int] = defaultdict(int)
     for name in names:
@@ -210,7 +210,7 @@ def _named(
 
 def _top(names: set[str], linears: Iterable[str], top: int) -> set[str]:
     """Those in the last `top` layers of their stack. A shorter second stack keeps all of its layers."""
-    depths = depth(linears)
+    depths = layer_counts(linears)
     deepest = max(depths.values(), default=0)
     if top > deepest:
         raise RecipeError(

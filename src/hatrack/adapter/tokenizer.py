@@ -15,7 +15,7 @@ FILES = ("*token*.json", "vocab.*", "*.model", "merges.txt", "*.jinja")
 PROBE = "One hat, two hats."
 
 
-def tokenizer_beside(folder: Path, base: Base) -> Any | None:
+def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
     """The tokenizer in an adapter's folder, where it reads or writes texts in another way than the base's does, which
     is said; else None. An adapter that hatrack made was trained with the base's.
 

@@ -7,8 +7,8 @@ second mechanism. docs/gotchas.md has a heading for each. Knows nothing of train
 from collections.abc import Sequence
 from typing import Any, cast
 
-from hatrack.adapter.count import joined_experts, linears_from_shapes
-from hatrack.adapter.targets import Choice, check_rank, choose
+from hatrack.adapter.count import joined_experts, linear_layers_from_shapes
+from hatrack.adapter.targets import TargetChoice, check_rank, choose_targets
 from hatrack.base.code import check_code
 from hatrack.base.description import describe_folder
 from hatrack.base.free_memory import need_bitsandbytes
@@ -108,17 +108,17 @@ def _shapes(files: BaseFiles, config: Any, *, task: str, labels: int) -> dict[st
 
 def _targets(
     recipe: Recipe, files: BaseFiles, config: Any, shapes: dict[str, tuple[int, ...]], *, task: str
-) -> tuple[Choice, dict[str, tuple[int, int]]]:
+) -> tuple[TargetChoice, dict[str, tuple[int, int]]]:
     """The layers that get an adapter, among all that could: full name -> (d_in, d_out)."""
     heads: Sequence[str] = ()
     if task == "classify":
         heads = sorted({name.rpartition(".")[0] for name in head_shapes(read_config(files.folder), 1)})
-    linears = linears_from_shapes(shapes, str(config.model_type))
+    linears = linear_layers_from_shapes(shapes, str(config.model_type))
     experts = joined_experts(shapes, str(config.model_type))
-    return choose(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts), linears
+    return choose_targets(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts), linears
 
 
-def _rank(recipe: Recipe, chosen: tuple[Choice, dict[str, tuple[int, int]]]) -> None:
+def _rank(recipe: Recipe, chosen: tuple[TargetChoice, dict[str, tuple[int, int]]]) -> None:
     check_rank(recipe.r, *chosen)
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from hatrack.adapter.files import AdapterFiles, read_adapter
-from hatrack.adapter.origin import find_its_base
-from hatrack.adapter.registry import find
+from hatrack.adapter.origin import find_base_of
+from hatrack.adapter.registry import find_adapter
 from hatrack.check.finding import Finding, Looking
 from hatrack.console import size
 
@@ -24,11 +24,11 @@ def check_adapter(adapter: str | Path, base: str | None = None, *, trust: str | 
     """All that its files tell is wrong or doubtful with an adapter; `base` names where its base lies now, `trust` the
     base whose own code may run."""
     looking = Looking()
-    folder = looking.at("adapter-refused", find, adapter)
+    folder = looking.at("adapter-refused", find_adapter, adapter)
     files = looking.at("adapter-refused", read_adapter, folder)
     if files is None:
         return looking.found
-    looking.at("base-lost", partial(find_its_base, base=base, trust=trust), files)
+    looking.at("base-lost", partial(find_base_of, base=base, trust=trust), files)
     tensors = load_file(files.weights)
     return looking.found + [found for gotcha in GOTCHAS if (found := gotcha(files, tensors)) is not None]
 
@@ -88,7 +88,7 @@ def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
 
 def quantised_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     """Merged into the full base, the adapter answers otherwise than in training: it was trained on a rounded one."""
-    quantize = (files.hat.recipe if files.hat else {}).get("quantize", "none")
+    quantize = (files.card.recipe if files.card else {}).get("quantize", "none")
     if quantize == "none":
         return None
     return Finding(
@@ -116,7 +116,7 @@ def scale_far_from_2(files: AdapterFiles, tensors: Tensors) -> Finding | None:
 
 def no_better_than_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     """The adapter loads, is what was trained, and does not help: its own held-out score says so."""
-    metrics = files.hat.metrics if files.hat else {}
+    metrics = files.card.metrics if files.card else {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     name = "accuracy" if "accuracy" in after else "loss"
     if name not in before or name not in after:

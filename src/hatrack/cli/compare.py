@@ -60,9 +60,9 @@ def compare(
 
     from hatrack.console import say
     from hatrack.evaluate.compare import compare as run
-    from hatrack.evaluate.held_out import held_out
+    from hatrack.evaluate.held_out import held_out_rows
 
-    scored = held_out(hat, data, **options)
+    scored = held_out_rows(hat, data, **options)
     say(f"comparing on {len(next(iter(scored.values()))):,} rows")
     found = run(hat, scored)
     print(json.dumps(found.as_json()) if as_json else "\n".join(_lines(found)))
@@ -71,16 +71,16 @@ def compare(
 def _check_names(adapters: list[str]) -> None:
     """Before a base is loaded. Raises AdapterError for an adapter named twice, and for some that cannot be compared."""
     from hatrack.adapter.card import read_card
-    from hatrack.adapter.registry import find
-    from hatrack.evaluate.comparable import check_alike
+    from hatrack.adapter.registry import find_adapter
+    from hatrack.evaluate.comparable import check_comparable
 
-    folders = {name: find(name).resolve() for name in adapters}
+    folders = {name: find_adapter(name).resolve() for name in adapters}
     if len(set(folders.values())) < len(adapters):
         raise AdapterError("an adapter is named twice", got=" ".join(adapters), fix="name each once")
     made = {name: read_card(folder) for name, folder in folders.items()}
     here = {name: hat for name, hat in made.items() if hat is not None}
     if len(here) > 1:
-        check_alike(here)
+        check_comparable(here)
 
 
 def _lines(found: "Comparisons") -> list[str]:

@@ -107,7 +107,7 @@ def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
     from hatrack.training.train import train
 
     shutil.rmtree(output / name, ignore_errors=True)
-    if any(hat.name == f"demo-{name}" for hat in registry.hats()):
+    if any(hat.name == f"demo-{name}" for hat in registry.list_adapters()):
         registry.unregister(f"demo-{name}")
     if (output / f"{name}.run" / "run.json").exists():
         recipe = recipe.changed(resume=True)  # an interrupted demo goes on
@@ -189,14 +189,14 @@ def _chat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
 
 def _files(result: dict[str, Any], tell: Tell) -> None:
     """The adapter's files and sizes beside the base's."""
-    from hatrack.adapter.count import line
+    from hatrack.adapter.count import trainable_line
     from hatrack.adapter.files import read_adapter
     from hatrack.base.sources import find_base
 
     folder = Path(result["adapter"])
-    hat = read_adapter(folder).hat
+    hat = read_adapter(folder).card
     base = find_base(hat.base["source"] if hat else ENCODER).folder
-    tell(line(result["trainable"], result["total"]))
+    tell(trainable_line(result["trainable"], result["total"]))
     tell(f"{folder}:")
     for path in sorted(folder.iterdir()):
         tell(f"  {path.name:<28} {size(path.stat().st_size):>10}")

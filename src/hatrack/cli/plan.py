@@ -61,7 +61,7 @@ def _measure() -> None:
 
 def _show(found: "Forecast", *, here: bool) -> None:
     """The verdict first, then the table. `here` is whether the plan is for this machine."""
-    from hatrack.adapter.count import line
+    from hatrack.adapter.count import trainable_line
     from hatrack.planning import fit
 
     where, peeked, chosen, cure = found.where, found.base, found.plan, found.change
@@ -80,7 +80,7 @@ def _show(found: "Forecast", *, here: bool) -> None:
         print(f"to change: {cure}" if cure else "to change: a smaller base; no option makes it fit")
     rounded = "" if where.recipe.compute == "auto" else f", products in {where.recipe.compute}"
     print(f"machine    {machine.name}, base in {where.dtype}{rounded}")
-    print(f"params     {line(chosen.trainable, chosen.total)}")
+    print(f"params     {trainable_line(chosen.trainable, chosen.total)}")
     print(
         f"work       {len(where.work.rows):,} rows of up to {where.work.longest} tokens, "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows"

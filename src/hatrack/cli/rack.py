@@ -23,9 +23,9 @@ Name = Annotated[
 
 def list_hats(as_json: Json = False) -> None:
     """Show every adapter on the rack."""
-    from hatrack.adapter.registry import hats
+    from hatrack.adapter.registry import list_adapters
 
-    found = hats()
+    found = list_adapters()
     if as_json:
         print(json.dumps({"hats": [_entry(hat) for hat in found]}))
         return
@@ -50,12 +50,12 @@ def list_hats(as_json: Json = False) -> None:
 def show(adapter: Name, as_json: Json = False) -> None:
     """Show one adapter: its base, data, scores and folder."""
     from hatrack.adapter.files import read_adapter
-    from hatrack.adapter.registry import find, registered_name
+    from hatrack.adapter.registry import find_adapter, registered_name
 
-    folder = find(adapter)
+    folder = find_adapter(adapter)
     files = read_adapter(folder)
     name = registered_name(adapter, folder)
-    hat = dataclasses.asdict(files.hat) | {"name": name} if files.hat else None
+    hat = dataclasses.asdict(files.card) | {"name": name} if files.card else None
     if as_json:
         print(json.dumps({"name": name, "folder": str(folder), "config": files.config, "hat": hat}, default=str))
         return
@@ -70,13 +70,13 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Hang an adapter on the rack, where it lies."""
-    from hatrack.adapter.card import as_name
+    from hatrack.adapter.card import valid_name
     from hatrack.adapter.files import read_adapter
-    from hatrack.adapter.registry import hang
+    from hatrack.adapter.registry import register
 
     files = read_adapter(folder)
-    name = name or as_name(files.hat.name if files.hat and files.hat.name else folder.resolve().name)
-    hang(name, folder)
+    name = name or valid_name(files.card.name if files.card and files.card.name else folder.resolve().name)
+    register(name, folder)
     _done({"name": name, "folder": str(folder)}, f"{name} hangs on the rack", as_json)
 
 

@@ -41,9 +41,9 @@ def leave_out_to_open(*adapters: str) -> None:
     Raises AdapterError, before anything slow is imported, where there is no such adapter or hatrack.json is malformed.
     """
     from hatrack.adapter.card import read_card
-    from hatrack.adapter.registry import find
+    from hatrack.adapter.registry import find_adapter
 
-    hats = [read_card(find(adapter)) for adapter in adapters]
+    hats = [read_card(find_adapter(adapter)) for adapter in adapters]
     if all(hat is not None and hat.recipe.get("quantize", "none") == "none" for hat in hats):
         _not_installed(QUANTIZERS)
 

@@ -7,7 +7,7 @@ from hatrack.data.in_memory import file_of
 from hatrack.errors import RecipeError
 from hatrack.evaluate.compare import Comparison, Comparisons
 from hatrack.evaluate.compare import compare as compare_on
-from hatrack.evaluate.held_out import COLUMNS, held_out
+from hatrack.evaluate.held_out import COLUMNS, held_out_rows
 from hatrack.inference.hat import Hat, load
 
 
@@ -33,5 +33,5 @@ def compare(
         raise RecipeError("a loaded Hat is compared by itself", fix="attach the others to it with add")
     hat = loaded[0] if loaded else load([str(adapter) for adapter in several], **options)
     source = data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else file_of(data)
-    found = compare_on(hat, held_out(hat, source, **reading))
+    found = compare_on(hat, held_out_rows(hat, source, **reading))
     return found if len(found.adapters) > 1 else next(iter(found.adapters.values()))

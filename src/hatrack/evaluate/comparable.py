@@ -6,7 +6,7 @@ from hatrack.adapter.card import AdapterCard
 from hatrack.errors import AdapterError
 
 
-def check_alike(hats: Mapping[str, AdapterCard]) -> None:
+def check_comparable(hats: Mapping[str, AdapterCard]) -> None:
     """Raises AdapterError where adapters answer in ways that cannot be compared: of other tasks, with other labels."""
     (first, one), *others = hats.items()
     for name, other in others:

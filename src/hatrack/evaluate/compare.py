@@ -89,12 +89,15 @@ def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, se
         hat.use(before)
     metric = main_metric(hat.task)
     return Comparisons(
-        {name: decide(metric, scores[None], scores[name], seed=seed) for name in rows},
-        {(one, other): decide(metric, scores[one], scores[other], seed=seed) for one, other in combinations(rows, 2)},
+        {name: compare_scores(metric, scores[None], scores[name], seed=seed) for name in rows},
+        {
+            (one, other): compare_scores(metric, scores[one], scores[other], seed=seed)
+            for one, other in combinations(rows, 2)
+        },
     )
 
 
-def decide(metric: str, base: Score, adapter: Score, *, seed: int = 0) -> Comparison:
+def compare_scores(metric: str, base: Score, adapter: Score, *, seed: int = 0) -> Comparison:
     """The verdict from two scores of the same rows: a paired bootstrap over rows, percentile interval.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. A row is drawn with its weight,

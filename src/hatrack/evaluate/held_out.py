@@ -21,7 +21,7 @@ from hatrack.data.render import TokenRows, render_cached
 from hatrack.data.template import chat_template
 from hatrack.data.tokens import check_embedded, only_end, render_both
 from hatrack.errors import AdapterError, DataError, HatrackError
-from hatrack.evaluate.comparable import check_alike
+from hatrack.evaluate.comparable import check_comparable
 from hatrack.inference.hat import Hat
 from hatrack.recipe import Recipe, flag
 
@@ -30,7 +30,7 @@ FEWEST_ROWS = 20
 COLUMNS = ("text", "label", "prompt", "completion", "messages")
 
 
-def held_out(hat: Hat, data: str | None = None, **options: str) -> dict[str, TokenRows]:
+def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str, TokenRows]:
     """The rows of `data`, else those that all attached adapters hold out, without any that one was trained on: the same
     rows for each adapter, by its name, as the tokens that it takes them as.
 
@@ -38,7 +38,7 @@ def held_out(hat: Hat, data: str | None = None, **options: str) -> dict[str, Tok
     `bad_rows` is refuse or skip. Raises AdapterError where the adapters cannot be compared or do not remember their
     data, DataError where that has changed since, or where too few rows are left.
     """
-    check_alike(hat.hats)
+    check_comparable(hat.hats)
     if data is None:
         earlier = {name: _its_data(hat, name, made) for name, made in hat.hats.items()}
         task, examples = hat.task, _held_out_by_all(earlier)

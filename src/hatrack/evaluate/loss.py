@@ -46,7 +46,7 @@ def detect_output_head(model: Any, task: str) -> None:
         _ends_with_head(whole, whole.get_output_embeddings())
 
 
-def items(batch: Batch, task: str) -> int:
+def count_losses(batch: Batch, task: str) -> int:
     """How many losses `losses` gives for this batch: its rows, or its supervised tokens."""
     labels = batch["labels"]
     return len(labels) if task == "classify" else int((labels[:, 1:] != -100).sum())

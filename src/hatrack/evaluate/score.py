@@ -16,7 +16,7 @@ from hatrack.data.order import length_order
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.loss import Batch, Losses, losses
 
-Runner = Callable[[Iterable[Batch]], Iterable[Losses]]
+LossRunner = Callable[[Iterable[Batch]], Iterable[Losses]]
 """Gives the losses of batches, in their order."""
 
 
@@ -48,7 +48,7 @@ def score(
     pad_id: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda rows: None,
-    run: Runner | None = None,
+    run: LossRunner | None = None,
 ) -> Score:
     """Scores `model` on `rows`; `progress` is told the rows done after each batch.
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from transformers import TextIteratorStreamer
 
-from hatrack.adapter.attach import attach, detach, name_inside
+from hatrack.adapter.attach import attach, detach, name_in_model
 from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import read_adapter
-from hatrack.adapter.origin import find_its_base, made_from
+from hatrack.adapter.origin import card_of, find_base_of
 from hatrack.adapter.proof import check_proof
-from hatrack.adapter.registry import check_name, find, registered_name
-from hatrack.adapter.tokenizer import tokenizer_beside
+from hatrack.adapter.registry import check_name, find_adapter, registered_name
+from hatrack.adapter.tokenizer import load_adapter_tokenizer
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.free_memory import holds
 from hatrack.base.header import read_header
@@ -57,7 +57,7 @@ class Hat:
         self.result: dict[str, Any] = {}
         self.window: MappedLayers | None = None  # through which a base larger than memory is read
         self.quantize = "none"
-        self._tokenizers = {name: tokenizer_beside(folder, base) for name, folder in folders.items()}
+        self._tokenizers = {name: load_adapter_tokenizer(folder, base) for name, folder in folders.items()}
         self._first = hats[active]  # what the bare base answers as, whichever adapters come and go
         self.model.eval()
 
@@ -106,7 +106,7 @@ class Hat:
             self._known(name)
             if self.active is None:
                 self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(name_inside(name), inference_mode=True)
+            self.model.set_adapter(name_in_model(name), inference_mode=True)
         self.active = name
 
     def add(
@@ -117,13 +117,13 @@ class Hat:
         Raises AdapterError where the name is taken, the task differs, or (unless not to `prove` it) the adapter does
         nothing or not what it did; WrongBase where it belongs to another base, unless `allow_other_base`.
         """
-        folder = find(adapter)
+        folder = find_adapter(adapter)
         files = read_adapter(folder)
         name = name or registered_name(adapter, folder)
         check_name(name)
         if name in self.hats:
             raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
-        hat = made_from(files, self.base.files.source)
+        hat = card_of(files, self.base.files.source)
         if (hat.task == "classify") != (self.task == "classify"):
             raise AdapterError(
                 f"{name} cannot share this base in memory, whose output is made for {self.task}",
@@ -131,9 +131,9 @@ class Hat:
                 fix="open it by itself",
             )
         check_base(folder, hat.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
-        before, tokenizer = self.active, tokenizer_beside(folder, self.base)
+        before, tokenizer = self.active, load_adapter_tokenizer(folder, self.base)
         with as_if_loaded(self.base):
-            self.model = attach(self.model, folder, name_inside(name), layer_classes=LAYER_CLASSES)
+            self.model = attach(self.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)
         self.hats[name], self.folders[name], self._tokenizers[name] = hat, folder, tokenizer
         try:
             if prove:
@@ -151,7 +151,7 @@ class Hat:
         self._known(name)
         before = None if self.active == name else self.active
         self.use(None if len(self.hats) == 1 else next(other for other in self.hats if other != name))
-        self.model = detach(self.model, name_inside(name))
+        self.model = detach(self.model, name_in_model(name))
         del self.hats[name], self.folders[name], self._tokenizers[name]
         self._restore(before)
 
@@ -286,7 +286,7 @@ class Hat:
 
     def _end_tokens(self, ends: Ends) -> list[int]:
         """The tokens of `ends`, and whatever the tokenizer or the base's generation settings end an answer with."""
-        return end_tokens(self.base, [*ends.tokens, self.tokenizer.eos_token_id])
+        return all_end_tokens(self.base, [*ends.tokens, self.tokenizer.eos_token_id])
 
     def _stop_strings(self, ends: Ends) -> list[str]:
         """The texts of `ends`, and those of its tokens that the tokenizer does not leave out by itself."""
@@ -341,10 +341,10 @@ def load(
     several = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if not several:
         raise AdapterError("no adapter was named", fix="give a folder, or a name that hatrack list shows")
-    folder = find(several[0])
+    folder = find_adapter(several[0])
     files = read_adapter(folder)
-    hat = made_from(files, base)
-    found = find_its_base(files, base, trust=trust_remote_code)
+    hat = card_of(files, base)
+    found = find_base_of(files, base, trust=trust_remote_code)
     check_base(folder, hat.base, found, allow_other=allow_other_base)
     quantize = quantize or hat.recipe.get("quantize", "none")
     there = choose_device(device)[0]
@@ -363,7 +363,7 @@ def load(
     name = registered_name(several[0], folder)
     window = _window(loaded) if loaded.mapped else None
     with as_if_loaded(loaded):
-        model = attach(loaded.model, folder, name_inside(name), layer_classes=LAYER_CLASSES)
+        model = attach(loaded.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)
     ready = Hat(loaded, model, {name: hat}, name, {name: folder})
     ready.window = window
     ready.quantize = quantize
@@ -374,7 +374,7 @@ def load(
     return ready
 
 
-def end_tokens(base: Base, learned: Iterable[int | None]) -> list[int]:
+def all_end_tokens(base: Base, learned: Iterable[int | None]) -> list[int]:
     """All tokens that end an answer: those `learned`, and those of the base's tokenizer and generation settings."""
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]

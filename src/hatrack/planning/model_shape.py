@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hatrack.adapter.count import Count, count, joined_experts, linears_from_shapes
-from hatrack.adapter.targets import Choice, check_rank, choose
+from hatrack.adapter.count import ParameterCount, count_parameters, joined_experts, linear_layers_from_shapes
+from hatrack.adapter.targets import TargetChoice, check_rank, choose_targets
 from hatrack.base.description import BaseDescription
 from hatrack.base.header import head_shapes, parameter_count, stored_format, task_shapes, weight_bytes
 from hatrack.recipe import Recipe
@@ -50,7 +50,7 @@ class ModelShape:
     """
 
     shape: Shape
-    counted: Count
+    counted: ParameterCount
     decoder: bool
     dense: int
     linears: int
@@ -108,10 +108,10 @@ def describe(peeked: BaseDescription, recipe: Recipe, *, task: str, labels: int)
     """
     config = peeked.config
     shapes = task_shapes(config, peeked.tensors, task, labels)
-    linears = linears_from_shapes(shapes, str(config.get("model_type")))
+    linears = linear_layers_from_shapes(shapes, str(config.get("model_type")))
     heads = sorted({name.rpartition(".")[0] for name in head_shapes(config, labels)}) if task == "classify" else []
     experts = joined_experts(shapes, str(config.get("model_type")))
-    choice = choose(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts)
+    choice = choose_targets(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts)
     check_rank(recipe.r, choice, linears)
     adapted = [linears[name] for name in choice.names]
     shape = shape_of(config, linears)
@@ -122,7 +122,7 @@ def describe(peeked: BaseDescription, recipe: Recipe, *, task: str, labels: int)
     all_inputs = _inputs(inside, linears, shape) * reach // max(shape.layers, 1)
     return ModelShape(
         shape=shape,
-        counted=count(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
+        counted=count_parameters(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
         decoder=task != "classify",
         dense=dense,
         linears=len(inside),
@@ -153,7 +153,7 @@ def _inside(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]
     return {name: sides for name, sides in linears.items() if _place(name)}
 
 
-def _reach(choice: Choice, linears: Collection[str]) -> int:
+def _reach(choice: TargetChoice, linears: Collection[str]) -> int:
     """How many layers a gradient passes through: those from the lowest adapted one up."""
     depths = [place[0] for place in map(_place, linears) if place]
     lowest = min((place[0] for place in map(_place, choice.names) if place), default=0)

@@ -17,7 +17,7 @@ from hatrack.console import say
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.errors import ModelError
 from hatrack.evaluate.loss import Batch
-from hatrack.evaluate.score import Runner, Score, main_metric, score
+from hatrack.evaluate.score import LossRunner, Score, main_metric, score
 from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.planning.schedule import Schedule
@@ -88,7 +88,7 @@ def _trial(base: Base, facts: Facts, count: int) -> Trial:
     small = replace(facts.schedule, batch_size=rows, micro_batch=math.gcd(rows, facts.schedule.micro_batch))
     held_out = facts.tokens.held_out.first(min(SCORED, max(32, count * rows // 4)))
 
-    def scored(model: Any, run: Runner | None) -> Score:
+    def scored(model: Any, run: LossRunner | None) -> Score:
         pad_id = base.tokenizer.pad_token_id
         return score(model, held_out, task=facts.task, batch_size=8, pad_id=pad_id, device=base.device, run=run)
 

@@ -15,7 +15,7 @@ import torch
 
 from hatrack.base.layer_stack import LayerStack
 from hatrack.evaluate.loss import Batch
-from hatrack.evaluate.score import Runner, Score
+from hatrack.evaluate.score import LossRunner, Score
 from hatrack.training.prefix_cache import Prefix
 from hatrack.training.undone_steps import gradients, rehearsal
 
@@ -71,7 +71,7 @@ class Trial:
     whole: Sequence[Sequence[Batch]]
     task: str
     lr: float
-    score: Callable[[Any, Runner | None], Score]
+    score: Callable[[Any, LossRunner | None], Score]
 
 
 def steps_of(steps: int) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from hatrack.adapter.card import HATRACK_JSON
 from hatrack.adapter.files import read_adapter
-from hatrack.adapter.proof import distance, logits, probabilities, probe_of, record
+from hatrack.adapter.proof import mean_max_difference, probabilities, probe_logits, probe_tokens, record_proof
 from hatrack.console import say
 from hatrack.errors import MachineError
 from hatrack.inference.hat import Hat, load
@@ -31,12 +31,12 @@ def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
         prove=False,
     )
     files = read_adapter(output)
-    proof = record(hat.model, files, hat.base, recipe.quantize)  # by the arithmetic that later loads have
+    proof = record_proof(hat.model, files, hat.base, recipe.quantize)  # by the arithmetic that later loads have
     # and by that of training: what differs then is the adapter
     speed_up(hat.base.model, hat.window.trunk if hat.window else None)
-    again = logits(hat.model, probe_of(hat.base), hat.base)
+    again = probe_logits(hat.model, probe_tokens(hat.base), hat.base)
     several = hat.hats[str(hat.active)].multi_label
-    apart = distance(probabilities(again, several), probabilities(trained, several))
+    apart = mean_max_difference(probabilities(again, several), probabilities(trained, several))
     tolerance = 1e-4 if hat.base.dtype == torch.float32 else 0.02  # bf16 keeps 8 bits; kernels may sum in another order
     if not apart <= tolerance:
         raise MachineError(
@@ -44,7 +44,7 @@ def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
             got=f"probabilities {apart:.2%} apart, more than {tolerance:.2%}",
             fix="train again; if it happens twice, please report it",
         )
-    assert files.hat is not None
-    write_file(output / HATRACK_JSON, dataclasses.replace(files.hat, proof=proof.to_json()).to_json())
+    assert files.card is not None
+    write_file(output / HATRACK_JSON, dataclasses.replace(files.card, proof=proof.to_json()).to_json())
     say(f"proof: read back from disk it gives the same answers; it moves {proof.moved:.1%} of the base's probability")
     return hat

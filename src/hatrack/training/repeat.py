@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hatrack.adapter.card import read_card
-from hatrack.adapter.registry import find
+from hatrack.adapter.registry import find_adapter
 from hatrack.errors import AdapterError
 from hatrack.recipe import Recipe
 
@@ -19,7 +19,7 @@ def recipe_like(adapter: str | Path, **changes: Any) -> Recipe:
     Raises AdapterError where there is no such adapter, or where it was made elsewhere and so has no recipe;
     RecipeError where a change is wrong.
     """
-    folder = find(adapter)
+    folder = find_adapter(adapter)
     hat = read_card(folder)
     if hat is None or not hat.recipe:
         raise AdapterError(

@@ -115,7 +115,7 @@ class Run:
         elif not filecmp.cmp(self.adapter / WEIGHTS, self.output / WEIGHTS, shallow=False):
             raise RecipeError("the output exists already", got=self.output, fix="move it away, and --resume")
         try:
-            registry.hang(self.name, self.output, replace=self.recipe.overwrite)
+            registry.register(self.name, self.output, replace=self.recipe.overwrite)
         except AdapterError as error:
             self._remove()
             raise AdapterError(

@@ -17,7 +17,7 @@ from hatrack.console import say
 from hatrack.data.limit import position_limit
 from hatrack.data.render import TokenRows
 from hatrack.errors import short
-from hatrack.inference.hat import Hat, end_tokens
+from hatrack.inference.hat import Hat, all_end_tokens
 from hatrack.training.callbacks import MetricsFile
 
 QUESTIONS, TOKENS, SECONDS = 2, 40, 3.0
@@ -131,7 +131,7 @@ def check_ends(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
     if not asked:
         return
     shortest = min(asked, key=lambda each: len(each.answer))
-    ends = end_tokens(hat.base, tokens)
+    ends = all_end_tokens(hat.base, tokens)
     try:
         likely = _end_likely(hat, shortest, tokens)
         if likely >= 0.5:

@@ -19,10 +19,10 @@ from transformers.integrations.integration_utils import (
 from transformers.utils import logging as transformers_logging
 
 from hatrack.adapter.card import AdapterCard
-from hatrack.adapter.count import line
+from hatrack.adapter.count import trainable_line
 from hatrack.adapter.files import save_adapter
 from hatrack.adapter.place import place
-from hatrack.adapter.proof import logits, probe_of
+from hatrack.adapter.proof import probe_logits, probe_tokens
 from hatrack.base.fingerprint import lineage
 from hatrack.base.free_memory import give_back
 from hatrack.base.header import read_config
@@ -41,7 +41,7 @@ from hatrack.data.stop_tokens import Ends
 from hatrack.data.tokens import Tokens, tokenise
 from hatrack.errors import ModelError, RecipeError
 from hatrack.evaluate.score import Score
-from hatrack.inference.hat import Hat, end_tokens
+from hatrack.inference.hat import Hat, all_end_tokens
 from hatrack.layers.fast_base import check_rounding, speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.planning.fit import FEWEST_SCORED, Plan
@@ -99,7 +99,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     speed_up(base.model, trunk if base.mapped or known == 1 else None, recipe.compute)
     with as_if_loaded(base):
         model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
-    say(line(*model.get_nb_trainable_parameters()))
+    say(trainable_line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
         schedule = replace(schedule, lr=resumed["lr"] if resumed else measured_rate(base, model, facts))
     told = {"rows": examples.digest, "base": made_on["fingerprint"], "template": tokens.template}
@@ -118,7 +118,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     if facts.task != "classify":
         beside["generation_config.json"] = _generation_config(base, tokens.ends)
     save_adapter(model, run.adapter, hat, base=made_on["source"], extra_files=beside)
-    answers = logits(model.eval(), probe_of(base), base)
+    answers = probe_logits(model.eval(), probe_tokens(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, trunk, trained, sweep, prefix
     give_back()  # before the base is loaded a second time
@@ -304,7 +304,7 @@ def _fit(
 
     metrics = MetricsFile(run.metrics)
     asks = facts.task != "classify" and sweep is None  # each token would read a base larger than memory once
-    ends = end_tokens(base, facts.tokens.ends.tokens) if asks else []  # classifiers have no generation settings
+    ends = all_end_tokens(base, facts.tokens.ends.tokens) if asks else []  # classifiers have no generation settings
     answers = [SampleAnswers(facts.tokens.held_out, base, ends, metrics)] if asks else []
 
     def tell_before(found: Score) -> None:
@@ -424,7 +424,7 @@ def _generation_config(base: Base, ends: Ends) -> str:
     """What plain transformers and vLLM read: the base's own settings, and where an answer of the adapter ends."""
     own = base.model.generation_config.to_diff_dict()
     own.pop("_from_model_config", None)  # would have transformers take the base's end for it
-    more = {"eos_token_id": end_tokens(base, ends.tokens), "pad_token_id": base.tokenizer.pad_token_id}
+    more = {"eos_token_id": all_end_tokens(base, ends.tokens), "pad_token_id": base.tokenizer.pad_token_id}
     texts = {"stop_strings": list(ends.texts)} if ends.texts else {}
     return json.dumps(own | more | texts, indent=2) + "\n"
 

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from hatrack.data.batch import LengthBatches, RowsDataset, collate
 from hatrack.data.render import TokenRows
-from hatrack.evaluate.loss import Batch, items, losses
+from hatrack.evaluate.loss import Batch, count_losses, losses
 from hatrack.evaluate.score import Score, score
 from hatrack.training import checkpoint
 from hatrack.training.layer_streaming import LayerStreaming
@@ -228,7 +228,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         return norm
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
-        counted = torch.tensor(sum(items(batch, self.task) for batch in batch_samples), device=device)
+        counted = torch.tensor(sum(count_losses(batch, self.task) for batch in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counted = self.accelerator.gather(counted).sum()
         return counted.clamp(min=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hatrack.evaluate.loss import Batch, items, losses
+from hatrack.evaluate.loss import Batch, count_losses, losses
 from hatrack.training.prefix_cache import Prefix
 
 
@@ -32,7 +32,7 @@ def rehearsal(model: Any) -> Iterator[list[torch.nn.Parameter]]:
 def gradients(model: Any, batches: Sequence[Batch], task: str, prefix: Prefix | None = None) -> float:
     """Adds the gradients of one step, whose micro-batches are `batches`, and returns its loss. `prefix` stands for the
     layers below all adapters."""
-    total, loss = max(sum(items(batch, task) for batch in batches), 1), 0.0
+    total, loss = max(sum(count_losses(batch, task) for batch in batches), 1), 0.0
     for values, _, _ in prefix.losses(batches) if prefix else (losses(model, batch, task) for batch in batches):
         part = values.sum() / total
         part.backward()  # type: ignore[no-untyped-call]
