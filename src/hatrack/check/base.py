@@ -2,29 +2,29 @@
 
 import re
 
-from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
+from hatrack.check.prepared import Prepared
 
 MARK = re.compile(r"<\|[\w ]+\|>|<(?:start|end)_of_turn>")
 
 
-def no_chat_template(facts: Facts) -> Finding | None:
+def no_chat_template(prepared: Prepared) -> Finding | None:
     """transformers: "Cannot use chat template functions because tokenizer.chat_template is not set"."""
-    if facts.task != "chat" or facts.tokenizer.chat_template:
+    if prepared.task != "chat" or prepared.tokenizer.chat_template:
         return None
     return Finding(
         "no-chat-template",
         "the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'",
-        f"none in {facts.files.source}",
+        f"none in {prepared.files.source}",
         "an instruct version of the base, or go on: the adapter remembers how its conversations were written",
     )
 
 
-def wrong_chat_template(facts: Facts) -> Finding | None:
+def wrong_chat_template(prepared: Prepared) -> Finding | None:
     """Answers are full of <|im_end|> in letters: the template belongs to another base's tokenizer."""
-    marks = sorted(set(MARK.findall(facts.tokens.template or "")))
-    pieces = {mark: facts.tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in marks}
-    split = [mark for mark, ids in pieces.items() if len(ids) != 1 or ids[0] == facts.tokenizer.unk_token_id]
+    marks = sorted(set(MARK.findall(prepared.tokens.template or "")))
+    pieces = {mark: prepared.tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in marks}
+    split = [mark for mark, ids in pieces.items() if len(ids) != 1 or ids[0] == prepared.tokenizer.unk_token_id]
     if not split:
         return None
     return Finding(
@@ -35,43 +35,43 @@ def wrong_chat_template(facts: Facts) -> Finding | None:
     )
 
 
-def label_count(facts: Facts) -> Finding | None:
+def label_count(prepared: Prepared) -> Finding | None:
     """torch: "size mismatch for classifier.weight", or a head that is fresh where a trained one was expected."""
-    own = _own_labels(facts)
-    if own is None or own == len(facts.examples.labels):
+    own = _own_labels(prepared)
+    if own is None or own == len(prepared.examples.labels):
         return None
     return Finding(
         "label-count",
         "the base is a classifier with another number of labels: a fresh head takes its place",
-        f"{own} in the base, {len(facts.examples.labels)} in the data",
+        f"{own} in the base, {len(prepared.examples.labels)} in the data",
         "go on, or give the data the base's labels",
     )
 
 
-def base_already_tuned(facts: Facts) -> Finding | None:
+def base_already_tuned(prepared: Prepared) -> Finding | None:
     """The tuned model knows less than before: the base was an instruct model or a classifier already."""
-    own = _own_labels(facts)
-    if facts.task == "classify" and own == len(facts.examples.labels):
-        names = [str(name) for name in (facts.config.get("id2label") or {}).values()]
+    own = _own_labels(prepared)
+    if prepared.task == "classify" and own == len(prepared.examples.labels):
+        names = [str(name) for name in (prepared.config.get("id2label") or {}).values()]
         return Finding(
             "base-already-tuned",
             "the base is a classifier already: training goes on from its head",
-            f"its labels {', '.join(names[:5]) or own}; yours {', '.join(facts.examples.labels[:5])}",
+            f"its labels {', '.join(names[:5]) or own}; yours {', '.join(prepared.examples.labels[:5])}",
             "go on where they mean the same in the same order, else use the base it was made from",
         )
-    if facts.task == "complete" and facts.tokenizer.chat_template:
+    if prepared.task == "complete" and prepared.tokenizer.chat_template:
         return Finding(
             "base-already-tuned",
             "the base was tuned to hold conversations, and plain text makes it forget how",
-            f"a chat template in {facts.files.source}",
+            f"a chat template in {prepared.files.source}",
             "--task chat, or the base it was tuned from",
         )
     return None
 
 
-def _own_labels(facts: Facts) -> int | None:
+def _own_labels(prepared: Prepared) -> int | None:
     """How many labels the base's own classification head has; None where it has no such head."""
-    architectures = facts.config.get("architectures") or [""]
-    if facts.task != "classify" or not str(architectures[0]).endswith("ForSequenceClassification"):
+    architectures = prepared.config.get("architectures") or [""]
+    if prepared.task != "classify" or not str(architectures[0]).endswith("ForSequenceClassification"):
         return None
-    return len(facts.config.get("id2label") or {0: "", 1: ""})
+    return len(prepared.config.get("id2label") or {0: "", 1: ""})

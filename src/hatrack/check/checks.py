@@ -16,8 +16,8 @@ from hatrack.base.header import head_shapes, model_shapes, read_config
 from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer, name_of
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check import base, rows, settings
-from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding, Looking
+from hatrack.check.prepared import Prepared
 from hatrack.check.reading import read_for_base
 from hatrack.console import say
 from hatrack.data.examples import Examples
@@ -48,16 +48,16 @@ ON_DEMAND = (base.no_chat_template, base.label_count, base.base_already_tuned)
 """What a run says in passing, or what is true of many a good run."""
 
 
-def advise(facts: Facts) -> None:
+def advise(prepared: Prepared) -> None:
     """Says what the fast checks find in a run that is about to begin."""
     for gotcha in BEFORE_TRAINING:
-        found = gotcha(facts)
+        found = gotcha(prepared)
         if found is not None:
             say(f"advice: {found}")
 
 
-def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
-    """All that is wrong or doubtful with a run of `recipe`, and its facts where it could begin.
+def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
+    """All that is wrong or doubtful with a run of `recipe`, and the prepared run where it could begin.
 
     Reads rows, headers and the tokenizer, no weights.
     """
@@ -86,8 +86,8 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Facts | None]:
         return looking.found, None
     where, plan = settled
     schedule = where.schedule(plan.micro_batch)
-    facts = Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, dtype)
-    return [found for gotcha in (*BEFORE_TRAINING, *ON_DEMAND) if (found := gotcha(facts)) is not None], facts
+    prepared = Prepared(recipe, examples, files, tokenizer, tokens, plan, schedule, dtype)
+    return [found for gotcha in (*BEFORE_TRAINING, *ON_DEMAND) if (found := gotcha(prepared)) is not None], prepared
 
 
 def _rows(recipe: Recipe) -> Examples:

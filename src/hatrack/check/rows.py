@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 
-from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
+from hatrack.check.prepared import Prepared
 from hatrack.data.examples import Example
 from hatrack.data.labels import is_number
 from hatrack.data.stop_tokens import Ends
@@ -15,10 +15,10 @@ MANY_CUT = 0.05
 MANY_NUMBERS = 20
 
 
-def class_imbalance(facts: Facts) -> Finding | None:
+def class_imbalance(prepared: Prepared) -> Finding | None:
     """Accuracy is high from the first epoch and says nothing: nearly all rows have the same label."""
-    examples = facts.examples
-    if facts.task != "classify" or examples.multi_label:
+    examples = prepared.examples
+    if prepared.task != "classify" or examples.multi_label:
         return None
     label, count = Counter(example.label for example in examples.train).most_common(1)[0]
     share = count / len(examples.train)
@@ -32,9 +32,9 @@ def class_imbalance(facts: Facts) -> Finding | None:
     )
 
 
-def labels_are_scores(facts: Facts) -> Finding | None:
+def labels_are_scores(prepared: Prepared) -> Finding | None:
     """There are dozens of classes, each a number with decimals: scores, whose order a classifier does not know."""
-    names = facts.examples.labels
+    names = prepared.examples.labels
     if len(names) <= MANY_NUMBERS or not all(map(is_number, names)) or not any("." in name for name in names):
         return None
     return Finding(
@@ -45,9 +45,9 @@ def labels_are_scores(facts: Facts) -> Finding | None:
     )
 
 
-def near_duplicates(facts: Facts) -> Finding | None:
+def near_duplicates(prepared: Prepared) -> Finding | None:
     """The held-out score is too good: rows differ from training rows only in case, spaces or punctuation."""
-    examples = facts.examples
+    examples = prepared.examples
     seen = {_bare(example): example.row for example in examples.train}
     twins = [(example.row, seen[_bare(example)]) for example in examples.held_out if _bare(example) in seen]
     if not twins or not any(_bare(example) for example in examples.held_out):
@@ -60,13 +60,13 @@ def near_duplicates(facts: Facts) -> Finding | None:
     )
 
 
-def answers_cut(facts: Facts) -> Finding | None:
+def answers_cut(prepared: Prepared) -> Finding | None:
     """Answers break off: the ends of rows, and with them the ends of what was to be learned, were cut."""
-    tokens = facts.tokens
+    tokens = prepared.tokens
     cut, rows = tokens.learn.cut + tokens.held_out.cut, len(tokens.learn) + len(tokens.held_out)
     if cut < MANY_CUT * rows:
         return None
-    lost = "the ends of the texts are" if facts.task == "classify" else "the ends of the answers are"
+    lost = "the ends of the texts are" if prepared.task == "classify" else "the ends of the answers are"
     return Finding(
         "answers-cut",
         f"{lost} cut off",
@@ -75,31 +75,31 @@ def answers_cut(facts: Facts) -> Finding | None:
     )
 
 
-def template_twice(facts: Facts) -> Finding | None:
+def template_twice(prepared: Prepared) -> Finding | None:
     """Answers begin with <|im_start|> or the like: the rows were written with a chat template before it is applied."""
-    if facts.task == "classify":
+    if prepared.task == "classify":
         return None
-    marks = [mark for mark in _marks(facts) if len(mark) > 2]
-    rows = [example.row for example in facts.examples.train if any(mark in example.words for mark in marks)]
+    marks = [mark for mark in _marks(prepared) if len(mark) > 2]
+    rows = [example.row for example in prepared.examples.train if any(mark in example.words for mark in marks)]
     if not rows:
         return None
-    mark = next(mark for mark in marks for example in facts.examples.train if mark in example.words)
-    twice = facts.task == "chat"
+    mark = next(mark for mark in marks for example in prepared.examples.train if mark in example.words)
+    twice = prepared.task == "chat"
     return Finding(
         "template-twice",
         "the chat template would be applied twice" if twice else "the text holds the base's control tokens",
-        f"{mark} in {len(rows):,} of {len(facts.examples.train):,} rows, first row {rows[0]}",
+        f"{mark} in {len(rows):,} of {len(prepared.examples.train):,} rows, first row {rows[0]}",
         "give plain messages: hatrack applies the template" if twice else "use --task chat with plain messages",
     )
 
 
-def end_never_learned(facts: Facts) -> Finding | None:
+def end_never_learned(prepared: Prepared) -> Finding | None:
     """The tuned model does not stop: no row teaches it a token that ends an answer."""
-    if facts.task == "classify":
+    if prepared.task == "classify":
         return None
-    learn, tokenizer = facts.tokens.learn, facts.tokenizer
-    whole = [index for index in range(len(learn)) if learn.lengths[index] < facts.tokens.max_length]
-    if not whole or facts.tokens.ends != Ends():
+    learn, tokenizer = prepared.tokens.learn, prepared.tokenizer
+    whole = [index for index in range(len(learn)) if learn.lengths[index] < prepared.tokens.max_length]
+    if not whole or prepared.tokens.ends != Ends():
         return None
     last = {int(learn.row(index)[0][learn.row(index)[1]][-1]) for index in whole[:2000]}
     return Finding(
@@ -114,9 +114,9 @@ def _bare(example: Example) -> str:
     return " ".join(re.findall(r"\w+", example.words.casefold()))
 
 
-def _marks(facts: Facts) -> list[str]:
+def _marks(prepared: Prepared) -> list[str]:
     """The control tokens that the chat template writes; without a template all the base has."""
-    known = {str(token) for token in facts.tokenizer.added_tokens_decoder.values()}
-    known |= set(facts.tokenizer.all_special_tokens)
-    template = facts.tokens.template
+    known = {str(token) for token in prepared.tokenizer.added_tokens_decoder.values()}
+    known |= set(prepared.tokenizer.all_special_tokens)
+    template = prepared.tokens.template
     return sorted(mark for mark in known if template is None or mark in template)

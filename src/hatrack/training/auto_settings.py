@@ -12,7 +12,7 @@ from hatrack.adapter.place import place
 from hatrack.base.free_memory import give_back
 from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.load import Base
-from hatrack.check.facts import Facts
+from hatrack.check.prepared import Prepared
 from hatrack.console import say
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.errors import ModelError
@@ -39,12 +39,12 @@ from hatrack.training.load import load_for
 from hatrack.training.lr_range import find_learning_rate
 
 
-def measured_rate(base: Base, model: Any, facts: Facts) -> float:
+def measured_rate(base: Base, model: Any, facts: Prepared) -> float:
     """The peak learning rate that a range test finds on the rows of one step."""
     return find_learning_rate(model, _first_steps(base, facts, facts.schedule, 1)[0], facts.task, facts.usual_lr)
 
 
-def measured_depth(facts: Facts) -> Recipe:
+def measured_depth(facts: Prepared) -> Recipe:
     """The recipe with as few adapted layers as a short comparison finds enough; says what that costs and saves."""
     try:
         return facts.recipe.changed(layers=_compared(facts))
@@ -53,7 +53,7 @@ def measured_depth(facts: Facts) -> Recipe:
         return facts.recipe.changed(layers="all")
 
 
-def _compared(facts: Facts) -> str:
+def _compared(facts: Prepared) -> str:
     count = steps_of(facts.schedule.steps)
     if not count:
         say(f"layers: all; a run of {facts.schedule.steps:,} steps is too short to try several depths first")
@@ -83,7 +83,7 @@ def _compared(facts: Facts) -> str:
     return chosen.name
 
 
-def _trial(base: Base, facts: Facts, count: int) -> Trial:
+def _trial(base: Base, facts: Prepared, count: int) -> Trial:
     rows = max(1, facts.schedule.batch_size // SMALLER)
     small = replace(facts.schedule, batch_size=rows, micro_batch=math.gcd(rows, facts.schedule.micro_batch))
     held_out = facts.tokens.held_out.first(min(SCORED, max(32, count * rows // 4)))
@@ -97,7 +97,7 @@ def _trial(base: Base, facts: Facts, count: int) -> Trial:
     return Trial(steps, whole, facts.task, facts.schedule.lr, scored)
 
 
-def _first_steps(base: Base, facts: Facts, schedule: Schedule, count: int) -> list[list[Batch]]:
+def _first_steps(base: Base, facts: Prepared, schedule: Schedule, count: int) -> list[list[Batch]]:
     """The micro-batches of a schedule's first steps, on the base's device."""
     learn = facts.tokens.learn
     order = LengthBatches(learn.lengths, schedule.micro_batch, facts.recipe.seed, by_tokens=facts.task != "classify")
@@ -109,13 +109,13 @@ def _first_steps(base: Base, facts: Facts, schedule: Schedule, count: int) -> li
     return [moved[start : start + schedule.accumulation] for start in range(0, len(moved), schedule.accumulation)]
 
 
-def _rows_seen(facts: Facts) -> int:
+def _rows_seen(facts: Prepared) -> int:
     """Rows that go through the layers below the adapters: each once, or where nothing is kept in every epoch."""
     visits = facts.schedule.steps * facts.schedule.batch_size
     return visits if facts.recipe.cache_limit == 0 else min(len(facts.tokens.learn), visits)
 
 
-def _verdict(tried: Sequence[Depth], chosen: Depth, before: Score, facts: Facts, seen: int) -> str:
+def _verdict(tried: Sequence[Depth], chosen: Depth, before: Score, facts: Prepared, seen: int) -> str:
     """What was chosen, what it costs and what it saves."""
     everything, metric = tried[0], main_metric(facts.task)
     gained = before.metrics["loss"] - everything.loss

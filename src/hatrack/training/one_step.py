@@ -4,8 +4,8 @@ import torch
 from transformers import set_seed
 
 from hatrack.adapter.place import place
-from hatrack.check.facts import Facts
 from hatrack.check.finding import Finding
+from hatrack.check.prepared import Prepared
 from hatrack.check.running import Step, loss_not_a_number, no_gradient
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.evaluate.loss import losses
@@ -16,7 +16,7 @@ from hatrack.training.load import load_for
 ROWS = 4
 
 
-def one_step(facts: Facts) -> list[Finding]:
+def one_step(facts: Prepared) -> list[Finding]:
     """Loads the base, places the adapter, and takes the gradient of a few rows. With `--lr auto` the rate is measured.
 
     Raises HatrackError where the base cannot be loaded after all.

@@ -32,7 +32,7 @@ from hatrack.base.mapped_layers import OUTSIDE, unmap
 from hatrack.base.offload import as_if_loaded, open_layers, settle
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check.checks import advise
-from hatrack.check.facts import Facts
+from hatrack.check.prepared import Prepared
 from hatrack.check.reading import read_for_base
 from hatrack.console import say, size
 from hatrack.data import trained_rows
@@ -162,7 +162,7 @@ def _prepare(
     tokenizer: Any,
     tokens: Tokens,
     opened: ExitStack,
-) -> tuple[Facts, States | None, float]:
+) -> tuple[Prepared, States | None, float]:
     """What the run will take and the schedule that follows, said aloud; and what is kept of the layers below the
     adapters, with the share of rows it is kept of. Raises RecipeError where the run does not fit this machine."""
     recipe, device = run.recipe, choose_device(run.recipe.device)[0]
@@ -175,7 +175,7 @@ def _prepare(
     known = _known(states, tokens)
     rows = (run.recall("schedule") or {}).get("micro_batch")
     plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, known, rows)
-    return Facts(recipe, examples, files, tokenizer, tokens, plan, schedule, name_of(dtype)), states, known
+    return Prepared(recipe, examples, files, tokenizer, tokens, plan, schedule, name_of(dtype)), states, known
 
 
 def _states(
@@ -209,7 +209,7 @@ def _known(states: States | None, tokens: Tokens) -> float:
 
 
 def _parts(
-    run: Run, base: Base, model: Any, trunk: LayerStack | None, facts: Facts, states: States | None, known: float
+    run: Run, base: Base, model: Any, trunk: LayerStack | None, facts: Prepared, states: States | None, known: float
 ) -> tuple[LayerStreaming | None, Prefix | None]:
     """What takes the steps over a base larger than memory, and what stands for the layers below the adapters."""
     if trunk is None or not base.mapped:
@@ -238,7 +238,9 @@ def _trunk(base: Base, recipe: Recipe) -> LayerStack | None:
         return None
 
 
-def _prefix(model: Any, trunk: LayerStack | None, facts: Facts, states: States | None, known: float) -> Prefix | None:
+def _prefix(
+    model: Any, trunk: LayerStack | None, facts: Prepared, states: States | None, known: float
+) -> Prefix | None:
     """The layers below the adapters, where there are any and what they give is the same each time."""
     top = facts.recipe.top_layers
     if trunk is None or top is None or len(trunk.layers) == top:
@@ -290,7 +292,7 @@ def _fit(
     run: Run,
     base: Base,
     model: Any,
-    facts: Facts,
+    facts: Prepared,
     schedule: Schedule,
     trackers: list[str],
     sweep: LayerStreaming | None,
@@ -348,7 +350,7 @@ def _fit(
     return Trained(before, after, state.global_step, seen, (seen - earlier) / max(seconds, 1e-9), seconds, loss)
 
 
-def _memory_watch(run: Run, facts: Facts, sweep: LayerStreaming | None) -> MemoryWatch:
+def _memory_watch(run: Run, facts: Prepared, sweep: LayerStreaming | None) -> MemoryWatch:
     """A run that goes on keeps its rows at a time, and so does a sweep, whose steps hold what their plan says."""
     settled = sweep is not None or run.recipe.resume
     return MemoryWatch(facts.plan.peak_memory_bytes, None if settled else facts.plan.limit)

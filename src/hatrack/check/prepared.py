@@ -14,7 +14,7 @@ from hatrack.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Facts:
+class Prepared:
     """A run that could begin: its recipe and all that follows from it. `dtype` is that of the frozen base."""
 
     recipe: Recipe
