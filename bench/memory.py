@@ -32,7 +32,7 @@ from tests.cgroup import forget, group, run_in  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from hatrack.console import size  # noqa: E402
+from hatrack.console import format_size  # noqa: E402
 from hatrack.recipe import Recipe, parse_size  # noqa: E402
 from hatrack.storage import cache_dir  # noqa: E402
 
@@ -61,7 +61,7 @@ def main() -> None:
         return
     base = written(options.layers, options.stored)
     there = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    print(f"base {size(there)} in {options.stored}, {torch.get_num_threads()} threads", flush=True)
+    print(f"base {format_size(there)} in {options.stored}, {torch.get_num_threads()} threads", flush=True)
     header = f"{'side':<10}{'cap':>9}{'batches':>9}{'seconds':>10}{'read':>12}{'of base':>9}{'anonymous':>12}"
     print(f"{header}{'resident':>12}{'loading':>10}{'resident':>12}", flush=True)
     found = []
@@ -76,11 +76,11 @@ def main() -> None:
                 numbers = "  " + str(result.get("error"))
                 if "seconds" in result:
                     read, loading = result["read"], result["loading"]
-                    numbers = f"{result['seconds']:>9.1f}s{size(read):>12}{read / there:>8.2f}x"
-                    numbers += f"{size(result['anonymous']):>12}{size(result['resident']):>12}"
-                    numbers += f"{loading['seconds']:>9.1f}s{size(loading['resident']):>12}"
+                    numbers = f"{result['seconds']:>9.1f}s{format_size(read):>12}{read / there:>8.2f}x"
+                    numbers += f"{format_size(result['anonymous']):>12}{format_size(result['resident']):>12}"
+                    numbers += f"{loading['seconds']:>9.1f}s{format_size(loading['resident']):>12}"
                     if options.device != "cpu":
-                        numbers += f"   {size(result['accelerator'])} on {options.device}"
+                        numbers += f"   {format_size(result['accelerator'])} on {options.device}"
                 print(f"{side:<10}{cap or 'none':>9}{batches:>9}{numbers}", flush=True)
 
 

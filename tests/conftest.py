@@ -18,7 +18,7 @@ from transformers import (
 
 from hatrack import cpu
 from hatrack.base import quantized_cache
-from hatrack.errors import Words
+from hatrack.errors import OptionStyle
 
 WORDS = [
     "good",
@@ -94,7 +94,7 @@ def turns(*pairs: tuple[str, str]) -> tuple[dict[str, Any], ...]:
 @pytest.fixture(autouse=True)
 def flags_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages name options as at the command line; tests/test_words.py looks at Python's words."""
-    monkeypatch.setattr(Words, "flags", True)
+    monkeypatch.setattr(OptionStyle, "flags", True)
 
 
 def tiny_tokenizer(chat: bool) -> PreTrainedTokenizerFast:

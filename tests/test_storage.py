@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.console import size
-from hatrack.errors import SHOWN_COMPLAINTS, DataError, HatrackError, MachineError
+from hatrack.console import format_size
+from hatrack.errors import MAX_COMPLAINTS, DataError, HatrackError, MachineError
 from hatrack.storage import cache_dir, folder_size, locked, machine_errors, new_folder, write_file
 
 
@@ -136,7 +136,7 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     ("count", "shown"), [(0, "0 bytes"), (1023, "1,023 bytes"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB")]
 )
 def test_sizes_for_people(count: int, shown: str) -> None:
-    assert size(count) == shown
+    assert format_size(count) == shown
 
 
 def test_one_complaint_stays_on_one_line() -> None:
@@ -149,7 +149,7 @@ def test_one_complaint_stays_on_one_line() -> None:
 def test_many_complaints_show_ten_and_count_the_rest() -> None:
     error = DataError("rows are wrong", complaints=[f"row {n}" for n in range(25)])
     lines = str(error).splitlines()
-    assert len(lines) == 1 + SHOWN_COMPLAINTS + 1 and lines[-1].strip() == "... and 15 more"
+    assert len(lines) == 1 + MAX_COMPLAINTS + 1 and lines[-1].strip() == "... and 15 more"
     assert len(error.complaints) == 25
 
 

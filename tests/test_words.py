@@ -4,13 +4,13 @@ import pytest
 
 import hatrack
 from hatrack.console import say
-from hatrack.errors import HatrackError, RecipeError, Words, in_words
+from hatrack.errors import HatrackError, OptionStyle, RecipeError, spell_options
 from hatrack.recipe import flag
 
 
 @pytest.fixture(autouse=True)
 def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Words, "flags", False)
+    monkeypatch.setattr(OptionStyle, "flags", False)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_options_become_arguments(typed: str, python: str) -> None:
-    assert in_words(typed) == python
+    assert spell_options(typed) == python
 
 
 def test_a_value_is_told_with_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert in_words(f"give {flag('base', 'hub/models--acme--tiny')}") == 'give base="hub/models--acme--tiny"'
-    monkeypatch.setattr(Words, "flags", True)
+    assert spell_options(f"give {flag('base', 'hub/models--acme--tiny')}") == 'give base="hub/models--acme--tiny"'
+    monkeypatch.setattr(OptionStyle, "flags", True)
     assert flag("eval_data", "my rows.csv") == "--eval-data 'my rows.csv'"
 
 
@@ -53,7 +53,7 @@ def test_errors_and_advice_are_in_the_readers_words(
     assert error.fix == "max_length=512 keeps it"
     say("leave out --lr")
     assert capsys.readouterr().err == "leave out lr\n"
-    monkeypatch.setattr(Words, "flags", True)
+    monkeypatch.setattr(OptionStyle, "flags", True)
     assert "--max-length 512" in str(HatrackError("too short", fix="--max-length 512"))
 
 

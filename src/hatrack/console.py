@@ -1,6 +1,6 @@
-"""What hatrack says while it works: on standard error, so that standard output stays the answer.
+"""Progress and notes, on standard error: standard output is for results.
 
-`HATRACK_QUIET=1` silences it. Knows nothing of what is said.
+`HATRACK_QUIET=1` silences them.
 """
 
 import contextlib
@@ -11,28 +11,28 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-from hatrack.errors import in_words
+from hatrack.errors import spell_options
 
 
-class StandardError:
-    """Standard error for as long as somebody reads it: work goes on when its terminal or pipe is closed."""
+class SafeStderr:
+    """Standard error that becomes /dev/null when its terminal or pipe is closed, so that a run goes on."""
 
     def write(self, text: str) -> int:
-        """Writes, or from the first failure on lets everything go to nowhere."""
+        """Writes `text`; returns its length also where nobody reads it."""
         try:
             return sys.stderr.write(text)
         except OSError:
-            self._let_go()
+            self._discard_output()
             return len(text)
 
     def flush(self) -> None:
-        """As `write`."""
+        """Flushes."""
         try:
             sys.stderr.flush()
         except OSError:
-            self._let_go()
+            self._discard_output()
 
-    def _let_go(self) -> None:
+    def _discard_output(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -41,19 +41,19 @@ class StandardError:
 
 @functools.cache
 def console() -> Console:
-    """The one console of this process; progress bars and lines share it, so they never overwrite each other."""
-    return Console(file=cast(IO[str], StandardError()), highlight=False, emoji=False, soft_wrap=True)
+    """The one console of this process: progress bars and lines share it, so they do not overwrite each other."""
+    return Console(file=cast(IO[str], SafeStderr()), highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """Says one line, options in the reader's words. Markup is not interpreted: file names may hold any character."""
+    """Prints one line; options in it are written as `OptionStyle` says. Markup in it is not interpreted."""
     if not os.environ.get("HATRACK_QUIET"):
-        console().print(in_words(line), markup=False)
+        console().print(spell_options(line), markup=False)
 
 
 def say_in_signal(line: str) -> None:
-    """Says one line from a signal handler, which may have stopped us inside `say`: straight out, without any lock."""
-    erase = "\r\x1b[2K" if console().is_terminal else ""  # a progress bar is drawn anew below
+    """Prints one line from a signal handler. It takes no lock: the signal may have come inside `say`."""
+    erase = "\r\x1b[2K" if console().is_terminal else ""  # the progress bar is redrawn below
     if not os.environ.get("HATRACK_QUIET"):
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), f"{erase}{line}\n".encode())
@@ -61,14 +61,14 @@ def say_in_signal(line: str) -> None:
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Says a line the first time it is asked to: for what holds for a whole run, however many rows it holds for."""
+    """Prints a line unless it was printed before."""
     say(line)
 
 
-def size(count: float) -> str:
-    """Bytes for people.
+def format_size(count: float) -> str:
+    """Formats a number of bytes.
 
-    >>> size(3_221_225_472)
+    >>> format_size(3_221_225_472)
     '3.0 GiB'
     """
     for unit in ("bytes", "KiB", "MiB"):
@@ -78,10 +78,10 @@ def size(count: float) -> str:
     return f"{count:,.1f} GiB"
 
 
-def counted(rows: int) -> str:
-    """How many rows, in words.
+def format_rows(rows: int) -> str:
+    """Formats a number of rows.
 
-    >>> counted(1), counted(1200)
+    >>> format_rows(1), format_rows(1200)
     ('a row', '1,200 rows')
     """
     return f"{rows:,} rows" if rows != 1 else "a row"

@@ -1,36 +1,38 @@
-"""Every error hatrack raises on purpose, each with the exit code a shell sees.
+"""The exceptions hatrack raises on purpose, and the exit code of each.
 
-HatrackError                  exit 2: the input was wrong, or was refused
-├── RecipeError(ValueError)     an option: unknown, out of range, or at odds with another
-├── ModelError(ValueError)       a base that is not there, has no weights, or cannot be used
-├── DataError(ValueError)       data files and their rows; carries every complaint at once
-├── TargetError(ValueError)     layer names that match nothing
-├── AdapterError(ValueError)    an adapter folder that is missing, damaged or does not fit
-│   └── WrongBase                 ... because it belongs to another base
-├── Diverged(ArithmeticError)    a run whose loss is lost: not a number, or growing; its last good checkpoint stays
-├── MachineError(RuntimeError)  exit 1: the machine failed: disk full, out of memory, no network
-└── Interrupted                 exit 130: stopped by the person, with a checkpoint saved
+HatrackError                    exit code 2: the input is wrong or refused
+├── RecipeError(ValueError)       an option is unknown, invalid, or conflicts with another
+├── ModelError(ValueError)        a base model is missing, has no weights, or cannot be used
+├── DataError(ValueError)         data files or rows are invalid; lists every problem
+├── TargetError(ValueError)       a target module name matches nothing
+├── AdapterError(ValueError)      an adapter folder is missing, damaged or does not fit
+│   └── WrongBase                   the adapter was trained on another base
+├── Diverged(ArithmeticError)     the loss is not a number, or grows
+├── MachineError(RuntimeError)    exit code 1: disk full, out of memory, no network
+└── Interrupted                   exit code 130: the user stopped the run
 """
 
 import re
 import reprlib
 from collections.abc import Sequence
 
-SHOWN_COMPLAINTS = 10
-LONGEST = 2000
-"""Characters of a part of a message: names and values in it come from files, and may be of any length."""
-ONE_LINE = dict.fromkeys([*range(32), 127], " ")
-"""Control characters, as in names from strangers' files: none reaches a terminal."""
+MAX_COMPLAINTS = 10
+MAX_CHARACTERS = 2000
+"""Longest part of a message, in characters: names and values from files may be of any length."""
+CONTROLS_TO_SPACES = dict.fromkeys([*range(32), 127], " ")
+"""For `str.translate`: text from other people's files must not control the terminal."""
 
-SWITCHES = {"no_proof": "prove=False"}
-SWITCHES |= {name: f"{name}=True" for name in ("resume", "force", "overwrite", "merge_labels", "allow_other_base")}
-"""What options without a value are in Python."""
+SWITCHES_IN_PYTHON = {"no_proof": "prove=False"}
+SWITCHES_IN_PYTHON |= {
+    name: f"{name}=True" for name in ("resume", "force", "overwrite", "merge_labels", "allow_other_base")
+}
+"""Flags without a value -> how they are written in Python."""
 
 _OPTION = re.compile(
     r"(?<![\w/.-])--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)"
     r"(?: (?:(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?\b(?!\w))"
     r"|(?P<word>\d\w+|top-\w+|auto|all-linear|all|none|skip|refuse|int8|int16|float32|bfloat16|float16"
-    r"|classify|chat|complete|lora|cpu|cuda|mps)\b|(?P<stand_in>[A-Z][A-Z_]*)\b))?"
+    r"|classify|chat|complete|lora|cpu|cuda|mps)\b|(?P<placeholder>[A-Z][A-Z_]*)\b))?"
 )
 _COMMAND = re.compile(
     r"((?:pip install|hatrack (?:train|plan|check|compare|predict|chat|add|rename|remove|list|show|cache))\b[^;,|]*)"
@@ -40,53 +42,52 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
 
 
-def short(value: object) -> str:
-    """A value of any size in a few words: a few lines of YAML can stand for a list of gigabytes.
+def short_repr(value: object) -> str:
+    """The repr of a value, shortened: a few lines of YAML can expand to a list of gigabytes.
 
-    >>> short("x" * 1000) == f"'{'x' * 37}...{'x' * 38}'"
+    >>> short_repr("x" * 1000) == f"'{'x' * 37}...{'x' * 38}'"
     True
     """
     return _SHORT.repr(value)
 
 
-def cut(text: str) -> str:
-    """A text of at most `LONGEST` characters, the middle of a longer one left out."""
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+def truncate(text: str) -> str:
+    """Cuts the middle out of a text longer than `MAX_CHARACTERS`."""
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS // 2]} ... {text[-MAX_CHARACTERS // 2 :]}"
 
 
-class Words:
-    """Whose words messages are in: `flags` says whether options are written as they are typed at a command line."""
+class OptionStyle:
+    """How messages name options: as flags (`--max-length 512`) or as Python arguments (`max_length=512`)."""
 
     flags = False
 
 
-def in_words(text: str) -> str:
-    """A message about options, written with their flags, in the words of whoever reads it: at the command line as it
-    stands, in Python with the options as keyword arguments. Whole commands of a shell stay.
+def spell_options(text: str) -> str:
+    """Rewrites the flags in a message as Python arguments, unless `OptionStyle.flags`. Shell commands stay as they are.
 
-    >>> in_words("--max-length 512 keeps the answers, or --bad-rows skip; see hatrack add X --name Y")
+    >>> spell_options("--max-length 512 keeps the answers, or --bad-rows skip; see hatrack add X --name Y")
     'max_length=512 keeps the answers, or bad_rows="skip"; see hatrack add X --name Y'
-    >>> in_words("leave --alpha out; name it with --text COLUMN, or --resume")
+    >>> spell_options("leave --alpha out; name it with --text COLUMN, or --resume")
     'leave alpha out; name it with text=COLUMN, or resume=True'
     """
-    if Words.flags or "--" not in text:
+    if OptionStyle.flags or "--" not in text:
         return text
     parts = _COMMAND.split(text)
-    return "".join(part if index % 2 else _OPTION.sub(_argument, part) for index, part in enumerate(parts))
+    return "".join(part if index % 2 else _OPTION.sub(_python_argument, part) for index, part in enumerate(parts))
 
 
-def _argument(option: re.Match[str]) -> str:
+def _python_argument(option: re.Match[str]) -> str:
     name = option["name"].replace("-", "_")
     if option["word"]:
         return f'{name}="{option["word"]}"'
-    value = option["number"] or option["stand_in"]
-    return f"{name}={value}" if value else SWITCHES.get(name, name)
+    value = option["number"] or option["placeholder"]
+    return f"{name}={value}" if value else SWITCHES_IN_PYTHON.get(name, name)
 
 
 class HatrackError(Exception):
-    """An error a person can act on: what was asked, what was found, how to fix it.
+    """The base class: what is wrong, what was found (`got`), how to fix it (`fix`).
 
-    `gotcha` is its heading in docs/gotchas.md, where it has one of its own.
+    `gotcha` is the error's heading in docs/gotchas.md, or "".
 
     >>> str(HatrackError("--r must be at least 1", got=0, fix="use --r 8"))
     'r must be at least 1; got 0; fix: use r=8'
@@ -97,30 +98,29 @@ class HatrackError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, got: object = None, fix: str | None = None, gotcha: str = "") -> None:
-        self.what, self.got, self.gotcha = cut(in_words(what)), got, gotcha
-        self.fix = None if fix is None else in_words(fix)
+        self.what, self.got, self.gotcha = truncate(spell_options(what)), got, gotcha
+        self.fix = None if fix is None else spell_options(fix)
         parts = [self.what]
         if got is not None:
-            parts.append(f"got {cut(str(got))}")
+            parts.append(f"got {truncate(str(got))}")
         if self.fix is not None:
             parts.append(f"fix: {self.fix}")
         line = "; ".join(parts) + (f" [{gotcha}]" if gotcha else "")
-        super().__init__(line.translate(ONE_LINE))
+        super().__init__(line.translate(CONTROLS_TO_SPACES))
 
 
 class RecipeError(HatrackError, ValueError):
-    """An option is unknown, out of range, or at odds with another one."""
+    """An option is unknown, invalid, or conflicts with another one."""
 
 
 class ModelError(HatrackError, ValueError):
-    """A base model is not where it was said to be, has no weights, or cannot do the task."""
+    """A base model is missing, has no weights, or cannot do the task."""
 
 
 class DataError(HatrackError, ValueError):
-    """Rows that cannot be learned from.
+    """Data files or rows are invalid.
 
-    Holds every complaint (`complaints`); the message shows the first ten and how many more there are.
-    A single complaint stays on one line.
+    `complaints` lists every problem; the message shows the first ten and counts the rest.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class DataError(HatrackError, ValueError):
         gotcha: str = "",
         complaints: Sequence[str] = (),
     ) -> None:
-        self.complaints = [cut(complaint) for complaint in complaints]
-        shown = self.complaints[:SHOWN_COMPLAINTS]
+        self.complaints = [truncate(complaint) for complaint in complaints]
+        shown = self.complaints[:MAX_COMPLAINTS]
         more = len(self.complaints) - len(shown)
         if len(shown) == 1:
             what = f"{what}: {shown[0]}"
@@ -147,7 +147,7 @@ class DataError(HatrackError, ValueError):
 
 
 class TargetError(HatrackError, ValueError):
-    """A target layer name matches nothing in this model."""
+    """A target module name matches nothing in this model."""
 
 
 class AdapterError(HatrackError, ValueError):
@@ -155,20 +155,20 @@ class AdapterError(HatrackError, ValueError):
 
 
 class WrongBase(AdapterError):
-    """An adapter was asked onto a base it was not trained on."""
+    """The adapter was trained on another base."""
 
 
 class Diverged(HatrackError, ArithmeticError):
-    """A run was stopped because its loss is lost: not a number, or growing. The last good checkpoint stays."""
+    """The run was stopped because its loss is not a number, or grows. The last good checkpoint is kept."""
 
 
 class MachineError(HatrackError, RuntimeError):
-    """The machine failed, not the input: the disk is full, memory ran out, a download broke."""
+    """The machine failed: the disk is full, memory ran out, or a download failed."""
 
     exit_code = 1
 
 
 class Interrupted(HatrackError):
-    """The person stopped the run; what was learned so far is in a checkpoint."""
+    """The user stopped the run. A checkpoint is saved."""
 
     exit_code = 130

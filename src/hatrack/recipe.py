@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from hatrack.errors import RecipeError, Words, short
+from hatrack.errors import OptionStyle, RecipeError, short_repr
 from hatrack.option_aliases import NOT_NEEDED, OTHER_NAMES
 
 Task = Literal["classify", "chat", "complete"]
@@ -381,7 +381,7 @@ def _flat_yaml(text: str) -> Any:
 
 def flag(name: str, value: object = None) -> str:
     """The option as it is typed, `--eval-data` for `eval_data`. With a value it is in the reader's words already
-    (`hatrack.errors.in_words`), as a name in a sentence could be any word of it.
+    (`hatrack.errors.spell_options`), as a name in a sentence could be any word of it.
 
     >>> flag("eval_data"), flag("eval_data", "new.csv")
     ('--eval-data', 'eval_data="new.csv"')
@@ -389,7 +389,7 @@ def flag(name: str, value: object = None) -> str:
     option = "--" + name.replace("_", "-")
     if value is None:
         return option
-    return f"{option} {shlex.quote(str(value))}" if Words.flags else f'{name}="{value}"'
+    return f"{option} {shlex.quote(str(value))}" if OptionStyle.flags else f'{name}="{value}"'
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
@@ -442,4 +442,4 @@ def _wrong(problem: Any, fields: dict[str, FieldInfo]) -> str:
         reason = f"must be one of {', '.join(words)}" + (f"; did you mean {guess}?" if guess else "")
     fix = about(fields[name], "fix")
     reason = reason.replace("Input should", "must").replace("String should match", "must match")
-    return str(RecipeError(f"{flag(name)} {reason}", got=short(value), fix=fix or None))
+    return str(RecipeError(f"{flag(name)} {reason}", got=short_repr(value), fix=fix or None))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from hatrack.console import say, size
+from hatrack.console import format_size, say
 from hatrack.errors import HatrackError, MachineError, RecipeError
 from hatrack.storage import cache_dir, machine_errors, new_folder
 
@@ -205,7 +205,7 @@ def _download(requirement: str, folder: Path, *, first_seen: bool) -> None:
             )
         found = _sha256(wheels[0])
         (working / "sha256").write_text(found + "\n", encoding="ascii")
-        say(f"fetched {wheels[0].name}, {size(wheels[0].stat().st_size)}")
+        say(f"fetched {wheels[0].name}, {format_size(wheels[0].stat().st_size)}")
         if first_seen:
             say(f"{requirement} has sha256 {found}; remembered, another one will be refused")
 
@@ -308,12 +308,14 @@ def _refuse_bombs(wheel: Path, wanted: Sequence[zipfile.ZipInfo]) -> None:
     """Raises HatrackError where the declared sizes already tell that unpacking would flood the disk."""
     total = sum(info.file_size for info in wanted)
     if total > LARGEST_TOTAL:
-        raise _bomb(wheel, f"{size(total)} once unpacked, more than {size(LARGEST_TOTAL)}")
+        raise _bomb(wheel, f"{format_size(total)} once unpacked, more than {format_size(LARGEST_TOTAL)}")
     if total > RATIO_FREE + LARGEST_RATIO * wheel.stat().st_size:
-        raise _bomb(wheel, f"{size(total)} out of {size(wheel.stat().st_size)}")
+        raise _bomb(wheel, f"{format_size(total)} out of {format_size(wheel.stat().st_size)}")
     for info in wanted:
         if info.file_size > RATIO_FREE and info.file_size > LARGEST_RATIO * info.compress_size:
-            raise _bomb(wheel, f"{info.filename}: {size(info.file_size)} out of {size(info.compress_size)}")
+            raise _bomb(
+                wheel, f"{info.filename}: {format_size(info.file_size)} out of {format_size(info.compress_size)}"
+            )
 
 
 def _bomb(wheel: Path, got: str) -> HatrackError:

@@ -15,7 +15,7 @@ from hatrack.adapter.origin import card_of, find_base_of
 from hatrack.base.fingerprint import lineage
 from hatrack.base.sources import BaseFiles
 from hatrack.check.folder import check_adapter
-from hatrack.errors import AdapterError, HatrackError, ModelError, Words
+from hatrack.errors import AdapterError, HatrackError, ModelError, OptionStyle
 from tests.adapter.test_like_peft import QV, _adapter, _base
 
 GOOD = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -125,7 +125,7 @@ def test_a_base_that_is_not_here(adapter: Path, source: str, told: str, monkeypa
     error = str(caught.value)
     assert error.startswith(f"the base of {adapter} cannot be had: ") and told in error
     assert "--base" in str(caught.value.fix) and "--revision" not in error
-    monkeypatch.setattr(Words, "flags", False)
+    monkeypatch.setattr(OptionStyle, "flags", False)
     with pytest.raises(ModelError) as caught:
         find_base_of(read_adapter(adapter))
     assert len(re.findall(r"\b(with base\b|base=)", str(caught.value.fix))) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.console import size
+from hatrack.console import format_size
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -103,7 +103,7 @@ def test_one_figure_for_the_peak(hatrack: Run, tiny_encoder: Path, reviews: Path
     options = ("plan", "--base", tiny_encoder, "--data", reviews, "--device", "cpu")
     lines = hatrack(*options).out.splitlines()
     memory = next(line for line in lines if line.startswith("memory ")).split()
-    peak = size(hatrack(*options, "--json").json["peak_memory_bytes"])
+    peak = format_size(hatrack(*options, "--json").json["peak_memory_bytes"])
     assert lines[0].startswith(f"fits: {peak} of ") and peak in " ".join(memory)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import hatrack
-from hatrack.errors import ModelError, RecipeError, Words
+from hatrack.errors import ModelError, OptionStyle, RecipeError
 
 
 def test_a_plan_in_python_is_what_the_command_says(
@@ -42,7 +42,7 @@ def test_another_machine_is_named(tiny_encoder: Path, reviews: Path) -> None:
 
 
 def test_what_training_refuses_is_refused_in_pythons_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Words, "flags", False)
+    monkeypatch.setattr(OptionStyle, "flags", False)
     with pytest.raises(RecipeError, match=r"^base is missing"):
         hatrack.plan(data="reviews.csv")
     with pytest.raises(ModelError):

@@ -17,7 +17,7 @@ from typing import Any
 from peft import LoraConfig
 
 from hatrack.adapter.targets import matches
-from hatrack.errors import AdapterError, short
+from hatrack.errors import AdapterError, short_repr
 from hatrack.recipe import flag
 
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -130,7 +130,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     _check_format(path, config)
     must = ["r", "lora_alpha"] if config.get("target_parameters") else ["r", "lora_alpha", "target_modules"]
     wrong = [
-        f"{field} {short(config.get(field))}"
+        f"{field} {short_repr(config.get(field))}"
         for field, fits in USED.items()
         if (field in must or config.get(field) is not None) and not fits(config.get(field))
     ]
@@ -142,10 +142,10 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     if not any(start is plain or (isinstance(plain, str) and start == plain) for plain in PLAIN_STARTS):
         raise AdapterError(
             f"{path} belongs on a base whose weights were changed first",
-            got=f"init_lora_weights {short(start)}",
+            got=f"init_lora_weights {short_repr(start)}",
             fix="convert it with peft's path_initial_model_for_weight_conversion",
         )
-    more = [f"{field} {short(value)}" for field, value in config.items() if _unknown(field, value)]
+    more = [f"{field} {short_repr(value)}" for field, value in config.items() if _unknown(field, value)]
     if more:
         raise AdapterError(f"{path} needs what hatrack does not load", got=", ".join(sorted(more)[:5]), fix=PEFT_ITSELF)
     _check_task(path, config)
@@ -159,13 +159,13 @@ def _check_format(path: Path, config: Mapping[str, Any]) -> None:
     if kind is None and ("fine_tune_type" in config or "lora_parameters" in config):
         raise AdapterError(
             f"{path} is in mlx-lm's format, which is not peft's",
-            got=f"fine_tune_type {short(config.get('fine_tune_type'))}, no peft_type",
+            got=f"fine_tune_type {short_repr(config.get('fine_tune_type'))}, no peft_type",
             fix="merge it into its base with mlx_lm.fuse and use that as --base, or train it again with hatrack",
         )
     if kind is None and "model_type" in config and ("architectures" in config or "hidden_size" in config):
         raise AdapterError(
             f"{path} is a model's config.json, not an adapter's",
-            got=f"model_type {short(config['model_type'])}, no peft_type",
+            got=f"model_type {short_repr(config['model_type'])}, no peft_type",
             fix="copy adapter_config.json from where the adapter was trained",
         )
     if kind is None:
@@ -189,9 +189,9 @@ def _check_task(path: Path, config: Mapping[str, Any]) -> None:
     if task in TASKS:
         raise AdapterError(f"{path} is of an adapter for {TASKS[task]}", got=f"task_type {task}", fix=PEFT_ITSELF)
     fix = 'set "task_type" in it: "CAUSAL_LM" for a generator, "SEQ_CLS" for a classifier'
-    got = f"task_type {short(task)}"
+    got = f"task_type {short_repr(task)}"
     if not base:
-        got += f", base_model_name_or_path {short(base)}"
+        got += f", base_model_name_or_path {short_repr(base)}"
         fix += f'; and "base_model_name_or_path", or give {flag("base")}'
     if task is not None:
         raise AdapterError(f"{path} has a task_type that peft does not know", got=got, fix=fix)
@@ -218,7 +218,7 @@ def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) ->
         )
         raise AdapterError(
             f"{path} names no layer of this base",
-            got=f"target_modules {short(config['target_modules'])}; the base has {', '.join(leaves[:12])}",
+            got=f"target_modules {short_repr(config['target_modules'])}; the base has {', '.join(leaves[:12])}",
             fix="give it the base it was trained on",
         )
     for table in ("rank_pattern", "alpha_pattern"):
@@ -263,13 +263,13 @@ def matching(path: Path, patterns: Sequence[str], names: Iterable[str]) -> list[
     except subprocess.TimeoutExpired as error:
         raise AdapterError(
             f"{path} has a regular expression that does not come to an end",
-            got=f"{short(longest)} after {PATTERN_SECONDS:g} s",
+            got=f"{short_repr(longest)} after {PATTERN_SECONDS:g} s",
             fix="name the layers in full",
         ) from error
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it failed"])[-1][:200]
         raise AdapterError(
-            f"{path} has a malformed regular expression", got=f"{short(longest)}: {reason}", fix="name the layers"
+            f"{path} has a malformed regular expression", got=f"{short_repr(longest)}: {reason}", fix="name the layers"
         )
     found: list[list[str]] = json.loads(done.stdout)
     return found

@@ -8,7 +8,7 @@ from hatrack.adapter.card import HATRACK_JSON
 from hatrack.base.code import needed_code
 from hatrack.base.load import Base, has_tokenizer, load_tokenizer
 from hatrack.console import say_once
-from hatrack.errors import AdapterError, ModelError, short
+from hatrack.errors import AdapterError, ModelError, short_repr
 from hatrack.file_kind import other_kind
 
 FILES = ("*token*.json", "vocab.*", "*.model", "merges.txt", "*.jinja")
@@ -53,9 +53,9 @@ def _differences(own: Any, bases: Any) -> list[str]:
     added = sorted((token for token in here if token not in there), key=here.__getitem__)
     moved = [token for token, number in here.items() if there.get(token, number) != number]
     special = set(own.all_special_tokens) - {*bases.all_special_tokens, *added, own.pad_token}
-    differences = [f"{len(added):,} tokens more, such as {short(added[0])}"] if added else []
-    differences += [f"{len(moved):,} tokens with other numbers, such as {short(moved[0])}"] if moved else []
-    differences += [f"{short(sorted(special)[0])} is a token of control"] if special else []
+    differences = [f"{len(added):,} tokens more, such as {short_repr(added[0])}"] if added else []
+    differences += [f"{len(moved):,} tokens with other numbers, such as {short_repr(moved[0])}"] if moved else []
+    differences += [f"{short_repr(sorted(special)[0])} is a token of control"] if special else []
     if own.chat_template and own.chat_template != bases.chat_template:
         differences.append("another chat template")
     if not differences and own(PROBE)["input_ids"] != bases(PROBE)["input_ids"]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from hatrack.base.header import INDEX, WEIGHTS, read_json
 from hatrack.base.locate import PICKLE, PICKLE_INDEX, digest, gguf_folder
 from hatrack.base.quiet import quiet
-from hatrack.console import say, size
+from hatrack.console import format_size, say
 from hatrack.errors import HatrackError, MachineError, ModelError
 from hatrack.file_kind import GGUF, other_kind
 from hatrack.file_kind import PICKLE as PICKLED
@@ -54,7 +54,7 @@ def from_gguf(file: Path) -> Path:
             raise ModelError(
                 f"{file} cannot be converted", got=reason, fix="download it again, or use a safetensors base"
             ) from error
-    say(f"converted: {final} ({size(folder_size(final))})")
+    say(f"converted: {final} ({format_size(folder_size(final))})")
     return final
 
 
@@ -83,7 +83,7 @@ def from_pickle(folder: Path) -> Path:
             weight_map |= dict.fromkeys(tensors, name)
         if len(files) > 1:
             (working / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
-    say(f"converted: {final} ({size(folder_size(final))})")
+    say(f"converted: {final} ({format_size(folder_size(final))})")
     return final
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 from hatrack.base.header import TensorInfo
-from hatrack.console import size
+from hatrack.console import format_size
 from hatrack.errors import RecipeError
 
 BESIDE = 640 * 2**20
@@ -44,7 +44,7 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
                 continue
             droppable = _stat(group / "memory.stat").get(cached, 0)
             left = max(0, limit - max(0, (used or 0) - droppable))
-            found.append((left, f"left of the control group's {size(limit)}"))
+            found.append((left, f"left of the control group's {format_size(limit)}"))
     return min(found)
 
 

@@ -42,7 +42,7 @@ from hatrack.base.header import (
 from hatrack.base.quantized_cache import whole_base
 from hatrack.base.quiet import quiet
 from hatrack.base.sources import BaseFiles
-from hatrack.console import say, say_once, size
+from hatrack.console import format_size, say, say_once
 from hatrack.cpu import fast_at_bfloat16
 from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
 from hatrack.kernels.frozen_linear import keep_packed_as_is
@@ -306,15 +306,21 @@ def _kept(files: BaseFiles, task: Task, device: torch.device, quantize: str, opt
     about = quantized_cache.made_by(files, task=task, quantize=quantize, dtype=dtype, device=device.type)
     folder = quantized_cache.find(about)
     if folder is not None:
-        say_once(f"base in {quantize}, as quantised before: {folder} ({size(folder_size(folder))})")
+        say_once(f"base in {quantize}, as quantised before: {folder} ({format_size(folder_size(folder))})")
         return folder
     if not quantized_cache.has_room(files.folder, quantize):
         return None
-    say(f"quantising {files.source} to {quantize}, once ({size(weight_bytes(read_header(files.folder)))} to read)")
+    say(
+        f"quantising {files.source} to {quantize}, once "
+        f"({format_size(weight_bytes(read_header(files.folder)))} to read)"
+    )
     write = partial(save_file, _state(files, task, device, options))
     folder = quantized_cache.keep(about, files.source, write)
     if folder is not None:
-        say(f"kept in {folder} ({size(folder_size(folder))}): later runs take it from there; hatrack cache shows it")
+        say(
+            f"kept in {folder} ({format_size(folder_size(folder))}): "
+            "later runs take it from there; hatrack cache shows it"
+        )
     del write
     give_back()  # before the base is loaded from there
     return folder

@@ -23,7 +23,7 @@ from hatrack import storage
 from hatrack.base.fingerprint import digest, fingerprint
 from hatrack.base.free_memory import need_bitsandbytes
 from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_config, read_header
-from hatrack.console import say, say_once, size
+from hatrack.console import format_size, say, say_once
 from hatrack.errors import MachineError, ModelError
 from hatrack.storage import ABOUT, Entry, cache_dir, held, new_folder, read_about, remove_unheld
 
@@ -112,7 +112,9 @@ def has_room(folder: Path, quantize: str) -> bool:
         return _tell_unkept(str(error))
     if not os.access(there, os.W_OK):
         return _tell_unkept(f"writing to {there} is not allowed")
-    return free > least or _tell_unkept(f"{there} has {size(free)} left, and more than {size(least)} are needed")
+    return free > least or _tell_unkept(
+        f"{there} has {format_size(free)} left, and more than {format_size(least)} are needed"
+    )
 
 
 def keep(about: Mapping[str, Any], source: str, write: Callable[[Path], None]) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hatrack.errors import SHOWN_COMPLAINTS, DataError, HatrackError
+from hatrack.errors import MAX_COMPLAINTS, DataError, HatrackError
 
 Known = TypeVar("Known")
 
@@ -31,8 +31,8 @@ class Finding:
 def refusal(gotcha: str, error: HatrackError) -> Finding:
     """What another room refuses, as a finding: under the error's own heading, or else under `gotcha`."""
     complaints = error.complaints if isinstance(error, DataError) and len(error.complaints) > 1 else []
-    more = [f"... and {len(complaints) - SHOWN_COMPLAINTS:,} more"] if len(complaints) > SHOWN_COMPLAINTS else []
-    what = "\n  ".join([error.what, *complaints[:SHOWN_COMPLAINTS], *more])
+    more = [f"... and {len(complaints) - MAX_COMPLAINTS:,} more"] if len(complaints) > MAX_COMPLAINTS else []
+    what = "\n  ".join([error.what, *complaints[:MAX_COMPLAINTS], *more])
     got = "" if error.got is None else str(error.got)
     return Finding(error.gotcha or gotcha, what, got, error.fix or "", refused=True)
 

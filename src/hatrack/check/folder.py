@@ -12,7 +12,7 @@ from hatrack.adapter.files import AdapterFiles, read_adapter
 from hatrack.adapter.origin import find_base_of
 from hatrack.adapter.registry import find_adapter
 from hatrack.check.finding import Finding, Looking
-from hatrack.console import size
+from hatrack.console import format_size
 
 Tensors = dict[str, torch.Tensor]
 PEFTS_OWN = ("classifier", "score")
@@ -81,7 +81,7 @@ def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     return Finding(
         "embeddings-saved",
         "embeddings or an output head came into the adapter by accident",
-        f"{next(iter(bulky))}{others}, {size(sum(bulky.values()))}",
+        f"{next(iter(bulky))}{others}, {format_size(sum(bulky.values()))}",
         "save it with save_embedding_layers=False; hatrack does",
     )
 

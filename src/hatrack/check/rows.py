@@ -8,7 +8,7 @@ from hatrack.check.prepared import Prepared
 from hatrack.data.examples import Example
 from hatrack.data.labels import is_number
 from hatrack.data.stop_tokens import Ends
-from hatrack.errors import short
+from hatrack.errors import short_repr
 
 LOPSIDED = 0.8
 MANY_CUT = 0.05
@@ -26,7 +26,7 @@ def class_imbalance(prepared: Prepared) -> Finding | None:
         return None
     return Finding(
         "class-imbalance",
-        f"always answering {short(examples.labels[label])} would already be {share:.0%} accurate",
+        f"always answering {short_repr(examples.labels[label])} would already be {share:.0%} accurate",
         f"{count:,} of {len(examples.train):,} rows with one label",
         "go by f1, which is shown beside accuracy, or give it more rows of the other labels",
     )
@@ -40,7 +40,7 @@ def labels_are_scores(prepared: Prepared) -> Finding | None:
     return Finding(
         "labels-are-scores",
         "the classes are numbers with decimals; if these are scores, a classifier learns nothing of their order",
-        f"{len(names)} classes such as {short(names[0])} and {short(names[1])}",
+        f"{len(names)} classes such as {short_repr(names[0])} and {short_repr(names[1])}",
         "write a class for each range of scores",
     )
 

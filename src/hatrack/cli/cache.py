@@ -9,7 +9,7 @@ import typer
 from hatrack.cli.options import Json
 from hatrack.cli.rack import age
 from hatrack.cli.tables import print_table
-from hatrack.console import size
+from hatrack.console import format_size
 from hatrack.errors import RecipeError
 from hatrack.storage import cache_dir
 
@@ -57,9 +57,9 @@ def _show(found: list[dict[str, Any]]) -> None:
         kept = "the base's weights"
         if facts["kind"] == "layers":
             kept = f"{facts['rows']:,} rows" + (f" after {facts['layers_below']} layers" if facts["base"] else "")
-        rows.append([base, kept, form, size(facts["bytes"]), age(facts["last_used"])])
+        rows.append([base, kept, form, format_size(facts["bytes"]), age(facts["last_used"])])
     print_table(rows)
-    print(f"\n{size(sum(facts['bytes'] for facts in found))} in {cache_dir()}; hatrack cache clear removes it")
+    print(f"\n{format_size(sum(facts['bytes'] for facts in found))} in {cache_dir()}; hatrack cache clear removes it")
 
 
 def _clear(gone: list[tuple[int, bool]], as_json: bool) -> None:
@@ -68,7 +68,7 @@ def _clear(gone: list[tuple[int, bool]], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"removed": len(gone) - used, "freed_bytes": freed, "in_use": used}))
         return
-    print(f"{size(freed)} freed" + (f"; {used} kept, which running commands use" if used else ""))
+    print(f"{format_size(freed)} freed" + (f"; {used} kept, which running commands use" if used else ""))
 
 
 def _layers(entry: "Entry", rows: int) -> dict[str, Any]:

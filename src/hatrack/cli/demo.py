@@ -17,7 +17,7 @@ import yaml
 
 from hatrack.cli.options import Json
 from hatrack.cli.spare import leave_out
-from hatrack.console import say, size
+from hatrack.console import format_size, say
 from hatrack.recipe import Recipe
 from hatrack.storage import folder_size, write_file
 
@@ -199,5 +199,5 @@ def _files(result: dict[str, Any], tell: Tell) -> None:
     tell(trainable_line(result["trainable"], result["total"]))
     tell(f"{folder}:")
     for path in sorted(folder.iterdir()):
-        tell(f"  {path.name:<28} {size(path.stat().st_size):>10}")
-    tell(f"the base beside it: {size(folder_size(base))}")
+        tell(f"  {path.name:<28} {format_size(path.stat().st_size):>10}")
+    tell(f"the base beside it: {format_size(folder_size(base))}")

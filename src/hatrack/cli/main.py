@@ -17,8 +17,8 @@ import typer
 from hatrack import __version__
 from hatrack.cli import cache, chat, check, compare, demo, plan, predict, rack, train
 from hatrack.cli.spare import leave_out_of_torch, list_models_once
-from hatrack.console import StandardError
-from hatrack.errors import HatrackError, Words
+from hatrack.console import SafeStderr
+from hatrack.errors import HatrackError, OptionStyle
 from hatrack.recipe import flag, suggestion
 
 # The list of commands is to appear at once, and rich's boxes cost 0.2 s; the many options of one command deserve them.
@@ -67,7 +67,7 @@ INTERRUPTED = 130
 def main() -> NoReturn:
     """Runs one command. Exit codes: 0 done, 1 the machine failed, 2 the input was wrong, 130 interrupted."""
     _escape_what_cannot_be_written()
-    Words.flags = True
+    OptionStyle.flags = True
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:
@@ -150,5 +150,5 @@ def _escape_what_cannot_be_written() -> None:
 
 
 def _complain(line: str, code: int) -> int:
-    print(f"hatrack: {line}", file=StandardError())
+    print(f"hatrack: {line}", file=SafeStderr())
     return code

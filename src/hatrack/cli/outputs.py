@@ -11,7 +11,7 @@ from typing import Any
 
 from hatrack.cli.inputs import Asked
 from hatrack.console import say
-from hatrack.errors import ONE_LINE, DataError, RecipeError, cut
+from hatrack.errors import CONTROLS_TO_SPACES, DataError, RecipeError, truncate
 from hatrack.storage import new_file
 
 Answer = Mapping[str, Any]
@@ -66,8 +66,8 @@ def print_answer(asked: Asked, answer: Answer, *, as_json: bool) -> None:
     elif "error" in answer:
         print(f"error\t-\trow {asked.row}: {answer['error']}", flush=True)
     else:
-        text = cut(str(answer["text"])).translate(ONE_LINE)
-        print(f"{_label(answer).translate(ONE_LINE)}\t{_told(answer, 'score'):.3f}\t{text}", flush=True)
+        text = truncate(str(answer["text"])).translate(CONTROLS_TO_SPACES)
+        print(f"{_label(answer).translate(CONTROLS_TO_SPACES)}\t{_told(answer, 'score'):.3f}\t{text}", flush=True)
 
 
 def refuse_failed(failed: Sequence[tuple[int, str]], rows: int, source: str) -> None:

@@ -8,7 +8,7 @@ import typer
 from hatrack.cli.options import Json, with_recipe
 from hatrack.cli.spare import leave_out
 from hatrack.cli.tables import print_columns
-from hatrack.console import say, size
+from hatrack.console import format_size, say
 from hatrack.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _measure() -> None:
         f"products: {speeds} GFLOP/s; beside them {1e9 * prices.number:.2f} s for 10^9 numbers, "
         f"{1e6 * prices.call:.0f} us a call; disk {prices.disk / 1e6:,.0f} MB/s"
     )
-    say(f"to start: {prices.start:.1f} s, {size(found.framework)}")
+    say(f"to start: {prices.start:.1f} s, {format_size(found.framework)}")
 
 
 def _show(found: "Forecast", *, here: bool) -> None:
@@ -66,14 +66,14 @@ def _show(found: "Forecast", *, here: bool) -> None:
 
     where, peeked, chosen, cure = found.where, found.base, found.plan, found.change
     machine, schedule = where.machine, where.schedule(chosen.micro_batch)
-    needed, there = size(chosen.peak_memory_bytes), size(where.limit)
+    needed, there = format_size(chosen.peak_memory_bytes), format_size(where.limit)
     at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
     again = ", activations computed again" if chosen.method.checkpointing else ""
     again = ", the base left on disk and streamed layer by layer" if chosen.method.sweep else again
     if chosen.fits:
         print(f"fits: {needed} of {there} ({at_a_time}{again})")
         if chosen.peak_memory_bytes > where.limit:
-            pages = size(chosen.peak_memory_bytes - fit.needed(chosen.memory))
+            pages = format_size(chosen.peak_memory_bytes - fit.needed(chosen.memory))
             print(f"           {pages} of it only while loading: pages of files that the system takes back at need")
     else:
         print(f"does not fit: {needed} needed, {there} there ({machine.why})")
@@ -94,10 +94,13 @@ def _show(found: "Forecast", *, here: bool) -> None:
         )
     else:
         print("time       unknown for this machine")
-    download = f", {size(peeked.to_download)} to download" if peeked.to_download else ""
-    kept = f"; results of lower layers {size(chosen.disk['kept'])}" if "kept" in chosen.disk else ""
-    kept += f"; the quantised base {size(chosen.disk['packed'])}" if "packed" in chosen.disk else ""
-    print(f"disk       base {size(chosen.disk['base'])}{download}; adapter {size(chosen.disk['adapter'])}{kept}\n")
+    download = f", {format_size(peeked.to_download)} to download" if peeked.to_download else ""
+    kept = f"; results of lower layers {format_size(chosen.disk['kept'])}" if "kept" in chosen.disk else ""
+    kept += f"; the quantised base {format_size(chosen.disk['packed'])}" if "packed" in chosen.disk else ""
+    print(
+        f"disk       base {format_size(chosen.disk['base'])}{download}; "
+        f"adapter {format_size(chosen.disk['adapter'])}{kept}\n"
+    )
     _table(found.ways)
 
 
@@ -108,9 +111,9 @@ def _table(ways: dict[str, "Plan"]) -> None:
     rows += [["fits", *("yes" if way.fits else "no" for way in ways.values())]]
     rows += [["trainable", *(f"{way.trainable:,}" for way in ways.values())]]
     rows += [["rows at a time", *(f"{way.micro_batch}" + ("*" * way.method.checkpointing) for way in ways.values())]]
-    rows += [["memory", *(size(way.peak_memory_bytes) for way in ways.values())]]
-    rows += [[f"  {term}", *(size(way.memory[term]) for way in ways.values())] for term in terms]
-    rows += [["read a step", *(size(way.read) for way in ways.values())]]
+    rows += [["memory", *(format_size(way.peak_memory_bytes) for way in ways.values())]]
+    rows += [[f"  {term}", *(format_size(way.memory[term]) for way in ways.values())] for term in terms]
+    rows += [["read a step", *(format_size(way.read) for way in ways.values())]]
     rows += [["time a step", *(_duration(way.step_seconds) for way in ways.values())]]
     rows += [["time in all", *(_duration(way.whole_seconds) for way in ways.values())]]
     print_columns(rows)

@@ -12,8 +12,8 @@ import typer
 
 from hatrack.cli.adapter_options import Adapter, OpenHat, with_hat
 from hatrack.cli.options import Json
-from hatrack.console import counted, say
-from hatrack.errors import DataError, cut
+from hatrack.console import format_rows, say
+from hatrack.errors import DataError, truncate
 
 if TYPE_CHECKING:
     from hatrack.cli.inputs import Asked
@@ -82,10 +82,10 @@ def predict(
             count, shortened = count + 1, shortened + bool(answer.get("cut"))
             failed += [(asked.row, answer["error"])] if "error" in answer else []
     if shortened:
-        say(f"{counted(shortened)} longer than the adapter takes: cut, as in training")
+        say(f"{format_rows(shortened)} longer than the adapter takes: cut, as in training")
     if output is not None:
         told = {"output": str(output), "rows": count, "failed": len(failed)}
-        print(json.dumps(told) if as_json else f"answers to {counted(count)} are in {output}")
+        print(json.dumps(told) if as_json else f"answers to {format_rows(count)} are in {output}")
     refuse_failed(failed, count, source.name)
 
 
@@ -116,7 +116,7 @@ def _aloud(
     for asked in rows:
         problem = asked.problem
         if several:
-            print(f"> {cut(str(asked.prompt))}", flush=True)
+            print(f"> {truncate(str(asked.prompt))}", flush=True)
         try:
             for piece in hat.stream(asked.prompt, **generation) if not problem else ():
                 print(piece, end="", flush=True)

@@ -11,7 +11,7 @@ import typer
 from hatrack.cli.adapter_options import names_on_the_rack
 from hatrack.cli.options import Json
 from hatrack.cli.tables import print_facts, print_table
-from hatrack.console import size
+from hatrack.console import format_size
 
 if TYPE_CHECKING:
     from hatrack.adapter.registry import RegisteredAdapter
@@ -39,7 +39,7 @@ def list_hats(as_json: Json = False) -> None:
             *(
                 ["(missing)", "", "", "", ""]
                 if hat.missing
-                else [hat.base, hat.task, size(hat.size), hat.metric, age(hat.created)]
+                else [hat.base, hat.task, format_size(hat.size), hat.metric, age(hat.created)]
             ),
         ]
         for hat in found
@@ -118,7 +118,7 @@ def _facts(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any])
     """The lines of `hatrack show`."""
     from hatrack.storage import folder_size
 
-    facts = {"name": name, "folder": f"{folder} ({size(folder_size(folder))})"}
+    facts = {"name": name, "folder": f"{folder} ({format_size(folder_size(folder))})"}
     base = hat.get("base") or {}
     facts["base"] = str(base.get("source") or config.get("base_model_name_or_path") or "not named")
     facts["adapter"] = f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}"

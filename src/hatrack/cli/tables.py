@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.cells import cell_len
 
-from hatrack.errors import ONE_LINE
+from hatrack.errors import CONTROLS_TO_SPACES
 
 GAP = 2
 LABEL = 10
@@ -27,7 +27,7 @@ def width() -> int:
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Rows of as many cells each, the header first. Where they are too wide, each row's first cell on a line of its own
     and the others below it."""
-    rows = [[cell.translate(ONE_LINE) for cell in row] for row in rows]  # names from strangers' files
+    rows = [[cell.translate(CONTROLS_TO_SPACES) for cell in row] for row in rows]  # names from strangers' files
     widths = _widths(rows)
     if sum(widths) + GAP * (len(widths) - 1) <= width():
         for row in rows:
@@ -65,7 +65,7 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 def print_facts(facts: Mapping[str, str]) -> None:
     """A line for each fact, its name before it; long ones go on below themselves."""
     for name, value in facts.items():
-        print(_wrapped(f"{name:<{LABEL}} {value}".translate(ONE_LINE), " " * (LABEL + 1)).rstrip())
+        print(_wrapped(f"{name:<{LABEL}} {value}".translate(CONTROLS_TO_SPACES), " " * (LABEL + 1)).rstrip())
 
 
 def _wrapped(text: str, indent: str, first: str = "") -> str:

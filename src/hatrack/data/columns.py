@@ -8,7 +8,7 @@ from typing import Any
 
 from hatrack.console import say
 from hatrack.data.messages import looks_like_talk
-from hatrack.errors import DataError, short
+from hatrack.errors import DataError, short_repr
 from hatrack.recipe import Recipe, flag, nearest
 
 COMMON = {
@@ -132,7 +132,7 @@ def find_beside(
         if telling:
             raise DataError(
                 f"the column {column!r} means something that hatrack does not honour",
-                got=f"values such as {short(telling[0])}",
+                got=f"values such as {short_repr(telling[0])}",
                 fix="remove or rename it",
                 gotcha="columns-ignored",
             )

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from hatrack.console import counted, say
+from hatrack.console import format_rows, say
 from hatrack.data.row_values import Bad
 from hatrack.errors import DataError
 
@@ -30,7 +30,7 @@ class Unlearnable(DataError):
         ways = self.fixes or ["correct them" if count > 1 else "correct it"]
         skip = [] if count >= total else [f"leave {'them' if count > 1 else 'it'} out with --bad-rows skip"]
         super().__init__(
-            f"{counted(count)} cannot be learned from",
+            f"{format_rows(count)} cannot be learned from",
             fix=", or ".join([*ways, *skip]),
             gotcha=gotcha,
             complaints=[line for source, each in bad for line in listed(source, each)],

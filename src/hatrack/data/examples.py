@@ -22,7 +22,7 @@ from hatrack.data.labels import Label
 from hatrack.data.messages import holds
 from hatrack.data.read import Rows, read_rows
 from hatrack.data.row_values import Bad, read_example
-from hatrack.errors import DataError, HatrackError, short
+from hatrack.errors import DataError, HatrackError, short_repr
 from hatrack.recipe import Recipe
 
 Made = TypeVar("Made")
@@ -185,7 +185,7 @@ def _left(recipe: Recipe, examples: Examples, gone: list[set[int]]) -> Examples:
     missing = [name for index, name in enumerate(examples.labels) if index not in there]
     if missing:
         raise DataError(
-            f"no row of label {short(missing[0])} in {recipe.data} can be learned from",
+            f"no row of label {short_repr(missing[0])} in {recipe.data} can be learned from",
             fix="give it rows that can, or leave the label out",
         )
     digest = _digest(train, held_out, examples.labels)
@@ -218,8 +218,8 @@ def read_scored(
             found = sorted({item for name in given.names for item in labels.items(name)})
             raise DataError(
                 f"{rows.source}, column {part.label_column}: no label is one that the adapter knows",
-                got=", ".join(map(short, found[:10])),
-                fix=f"its labels are {', '.join(map(short, classes[:20]))}",
+                got=", ".join(map(short_repr, found[:10])),
+                fix=f"its labels are {', '.join(map(short_repr, classes[:20]))}",
                 gotcha="labels-of-another-adapter",
             )
     part = _without_duplicates(part)
@@ -384,7 +384,7 @@ def _without_leaks(train: _Part, held_out: _Part, classes: list[str]) -> list[Ex
     gone = [name for index, name in enumerate(classes) if index not in left]
     if gone and kept:
         raise DataError(
-            f"every training row of label {short(gone[0])} is also in {held_out.source}",
+            f"every training row of label {short_repr(gone[0])} is also in {held_out.source}",
             got=f"{len(train.examples) - len(kept):,} rows in both",
             fix="give other rows to one of the two",
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hatrack.data.hub import named_classes
-from hatrack.errors import DataError, short
+from hatrack.errors import DataError, short_repr
 from hatrack.storage import cache_dir, write_file
 
 
@@ -49,7 +49,7 @@ def _rows(data: Any) -> Sequence[Any]:
         if len(lengths) != 1 or -1 in lengths:
             raise DataError(
                 "a dict of columns needs one list of values for each, all of one length",
-                got=short(dict(data)),
+                got=short_repr(dict(data)),
                 fix='give {"text": [...], "label": [...]}, or a list of rows',
             )
         return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
@@ -64,7 +64,9 @@ def _rows(data: Any) -> Sequence[Any]:
         wrong = next((row for row in data if not isinstance(row, Mapping)), None)
         if wrong is None:
             return data
-        raise DataError("each row must be a dict, column -> value", got=short(wrong), fix='give {"text": ..., ...}')
+        raise DataError(
+            "each row must be a dict, column -> value", got=short_repr(wrong), fix='give {"text": ..., ...}'
+        )
     raise DataError(
         "the data must be a path, a list of rows, a DataFrame or a datasets.Dataset",
         got=type(data).__name__,
@@ -88,4 +90,4 @@ def _plain(value: Any, row: int) -> Any:
         return value.isoformat() if value == value else None  # a missing time is unequal to itself
     if type(value).__name__ == "NAType":
         return None
-    raise DataError(f"row {row} holds a value that is no text, number or list", got=short(value), fix="convert it")
+    raise DataError(f"row {row} holds a value that is no text, number or list", got=short_repr(value), fix="convert it")

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from hatrack.console import counted, say, say_once
-from hatrack.errors import DataError, short
+from hatrack.console import format_rows, say, say_once
+from hatrack.errors import DataError, short_repr
 from hatrack.recipe import flag
 
 Label = str | int | float | bool | list[Any]
@@ -132,7 +132,7 @@ def mixed_types(labels: Sequence[Label], *, merge: bool = False) -> list[str]:
         usual = next((kind for kind in ranked if kind.startswith("a list of")), EMPTY_LIST)
     fits = {usual, EMPTY_LIST} if usual.startswith("a list") else {usual}
     return [
-        "" if kind in fits else f"mixed types in the labels: {short(label)} is {kind}, most are {usual}"
+        "" if kind in fits else f"mixed types in the labels: {short_repr(label)} is {kind}, most are {usual}"
         for label, kind in zip(labels, kinds, strict=True)
     ]
 
@@ -167,7 +167,7 @@ def refuse_vectors(labels: Sequence[Label], source: str, column: str) -> None:
         return
     raise DataError(
         f"{source}, column {column}: the labels are {kind}",
-        got=f"{short(given[0])} in the first row",
+        got=f"{short_repr(given[0])} in the first row",
         fix='give each row the list of its labels, such as ["sports", "politics"] or [0, 2]',
         gotcha="labels-are-vectors",
     )
@@ -241,7 +241,7 @@ def one_spelling(labels: Sequence[Label], source: str, column: str, *, merge: bo
     groups = [sorted(group, key=lambda item: -counts[item]) for group in alike.values() if len(group) > 1]
     if not groups:
         return {}
-    listed = [" and ".join(f"{short(item)} ({counted(counts[item])})" for item in group) for group in groups]
+    listed = [" and ".join(f"{short_repr(item)} ({format_rows(counts[item])})" for item in group) for group in groups]
     if not merge:
         raise DataError(
             f"{source}, column {column}: labels that differ in spelling only",
@@ -250,7 +250,7 @@ def one_spelling(labels: Sequence[Label], source: str, column: str, *, merge: bo
             complaints=listed,
         )
     for group, line in zip(groups, listed, strict=True):
-        say(f"labels merged: {line} are {short(group[0])}")
+        say(f"labels merged: {line} are {short_repr(group[0])}")
     return {item: group[0] for group in groups for item in group}
 
 
@@ -305,7 +305,7 @@ def seen_once(labels: Sequence[Label]) -> list[str]:
     counts = Counter(item for label in labels for item in set(items(label)))
     alone = [next((item for item in items(label) if counts[item] == 1), None) for label in labels]
     return [
-        "" if item is None else f"label {short(item)} is seen only once, so it cannot be learned and scored"
+        "" if item is None else f"label {short_repr(item)} is seen only once, so it cannot be learned and scored"
         for item in alone
     ]
 
@@ -317,10 +317,12 @@ def unknown(labels: Sequence[Label], classes: Sequence[str], multi_label: bool) 
     for label in labels:
         item = next((item for item in items(label) if item not in known), None)
         if item is not None and item in spelled:
-            alike = f"spelled {short(spelled[item])} in the training rows ({flag('merge_labels')} takes it for that)"
-            found.append(f"label {short(item)} is {alike}")
+            alike = (
+                f"spelled {short_repr(spelled[item])} in the training rows ({flag('merge_labels')} takes it for that)"
+            )
+            found.append(f"label {short_repr(item)} is {alike}")
         elif item is not None:
-            found.append(f"label {short(item)} does not occur in the training rows")
+            found.append(f"label {short_repr(item)} does not occur in the training rows")
         elif (vector := _vector(label)) and len(set(vector)) < len(vector):
             found.append("the label looks like a list with a number for each class, not a list of classes")
         elif isinstance(label, list) and not multi_label:
@@ -340,4 +342,4 @@ def listed(classes: Sequence[str], counts: Mapping[int, int]) -> str:
 
 def _plain(name: str) -> str:
     """A class name as it is, or in quotes where it would be misread in a list."""
-    return name if re.fullmatch(r"[\w.+-]([\w .+-]{0,38}[\w.+-])?", name) else short(name)
+    return name if re.fullmatch(r"[\w.+-]([\w .+-]{0,38}[\w.+-])?", name) else short_repr(name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from hatrack.console import say_once
 from hatrack.data.labels import encodable
-from hatrack.errors import short
+from hatrack.errors import short_repr
 
 Turn = dict[str, Any]
 
@@ -225,7 +225,7 @@ def _role(message: Mapping[str, Any]) -> Any:
 
 
 def _strange_roles(messages: Sequence[Mapping[str, Any]]) -> str:
-    roles = list(dict.fromkeys(short(_role(message)) for message in messages))
+    roles = list(dict.fromkeys(short_repr(_role(message)) for message in messages))
     told = f"the role{'s' * (len(roles) > 1)} {' and '.join(roles)}"
     wanted = [f"{role} as {form}" for role, form in REWRITE.items() if repr(role) in roles]
     advice = f"; write {', '.join(wanted)}" if wanted else ""
@@ -275,7 +275,7 @@ def _joined(parts: list[Any]) -> str:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in TEXT_PARTS or not isinstance(text, str):
-            named = short(kind) if kind not in TEXT_PARTS else _kind(text)
+            named = short_repr(kind) if kind not in TEXT_PARTS else _kind(text)
             raise Unusable(f"has a part of type {named} in its content, where hatrack learns from text alone")
         texts.append(text)
     say_once("content given as a list of text parts is joined, a part a line")
@@ -308,7 +308,7 @@ def _learned(message: Mapping[str, Any]) -> bool:
     found = {key: YES_OR_NO.get(str(value).strip().lower()) for key, value in marks.items()}
     for key, learned in found.items():
         if learned is None:
-            raise Unusable(f"has the {key} {short(marks[key])}: a turn is learned (1, true) or not (0, false)")
+            raise Unusable(f"has the {key} {short_repr(marks[key])}: a turn is learned (1, true) or not (0, false)")
         if learned and _role(message) != "assistant":
             raise Unusable(f"is marked to be learned ({key}); hatrack learns only what the assistant says")
     if len(set(found.values())) > 1:

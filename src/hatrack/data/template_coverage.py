@@ -9,7 +9,7 @@ from typing import Any
 
 from hatrack.console import say_once
 from hatrack.data.messages import NAMES, SPOKEN, Turn
-from hatrack.errors import DataError, short
+from hatrack.errors import DataError, short_repr
 
 
 def written(write: Callable[..., str], turns: list[Turn], tools: Sequence[dict[str, Any]]) -> tuple[list[Turn], str]:
@@ -70,17 +70,17 @@ def _left_out(
             upto = turns[: index + 1]
             bare = [*turns[:index], {name: value for name, value in turn.items() if name != key}]
             if not _shows(write, upto, bare, tools, tools, turn[key]):
-                missing.setdefault(key, short(turn[key]))
+                missing.setdefault(key, short_repr(turn[key]))
         said = turn["content"] or ""
         if turn["role"] == "assistant":  # of earlier turns, templates drop what was thought
             said = said.rpartition("</think>")[2]
         if not _stands(said, whole):
-            missing.setdefault(f"what a turn of the role {turn['role']} says", short(said))
+            missing.setdefault(f"what a turn of the role {turn['role']} says", short_repr(said))
         for key in NAMES:
             if turn.get(key) and turn[key] not in whole:
                 say_once(f"the chat template does not write {key!r} of a message: it is not read")
     if tools and not _shows(write, turns, turns, tools, (), [tool["function"]["name"] for tool in tools]):
-        missing["tools"] = short([tool["function"]["name"] for tool in tools])
+        missing["tools"] = short_repr([tool["function"]["name"] for tool in tools])
     return missing
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from hatrack.adapter.card import AdapterCard
-from hatrack.console import counted, say
+from hatrack.console import format_rows, say
 from hatrack.data import trained_rows
 from hatrack.data.complaints import Unlearnable, refuse_or_skip
 from hatrack.data.examples import Example, Examples, prepare, read_scored
@@ -126,7 +126,7 @@ def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Example
     if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # of held-out rows few may be all there are
         raise DataError(
             f"these {count:,} rows were trained on, and do not tell how good an adapter is",
-            got=f"{source}, with {counted(len(fresh)) if fresh else 'no row'} beside them",
+            got=f"{source}, with {format_rows(len(fresh)) if fresh else 'no row'} beside them",
             fix=f"name at least {FEWEST_ROWS} other rows with {flag('data')}",
             gotcha="scored-on-training-rows",
         )
@@ -145,7 +145,7 @@ def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
     ]
     longer = sum(new is not old for new, old in zip(found, examples, strict=True))
     if longer:
-        say(f"{counted(longer)} go on from what was trained on: only their new answers are scored")
+        say(f"{format_rows(longer)} go on from what was trained on: only their new answers are scored")
     return found
 
 

@@ -35,7 +35,7 @@ from hatrack.data.limit import position_limit
 from hatrack.data.stop_tokens import Ends, ends_of_template
 from hatrack.data.template import chat_prompt, chat_template
 from hatrack.data.tokens import check_ids
-from hatrack.errors import AdapterError, DataError, short
+from hatrack.errors import AdapterError, DataError, short_repr
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.recipe import Task
 
@@ -63,7 +63,7 @@ class Hat:
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name} (in use)" if name == self.active else name for name in self.hats)
-        labels = f", labels {short(self.labels)}" if self.labels else ""
+        labels = f", labels {short_repr(self.labels)}" if self.labels else ""
         return f"Hat({names or 'no adapter'}; {self.task}{labels}; base {self.base.files.source})"
 
     @property

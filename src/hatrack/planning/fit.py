@@ -13,7 +13,7 @@ import numpy as np
 
 from hatrack import cpu
 from hatrack.base.description import BaseDescription
-from hatrack.console import size
+from hatrack.console import format_size
 from hatrack.data.order import epoch_batches, length_order
 from hatrack.errors import RecipeError
 from hatrack.planning.machine import Machine
@@ -238,17 +238,21 @@ def change(where: PlanRequest, plan: Plan) -> str | None:
         other = dataclasses.replace(where, recipe=recipe, work=dataclasses.replace(where.work, **cut))
         found = plan_run(other, method)
         if found.fits:
-            return f"{words} ({size(needed(found.memory))})"
+            return f"{words} ({format_size(needed(found.memory))})"
     return None
 
 
 def refuse(where: PlanRequest, plan: Plan) -> RecipeError:
     """The complaint about a run that does not fit: what it takes, what there is, and what to change."""
     largest = max(plan.memory, key=lambda term: plan.memory[term])
-    most = f"{size(needed(plan.memory))} needed, of which {largest} {size(plan.memory[largest])}"
+    most = f"{format_size(needed(plan.memory))} needed, of which {largest} {format_size(plan.memory[largest])}"
     asked = where.recipe.memory is not None and where.recipe.memory <= where.limit
-    limit = f"--memory {size(where.limit)}" if asked else f"{size(where.limit)} of memory ({where.machine.why})"
-    cure = change(where, plan) or f"a smaller base, or a machine with {size(needed(plan.memory) / MARGIN)}"
+    limit = (
+        f"--memory {format_size(where.limit)}"
+        if asked
+        else f"{format_size(where.limit)} of memory ({where.machine.why})"
+    )
+    cure = change(where, plan) or f"a smaller base, or a machine with {format_size(needed(plan.memory) / MARGIN)}"
     return RecipeError(f"{limit} is too little even for one row at a time", got=most, fix=f"{cure}; or --force")
 
 

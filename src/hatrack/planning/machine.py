@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hatrack import cpu
 from hatrack.base.free_memory import available_memory, no_device
-from hatrack.console import size
+from hatrack.console import format_size
 from hatrack.errors import RecipeError
 from hatrack.planning.time import MachineSpeed
 from hatrack.recipe import nearest, parse_size
@@ -143,7 +143,7 @@ def named(name: str) -> Machine:
         known = f"{', '.join(ACCELERATORS)}, {', '.join(LAPTOPS)}"
         hint = f"did you mean {guess}?" if guess else f"use {known}, or a size such as 16GiB"
         raise RecipeError(f"--on does not know {name}", fix=hint) from None
-    return Machine(f"a CPU with {size(memory)} free for the run", memory, "as asked", "float32")
+    return Machine(f"a CPU with {format_size(memory)} free for the run", memory, "as asked", "float32")
 
 
 def _key(name: str) -> str:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from hatrack.base.free_memory import resident, trim
-from hatrack.console import console, say, say_in_signal, size
+from hatrack.console import console, format_size, say, say_in_signal
 from hatrack.storage import machine_errors, write_file
 from hatrack.training.trainer import BEST
 
@@ -196,4 +196,7 @@ class MemoryWatch(TrainerCallback):  # type: ignore[misc]
         if self.limit is not None and held > self.limit and rows > 1:
             raise TooMuchMemory(held, self.limit)
         if held > self.planned * FAR_ABOVE:
-            say(f"the first step, the largest, took {size(held)}: more than the {size(self.planned)} planned")
+            say(
+                f"the first step, the largest, took {format_size(held)}: "
+                f"more than the {format_size(self.planned)} planned"
+            )

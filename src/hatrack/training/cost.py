@@ -18,7 +18,7 @@ from hatrack.base.free_memory import resident, trim
 from hatrack.base.load import free_memory, name_of
 from hatrack.base.quantized_cache import is_kept, made_by
 from hatrack.base.sources import BaseFiles
-from hatrack.console import say, size
+from hatrack.console import format_size, say
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
 from hatrack.planning import fit
@@ -57,7 +57,10 @@ def plan(
     )
     where, found = fit.settle(recipe, describe_folder(files.folder), work, _machine(device, dtype), micro_batch)
     if not found.fits:
-        say(f"this does not fit: {size(found.peak_memory_bytes)} for {size(where.limit)}; started all the same")
+        say(
+            f"this does not fit: {format_size(found.peak_memory_bytes)} for {format_size(where.limit)}; "
+            "started all the same"
+        )
     return found, _tell(where, found)
 
 
@@ -87,7 +90,7 @@ def _tell(where: PlanRequest, found: Plan) -> Schedule:
     price = where.machine.prices
     measured = found.seconds is not None and price is not None and price.source == "probe"
     time = f", about {found.seconds:,.0f} s of training" if measured else ""
-    say(f"expected peak memory: {size(found.peak_memory_bytes)}{time}")
+    say(f"expected peak memory: {format_size(found.peak_memory_bytes)}{time}")
     return schedule
 
 
@@ -127,10 +130,10 @@ def start_meter() -> Meter:
 def against(found: Plan, cost: dict[str, Any]) -> str:
     """Plan and cost beside each other, in one line."""
     peak = cost["peak_memory_bytes"]
-    parts = [f"peak memory {size(peak)} (planned {size(found.peak_memory_bytes)})"]
+    parts = [f"peak memory {format_size(peak)} (planned {format_size(found.peak_memory_bytes)})"]
     seconds = f"{cost['seconds']:,.1f} s of training"
     parts.append(seconds + (f" (planned {found.seconds:,.1f})" if found.seconds is not None else ""))
-    parts.append(f"{size(cost['bytes_read'])} read from disk")
+    parts.append(f"{format_size(cost['bytes_read'])} read from disk")
     return "took: " + ", ".join(parts)
 
 

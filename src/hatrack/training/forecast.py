@@ -14,7 +14,7 @@ from hatrack.base.description import BaseDescription, describe_folder, is_on_hub
 from hatrack.base.free_memory import need_bitsandbytes
 from hatrack.base.header import check_task, family
 from hatrack.base.hub import describe_on_hub
-from hatrack.console import say, size
+from hatrack.console import format_size, say
 from hatrack.data.complaints import Unlearnable
 from hatrack.data.examples import Examples, look_further, read_examples
 from hatrack.data.limit import choose_max_length, length_limit, tokenizer_limit
@@ -63,7 +63,7 @@ class Forecast:
         }
 
     def __repr__(self) -> str:
-        needed, there = size(self.plan.peak_memory_bytes), size(self.where.limit)
+        needed, there = format_size(self.plan.peak_memory_bytes), format_size(self.where.limit)
         verdict = f"fits: {needed} of {there}" if self.plan.fits else f"does not fit: {needed} needed, {there} there"
         time = "" if self.plan.seconds is None else f", {self.plan.seconds:,.0f} s of training"
         return f"Forecast({verdict}{time}{f'; to change: {self.change}' if self.change else ''})"

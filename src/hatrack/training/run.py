@@ -18,7 +18,7 @@ from hatrack.adapter import registry
 from hatrack.adapter.card import CONFIG, HATRACK_JSON
 from hatrack.adapter.files import WEIGHTS
 from hatrack.console import say
-from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, short
+from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, short_repr
 from hatrack.recipe import Recipe, flag
 from hatrack.storage import locked, machine_errors, move, write_file
 from hatrack.training import checkpoint
@@ -133,7 +133,7 @@ class Run:
 def _told(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
     """A fact with the option it came from: `bases/small (0f3a...)`."""
     source = options.get({"rows": "data"}.get(fact, fact))
-    return f"{source} ({short(facts.get(fact))})" if source else short(facts.get(fact))
+    return f"{source} ({short_repr(facts.get(fact))})" if source else short_repr(facts.get(fact))
 
 
 @contextlib.contextmanager

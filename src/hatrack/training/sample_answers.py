@@ -16,7 +16,7 @@ from hatrack.check.running import end_not_learned
 from hatrack.console import say
 from hatrack.data.limit import position_limit
 from hatrack.data.render import TokenRows
-from hatrack.errors import short
+from hatrack.errors import short_repr
 from hatrack.inference.hat import Hat, all_end_tokens
 from hatrack.training.callbacks import MetricsFile
 
@@ -74,7 +74,7 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]
         self.metrics.write(state, {"answers": answers})
         for answer in answers:
             going_on = "" if answer["ended"] else " ..."
-            say(f"  row {answer['row']}, {_last_line(answer['prompt'])}: {short(answer['answer'])}{going_on}")
+            say(f"  row {answer['row']}, {_last_line(answer['prompt'])}: {short_repr(answer['answer'])}{going_on}")
 
     def _answer(self, model: Any, question: Question) -> dict[str, Any]:
         tokenizer, ids = self.base.tokenizer, answered(model, question.prompt, self.ends, self.base, TOKENS)
@@ -91,7 +91,7 @@ def _first_line(error: Exception) -> str:
 def _last_line(prompt: str) -> str:
     """The words of a question that tell it from others: its last line but for the name of who is to answer."""
     lines = [line.strip() for line in prompt.splitlines() if line.strip()]
-    return short(lines[-2] if len(lines) > 1 else lines[-1] if lines else "")
+    return short_repr(lines[-2] if len(lines) > 1 else lines[-1] if lines else "")
 
 
 @torch.no_grad()

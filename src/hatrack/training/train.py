@@ -34,7 +34,7 @@ from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check.checks import advise
 from hatrack.check.prepared import Prepared
 from hatrack.check.reading import read_for_base
-from hatrack.console import say, size
+from hatrack.console import format_size, say
 from hatrack.data import trained_rows
 from hatrack.data.examples import Examples
 from hatrack.data.stop_tokens import Ends
@@ -126,7 +126,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     check_ends(ready, tokens.learn, tokens.ends.tokens)
     run.finish()
     ready.folders = dict.fromkeys(ready.folders, run.output)
-    say(f"adapter saved in {run.output} ({size(folder_size(run.output))}), on the rack as {run.name}")
+    say(f"adapter saved in {run.output} ({format_size(folder_size(run.output))}), on the rack as {run.name}")
     in_all = meter.cost(result["seconds"])
     say(cost.against(plan, in_all))
     ready.result = result | in_all
@@ -284,7 +284,10 @@ def _with_rows_that_fit(
             batch, before = schedule.batch_size, schedule.micro_batch
             rows = max(count for count in range(1, before) if batch % count == 0)
             schedule = replace(schedule, micro_batch=rows)
-            say(f"{before} rows at a time took {size(over.took)} of {size(over.limit)}: now {rows}, of {batch} a step")
+            say(
+                f"{before} rows at a time took {format_size(over.took)} of {format_size(over.limit)}: "
+                f"now {rows}, of {batch} a step"
+            )
         give_back()
 
 
