@@ -39,7 +39,7 @@ def epochs(adapter: Path) -> list[float]:
 
 
 def own_cache(folder: Path) -> None:
-    """A cache with the fetched bases of the usual one, but nothing kept of their layers."""
+    """A cache with the fetched bases of the usual one, but no cached layer outputs."""
     usual = cache_dir()
     (folder / "cache").mkdir()
     for path in usual.iterdir():

@@ -1,4 +1,4 @@
-"""hatrack's training step on a GPU against peft's, and the matrix products alone. One table and JSON.
+"""hatrack's training step on a GPU against peft's, and the matmuls alone. One table and JSON.
 
     .venv/bin/python bench/gpu.py [--rounds 5] [--only "7B"] [--output DIR]
 
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import hatrack
 from hatrack.evaluate.loss import losses
 from hatrack.layers.fast_base import speed_up
-from sides import ALL_LINEAR, multiply, products_of, update
+from sides import ALL_LINEAR, matmuls_of, multiply, update
 
 SHAPES: dict[str, dict[str, int]] = {
     "SmolLM2-135M": {
@@ -69,7 +69,7 @@ class Side:
         self.side, self.device = side, device
         ids = torch.randint(1000, 20000, (rows, tokens), device=device)
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        self.products = products_of(base, rows * tokens)
+        self.matmuls = matmuls_of(base, rows * tokens)
         self.trained: list[torch.Tensor] = []
         if side != "floor":
             config = LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
@@ -84,7 +84,7 @@ class Side:
         torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         if self.side == "floor":
-            multiply(self.products)
+            multiply(self.matmuls)
         else:
             self._loss().backward()
             update(self.trained, self.optimizer)
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench/gpu.py needs a CUDA device; bench/speed.py measures the processor")
+        raise SystemExit("bench/gpu.py needs a CUDA device; bench/speed.py measures the CPU")
     device = torch.device("cuda")
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "works": {}}
     print(f"{results['device']}, torch {torch.__version__}")
@@ -142,7 +142,7 @@ def main() -> None:
         own, floor = found["hatrack"], found["floor"]["ms"]
         print(
             f"{work}: hatrack {own['ms']:.1f} ms, peft {found['peft']['ms']:.1f} ms "
-            f"({found['peft']['ms'] / own['ms']:.2f}x), products {floor:.1f} ms ({own['ms'] / floor:.2f}x); "
+            f"({found['peft']['ms'] / own['ms']:.2f}x), matmuls {floor:.1f} ms ({own['ms'] / floor:.2f}x); "
             f"beside the base {own['peak_bytes'] / 2**30:.2f} against {found['peft']['peak_bytes'] / 2**30:.2f} GiB",
             flush=True,
         )

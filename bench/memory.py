@@ -2,7 +2,7 @@
 
     python bench/memory.py                        # a 7B shape: streamed inside 3 and 2 GiB
     python bench/memory.py --layers 12 --stored float32 --sides streamed,ordinary,peft --caps 3GiB
-    python bench/memory.py --sides 4bit --batches 1x64  # twice: the first time the base is quantised, and kept
+    python bench/memory.py --sides 4bit --batches 1x64  # twice: the first time the base is quantized and cached
     python bench/memory.py --device cuda --sides streamed,ordinary,peft --caps 64GiB  # and what the accelerator held
 
 Writes the base once (Llama's shape, random weights, a file for each layer: 13.5 GB with all 32 layers in bfloat16) to
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--stored", default="bfloat16", help="format of the base on disk")
-    parser.add_argument("--dtype", default="auto", help="format of the products")
+    parser.add_argument("--dtype", default="auto", help="dtype of the matmuls")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", default="4x256", help="micro-batches x tokens of a step; several with commas")
     parser.add_argument("--sides", default="streamed")
@@ -110,7 +110,7 @@ def _one(asked: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     ids = [torch.randint(3, 32_000, (1, tokens)).to(asked["device"]) for _ in range(micro)]
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-    make = {"streamed": _swept, "ordinary": _ordinary, "4bit": _in_4_bits, "peft": _peft}[asked["side"]]
+    make = {"streamed": _streamed, "ordinary": _ordinary, "4bit": _in_4_bits, "peft": _peft}[asked["side"]]
     start = time.perf_counter()
     model, step = make(asked, batches)
     loading = {"seconds": time.perf_counter() - start, "resident": _status("VmHWM")}
@@ -138,7 +138,7 @@ def _one(asked: dict[str, Any]) -> dict[str, Any]:
 Made = tuple[Any, Callable[[], float]]
 
 
-def _swept(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
+def _streamed(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
     from hatrack.adapter.place import place
     from hatrack.base.layer_stack import find_layer_stack
     from hatrack.base.offload import as_if_loaded, open_layers, settle
@@ -295,7 +295,7 @@ def written(layers: int, stored: str) -> Path:
 
 
 def _filled(name: str, like: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Ones for norms; for products the same noise, begun somewhere else for each."""
+    """Ones for norms; for matrices the same noise, begun somewhere else for each."""
     if like.ndim == 1:
         return torch.ones(like.shape)
     start = hash_of(name) % len(noise)

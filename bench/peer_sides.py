@@ -19,7 +19,7 @@ R, ALPHA, DROPOUT, LR = 8, 16, 0.05, 1e-4
 
 
 def litgpt(asked: dict[str, Any]) -> Callable[[], None]:
-    """A step as `litgpt finetune_lora` takes it, in one number format (`--precision bf16-true` or `32-true`)."""
+    """A step as `litgpt finetune_lora` takes it, in one dtype (`--precision bf16-true` or `32-true`)."""
     import torch
     from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
     from litgpt.utils import chunked_cross_entropy

@@ -1,11 +1,11 @@
-"""hatrack's training steps against other LoRA trainers that run on a processor: peft, LitGPT, mlx-lm. One table, JSON.
+"""hatrack's training steps against other LoRA trainers that run on a CPU: peft, LitGPT, mlx-lm. One table, JSON.
 
     .venv/bin/python bench/peers.py [--rounds 2] [--only "q,v"] [--output DIR]
 
 Each trainer is installed, once, in an environment of its own in the cache (LitGPT with torch, about 1 GB); one that
 cannot be is left out, with the reason. All take turns, with equal threads, r, alpha, dropout, targets, batch, tokens
-and number format, on SmolLM2-135M or random weights of its shape; the figures are medians. mlx-lm takes part only
-where asked for (`--peers litgpt,mlx-lm`): the matrix product of mlx's CPU build is hundreds of times slower than
+and dtype, on SmolLM2-135M or random weights of its shape; the figures are medians. mlx-lm takes part only
+where asked for (`--peers litgpt,mlx-lm`): the matmul of mlx's CPU build is hundreds of times slower than
 torch's, and a turn takes half an hour.
 """
 

@@ -43,13 +43,13 @@ RUNS = {
     "chat, 4-bit": "--data questions.jsonl --quantize 4bit --targets q_proj,v_proj --batch-size 4",
     "chat, 8-bit": "--data questions.jsonl --quantize 8bit --targets q_proj,v_proj --batch-size 4",
     "complete, 256 tokens, streamed": "--data text.jsonl --targets q_proj,v_proj --batch-size 4 --memory 850MiB",
-    "encoder, long rows, top 2, kept": "--data long.csv --layers top-2 --batch-size 16",
-    "complete, 256 tokens, top 10, kept": "--data text.jsonl --layers top-10 --batch-size 4",
+    "encoder, long rows, top 2, cached": "--data long.csv --layers top-2 --batch-size 16",
+    "complete, 256 tokens, top 10, cached": "--data text.jsonl --layers top-10 --batch-size 4",
     "7B, streamed": "--data words.jsonl --task complete --targets q_proj,v_proj --batch-size 4 --memory 3GiB",
-    "chat, 4-bit, kept": "--data questions.jsonl --quantize 4bit --targets q_proj,v_proj --batch-size 4",
+    "chat, 4-bit, cached": "--data questions.jsonl --quantize 4bit --targets q_proj,v_proj --batch-size 4",
 }
-"""Name -> options of both commands. A new way to train is one more line. Runs named `kept` come after the same ones;
-what these kept is known to `train` alone, so its own plan is held against them."""
+"""Name -> options of both commands. A new way to train is one more line. Runs named `cached` come after the same ones;
+what these cached is known to `train` alone, so its own plan is held against them."""
 HEADER = ["run", "peak", "planned", "off", "seconds", "planned", "off", "trainable"]
 
 
@@ -97,7 +97,7 @@ def run(folder: Path, name: str, steps: int) -> dict[str, Any]:
     options = ["--base", base, *RUNS[name].split(), "--steps", str(steps), "--device", "cpu"]
     planned = command(folder, "plan", *options)
     actual = command(folder, "train", *options, "--output", "hat-" + "".join(filter(str.isalnum, name)))
-    if name.endswith("kept"):
+    if name.endswith("cached"):
         planned |= actual["planned"]
     found = {"run": name, "trainable_exact": planned["trainable"] == actual["trainable"]}
     found["total_exact"] = planned["total"] == actual["total"]

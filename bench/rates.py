@@ -31,7 +31,7 @@ TIMES = (1 / 1000, 1 / 100, 1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30, 100)
 
 
 def main() -> None:
-    """Runs the sweep."""
+    """Runs all trials."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", choices=("encoder", "decoder"))
     parser.add_argument("--steps", type=int, default=60)

@@ -4,7 +4,7 @@
 
 Training is timed from rows in memory to the last step, tokenising included; a process is timed from its start to its
 end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: the
-number format that the processor is fast at, dynamic padding, rows grouped by length, the same rank, targets, dropout,
+dtype that the CPU is fast at, dynamic padding, rows grouped by length, the same rank, targets, dropout,
 learning rate, batch and steps. Sides that train unequal numbers of parameters are refused.
 The textbook's side (float32, padded to 128, q and v) takes the better part of an hour, so a few of its steps are timed
 and multiplied. `command` is `hatrack train` itself, as a whole process; `int16` and `int8` are hatrack's training with

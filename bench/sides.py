@@ -43,9 +43,9 @@ WORKS: dict[str, dict[str, Any]] = {
     "DistilBERT's shape, q,v, 16 rows of 128 tokens": {"targets": ["q_lin", "v_lin"], "rows": 16, "tokens": 128},
 }
 SIDES = ("hatrack", "int16", "int8", "peft", "textbook", "full", "frozen", "floor")
-"""hatrack, exact and with `--compute`; peft 0.21 and full fine-tuning with a base in the number format that this
-processor is fast at (bfloat16 or float32); peft as the textbook has it, in float32; the base alone with nothing to
-train but its input (for the memory of activations); the products alone."""
+"""hatrack, exact and with `--compute`; peft 0.21 and full fine-tuning with a base in the dtype that this
+CPU is fast at (bfloat16 or float32); peft as the textbook has it, in float32; the base alone with nothing to
+train but its input (for the memory of activations); the matmuls alone."""
 OURS = SIDES[:3]
 
 
@@ -62,7 +62,7 @@ class Side:
         ids = torch.randint(1000, 20000, (rows, tokens))
         labels = torch.randint(2, (rows,)) if self.classify else ids
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        self.products = products_of(base, rows * tokens) if side == "floor" else []
+        self.matmuls = matmuls_of(base, rows * tokens) if side == "floor" else []
         config = LoraConfig(
             r=8,
             lora_alpha=16,
@@ -93,7 +93,7 @@ class Side:
         """Seconds of one training step."""
         began = time.perf_counter()
         if self.side == "floor":
-            multiply(self.products)
+            multiply(self.matmuls)
         else:
             self.loss().backward()
             if self.optimizer is not None:
@@ -111,7 +111,7 @@ class Side:
         return self.model(**self.batch).loss
 
     def saved(self) -> int:
-        """Bytes that autograd keeps between the two passes, weights not counted, each storage once."""
+        """Bytes that autograd saves for the backward pass, weights not counted, each storage once."""
         weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         seen: dict[int, int] = {}
 
@@ -126,10 +126,10 @@ class Side:
         return sum(seen.values())
 
 
-Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Matmul = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def products_of(base: Any, tokens: int) -> list[Product]:
+def matmuls_of(base: Any, tokens: int) -> list[Matmul]:
     """Each linear layer's weight, with an input and an output gradient of as many tokens."""
     weights = [layer.weight for layer in base.modules() if type(layer) is torch.nn.Linear and layer.out_features > 2]
     like = weights[0]
@@ -139,9 +139,9 @@ def products_of(base: Any, tokens: int) -> list[Product]:
     return [(inputs[W.shape[1]], W, inputs[W.shape[0]]) for W in weights]
 
 
-def multiply(products: list[Product]) -> None:
-    """The products of a step alone, forward and back."""
-    for x, W, g in products:
+def multiply(matmuls: list[Matmul]) -> None:
+    """The matmuls of a step alone, forward and backward."""
+    for x, W, g in matmuls:
         torch.nn.functional.linear(x, W)
         _ = g @ W
 

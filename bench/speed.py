@@ -1,4 +1,4 @@
-"""hatrack's training speed against peft's, full fine-tuning's, and the matrix products alone. One table, JSON, a plot.
+"""hatrack's training speed against peft's, full fine-tuning's, and the matmuls alone. One table, JSON, a plot.
 
     make bench                                     or
     .venv/bin/python bench/speed.py [--rounds 4] [--only "q,v"] [--runs] [--output DIR]
@@ -126,7 +126,7 @@ HEADER = [
     "peft takes",
     "textbook",
     "full",
-    "of products",
+    "of matmuls",
     "saved",
     "of frozen",
     "peft's",

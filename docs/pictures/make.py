@@ -6,6 +6,7 @@
 Needs the `bench` extra (matplotlib). Run it in the repository.
 """
 
+import io
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ def train() -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(record=True, width=WIDTH, file=Path(os.devnull).open("w"))
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "recipes").symlink_to(ROOT / "recipes")
         environment = dict(os.environ, HATRACK_HOME=f"{folder}/home")
@@ -36,7 +37,13 @@ def train() -> None:
             console.print(Text(f"$ hatrack {shown}", style="bold"))
             line = [sys.executable, "-m", "hatrack", *words]
             done = subprocess.run(
-                line, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
+                line,
+                cwd=folder,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                check=True,
             )
             console.print(Text(done.stdout.rstrip("\n")))
     svg = console.export_svg(title="hatrack")
