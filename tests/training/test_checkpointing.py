@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +13,7 @@ from hatrack.base.sources import find_base
 from hatrack.check.running import Step, no_gradient
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.recipe import Recipe
-from hatrack.training import train
+from hatrack.training.adapted_model import CHECKPOINTING
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -34,29 +33,8 @@ def _gradients(tiny_decoder: Path, **asked: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.fixture
-def arguments(monkeypatch: pytest.MonkeyPatch, tiny_decoder: Path, questions: Path, tmp_path: Path) -> Any:
-    """What a run would give to the Trainer."""
-    caught: list[Any] = []
-
-    class Stop(Exception):
-        pass
-
-    def trainer(**options: Any) -> None:
-        caught.append(options["args"])
-        raise Stop
-
-    monkeypatch.setattr(train, "HatTrainer", trainer)
-    options = {"base": str(tiny_decoder), "data": str(questions), "task": "chat", "device": "cpu"}
-    with pytest.raises(Stop):
-        train.train(Recipe.make(**options, output=str(tmp_path / "hat")))
-    return caught[0]
-
-
-def test_hatrack_recomputes_in_the_form_that_gradients_pass(tiny_decoder: Path, arguments: Any) -> None:
-    asked = arguments.activation_checkpointing_kwargs
-    assert asked == {"use_reentrant": False}
-    plain, recomputed = _gradients(tiny_decoder), _gradients(tiny_decoder, **asked)
+def test_hatrack_recomputes_in_the_form_that_gradients_pass(tiny_decoder: Path) -> None:
+    plain, recomputed = _gradients(tiny_decoder), _gradients(tiny_decoder, **CHECKPOINTING)
     assert len(plain) == 28 and all(gradient.abs().sum() > 0 for gradient in plain.values())
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)

@@ -17,12 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hatrack
 from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.offload import open_layers, settle
+from hatrack.check.checks import check_recipe
 from hatrack.evaluate.loss import losses
 from hatrack.kernels.dropout import Mask, dropped
 from hatrack.kernels.loss import next_token_losses
 from hatrack.layers.fast_base import FastRMSNorm, speed_up
 from hatrack.layers.fast_lora import FastLinear, Projection, project, reference
+from hatrack.recipe import Recipe
 from hatrack.training.layer_streaming import LayerStreaming
+from hatrack.training.one_step import one_step
 from tests.training.stopping import stopped_at_five
 from tests.training.test_layer_streaming import _same_adapter, too_large
 
@@ -217,6 +220,17 @@ def test_a_swept_run_makes_the_adapter_of_an_ordinary_one(tmp_path: Path, train:
         loaded.add(tmp_path / "plain")
         loaded.use("plain")
         assert loaded.predict([text])[0]["text"] == plain.predict([text])[0]["text"]
+
+
+@pytest.mark.parametrize("task", ["classify", "chat"])
+def test_a_streamed_base_is_checked_there(
+    task: str, tiny_encoder: Path, tiny_decoder: Path, reviews: Path, questions: Path
+) -> None:
+    base, data = (tiny_encoder, reviews) if task == "classify" else (tiny_decoder, questions)
+    with too_large():
+        findings, facts = check_recipe(Recipe.make(base=str(base), data=str(data), device="cuda"))
+        assert facts is not None and facts.plan.method.sweep and not any(finding.refused for finding in findings)
+        assert one_step(facts) == []
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": 300 * 2**20}], ids=["whole", "streamed"])

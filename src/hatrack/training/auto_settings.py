@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from transformers import set_seed
-
-from hatrack.adapter.place import place
 from hatrack.base.free_memory import give_back
 from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.load import Base
@@ -18,10 +15,9 @@ from hatrack.data.batch import LengthBatches, collate
 from hatrack.errors import ModelError
 from hatrack.evaluate.loss import Batch
 from hatrack.evaluate.score import LossRunner, Score, main_metric, score
-from hatrack.layers.fast_base import speed_up
-from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.planning.schedule import Schedule
 from hatrack.recipe import Recipe
+from hatrack.training.adapted_model import load_adapted_model
 from hatrack.training.depth import (
     KEEP,
     SCORED,
@@ -35,7 +31,6 @@ from hatrack.training.depth import (
     tops,
     try_depths,
 )
-from hatrack.training.load import load_for
 from hatrack.training.lr_range import find_learning_rate
 
 
@@ -58,13 +53,9 @@ def _compared(facts: Prepared) -> str:
     if not count:
         say(f"layers: all; a run of {facts.schedule.steps:,} steps is too short to try several depths first")
         return "all"
-    base = load_for(facts.recipe, facts.files, facts.examples, mapped=False)
-    set_seed(facts.recipe.seed)
+    adapted = load_adapted_model(facts)
+    base, model = adapted.base, adapted.model
     trunk = find_layer_stack(base.model)
-    speed_up(base.model, compute=facts.recipe.compute)
-    model = place(base.model, facts.recipe, task=facts.task, layer_classes=LAYER_CLASSES)
-    if facts.plan.method.checkpointing:
-        base.model.activation_checkpointing_enable({"use_reentrant": False})
     trial, seen = _trial(base, facts, count), _rows_seen(facts)
     names = ", ".join(f"top {top}" for top in tops(len(trunk.layers))[1:])
     say(f"layers: trying {count} small steps with adapters on all {len(trunk.layers)} layers, and on the {names}")
@@ -78,7 +69,7 @@ def _compared(facts: Prepared) -> str:
             break
     chosen = choose(tried, before.metrics["loss"], facts.schedule.steps, seen)
     say(f"layers: {_verdict(tried, chosen, before, facts, seen)}")
-    del base, model, trunk, trial
+    del adapted, base, model, trunk, trial
     give_back()
     return chosen.name
 

@@ -1,42 +1,51 @@
-"""One step on trial, for `hatrack check`: is the loss a number, does a gradient arrive; nothing is kept of it."""
+"""The step that `hatrack check` tries: is the loss a number, does a gradient reach the adapter."""
+
+import tempfile
+from pathlib import Path
 
 import torch
-from transformers import set_seed
 
-from hatrack.adapter.place import place
 from hatrack.check.finding import Finding
 from hatrack.check.prepared import Prepared
 from hatrack.check.running import Step, loss_not_a_number, no_gradient
 from hatrack.data.batch import LengthBatches, collate
-from hatrack.evaluate.loss import losses
-from hatrack.layers.fast_lora import LAYER_CLASSES
+from hatrack.evaluate.loss import Batch, losses
+from hatrack.training.adapted_model import AdaptedModel, load_adapted_model, open_layer_paths
 from hatrack.training.auto_settings import measured_rate
-from hatrack.training.load import load_for
+from hatrack.training.undone_steps import gradients
 
 ROWS = 4
 
 
 def one_step(facts: Prepared) -> list[Finding]:
-    """Loads the base, places the adapter, and takes the gradient of a few rows. With `--lr auto` the rate is measured.
+    """Loads the base and places the adapter as `train` does, and computes the gradients of a few rows. Measures the
+    learning rate where the recipe says `--lr auto`. Saves nothing.
 
-    Raises HatrackError where the base cannot be loaded after all.
+    Raises HatrackError where the base cannot be loaded.
     """
-    base = load_for(facts.recipe, facts.files, facts.examples, mapped=facts.plan.method.sweep)
-    set_seed(facts.recipe.seed)
-    model = place(base.model, facts.recipe, task=facts.task, layer_classes=LAYER_CLASSES)
+    adapted = load_adapted_model(facts)
     learn = facts.tokens.learn
     chosen = next(iter(LengthBatches(learn.lengths, min(ROWS, len(learn)), facts.recipe.seed)))
-    batch = collate([learn.row(index) for index in chosen], base.tokenizer.pad_token_id, facts.task)
-    model.train()
-    loss = losses(model, {name: tensor.to(base.device) for name, tensor in batch.items()}, facts.task)[0].mean()
-    loss.backward()  # type: ignore[no-untyped-call]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-    model.zero_grad()
+    batch = collate([learn.row(index) for index in chosen], adapted.base.tokenizer.pad_token_id, facts.task)
+    loss = _add_gradients(adapted, facts, {name: tensor.to(adapted.base.device) for name, tensor in batch.items()})
+    trained = [parameter for parameter in adapted.model.parameters() if parameter.requires_grad]
+    found = [parameter.grad for parameter in trained if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
+    adapted.model.zero_grad()
     rows = [int(learn.rows[index]) for index in chosen]
-    step = Step(1, float(loss.detach()), norm, rows, str(facts.recipe.data))
-    found = [loss_not_a_number(step, facts.schedule.lr, facts.usual_lr, facts.dtype), no_gradient(step)]
-    if facts.recipe.lr == "auto" and not any(found):
-        measured_rate(base, model, facts)
-    return [finding for finding in found if finding is not None]
+    step = Step(1, loss, norm, rows, str(facts.recipe.data))
+    findings = [loss_not_a_number(step, facts.schedule.lr, facts.usual_lr, facts.dtype), no_gradient(step)]
+    if facts.recipe.lr == "auto" and not any(findings):
+        measured_rate(adapted.base, adapted.model, facts)
+    return [finding for finding in findings if finding is not None]
+
+
+def _add_gradients(adapted: AdaptedModel, facts: Prepared, batch: Batch) -> float:
+    """Adds the gradients of a batch's mean loss, which it returns, by the way that training takes."""
+    model, seed = adapted.model.train(), facts.recipe.seed
+    with tempfile.TemporaryDirectory() as folder:
+        streaming, prefix = open_layer_paths(adapted, facts, None, 0.0, Path(folder))
+        if streaming is None:
+            torch.manual_seed(seed)
+            return gradients(model, [batch], facts.task, prefix)
+        return float(streaming.step([batch], [seed], lambda batch: losses(model, batch, facts.task)[0].mean()))

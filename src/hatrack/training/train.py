@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import transformers
-from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -21,15 +21,11 @@ from transformers.utils import logging as transformers_logging
 from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.count import trainable_line
 from hatrack.adapter.files import save_adapter
-from hatrack.adapter.place import place
 from hatrack.adapter.proof import probe_logits, probe_tokens
 from hatrack.base.fingerprint import lineage
 from hatrack.base.free_memory import give_back
 from hatrack.base.header import read_config
-from hatrack.base.layer_stack import LayerStack, find_layer_stack
 from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer, name_of
-from hatrack.base.mapped_layers import OUTSIDE, unmap
-from hatrack.base.offload import as_if_loaded, open_layers, settle
 from hatrack.base.sources import BaseFiles, find_base
 from hatrack.check.checks import advise
 from hatrack.check.prepared import Prepared
@@ -39,11 +35,10 @@ from hatrack.data import trained_rows
 from hatrack.data.examples import Examples
 from hatrack.data.stop_tokens import Ends
 from hatrack.data.tokens import Tokens, tokenise
-from hatrack.errors import ModelError, RecipeError
+from hatrack.errors import RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.inference.hat import Hat, all_end_tokens
-from hatrack.layers.fast_base import check_rounding, speed_up
-from hatrack.layers.fast_lora import LAYER_CLASSES
+from hatrack.layers.fast_base import check_rounding
 from hatrack.planning.fit import FEWEST_SCORED, Plan
 from hatrack.planning.machine import check_compute
 from hatrack.planning.model_shape import shape_of
@@ -51,13 +46,13 @@ from hatrack.planning.schedule import Schedule
 from hatrack.recipe import Recipe, Task, nearest
 from hatrack.storage import folder_size
 from hatrack.training import cost
+from hatrack.training.adapted_model import load_adapted_model, open_layer_paths
 from hatrack.training.auto_settings import measured_depth, measured_rate
 from hatrack.training.callbacks import GracefulStop, MemoryWatch, MetricsFile, ProgressBar, TooMuchMemory
 from hatrack.training.checkpoint import STATE
 from hatrack.training.divergence import Watch
 from hatrack.training.hidden_states import States, open_states, row_key
 from hatrack.training.layer_streaming import LayerStreaming
-from hatrack.training.load import load_for
 from hatrack.training.prefix_cache import Prefix
 from hatrack.training.read_back import read_back
 from hatrack.training.run import Run, open_run
@@ -90,20 +85,13 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
         if recipe.top_layers is not None:  # all layers are what was planned
             facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
     plan, schedule, resumed = facts.plan, facts.schedule, run.recall("schedule")
-    base = load_for(recipe, files, examples, mapped=plan.method.sweep)
-
-    set_seed(recipe.seed)
-    trunk = _trunk(base, recipe)
-    if base.mapped and trunk is not None:
-        settle(base.model, trunk, base.dtype, base.device)
-    speed_up(base.model, trunk if base.mapped or known == 1 else None, recipe.compute)
-    with as_if_loaded(base):
-        model = place(base.model, recipe, task=examples.task, layer_classes=LAYER_CLASSES)
+    adapted = load_adapted_model(facts, is_all_cached=known == 1)
+    base, model = adapted.base, adapted.model
     say(trainable_line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
         schedule = replace(schedule, lr=resumed["lr"] if resumed else measured_rate(base, model, facts))
     told = {"rows": examples.digest, "base": made_on["fingerprint"], "template": tokens.template}
-    sweep, prefix = _parts(run, base, model, trunk, facts, states, known)
+    sweep, prefix = open_layer_paths(adapted, facts, states, known, run.folder)
 
     trained, schedule = _with_rows_that_fit(
         partial(_fit, run, base, model, facts, trackers=trackers, sweep=sweep, prefix=prefix),
@@ -120,7 +108,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     save_adapter(model, run.adapter, hat, base=made_on["source"], extra_files=beside)
     answers = probe_logits(model.eval(), probe_tokens(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
-    del model, base, trunk, trained, sweep, prefix
+    del model, base, adapted, trained, sweep, prefix
     give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
     check_ends(ready, tokens.learn, tokens.ends.tokens)
@@ -206,54 +194,6 @@ def _known(states: States | None, tokens: Tokens) -> float:
         return 0.0
     keys = [row_key(rows.row(index)[0]) for rows in (tokens.learn, tokens.held_out) for index in range(len(rows))]
     return sum(key in states for key in keys) / len(keys)
-
-
-def _parts(
-    run: Run, base: Base, model: Any, trunk: LayerStack | None, facts: Prepared, states: States | None, known: float
-) -> tuple[LayerStreaming | None, Prefix | None]:
-    """What takes the steps over a base larger than memory, and what stands for the layers below the adapters."""
-    if trunk is None or not base.mapped:
-        return None, _prefix(model, trunk, facts, states, known)
-    window = open_layers(base.model, trunk, base.dtype, base.files.folder, base.device)
-    window.show(OUTSIDE)
-    prefix = _prefix(model, trunk, facts, states, known)
-    sweep = LayerStreaming(model, window, task=facts.task, folder=run.folder, prefix=prefix)
-    window.stream()
-    return sweep, prefix
-
-
-def _trunk(base: Base, recipe: Recipe) -> LayerStack | None:
-    """The stack of layers, where a run needs to know it. Raises ModelError where a base larger than memory has none."""
-    if not base.mapped and recipe.top_layers is None:
-        return None
-    try:
-        trunk = find_layer_stack(base.model)
-        if base.mapped:
-            unmap(base.files.folder)
-        return trunk
-    except ModelError as error:
-        if base.mapped:
-            raise
-        say(f"the layers below the adapters are computed anew in each epoch: {error}")
-        return None
-
-
-def _prefix(
-    model: Any, trunk: LayerStack | None, facts: Prepared, states: States | None, known: float
-) -> Prefix | None:
-    """The layers below the adapters, where there are any and what they give is the same each time."""
-    top = facts.recipe.top_layers
-    if trunk is None or top is None or len(trunk.layers) == top:
-        return None
-    try:
-        prefix = Prefix(model, trunk, len(trunk.layers) - top, task=facts.task, states=states)
-    except ValueError as error:
-        say(f"the layers below the adapters are computed anew in each epoch: {error}")
-        return None
-    once = "" if states is None else " and are computed once for each row"
-    earlier = f" ({known:.0%} of the rows were, by earlier runs)" if known else ""
-    say(f"the first {prefix.depth} of {len(trunk.layers)} layers stay as they are, run without dropout{once}{earlier}")
-    return prefix
 
 
 def _trackers(recipe: Recipe) -> list[str]:
@@ -381,8 +321,6 @@ def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: l
         include_num_input_tokens_seen="non_padding",
         report_to=trackers or "none",
         run_name=run.name,
-        activation_checkpointing=plan.method.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=base.device.type == "cpu",
         dataloader_pin_memory=base.device.type == "cuda",
         disable_tqdm=True,

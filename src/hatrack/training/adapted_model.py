@@ -1,0 +1,107 @@
+"""The base of a run with its adapter on it: made here for training, for checks and for trials."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from hatrack.adapter.place import place
+from hatrack.base.layer_stack import LayerStack, find_layer_stack
+from hatrack.base.load import Base
+from hatrack.base.mapped_layers import OUTSIDE, unmap
+from hatrack.base.offload import as_if_loaded, open_layers, settle
+from hatrack.check.prepared import Prepared
+from hatrack.console import say
+from hatrack.errors import ModelError
+from hatrack.layers.fast_base import speed_up
+from hatrack.layers.fast_lora import LAYER_CLASSES
+from hatrack.training.hidden_states import States
+from hatrack.training.layer_streaming import LayerStreaming
+from hatrack.training.load import load_for
+from hatrack.training.prefix_cache import Prefix
+
+CHECKPOINTING = {"use_reentrant": False}
+"""Torch's reentrant form loses the gradients of adapters over frozen inputs."""
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """`model` is `base.model` with a fresh adapter. `stack` is its layers, None where the run needs none of them alone:
+    the base is in memory and all its layers are adapted."""
+
+    base: Base
+    model: Any
+    stack: LayerStack | None
+
+
+def load_adapted_model(facts: Prepared, *, is_all_cached: bool = False) -> AdaptedModel:
+    """Loads the base, speeds it up and places a fresh adapter, as the recipe and the plan say.
+
+    `is_all_cached`: the outputs of the layers below the adapters are in the cache for every row of the run. Raises
+    ModelError where the base has to be streamed and has no single stack of layers.
+    """
+    recipe = facts.recipe
+    base = load_for(recipe, facts.files, facts.examples, mapped=facts.plan.method.sweep)
+    set_seed(recipe.seed)
+    stack = _find_stack(base, recipe.top_layers)
+    if base.mapped and stack is not None:
+        settle(base.model, stack, base.dtype, base.device)
+    speed_up(base.model, stack if base.mapped or is_all_cached else None, recipe.compute)
+    with as_if_loaded(base):
+        model = place(base.model, recipe, task=facts.task, layer_classes=LAYER_CLASSES)
+    if facts.plan.method.checkpointing:
+        base.model.config.use_cache = False
+        base.model.activation_checkpointing_enable(CHECKPOINTING)
+    return AdaptedModel(base, model, stack)
+
+
+def open_layer_paths(
+    adapted: AdaptedModel, facts: Prepared, states: States | None, cached_fraction: float, folder: Path
+) -> tuple[LayerStreaming | None, Prefix | None]:
+    """The ways through the layers that are not the model's own: layer streaming, where the base is on disk (`folder` is
+    where hidden states go that do not fit in memory), and the frozen layers below the adapters, where there are any.
+
+    `cached_fraction` is the share of the run's rows whose outputs of the layers below are in `states` already.
+    """
+    base, stack = adapted.base, adapted.stack
+    if stack is None or not base.mapped:
+        return None, _open_prefix(adapted, facts, states, cached_fraction)
+    window = open_layers(base.model, stack, base.dtype, base.files.folder, base.device)
+    window.show(OUTSIDE)
+    prefix = _open_prefix(adapted, facts, states, cached_fraction)
+    streaming = LayerStreaming(adapted.model, window, task=facts.task, folder=folder, prefix=prefix)
+    window.stream()
+    return streaming, prefix
+
+
+def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
+    """The stack of layers, where a run needs to know it."""
+    if not base.mapped and top_layers is None:
+        return None
+    try:
+        stack = find_layer_stack(base.model)
+        if base.mapped:
+            unmap(base.files.folder)
+        return stack
+    except ModelError as error:
+        if base.mapped:
+            raise
+        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        return None
+
+
+def _open_prefix(adapted: AdaptedModel, facts: Prepared, states: States | None, cached: float) -> Prefix | None:
+    """The layers below the adapters, where there are any and what they give is the same each time."""
+    top, stack = facts.recipe.top_layers, adapted.stack
+    if stack is None or top is None or len(stack.layers) == top:
+        return None
+    try:
+        prefix = Prefix(adapted.model, stack, len(stack.layers) - top, task=facts.task, states=states)
+    except ValueError as error:
+        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        return None
+    once = "" if states is None else " and are computed once for each row"
+    earlier = f" ({cached:.0%} of the rows were, by earlier runs)" if cached else ""
+    say(f"the first {prefix.depth} of {len(stack.layers)} layers stay as they are, run without dropout{once}{earlier}")
+    return prefix
