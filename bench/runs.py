@@ -57,7 +57,7 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
     from hatrack.base.load import load_base
     from hatrack.base.sources import find_base
     from hatrack.data.examples import Example
-    from hatrack.data.render import render
+    from hatrack.data.render import RenderSettings, render
     from hatrack.layers.fast_base import speed_up
     from hatrack.layers.fast_lora import LAYER_CLASSES
     from hatrack.recipe import Recipe
@@ -81,9 +81,7 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
         render(
             [Example(row=number, text=text, label=label) for number, (text, label) in enumerate(part)],
             base.tokenizer,
-            task="classify",
-            max_length=256,
-            labels=2,
+            RenderSettings("classify", max_length=256, labels=2),
         )
         for part in (learn, held_out)
     ]

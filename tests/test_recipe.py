@@ -58,8 +58,8 @@ def test_text_from_a_shell_means_the_same_as_values() -> None:
 
 
 def test_alpha_follows_r() -> None:
-    assert Recipe.make(r=16).scale_numerator == 32
-    assert Recipe.make(r=16, alpha=8).scale_numerator == 8
+    assert Recipe.make(r=16).effective_alpha == 32
+    assert Recipe.make(r=16, alpha=8).effective_alpha == 8
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path.write_text("r: 4\nlr: 1e-4\neval-data: held.csv\n")
     recipe = Recipe.read(path, r="32")
     assert (recipe.r, recipe.lr, recipe.eval_data) == (32, 1e-4, "held.csv")
-    assert recipe.set_options() == {"r": 32, "lr": 1e-4, "eval_data": "held.csv"}
+    assert recipe.explicit_options() == {"r": 32, "lr": 1e-4, "eval_data": "held.csv"}
 
 
 @pytest.mark.parametrize(

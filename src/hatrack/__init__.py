@@ -65,7 +65,7 @@ def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: s
     """One recipe of all that was given; rows in memory are kept in a file."""
     for name in ("data", "eval_data"):
         if not isinstance(options.get(name), str | Path | None):
-            options = options | {name: importlib.import_module("hatrack.data.in_memory").file_of(options[name])}
+            options = options | {name: importlib.import_module("hatrack.data.in_memory").cache_rows(options[name])}
     if like is not None:
         if recipe is not None:
             raise RecipeError("a recipe and `like` exclude each other", got=f"{recipe!r}, {like}", fix="keep one")

@@ -318,16 +318,16 @@ class Recipe(BaseModel):
         """The same recipe with some options replaced."""
         return self.make(**(self.model_dump(exclude_unset=True) | options))
 
-    def set_options(self) -> dict[str, Any]:
+    def explicit_options(self) -> dict[str, Any]:
         """The options a person set, without the defaults, to be kept; trust is not: it is asked for each time."""
         return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"trust_remote_code"})
 
     def __repr__(self) -> str:
         """The options a person set."""
-        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.set_options().items())})"
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.explicit_options().items())})"
 
     @property
-    def scale_numerator(self) -> float:
+    def effective_alpha(self) -> float:
         """alpha, by default twice the rank, so that the adapter's scale does not move when r does."""
         return 2.0 * self.r if self.alpha is None else self.alpha
 
@@ -401,7 +401,7 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
     return tuple(word for word in options if isinstance(word, str))
 
 
-def about(field: FieldInfo, what: str) -> str:
+def option_detail(field: FieldInfo, what: str) -> str:
     """`group`, `word` or `fix` of a field, as `option` got it."""
     extra = field.json_schema_extra
     return str(extra[what]) if isinstance(extra, dict) else ""
@@ -413,7 +413,7 @@ def nearest(name: str, names: Any) -> str | None:
     return found[0] if found else None
 
 
-def suggestion(name: str, known: Any) -> str | None:
+def suggest_option(name: str, known: Any) -> str | None:
     """The option that a name which is none was most likely meant to be, as `lr` or, with a value, `quantize 4bit`; or
     a sentence where hatrack has no such option on purpose. Names of other tools count: `learning_rate`."""
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip("-")).replace("-", "_").lower()
@@ -424,7 +424,7 @@ def suggestion(name: str, known: Any) -> str | None:
 
 
 def _unknown(name: str, known: Any) -> str:
-    meant = suggestion(name, known)
+    meant = suggest_option(name, known)
     if meant is None:
         hint = f"the options are {', '.join(known)}"
     else:
@@ -440,6 +440,6 @@ def _wrong(problem: Any, fields: dict[str, FieldInfo]) -> str:
     if words:
         guess = nearest(value, words) if isinstance(value, str) else None
         reason = f"must be one of {', '.join(words)}" + (f"; did you mean {guess}?" if guess else "")
-    fix = about(fields[name], "fix")
+    fix = option_detail(fields[name], "fix")
     reason = reason.replace("Input should", "must").replace("String should match", "must match")
     return str(RecipeError(f"{flag(name)} {reason}", got=short_repr(value), fix=fix or None))

@@ -40,7 +40,7 @@ def test_rank_is_held_to_what_the_rows_can_teach(facts: Make) -> None:
     assert settings.rank_before_data(facts(r=16)) is None
     found = settings.rank_before_data(facts(r=32))
     known = facts(r=32)
-    times = round(2 * known.plan.trainable / len(known.tokens.learn))  # two labels: one bit a row
+    times = round(2 * known.plan.trainable / len(known.tokens.train))  # two labels: one bit a row
     assert found is not None and f"r 32 has room for {times:,} times" in found.got and "--r 8" in found.fix
 
 

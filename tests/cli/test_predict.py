@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hatrack.data.columns import find_question
-from hatrack.data.row_values import Bad, read_question
+from hatrack.data.columns import find_prompt_columns
+from hatrack.data.row_values import BadRow, read_prompt
 from hatrack.errors import DataError
 from tests.cli.conftest import Ran
 
@@ -178,27 +178,27 @@ def test_a_generator_answers_each_row(generator: None, hatrack: Run) -> None:
     ],
 )
 def test_which_column_is_asked(task: str, columns: list[str], named: dict[str, str], found: dict[str, str]) -> None:
-    assert find_question(task, columns, "f.csv", named) == found
+    assert find_prompt_columns(task, columns, "f.csv", named) == found
 
 
 def test_what_no_column_tells_is_refused() -> None:
     for task, columns in (("classify", ["a", "b"]), ("chat", ["a", "b"]), ("complete", ["a", "b"])):
         with pytest.raises(DataError, match="does not tell which column to answer; got columns a, b"):
-            find_question(task, columns, "f.csv", {})
+            find_prompt_columns(task, columns, "f.csv", {})
     with pytest.raises(DataError, match="brings tools, which are not used"):
-        find_question("chat", ["prompt", "tools"], "f.csv", {})
+        find_prompt_columns("chat", ["prompt", "tools"], "f.csv", {})
 
 
 def test_a_conversation_is_asked_up_to_its_answer() -> None:
     user, assistant = {"role": "user", "content": "a ?"}, {"role": "assistant", "content": "b"}
     system = {"role": "system", "content": "c"}
     columns = {"messages": "m"}
-    assert read_question(1, {"m": [user, assistant]}, "chat", columns) == "a ?"
-    assert read_question(1, {"m": [user, assistant, user]}, "chat", columns) == [user, assistant, user]
-    assert read_question(1, {"m": [system, user]}, "chat", columns) == [system, user]
-    assert read_question(1, {"p": "a ?", "s": "c"}, "chat", {"prompt": "p", "system": "s"}) == [system, user]
-    nothing = read_question(7, {"m": [assistant]}, "chat", columns)
-    assert isinstance(nothing, Bad) and nothing.row == 7 and "no turn to answer" in nothing.words
+    assert read_prompt(1, {"m": [user, assistant]}, "chat", columns) == "a ?"
+    assert read_prompt(1, {"m": [user, assistant, user]}, "chat", columns) == [user, assistant, user]
+    assert read_prompt(1, {"m": [system, user]}, "chat", columns) == [system, user]
+    assert read_prompt(1, {"p": "a ?", "s": "c"}, "chat", {"prompt": "p", "system": "s"}) == [system, user]
+    nothing = read_prompt(7, {"m": [assistant]}, "chat", columns)
+    assert isinstance(nothing, BadRow) and nothing.row == 7 and "no turn to answer" in nothing.reason
 
 
 def test_answers_come_line_by_line_from_a_pipe(classifier: None) -> None:

@@ -13,8 +13,8 @@ from hatrack.cli import demo
 from hatrack.cli.demo import CHAT_MODEL, ENCODER
 from hatrack.data.batch import LengthBatches, collate, fill
 from hatrack.data.examples import read_examples
-from hatrack.data.order import length_order
-from hatrack.data.tokens import tokenise
+from hatrack.data.order import scoring_batches
+from hatrack.data.tokens import tokenize
 from hatrack.planning.schedule import batch_rows
 from hatrack.recipe import Recipe, Task
 
@@ -87,7 +87,7 @@ def test_nine_tenths_of_what_the_demo_computes_are_real_tokens(tmp_path: Path) -
         recipe = Recipe.make(base=base, data=str(data), max_length=length)
         examples, files = read_examples(recipe), find_base(base)
         config = load_config(files, task=cast(Task, examples.task), labels=examples.labels)
-        lengths = tokenise(recipe, examples, load_tokenizer(files), config)[1].learn.lengths
+        lengths = tokenize(recipe, examples, load_tokenizer(files), config)[1].train.lengths
         rows = batch_rows(recipe, task=examples.task, rows=len(lengths))
         batches = LengthBatches(lengths, rows, recipe.seed, by_tokens=examples.task != "classify")
         for epoch in range(2):
@@ -96,7 +96,7 @@ def test_nine_tenths_of_what_the_demo_computes_are_real_tokens(tmp_path: Path) -
 
 
 def test_scoring_begins_with_the_longest() -> None:
-    order = length_order(LENGTHS, 100)
+    order = scoring_batches(LENGTHS, 100)
     assert LENGTHS[order[0]].min() >= LENGTHS[order[1]].max()
     assert sorted(np.concatenate(order).tolist()) == list(range(len(LENGTHS)))
 
@@ -138,9 +138,9 @@ def test_the_largest_batch_comes_first(by_tokens: bool) -> None:
 def test_long_rows_are_scored_fewer_at_a_time() -> None:
     """The first batch is the largest, and none has more than 4,096 tokens but a single row."""
     lengths = np.array([30, 9000, 2000, 2100, 1900, 40, 2050, 50])
-    batches = length_order(lengths, 8)
+    batches = scoring_batches(lengths, 8)
     assert [list(batch) for batch in batches] == [[1], [3], [6], [2, 4], [7, 5, 0]]
     assert sorted(int(row) for batch in batches for row in batch) == list(range(8))
     sizes = [len(batch) * lengths[batch].max() for batch in batches]
     assert all(size <= 4096 or len(batch) == 1 for size, batch in zip(sizes, batches, strict=True))
-    assert [len(batch) for batch in length_order(np.full(20, 100), 8)] == [8, 8, 4]
+    assert [len(batch) for batch in scoring_batches(np.full(20, 100), 8)] == [8, 8, 4]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hatrack.data.columns import COMMON, find_beside, find_columns
+from hatrack.data.columns import COMMON, find_columns, find_extra_columns
 from hatrack.errors import DataError, RecipeError
 from hatrack.recipe import Recipe
 
@@ -74,7 +74,7 @@ ALPACA = {"instruction": ["name it"], "input": ["Peru"], "output": ["Lima"]}
 def _beside(filled: dict[str, list[Any]], **options: str) -> dict[str, str]:
     recipe = Recipe.make(**options)
     task, found = find_columns(recipe, list(filled), "f.jsonl")
-    return found | find_beside(task, found, recipe, filled)
+    return found | find_extra_columns(task, found, recipe, filled)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from hatrack.data.columns import find_columns
-from hatrack.data.complaints import Unlearnable
-from hatrack.data.examples import Example, Examples, of_both, prepare, split
+from hatrack.data.complaints import BadRows
+from hatrack.data.examples import Example, Examples, make_examples, map_parts, split_held_out
 from hatrack.data.read import Rows
-from hatrack.data.row_values import Bad
+from hatrack.data.row_values import BadRow
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
 
@@ -24,7 +24,7 @@ def _labelled(count: int = 40, classes: int = 2) -> list[dict[str, Any]]:
 
 
 def _prepare(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]] | None = None, **options: Any) -> Examples:
-    return prepare(Recipe.make(**options), _rows(rows), _rows(eval_rows, "held.csv") if eval_rows else None)
+    return make_examples(Recipe.make(**options), _rows(rows), _rows(eval_rows, "held.csv") if eval_rows else None)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_every_complaint_comes_at_once_with_row_and_column() -> None:
     rows[9]["label"] = "seen once"
     rows[11]["text"] = None
     with pytest.raises(DataError) as caught:
-        prepare(Recipe.make(), _rows(rows, problems=[(31, "malformed JSON: x")]))
+        make_examples(Recipe.make(), _rows(rows, problems=[(31, "malformed JSON: x")]))
     assert caught.value.complaints == [
         "file.csv row 4, column text: the text is empty",
         "file.csv row 6, column label: the label is empty",
@@ -286,7 +286,7 @@ def test_half_characters_are_refused_before_a_tokenizer_meets_them() -> None:
 def test_no_more_than_two_thousand_are_held_out() -> None:
     found = _prepare([{"text": f"t{i}", "label": str(i % 2)} for i in range(30_000)])
     assert len(found.held_out) == 2000
-    assert split(found.train[:2], seed=0, stratified=False)[1] != []
+    assert split_held_out(found.train[:2], seed=0, stratified=False)[1] != []
 
 
 @pytest.mark.parametrize(
@@ -330,9 +330,9 @@ def _refusing(*words: str) -> Callable[[list[Example], str], list[int]]:
     """Refuses the examples whose text has one of these words, as a tokenizer would."""
 
     def make(part: list[Example], source: str) -> list[int]:
-        bad = [Bad(each.row, "not for me") for each in part if set(words) & set(each.words.split())]
+        bad = [BadRow(each.row, "not for me") for each in part if set(words) & set(each.all_text.split())]
         if bad:
-            raise Unlearnable([(source, bad)], len(part), ["write other words"])
+            raise BadRows([(source, bad)], len(part), ["write other words"])
         return [each.row for each in part]
 
     return make
@@ -345,8 +345,8 @@ def test_rows_left_out_late_are_as_if_they_had_never_been_there(
     recipe = Recipe.make(bad_rows="skip", data="file.csv", seed=4)
     rows = [row for row in _labelled(60, classes=2) if row["text"].split()[1] not in bad]
     numbers = [index for index in range(1, 61) if str(index - 1) not in bad]
-    without = prepare(recipe, Rows("file.csv", ("text", "label"), rows, numbers))
-    left, train, held_out = of_both(recipe, prepare(recipe, _rows(_labelled(60))), _refusing(*bad))
+    without = make_examples(recipe, Rows("file.csv", ("text", "label"), rows, numbers))
+    left, train, held_out = map_parts(recipe, make_examples(recipe, _rows(_labelled(60))), _refusing(*bad))
     assert left == without
     assert train == [each.row for each in left.train] and held_out == [each.row for each in left.held_out]
     assert f"{len(bad)} row{'s' * (len(bad) > 1)} left out, the first: file.csv row" in capsys.readouterr().err
@@ -354,29 +354,29 @@ def test_rows_left_out_late_are_as_if_they_had_never_been_there(
 
 def test_both_parts_are_refused_at_once() -> None:
     recipe = Recipe.make(data="file.csv", eval_data="held.csv")
-    examples = prepare(recipe, _rows(_labelled(20)), _rows([{"text": "x 3", "label": "class 1"}] * 2, "held.csv"))
-    with pytest.raises(Unlearnable) as caught:
-        of_both(recipe, examples, _refusing("3", "8"))
+    examples = make_examples(recipe, _rows(_labelled(20)), _rows([{"text": "x 3", "label": "class 1"}] * 2, "held.csv"))
+    with pytest.raises(BadRows) as caught:
+        map_parts(recipe, examples, _refusing("3", "8"))
     assert caught.value.complaints == ["file.csv rows 4, 9: not for me", "held.csv row 1: not for me"]
     assert caught.value.fix == "write other words, or leave them out with --bad-rows skip"
     one = Recipe.make(data="file.csv")
-    with pytest.raises(Unlearnable) as caught:  # wherever the split has put them
-        of_both(one, prepare(one, _rows(_labelled(20))), _refusing(*map(str, range(20))))
+    with pytest.raises(BadRows) as caught:  # wherever the split has put them
+        map_parts(one, make_examples(one, _rows(_labelled(20))), _refusing(*map(str, range(20))))
     assert caught.value.complaints == ["file.csv rows 1-20: not for me"] and caught.value.fix == "write other words"
 
 
 def test_rows_left_out_late_may_leave_too_little() -> None:
     recipe = Recipe.make(data="file.csv", bad_rows="skip")
-    examples = prepare(recipe, _rows(_labelled(8)))
+    examples = make_examples(recipe, _rows(_labelled(8)))
     with pytest.raises(DataError, match=r"no row of label 'class 0' in file.csv can be learned from"):
-        of_both(recipe, examples, _refusing("0", "2", "4", "6"))
+        map_parts(recipe, examples, _refusing("0", "2", "4", "6"))
     with pytest.raises(DataError, match="too few rows to learn from"):
-        of_both(recipe, examples, _refusing(*map(str, range(8))))
+        map_parts(recipe, examples, _refusing(*map(str, range(8))))
     apart = Recipe.make(data="file.csv", eval_data="held.csv", bad_rows="skip")
-    given = prepare(apart, _rows(_labelled(8)), _rows([{"text": "x 30", "label": "class 1"}] * 2, "held.csv"))
+    given = make_examples(apart, _rows(_labelled(8)), _rows([{"text": "x 30", "label": "class 1"}] * 2, "held.csv"))
     with pytest.raises(DataError, match="too few rows"):
-        of_both(apart, given, _refusing("30"))
-    assert [each.row for each in of_both(apart, given, _refusing("3"))[0].train] == [1, 2, 3, 5, 6, 7, 8]
+        map_parts(apart, given, _refusing("30"))
+    assert [each.row for each in map_parts(apart, given, _refusing("3"))[0].train] == [1, 2, 3, 5, 6, 7, 8]
 
 
 def _chat(row: dict[str, Any], **options: Any) -> Example:
@@ -398,7 +398,7 @@ def _turn(role: str, content: str) -> dict[str, str]:
 def test_prompts_and_completions_of_messages_are_one_conversation() -> None:
     prompt = [_turn("user", "a"), _turn("assistant", "b"), _turn("user", "c")]
     found = _chat({"prompt": prompt, "completion": [_turn("assistant", "d")]})
-    assert found.messages == (*prompt, _turn("assistant", "d")) and found.read_only == (1,)
+    assert found.messages == (*prompt, _turn("assistant", "d")) and found.context_only == (1,)
     assert _chat({"prompt": prompt, "completion": "d"}) == found
     assert _chat({"prompt": "a", "completion": [_turn("assistant", "d")]}).messages == (
         _turn("user", "a"),
@@ -421,10 +421,10 @@ def test_columns_beside_a_conversation_become_part_of_it() -> None:
     ]
     found = _chat({"messages": talk, "system": "Be brief.", "tools": '[{"name": "f"}]', "id": 0})
     assert [turn["content"] for turn in found.messages] == ["Be brief.", "a", "b", "c", "d"]
-    assert found.read_only == (2,) and found.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert found.context_only == (2,) and found.tools == ({"type": "function", "function": {"name": "f"}},)
     row = {"instruction": "c", "input": "e", "output": "d", "history": [["a", "b"]], "system": "s", "weight": 1}
     found = _chat(row | {"completion": row.pop("output")})
-    assert [turn["content"] for turn in found.messages] == ["s", "a", "b", "c\n\ne", "d"] and found.read_only == ()
+    assert [turn["content"] for turn in found.messages] == ["s", "a", "b", "c\n\ne", "d"] and found.context_only == ()
 
 
 def test_what_only_tools_or_marks_tell_apart_is_no_duplicate() -> None:

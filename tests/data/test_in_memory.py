@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 import hatrack
-from hatrack.data.in_memory import file_of
+from hatrack.data.in_memory import cache_rows
 from hatrack.data.read import read_rows
 from hatrack.errors import DataError
 
@@ -37,30 +37,30 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["list", "tuple", "columns", "pandas", "pandas with an index", "pyarrow", "datasets"],
 )
 def test_every_kind_of_table_is_read(data: Any) -> None:
-    rows = read_rows(file_of(data))
+    rows = read_rows(cache_rows(data))
     assert rows.rows == ROWS and rows.columns == ("text", "label")
 
 
 def test_a_series_has_no_columns() -> None:
     with pytest.raises(DataError, match=r"a list of rows, a DataFrame or a datasets.Dataset; got Series"):
-        file_of(pd.Series(["a", "b"]))
+        cache_rows(pd.Series(["a", "b"]))
 
 
 def test_the_same_rows_are_the_same_file() -> None:
-    assert file_of(ROWS) == file_of(pd.DataFrame(ROWS))
-    assert file_of(ROWS) != file_of(ROWS[::-1])
+    assert cache_rows(ROWS) == cache_rows(pd.DataFrame(ROWS))
+    assert cache_rows(ROWS) != cache_rows(ROWS[::-1])
 
 
 def test_class_numbers_become_names() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
-    assert [row["label"] for row in read_rows(file_of(data)).rows] == ["yes", "no"]
+    assert [row["label"] for row in read_rows(cache_rows(data)).rows] == ["yes", "no"]
 
 
 def test_numbers_of_numpy_and_missing_values_are_plain() -> None:
     row = {"a": np.int64(2**53 + 1), "b": np.float32(0.5), "c": np.array([1, 0]), "d": float("nan"), "e": pd.NaT}
     row |= {"f": pd.NA, "g": datetime.date(2026, 1, 2), "h": np.bool_(True), "i": {"role": "user"}}
-    (found,) = read_rows(file_of([row])).rows
+    (found,) = read_rows(cache_rows([row])).rows
     missing = {"d": None, "e": None, "f": None}
     assert (
         found == {"a": 2**53 + 1, "b": 0.5, "c": [1, 0], "g": "2026-01-02", "h": True, "i": {"role": "user"}} | missing
@@ -83,7 +83,7 @@ def test_numbers_of_numpy_and_missing_values_are_plain() -> None:
 )
 def test_what_is_no_table_is_named(data: Any, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        file_of(data)
+        cache_rows(data)
 
 
 def test_training_on_rows_in_memory_and_on_a_path(tiny_encoder: Path, reviews: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hatrack.data import labels
-from hatrack.data.examples import Examples, prepare, read_examples
+from hatrack.data.examples import Examples, make_examples, read_examples
 from hatrack.data.read import Rows
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
@@ -20,7 +20,7 @@ def _rows(values: list[Any], source: str = "file.csv", count: int = 24, text: st
 
 def _prepare(values: list[Any], held_out: list[Any] | None = None, **options: Any) -> Examples:
     eval_rows = _rows(held_out, "held.csv", 6, "other") if held_out else None
-    return prepare(Recipe.make(**options), _rows(values), eval_rows)
+    return make_examples(Recipe.make(**options), _rows(values), eval_rows)
 
 
 def _refused(values: list[Any], held_out: list[Any] | None = None, **options: Any) -> DataError:
@@ -128,7 +128,7 @@ def test_held_out_labels_in_another_spelling() -> None:
 )
 def test_vectors_are_no_labels(vectors: list[Any]) -> None:
     for options in (Recipe.make(), Recipe.make(merge_labels=True), Recipe.make(bad_rows="skip")):
-        error = _refused(vectors, **options.set_options())
+        error = _refused(vectors, **options.explicit_options())
         assert error.gotcha == "labels-are-vectors" and '["sports", "politics"] or [0, 2]' in str(error)
 
 
@@ -183,7 +183,7 @@ def test_brackets_in_a_name(name: str) -> None:
 @pytest.mark.parametrize("values", [[index / 7 for index in range(24)], [str(index) for index in range(24)]])
 def test_scores_are_no_classes(values: list[Any]) -> None:
     for options in (Recipe.make(), Recipe.make(bad_rows="skip")):
-        error = _refused(values, **options.set_options())
+        error = _refused(values, **options.explicit_options())
         assert error.gotcha == "labels-are-scores" and "24 different labels in 24 rows" in str(error)
         assert "\n" not in str(error)
     assert _refused([0.25, 0.75, *values[:22]]).gotcha == "labels-are-scores"

@@ -107,7 +107,7 @@ def test_other_keys_are_handed_back_unless_they_hold_nothing() -> None:
                                                 (1, True), (True, True), ("1", True), (1.0, True)])  # fmt: skip
 def test_marks_say_which_turns_are_learned(key: str, value: Any, learned: bool) -> None:
     talk = _read(ASK, ANSWER | {key: value}, ASK, ANSWER)
-    assert talk.read_only == (() if learned else (1,)) and talk.turns[1] == ANSWER
+    assert talk.context_only == (() if learned else (1,)) and talk.turns[1] == ANSWER
     assert _read(ASK | {key: False}, ANSWER).turns == (ASK, ANSWER)
 
 
@@ -193,7 +193,7 @@ def test_what_are_no_tools(cell: Any) -> None:
 def test_a_system_text_comes_first_and_once() -> None:
     talk = read_talk([ASK, ANSWER | {"train": False}, ASK, ANSWER])
     led = with_system(talk, "Be brief.")
-    assert led.turns[0] == {"role": "system", "content": "Be brief."} and led.read_only == (2,)
+    assert led.turns[0] == {"role": "system", "content": "Be brief."} and led.context_only == (2,)
     assert with_system(led, " Be brief. ") == led
     with pytest.raises(Unusable, match="has a system turn of its own, with other words"):
         with_system(led, "Be kind.")
@@ -213,7 +213,7 @@ def test_a_completion_that_repeats_its_prompt_holds_all_of_it() -> None:
     rest = said("assistant", "d")
     whole = continued(prompt, said("user", "a") + said("assistant", "b") + said("user", "c") + rest)
     assert whole.turns == turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    assert whole.read_only == (1,)
+    assert whole.context_only == (1,)
     assert continued(prompt, rest) == prompt + rest
     other = said("user", "e") + rest
     assert continued(prompt, other) == prompt + other

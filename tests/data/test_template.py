@@ -17,9 +17,9 @@ from hatrack.data.template import (
     assistant_spans,
     chat_prompt,
     chat_template,
-    check_steady,
+    check_deterministic,
     render_chat,
-    with_its_clock_stopped,
+    with_fixed_date,
 )
 from hatrack.data.token_lengths import LightTokenizer
 from hatrack.errors import DataError, ModelError
@@ -192,8 +192,8 @@ def test_tools_are_read_and_calls_are_learned(smollm: Any) -> None:
 
 
 @pytest.mark.parametrize(("read_only", "learned"), [((1,), ["Fine, thanks."]), ((3,), ["Hi!"])])
-def test_turns_can_be_read_and_not_learned(read_only: tuple[int, ...], learned: list[str], smollm: Any) -> None:
-    ids, learn = render_chat(turns(*TALK), smollm, QWEN3, read_only=read_only)
+def test_turns_can_be_read_and_not_learned(context_only: tuple[int, ...], learned: list[str], smollm: Any) -> None:
+    ids, learn = render_chat(turns(*TALK), smollm, QWEN3, context_only=context_only)
     assert smollm.decode(ids[learn]) == "".join(f"{text}<|im_end|>" for text in learned)
     assert "Hi!" in smollm.decode(ids)
 
@@ -213,7 +213,7 @@ def test_a_clock_is_stopped_for_whoever_writes_with_the_template_later(light: bo
     prompt = chat_prompt(tokenizer, [{"role": "user", "content": "hi"}], template)
     assert own and prompt.startswith("Today is 4 May 2026, 00:00:00.000000\n<|start_header_id|>user")
     assert chat_template(tokenizer, today=MAY.replace(hour=23))[0] == template, "the same all day"
-    assert with_its_clock_stopped(template, MAY.replace(day=5)) == template, "stopped once"
+    assert with_fixed_date(template, MAY.replace(day=5)) == template, "stopped once"
 
 
 @pytest.mark.parametrize(
@@ -225,13 +225,13 @@ def test_a_stopped_clock_moves_nothing_else(template: str) -> None:
     tokenizer = tiny_tokenizer(chat=False)
     turns = [{"role": "user", "content": "hi"}]
     asking = template + "{% if False %}{{ strftime_now('%Y') }}{% endif %}"
-    stopped = with_its_clock_stopped(asking, MAY)
+    stopped = with_fixed_date(asking, MAY)
     assert stopped != asking
     assert chat_prompt(tokenizer, turns, stopped) == chat_prompt(tokenizer, turns, template)
 
 
 def test_a_date_can_be_reckoned_with() -> None:
-    template = with_its_clock_stopped("{{ (strftime_now(format='%Y') | int) + 1 }}{{ strftime_now('%d%%') }}", MAY)
+    template = with_fixed_date("{{ (strftime_now(format='%Y') | int) + 1 }}{{ strftime_now('%d%%') }}", MAY)
     assert chat_prompt(tiny_tokenizer(chat=False), [{"role": "user", "content": "hi"}], template) == "202704%"
 
 
@@ -317,9 +317,9 @@ def test_an_answer_that_is_asked_for_in_another_way_than_learned_is_refused(open
 def test_a_template_that_draws_lots_is_refused() -> None:
     drawn = "{{ range(99999) | random }}" + LLAMA3
     with pytest.raises(ModelError, match=r"writes something else each time; got '\d+.*\[template-changes\]"):
-        check_steady(turns(*TALK), tiny_tokenizer(chat=False), drawn)
-    check_steady(turns(*TALK), tiny_tokenizer(chat=False), LLAMA3)
-    check_steady(turns(*TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no') }}")
+        check_deterministic(turns(*TALK), tiny_tokenizer(chat=False), drawn)
+    check_deterministic(turns(*TALK), tiny_tokenizer(chat=False), LLAMA3)
+    check_deterministic(turns(*TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no') }}")
 
 
 def test_the_tokens_before_an_answer_are_those_that_ask_for_it(smollm: Any) -> None:

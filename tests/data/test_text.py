@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hatrack.console import say_once
-from hatrack.data.read import lines_of, read_lines, read_rows
+from hatrack.data.read import decode_lines, read_lines, read_rows
 from hatrack.data.text import decode
 from hatrack.errors import DataError
 
@@ -121,7 +121,7 @@ def test_damaged_text_is_refused_in_one_plain_line(content: bytes, got: str) -> 
 def test_lines_end_where_files_end_them_and_nowhere_else(tmp_path: Path, content: str, lines: list[str]) -> None:
     path = tmp_path / "lines.txt"
     path.write_bytes(content.encode())
-    assert read_lines(str(path)) == lines == lines_of("standard input", content.encode("utf-8-sig"))
+    assert read_lines(str(path)) == lines == decode_lines("standard input", content.encode("utf-8-sig"))
     path.write_bytes(("\ufeff" + content).encode("utf-16"))
     assert read_lines(str(path)) == lines
 

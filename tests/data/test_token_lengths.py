@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hatrack.data.complaints import Unlearnable
+from hatrack.data.complaints import BadRows
 from hatrack.data.examples import Example, Examples
-from hatrack.data.render import encode, render
+from hatrack.data.render import RenderSettings, encode, render
 from hatrack.data.template import PLAIN_TEMPLATE, chat_template
 from hatrack.data.token_lengths import SAMPLE, LightTokenizer, row_sizes
 from hatrack.recipe import Recipe
@@ -33,7 +33,7 @@ def _saved(tokenizer: PreTrainedTokenizerFast, folder: Path, template: str | Non
 
 def _sizes(examples: list[Example], folder: Path, most: int, bad_rows: str = "refuse") -> Any:
     task = "chat" if examples[0].messages else "classify" if examples[0].label is not None else "complete"
-    given = Examples(task, examples, examples[:1], [], False, {}, "", apart=True)
+    given = Examples(task, examples, examples[:1], [], False, {}, "", separate_files=True)
     left, learn, held_out = row_sizes(Recipe.make(data="f.jsonl", bad_rows=bad_rows), given, folder, most)
     assert len(left.train) == len(learn) and len(left.held_out) == len(held_out)
     return learn
@@ -88,9 +88,9 @@ def test_sizes_are_those_that_are_trained_on(tiny_decoder: Path) -> None:
     ]
     tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
     template = chat_template(tokenizer)[0]
-    rendered = render(examples, tokenizer, task="chat", max_length=24, template=template)
+    rendered = render(examples, tokenizer, RenderSettings(task="chat", max_length=24, template=template))
     np.testing.assert_array_equal(_sizes(examples, tiny_decoder, 24), rendered.sizes)
-    assert rendered.sizes[:, 1].sum() == rendered.learn.sum() and rendered.sizes[:, 0].max() == 24
+    assert rendered.sizes[:, 1].sum() == rendered.supervised.sum() and rendered.sizes[:, 0].max() == 24
 
 
 def test_of_many_rows_some_are_counted(tiny_decoder: Path) -> None:
@@ -99,7 +99,7 @@ def test_of_many_rows_some_are_counted(tiny_decoder: Path) -> None:
         Example(row, text=" ".join(random.choice(WORDS, size))) for row, size in enumerate(random.geometric(0.1, 5000))
     ]
     tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
-    true = render(examples, tokenizer, task="complete", max_length=1000).sizes
+    true = render(examples, tokenizer, RenderSettings(task="complete", max_length=1000)).sizes
     found = _sizes(examples, tiny_decoder, 1000)
     assert abs(found.sum() / true.sum() - 1) < 0.02
     assert found[:, 0].max() == true[:, 0].max()  # the longest row decides how much memory a run takes
@@ -139,11 +139,11 @@ def test_what_training_refuses_is_refused_and_left_out_before_it(tiny_decoder: P
     plain = turns(("user", "what is red ?"), ("assistant", "the film"))
     examples = [Example(row, messages=bad.get(row % SAMPLE, plain)) for row in range(1, 2 * SAMPLE)]
     refused, cut = "the chat template refuses a conversation (no system turns)", "the answer begins after the 48 tokens"
-    with pytest.raises(Unlearnable) as caught:
+    with pytest.raises(BadRows) as caught:
         _sizes(examples, folder, 48)
     assert caught.value.complaints[0] == f"f.jsonl rows 2, {SAMPLE + 2}: {refused}"
     assert caught.value.complaints[1].startswith(f"f.jsonl rows 5, {SAMPLE + 5}: {cut}")
-    with pytest.raises(Unlearnable) as trained:
-        render(examples, tokenizer, task="chat", max_length=48, template=template, source="f.jsonl")
+    with pytest.raises(BadRows) as trained:
+        render(examples, tokenizer, RenderSettings(task="chat", max_length=48, template=template), source="f.jsonl")
     assert trained.value.complaints == caught.value.complaints and trained.value.fix == caught.value.fix
     assert len(_sizes(examples, folder, 48, "skip")) == 2 * SAMPLE - 5

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import hatrack
-from hatrack.data.complaints import Unlearnable
+from hatrack.data.complaints import BadRows
 from hatrack.evaluate.held_out import held_out_rows
 
 WORDS = ("red", "good", "bad", "fine", "one", "two", "three", "film")
@@ -28,7 +28,7 @@ def test_what_was_left_out_in_training_is_left_out_of_a_comparison(
     tmp_path: Path, tiny_decoder: Path, talks: Path
 ) -> None:
     options = {"base": str(tiny_decoder), "data": str(talks), "device": "cpu", "steps": 2, "max_length": 24}
-    with pytest.raises(Unlearnable, match=r"talks.jsonl rows 1, 5, 9, .*the answer begins after the 24 tokens"):
+    with pytest.raises(BadRows, match=r"talks.jsonl rows 1, 5, 9, .*the answer begins after the 24 tokens"):
         hatrack.train(**options, output=str(tmp_path / "a"))
     hat = hatrack.train(**options, bad_rows="skip", output=str(tmp_path / "b"), name="b")
     (rows,) = held_out_rows(hat).values()
@@ -36,7 +36,7 @@ def test_what_was_left_out_in_training_is_left_out_of_a_comparison(
     assert len(rows) == told["held_out"] == 6 and told["rows"] == 54 and not any((rows.rows - 1) % 4 == 0)
     (others,) = held_out_rows(hat, str(_others(talks)), bad_rows="skip").values()
     assert len(others) == 60 and not any((others.rows - 1) % 4 == 0)
-    with pytest.raises(Unlearnable):
+    with pytest.raises(BadRows):
         held_out_rows(hat, str(_others(talks)), bad_rows="refuse")
 
 

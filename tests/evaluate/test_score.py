@@ -22,7 +22,7 @@ def _rows(lengths: list[int], labels: np.ndarray | None = None) -> TokenRows:
     return TokenRows(
         ids=random.integers(4, 40, total).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        learn=random.random(total) < 0.6,
+        supervised=random.random(total) < 0.6,
         labels=np.empty(0) if labels is None else labels,
         rows=np.arange(len(lengths)),
         cut=0,

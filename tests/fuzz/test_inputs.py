@@ -285,7 +285,7 @@ def test_no_text_of_a_layout_is_lost(here: Path, tiny_decoder: Path, data: st.Da
                     tokenizer,
                     template or tokenizer.chat_template,
                     tools=example.tools,
-                    read_only=example.read_only,
+                    context_only=example.context_only,
                 )
                 missing = [word for word in words[example.row - 1] if word not in whole]
                 assert not missing and spans, (rows[example.row - 1], whole)

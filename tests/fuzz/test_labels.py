@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hatrack.data.examples import Examples, prepare
+from hatrack.data.examples import Examples, make_examples
 from hatrack.data.read import Rows
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
@@ -81,7 +81,9 @@ def _same(name: str) -> object:
 
 def _prepared(labels: list[Any], **options: Any) -> Examples:
     rows = [{"text": f"text {index}", "label": label} for index, label in enumerate(labels)]
-    return prepare(Recipe.make(**options), Rows("f.jsonl", ("text", "label"), rows, list(range(1, len(rows) + 1))))
+    return make_examples(
+        Recipe.make(**options), Rows("f.jsonl", ("text", "label"), rows, list(range(1, len(rows) + 1)))
+    )
 
 
 @MANY

@@ -16,7 +16,7 @@ from hatrack.base.load import load_base
 from hatrack.base.sources import find_base
 from hatrack.data import template as templates
 from hatrack.data.examples import Example
-from hatrack.data.render import render
+from hatrack.data.render import RenderSettings, render
 from hatrack.inference.hat import _until
 from hatrack.training import sample_answers
 from tests.conftest import turns
@@ -160,7 +160,9 @@ def test_a_question_is_what_stands_before_the_last_answer() -> None:
         Example(2, messages=turns(*talk)),
         Example(3, text="C?", completion=" D."),
     ]
-    rows = [render([each], tokenizer, task="chat", max_length=300, template=CHATML) for each in examples]
+    rows = [
+        render([each], tokenizer, RenderSettings(task="chat", max_length=300, template=CHATML)) for each in examples
+    ]
     assert sample_answers.questions(rows[0], 2) == []
     (asked,) = sample_answers.questions(rows[1], 2)
     assert tokenizer.decode(asked.prompt).endswith("C?<|im_end|>\n<|im_start|>assistant\n")

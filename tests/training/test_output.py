@@ -167,7 +167,7 @@ def test_a_run_is_repeated_with_changes() -> None:
     )
     Path("hat/hatrack.json").write_text(made.to_json())
     recipe = recipe_like("hat", r=16, steps=10)
-    assert recipe.set_options() == {"base": "b", "data": "d.csv", "r": 16, "steps": 10}
+    assert recipe.explicit_options() == {"base": "b", "data": "d.csv", "r": 16, "steps": 10}
     assert recipe_like("hat").epochs == 2.0
     Path("hat/hatrack.json").unlink()
     with pytest.raises(AdapterError, match="only a run of hatrack can be repeated"):

@@ -46,7 +46,7 @@ def place(
     check_rank(recipe.r, choice, linears)
     config = LoraConfig(
         r=recipe.r,
-        lora_alpha=recipe.scale_numerator,
+        lora_alpha=recipe.effective_alpha,
         lora_dropout=recipe.dropout,
         target_modules=list(choice.target_modules),
         modules_to_save=heads or None,

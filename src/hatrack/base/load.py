@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,9 +46,8 @@ from hatrack.console import format_size, say, say_once
 from hatrack.cpu import fast_at_bfloat16
 from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
 from hatrack.kernels.frozen_linear import keep_packed_as_is
+from hatrack.recipe import Task
 from hatrack.storage import folder_size
-
-Task = Literal["classify", "chat", "complete"]
 
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's formats under the names that safetensors gives them."""

@@ -21,7 +21,7 @@ from hatrack.check.prepared import Prepared
 from hatrack.check.reading import read_for_base
 from hatrack.console import say
 from hatrack.data.examples import Examples
-from hatrack.data.tokens import tokenise
+from hatrack.data.tokens import tokenize
 from hatrack.errors import RecipeError
 from hatrack.planning.fit import Work, settle
 from hatrack.planning.machine import check_compute, here
@@ -75,12 +75,12 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
     shapes = look("base-refused", _shapes, files, config, task=task, labels=len(labels))
     chosen = look("target-names", _targets, recipe, files, config, shapes, task=task)
     look("rank-too-large", _rank, recipe, chosen)
-    tokenised = look("nothing-to-learn", tokenise, recipe, examples, tokenizer, config)
+    tokenised = look("nothing-to-learn", tokenize, recipe, examples, tokenizer, config)
     examples, tokens = tokenised or (examples, None)
     dtype = look("device-not-there", _dtype, recipe)
     if looking.found or not (examples and files and tokens and dtype and task):
         return looking.found, None
-    work = Work(task, len(examples.labels), tokens.learn.sizes, tokens.held_out.sizes)
+    work = Work(task, len(examples.labels), tokens.train.sizes, tokens.held_out.sizes)
     settled = look("does-not-fit", settle, recipe, describe_folder(files.folder), work, here(recipe.device, dtype))
     if settled is None:
         return looking.found, None

@@ -6,9 +6,9 @@ from typing import cast
 from hatrack.base.description import is_on_hub
 from hatrack.base.load import load_config, load_tokenizer
 from hatrack.base.sources import find_base
-from hatrack.data.complaints import Unlearnable
-from hatrack.data.examples import Examples, look_further, read_examples
-from hatrack.data.tokens import tokenise
+from hatrack.data.complaints import BadRows
+from hatrack.data.examples import Examples, add_complaints, read_examples
+from hatrack.data.tokens import tokenize
 from hatrack.recipe import Recipe, Task
 
 
@@ -20,14 +20,14 @@ def read_for_base(recipe: Recipe) -> Examples:
     """
     try:
         return read_examples(recipe)
-    except Unlearnable as error:
+    except BadRows as error:
         if recipe.base is None or is_on_hub(recipe.base):
             raise
-        raise look_further(error, partial(_tokenise, recipe)) from None
+        raise add_complaints(error, partial(_tokenise, recipe)) from None
 
 
 def _tokenise(recipe: Recipe, examples: Examples) -> None:
     files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
     task = cast(Task, examples.task)
     config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
-    tokenise(recipe, examples, load_tokenizer(files), config)
+    tokenize(recipe, examples, load_tokenizer(files), config)

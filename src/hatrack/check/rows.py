@@ -7,7 +7,7 @@ from hatrack.check.finding import Finding
 from hatrack.check.prepared import Prepared
 from hatrack.data.examples import Example
 from hatrack.data.labels import is_number
-from hatrack.data.stop_tokens import Ends
+from hatrack.data.stop_tokens import Stops
 from hatrack.errors import short_repr
 
 LOPSIDED = 0.8
@@ -63,7 +63,7 @@ def near_duplicates(prepared: Prepared) -> Finding | None:
 def answers_cut(prepared: Prepared) -> Finding | None:
     """Answers break off: the ends of rows, and with them the ends of what was to be learned, were cut."""
     tokens = prepared.tokens
-    cut, rows = tokens.learn.cut + tokens.held_out.cut, len(tokens.learn) + len(tokens.held_out)
+    cut, rows = tokens.train.cut + tokens.held_out.cut, len(tokens.train) + len(tokens.held_out)
     if cut < MANY_CUT * rows:
         return None
     lost = "the ends of the texts are" if prepared.task == "classify" else "the ends of the answers are"
@@ -80,10 +80,10 @@ def template_twice(prepared: Prepared) -> Finding | None:
     if prepared.task == "classify":
         return None
     marks = [mark for mark in _marks(prepared) if len(mark) > 2]
-    rows = [example.row for example in prepared.examples.train if any(mark in example.words for mark in marks)]
+    rows = [example.row for example in prepared.examples.train if any(mark in example.all_text for mark in marks)]
     if not rows:
         return None
-    mark = next(mark for mark in marks for example in prepared.examples.train if mark in example.words)
+    mark = next(mark for mark in marks for example in prepared.examples.train if mark in example.all_text)
     twice = prepared.task == "chat"
     return Finding(
         "template-twice",
@@ -97,9 +97,9 @@ def end_never_learned(prepared: Prepared) -> Finding | None:
     """The tuned model does not stop: no row teaches it a token that ends an answer."""
     if prepared.task == "classify":
         return None
-    learn, tokenizer = prepared.tokens.learn, prepared.tokenizer
+    learn, tokenizer = prepared.tokens.train, prepared.tokenizer
     whole = [index for index in range(len(learn)) if learn.lengths[index] < prepared.tokens.max_length]
-    if not whole or prepared.tokens.ends != Ends():
+    if not whole or prepared.tokens.stops != Stops():
         return None
     last = {int(learn.row(index)[0][learn.row(index)[1]][-1]) for index in whole[:2000]}
     return Finding(
@@ -111,7 +111,7 @@ def end_never_learned(prepared: Prepared) -> Finding | None:
 
 
 def _bare(example: Example) -> str:
-    return " ".join(re.findall(r"\w+", example.words.casefold()))
+    return " ".join(re.findall(r"\w+", example.all_text.casefold()))
 
 
 def _marks(prepared: Prepared) -> list[str]:

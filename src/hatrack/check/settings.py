@@ -60,9 +60,9 @@ def rank_before_data(prepared: Prepared) -> Finding | None:
     """
     if prepared.recipe.r <= USUAL_RANK:
         return None
-    examples, learn = prepared.examples, prepared.tokens.learn
+    examples, learn = prepared.examples, prepared.tokens.train
     bits = len(learn) * max(1.0, math.log2(max(len(examples.labels), 2)))
-    bits = bits if prepared.task == "classify" else float(learn.learn.sum())
+    bits = bits if prepared.task == "classify" else float(learn.supervised.sum())
     room = 2 * prepared.plan.trainable
     if room <= ROOMY * bits:
         return None

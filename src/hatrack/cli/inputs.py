@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hatrack.data.columns import find_question
-from hatrack.data.read import Rows, is_table, lines_of, read_lines, read_rows
-from hatrack.data.row_values import Bad, read_question, text_problem
+from hatrack.data.columns import find_prompt_columns
+from hatrack.data.read import Rows, decode_lines, is_table, read_lines, read_rows
+from hatrack.data.row_values import BadRow, read_prompt, text_problem
 from hatrack.errors import DataError, RecipeError
 
 
@@ -82,12 +82,12 @@ def read_asked(source: Source, task: str, column: str | None, named: Mapping[str
 
 def _table(table: Rows, task: str, column: str | None, named: Mapping[str, str]) -> Iterator[Asked]:
     named = named if column is None else {"text": column, "prompt": column}
-    columns = find_question(task, table.columns, table.source, named)
+    columns = find_prompt_columns(task, table.columns, table.source, named)
     asked = [Asked(number, None, words) for number, words in table.problems]
     for number, cells in zip(table.numbers, table.rows, strict=True):
-        found = read_question(number, cells, task, columns)
-        if isinstance(found, Bad):
-            asked.append(Asked(number, cells.get(next(iter(columns.values()))), found.words, cells))
+        found = read_prompt(number, cells, task, columns)
+        if isinstance(found, BadRow):
+            asked.append(Asked(number, cells.get(next(iter(columns.values()))), found.reason, cells))
         else:
             asked.append(Asked(number, found, "", cells))
     yield from sorted(asked, key=lambda each: each.row)
@@ -118,9 +118,9 @@ def _standard_input(*, whole: bool) -> Iterator[str | None]:
     """The lines of standard input, from a pipe as they come; None for one that is not UTF-8."""
     binary = getattr(sys.stdin, "buffer", None)
     if binary is None:  # text in memory, put there by whoever runs us in their process
-        yield from lines_of("standard input", sys.stdin.read().encode())
+        yield from decode_lines("standard input", sys.stdin.read().encode())
     elif whole:
-        yield from lines_of("standard input", binary.read())
+        yield from decode_lines("standard input", binary.read())
     else:
         for number, line in enumerate(binary):
             try:

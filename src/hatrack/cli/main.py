@@ -19,7 +19,7 @@ from hatrack.cli import cache, chat, check, compare, demo, plan, predict, rack, 
 from hatrack.cli.spare import leave_out_of_torch, list_models_once
 from hatrack.console import SafeStderr
 from hatrack.errors import HatrackError, OptionStyle
-from hatrack.recipe import flag, suggestion
+from hatrack.recipe import flag, suggest_option
 
 # The list of commands is to appear at once, and rich's boxes cost 0.2 s; the many options of one command deserve them.
 BOXES: Literal["rich"] | None = "rich" if len(sys.argv) > 2 else None
@@ -131,7 +131,7 @@ def _explain(error: BaseException) -> int:
 def _no_such_option(error: Any) -> str:
     """What to say of an option that the command has not: the one that was meant, by hatrack's name for it."""
     known = {name.lstrip("-").replace("-", "_") for option in error.ctx.command.params for name in option.opts}
-    meant = suggestion(error.option_name, known)
+    meant = suggest_option(error.option_name, known)
     if meant is None:
         hint = f"see {error.ctx.command_path} --help"
     else:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from hatrack.recipe import RECIPES, Recipe, about, choices, flag
+from hatrack.recipe import RECIPES, Recipe, choices, flag, option_detail
 from hatrack.storage import write_file
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
@@ -69,15 +69,15 @@ def _flag(name: str) -> Any:
     field = Recipe.model_fields[name]
     if field.annotation is bool:
         return Annotated[
-            bool | None, typer.Option(flag(name), help=field.description, rich_help_panel=about(field, "group"))
+            bool | None, typer.Option(flag(name), help=field.description, rich_help_panel=option_detail(field, "group"))
         ]
-    shown = "|".join(choices(field)) or about(field, "word")
+    shown = "|".join(choices(field)) or option_detail(field, "word")
     text = f"{field.description} Default: {field.default}." if field.default is not None else field.description
     option = typer.Option(
         flag(name),
         help=escape(str(text)),
         metavar=shown,
-        rich_help_panel=about(field, "group"),
+        rich_help_panel=option_detail(field, "group"),
         autocompletion=lambda incomplete: [word for word in choices(field) if word.startswith(incomplete)],
     )
     return Annotated[str | None, option]
@@ -87,11 +87,11 @@ def options_page() -> str:
     """docs/options.md: every option under its heading, with its default and what it does."""
     lines = ["# Options", "", "Made from `src/hatrack/recipe.py` by `make format`; a test fails when it is stale.", ""]
     lines += ["On the command line write `--eval-data FILE`; in a recipe file write `eval_data: FILE`.", ""]
-    headings = list(dict.fromkeys(about(field, "group") for field in Recipe.model_fields.values()))
+    headings = list(dict.fromkeys(option_detail(field, "group") for field in Recipe.model_fields.values()))
     for heading in headings:
         lines += [f"## {heading}", "", "| option | default | what it does |", "| --- | --- | --- |"]
         for name, field in Recipe.model_fields.items():
-            if about(field, "group") == heading:
+            if option_detail(field, "group") == heading:
                 default = "" if field.default is None else f"`{str(field.default).lower()}`"
                 words = f" One of {', '.join(f'`{word}`' for word in choices(field))}." if choices(field) else ""
                 lines.append(f"| `{flag(name)}` | {default} | {field.description}{words} |")

@@ -30,7 +30,7 @@ def train(
     if like is not None:
         from hatrack.training.repeat import recipe_like
 
-        recipe = recipe_like(like, **recipe.set_options(), trust_remote_code=recipe.trust_remote_code)
+        recipe = recipe_like(like, **recipe.explicit_options(), trust_remote_code=recipe.trust_remote_code)
     leave_out(recipe)
     from hatrack.training.train import shown
     from hatrack.training.train import train as run

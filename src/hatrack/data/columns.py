@@ -116,7 +116,7 @@ def _unclear(task: str | None, columns: Sequence[str], source: str, first: Mappi
     )
 
 
-def find_beside(
+def find_extra_columns(
     task: str, found: Mapping[str, str], recipe: Recipe, filled: Mapping[str, Sequence[Any]]
 ) -> dict[str, str]:
     """The columns beside those of `found` that are read as well, by role: input, system, history, tools.
@@ -172,7 +172,7 @@ def find_beside(
     return beside
 
 
-def find_question(task: str, columns: Sequence[str], source: str, named: Mapping[str, str]) -> dict[str, str]:
+def find_prompt_columns(task: str, columns: Sequence[str], source: str, named: Mapping[str, str]) -> dict[str, str]:
     """The columns that an adapter for `task` is asked by, by role, in rows without labels or completions. `named` are
     those a person named, now or for training. Says what is guessed; raises DataError where nothing is clear."""
     roles = {"classify": ("text",), "chat": ("messages", "prompt"), "complete": ("prompt", "text")}[task]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hatrack.console import format_rows, say
-from hatrack.data.row_values import Bad
+from hatrack.data.row_values import BadRow
 from hatrack.errors import DataError
 
 SHOWN_SPANS = 8
 
 
-class Unlearnable(DataError):
+class BadRows(DataError):
     """Rows of one or two sources, `total` in all, that cannot be learned from: `bad`, those of each source.
 
     `others`: the examples of the other rows, where they make any.
@@ -23,7 +23,7 @@ class Unlearnable(DataError):
     others: Any = None
 
     def __init__(
-        self, bad: Sequence[tuple[str, Sequence[Bad]]], total: int, fixes: Sequence[str] = (), gotcha: str = ""
+        self, bad: Sequence[tuple[str, Sequence[BadRow]]], total: int, fixes: Sequence[str] = (), gotcha: str = ""
     ) -> None:
         self.bad, self.total, self.fixes = bad, total, list(dict.fromkeys(fixes))
         count = sum(len(each) for _, each in bad)
@@ -37,18 +37,18 @@ class Unlearnable(DataError):
         )
 
 
-def joined(errors: Sequence[Unlearnable], total: int) -> Unlearnable:
+def joined(errors: Sequence[BadRows], total: int) -> BadRows:
     """The complaints of several as one, by their sources; `total` is the number of all rows."""
-    by_source: dict[str, list[Bad]] = {}
+    by_source: dict[str, list[BadRow]] = {}
     for error in errors:
         for source, each in error.bad:
             by_source.setdefault(source, []).extend(each)
     gotcha = next((error.gotcha for error in errors if error.gotcha), "")
     fixes = [fix for error in errors for fix in error.fixes or ["mend them"]]
-    return Unlearnable(list(by_source.items()), total, fixes, gotcha)
+    return BadRows(list(by_source.items()), total, fixes, gotcha)
 
 
-def refuse_or_skip(error: Unlearnable, bad_rows: str) -> None:
+def refuse_or_skip(error: BadRows, bad_rows: str) -> None:
     """Raises `error`, or with `bad_rows: skip` says how many rows are left out."""
     count = sum(len(each) for _, each in error.bad)
     if bad_rows == "refuse" and count:
@@ -57,7 +57,7 @@ def refuse_or_skip(error: Unlearnable, bad_rows: str) -> None:
         say(f"{count:,} row{'s' * (count > 1)} left out, the first: {error.complaints[0]}")
 
 
-def listed(source: str, bad: Sequence[Bad]) -> list[str]:
+def listed(source: str, bad: Sequence[BadRow]) -> list[str]:
     """The complaints of a source in the order of its rows, equal ones as one.
 
     >>> listed("f.csv", [Bad(3, "empty", "text"), Bad(4, "empty", "text"), Bad(9, "empty", "text"), Bad(5, "odd")])
@@ -65,7 +65,7 @@ def listed(source: str, bad: Sequence[Bad]) -> list[str]:
     """
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for each in sorted(bad, key=lambda each: each.row):
-        groups[each.column, each.words].append(each.row)
+        groups[each.column, each.reason].append(each.row)
     return [
         f"{source} {numbered(rows)}" + (f", column {column}" if column else "") + f": {words}"
         for (column, words), rows in groups.items()

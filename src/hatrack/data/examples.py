@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 
 from hatrack.console import say
 from hatrack.data import labels
-from hatrack.data.columns import find_beside, find_columns
-from hatrack.data.complaints import Unlearnable, joined, refuse_or_skip
+from hatrack.data.columns import find_columns, find_extra_columns
+from hatrack.data.complaints import BadRows, joined, refuse_or_skip
 from hatrack.data.labels import Label
 from hatrack.data.messages import holds
 from hatrack.data.read import Rows, read_rows
-from hatrack.data.row_values import Bad, read_example
+from hatrack.data.row_values import BadRow, read_example
 from hatrack.errors import DataError, HatrackError, short_repr
 from hatrack.recipe import Recipe
 
 Made = TypeVar("Made")
-PLAIN = {"role", "content"}
+PLAIN_KEYS = {"role", "content"}
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
 
 
@@ -37,7 +37,7 @@ class Example:
     classify: `text`, `label` (an index, or for several labels a row a tuple of indices). complete: `text`, or `text` as
     the prompt and `completion` to learn. chat: `messages` as a chat template takes them (`role`, `content`, and where
     there are any `tool_calls`, `reasoning_content`, ...), the `tools` they could call (JSON schemas), and which of the
-    assistant's turns are `read_only`: read, and not learned.
+    assistant's turns are `context_only`: read, and not learned.
     """
 
     row: int
@@ -46,24 +46,24 @@ class Example:
     messages: tuple[dict[str, Any], ...] = ()
     completion: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
-    read_only: tuple[int, ...] = ()
+    context_only: tuple[int, ...] = ()
 
     @property
     def content(self) -> list[Any]:
         """All of it but the row's number, as JSON takes it. Equal for equal examples, in every version of hatrack."""
-        plain = [[turn["role"], turn["content"]] if set(turn) == PLAIN else turn for turn in self.messages]
-        more = [self.tools, self.read_only] if self.tools or self.read_only else []
+        plain = [[turn["role"], turn["content"]] if set(turn) == PLAIN_KEYS else turn for turn in self.messages]
+        more = [self.tools, self.context_only] if self.tools or self.context_only else []
         return [self.text, self.label, plain, self.completion, *more]
 
     @property
-    def words(self) -> str:
+    def all_text(self) -> str:
         """All of its text, a turn a line."""
         return "\n".join([*(str(turn["content"]) for turn in self.messages), self.text, self.completion or ""])
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run learns from and is scored on. `digest` changes with any of it. `apart`: in two files."""
+    """What a run learns from and is scored on. `digest` changes with any of it. `separate_files`: in two files."""
 
     task: str
     train: list[Example]
@@ -72,7 +72,7 @@ class Examples:
     multi_label: bool
     columns: dict[str, str]
     digest: str
-    apart: bool = False
+    separate_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,24 +83,24 @@ class _Part:
     label_column: str
     examples: list[Example]
     names: list[Label]
-    bad: list[Bad]
+    bad: list[BadRow]
 
 
 def read_examples(recipe: Recipe) -> Examples:
-    """The examples of the files that a recipe names. Raises DataError, see `prepare`."""
+    """The examples of the files that a recipe names. Raises DataError, see `make_examples`."""
     rows = read_rows(str(recipe.data))
-    examples = prepare(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+    examples = make_examples(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
     if examples.labels:
         counts = Counter(index for e in (*examples.train, *examples.held_out) for index in _indices(e.label))
         say(f"classes{' (several a row)' if examples.multi_label else ''}: {labels.listed(examples.labels, counts)}")
     return examples
 
 
-def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:
+def make_examples(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:
     """Checked, de-duplicated and split examples.
 
-    Raises DataError with every complaint at once (`look_further` adds those of a tokenizer); with `bad_rows: skip` rows
-    that cannot be learned from are left out and counted instead.
+    Raises DataError with all complaints at once (`add_complaints` adds those of a tokenizer); with `bad_rows: skip`,
+    rows that cannot be learned from are left out and format_rows instead.
     """
     task, columns, parts = _read(recipe, [rows] if eval_rows is None else [rows, eval_rows])
     classes: list[str] = []
@@ -112,19 +112,19 @@ def prepare(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Exampl
     divide = partial(_divided, recipe, task, columns, parts, classes, multi_label)
     try:
         _refuse_or_skip(parts, recipe.bad_rows)
-    except Unlearnable as error:
+    except BadRows as error:
         with suppress(DataError):  # too few rows, or one class: to be seen once these are mended
             error.others = divide()
         raise
     return divide()
 
 
-def look_further(error: Unlearnable, look: Callable[[Examples], object]) -> Unlearnable:
+def add_complaints(error: BadRows, look: Callable[[Examples], object]) -> BadRows:
     """`error` with what `look` refuses of the rows that could be read: all of it is said at once."""
     try:
         if error.others is not None:
             look(error.others)
-    except Unlearnable as more:
+    except BadRows as more:
         return joined([error, more], error.total)
     except HatrackError:  # of the base: not what the rows are refused for
         pass
@@ -140,13 +140,15 @@ def _divided(
     if len(parts) == 2:
         train, held_out = _without_leaks(parts[0], parts[1], classes), parts[1].examples
     else:
-        train, held_out = split(parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label)
+        train, held_out = split_held_out(
+            parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label
+        )
     _check_enough(train, held_out, parts[0].source)
-    apart, digest = len(parts) == 2, _digest(train, held_out, classes)
-    return Examples(task, train, held_out, classes, multi_label, columns, digest, apart)
+    digest = _digest(train, held_out, classes)
+    return Examples(task, train, held_out, classes, multi_label, columns, digest, separate_files=len(parts) == 2)
 
 
-def of_both(
+def map_parts(
     recipe: Recipe, examples: Examples, make: Callable[[list[Example], str], Made]
 ) -> tuple[Examples, Made, Made]:
     """What `make` makes of the training and of the held-out rows, called with these and the name of their source.
@@ -161,13 +163,13 @@ def of_both(
     for index, part in enumerate((examples.train, examples.held_out)):
         try:
             made.append(make(part, sources[index]))
-        except Unlearnable as error:
+        except BadRows as error:
             errors.append(error)
             gone[index] = {bad.row for _, each in error.bad for bad in each}
     if not errors:
         return examples, made[0], made[1]
     refuse_or_skip(joined(errors, len(examples.train) + len(examples.held_out)), recipe.bad_rows)
-    return of_both(recipe, _left(recipe, examples, gone), make)
+    return map_parts(recipe, _left(recipe, examples, gone), make)
 
 
 def _left(recipe: Recipe, examples: Examples, gone: list[set[int]]) -> Examples:
@@ -176,10 +178,10 @@ def _left(recipe: Recipe, examples: Examples, gone: list[set[int]]) -> Examples:
         [example for example in part if example.row not in rows]
         for part, rows in zip((examples.train, examples.held_out), gone, strict=True)
     )
-    if not examples.apart:
+    if not examples.separate_files:
         stratified = examples.task == "classify" and not examples.multi_label
         rest = sorted([*train, *held_out], key=lambda example: example.row)
-        train, held_out = split(rest, seed=recipe.seed, stratified=stratified)
+        train, held_out = split_held_out(rest, seed=recipe.seed, stratified=stratified)
     _check_enough(train, held_out, str(recipe.data))
     there = {index for example in train for index in _indices(example.label)}
     missing = [name for index, name in enumerate(examples.labels) if index not in there]
@@ -201,13 +203,13 @@ def _check_enough(train: list[Example], held_out: list[Example], source: str) ->
         )
 
 
-def read_scored(
+def examples_to_score(
     recipe: Recipe, rows: Rows, classes: Sequence[str], multi_label: bool, also: Mapping[str, str]
 ) -> tuple[str, list[Example]]:
     """The task, and all rows of a file to score an adapter on that knows `classes`; `also` maps other words to them.
 
-    Labels that a class is another spelling of count as that class. Raises DataError as `prepare` does, and where no row
-    has a label that the adapter knows.
+    A label that is another spelling of a class counts as that class. Raises DataError as `make_examples` does, and if
+    no row has a label that the adapter knows.
     """
     task, _, (part,) = _read(recipe, [rows])
     if task == "classify":
@@ -227,7 +229,7 @@ def read_scored(
     return task, part.examples
 
 
-def split(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:
+def split_held_out(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:
     """A tenth of the rows (at most 2,000, at least one a class if `stratified`) held out; both parts keep file order.
 
     The same rows for the same seed, whatever else a run does.
@@ -259,14 +261,14 @@ def _read(recipe: Recipe, sources: Sequence[Rows]) -> tuple[str, dict[str, str],
     task, columns = find_columns(recipe, first.columns, first.source, next(iter(first.rows), None))
     for rows in sources[1:]:
         _check_same_columns(first, rows, columns)
-    columns |= find_beside(task, columns, recipe, _filled(sources))
+    columns |= find_extra_columns(task, columns, recipe, _filled(sources))
     parts, unread = [], set[str]()
     for rows in sources:
         examples, names = [], []
-        bad = [Bad(number, words) for number, words in rows.problems]
+        bad = [BadRow(number, words) for number, words in rows.problems]
         for number, row in zip(rows.numbers, rows.rows, strict=True):
             found = read_example(number, row, task, columns, unread)
-            if isinstance(found, Bad):
+            if isinstance(found, BadRow):
                 bad.append(found)
             else:
                 fields, name = found
@@ -324,14 +326,14 @@ def _indexed(part: _Part, classes: list[str], multi_label: bool) -> _Part:
 def _without(part: _Part, complaints: list[str]) -> _Part:
     """Without the rows whose label there is a complaint of: one a row, "" where it is fine."""
     bad = [
-        Bad(example.row, words, part.label_column)
+        BadRow(example.row, words, part.label_column)
         for example, words in zip(part.examples, complaints, strict=True)
         if words
     ]
     return _keep(part, [not words for words in complaints], bad)
 
 
-def _keep(part: _Part, good: list[bool], bad: list[Bad]) -> _Part:
+def _keep(part: _Part, good: list[bool], bad: list[BadRow]) -> _Part:
     examples = [example for example, fine in zip(part.examples, good, strict=True) if fine]
     names = [name for name, fine in zip(part.names, good, strict=True) if fine]
     return replace(part, examples=examples, names=names, bad=[*part.bad, *bad])
@@ -340,7 +342,7 @@ def _keep(part: _Part, good: list[bool], bad: list[Bad]) -> _Part:
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
     """Raises Unlearnable with every complaint, or leaves the rows out. Raises DataError where no row is left."""
     total = sum(len(part.examples) + len(part.bad) for part in parts)
-    refuse_or_skip(Unlearnable([(part.source, part.bad) for part in parts], total), bad_rows)
+    refuse_or_skip(BadRows([(part.source, part.bad) for part in parts], total), bad_rows)
     for part in parts:
         if not part.examples:
             raise DataError(f"{part.source} has no row to learn from", got="0 rows", fix="give it at least 2")
@@ -399,9 +401,9 @@ def _key(example: Example) -> str:
     """What makes two rows the same: their words, apart from white space and the way letters are composed."""
     if example.messages:
         text = "\n".join(f"{turn['role']}\t{' '.join(turn['content'].split())}" for turn in example.messages)
-        more = [{name: turn[name] for name in sorted(turn.keys() - PLAIN)} for turn in example.messages]
-        if any(more) or example.tools or example.read_only:
-            text += json.dumps([more, example.tools, example.read_only])
+        more = [{name: turn[name] for name in sorted(turn.keys() - PLAIN_KEYS)} for turn in example.messages]
+        if any(more) or example.tools or example.context_only:
+            text += json.dumps([more, example.tools, example.context_only])
     else:
         text = " ".join(example.text.split()) + (
             "\t" + " ".join(example.completion.split()) if example.completion else ""

@@ -15,7 +15,7 @@ from hatrack.errors import DataError, short_repr
 from hatrack.storage import cache_dir, write_file
 
 
-def file_of(data: Any) -> str:
+def cache_rows(data: Any) -> str:
     """The path of a file that holds `data`.
 
     `data` is a list of rows (one dict each, column -> value), a dict of columns (name -> list of values), or a table of

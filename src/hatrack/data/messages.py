@@ -52,16 +52,16 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation: its turns, which of the assistant's are `read_only`, and the names of message keys not read."""
+    """A conversation: its turns, the indices of the assistant's that are not learned, and message keys not read."""
 
     turns: tuple[Turn, ...]
-    read_only: tuple[int, ...] = ()
+    context_only: tuple[int, ...] = ()
     unread: frozenset[str] = field(default=frozenset())
 
     def __add__(self, other: "Talk") -> "Talk":
         """One conversation after the other."""
-        shifted = tuple(index + len(self.turns) for index in other.read_only)
-        return Talk(self.turns + other.turns, self.read_only + shifted, self.unread | other.unread)
+        shifted = tuple(index + len(self.turns) for index in other.context_only)
+        return Talk(self.turns + other.turns, self.context_only + shifted, self.unread | other.unread)
 
 
 def said(role: str, content: str) -> Talk:
@@ -93,7 +93,7 @@ def read_talk(value: Any) -> Talk:
     strange = [message for message in value if isinstance(message, dict) and _role(message) not in ROLES]
     if strange:
         raise Unusable(_strange_roles(strange))
-    turns, read_only, unread = [], [], set[str]()
+    turns, context_only, unread = [], [], set[str]()
     for index, message in enumerate(value):
         if not isinstance(message, dict):
             raise Unusable(f"message {index + 1} is {_kind(message)}, not an object with role and content")
@@ -102,9 +102,9 @@ def read_talk(value: Any) -> Talk:
         except Unusable as error:
             raise Unusable(f"message {index + 1} {error}") from error
         turns.append(turn)
-        read_only += [] if learned else [index]
+        context_only += [] if learned else [index]
         unread |= {str(key) for key, held in message.items() if holds(held) and key not in KNOWN}
-    return Talk(tuple(turns), tuple(read_only), frozenset(unread))
+    return Talk(tuple(turns), tuple(context_only), frozenset(unread))
 
 
 KNOWN = {"role", "from", "content", "value", "tool_calls", *REASONING, *NAMES, *MARKS, *REFUSED}
@@ -131,8 +131,8 @@ def continued(prompt: Talk, completion: Talk) -> Talk:
     if [_plain(turn) for turn in repeated] != [_plain(turn) for turn in prompt.turns]:
         return prompt + completion
     say_once("the completions hold the whole conversation, the prompt too: it is read once")
-    read_only = tuple(sorted({*prompt.read_only, *completion.read_only}))
-    return Talk(completion.turns, read_only, prompt.unread | completion.unread)
+    context_only = tuple(sorted({*prompt.context_only, *completion.context_only}))
+    return Talk(completion.turns, context_only, prompt.unread | completion.unread)
 
 
 def _plain(turn: Turn) -> tuple[str, str]:
@@ -175,14 +175,14 @@ def with_answer(talk: Talk) -> Talk:
     spoken = [index for index, turn in enumerate(talk.turns) if speaks(turn)]
     if not spoken:
         raise Unusable("the conversation has no assistant turn to learn from")
-    if not set(spoken) - set(talk.read_only):
+    if not set(spoken) - set(talk.context_only):
         raise Unusable("every assistant turn is marked as not to be learned")
     return talk
 
 
 def unlearned(talk: Talk) -> Talk:
     """The conversation, read and not learned."""
-    return replace(talk, read_only=tuple(i for i, turn in enumerate(talk.turns) if turn["role"] == "assistant"))
+    return replace(talk, context_only=tuple(i for i, turn in enumerate(talk.turns) if turn["role"] == "assistant"))
 
 
 def holds(value: Any) -> bool:

@@ -44,7 +44,7 @@ def _cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
     return np.asarray(np.maximum.accumulate(cuts - number) + number)
 
 
-def length_order(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def scoring_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Batches for scoring, longest rows first: what does not fit in memory is found out at once.
 
     Of up to `batch_size` rows, and up to `SCORED_TOKENS` with their padding where that is more than one row.

@@ -69,7 +69,7 @@ def read_lines(source: str) -> list[str]:
     return split_text(read_text(source, path))
 
 
-def lines_of(source: str, content: bytes) -> list[str]:
+def decode_lines(source: str, content: bytes) -> list[str]:
     """The same of bytes that came from elsewhere, such as standard input; `source` is what messages call it."""
     return split_text(decode(source, content))
 

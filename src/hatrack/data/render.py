@@ -1,4 +1,4 @@
-"""Examples -> tokens, and which of them are learned from. Knows nothing of files, batches or models.
+"""Examples -> token rows, with the tokens that are learned marked. Knows nothing of files or models.
 
 The tokenizer comes as an argument, from transformers.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from hatrack.console import say, say_once
-from hatrack.data.complaints import Unlearnable
+from hatrack.data.complaints import BadRows
 from hatrack.data.examples import Example
-from hatrack.data.row_values import Bad
+from hatrack.data.row_values import BadRow
 from hatrack.data.template import render_chat
 from hatrack.errors import DataError, MachineError
 from hatrack.storage import cache_dir, new_folder
@@ -25,22 +25,48 @@ Encoded = tuple[np.ndarray, np.ndarray]
 """The tokens of a row (int32), and which of them are learned (bool)."""
 
 CACHE_FORMAT = 5
+ARRAYS = {"ids": "ids", "offsets": "offsets", "supervised": "learn", "labels": "labels", "rows": "rows"}
+"""Fields of `TokenRows` -> the names of their arrays in a cache file."""
 TEXTS_AT_ONCE = 1000
-ONE_END = "leave the end token out of the text; the tokenizer must add one itself"
+ONE_END_FIX = "leave the end token out of the text; the tokenizer must add one itself"
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How examples become tokens.
+
+    `task` is classify, chat or complete; rows longer than `max_length` tokens are cut. classify: `labels` classes, of
+    which a row may have several with `multi_label`; each row must have `end_token`, where given, exactly once. chat:
+    `template` is the chat template. `limit` is the longest row that the base takes, for messages; default: what the
+    tokenizer says.
+    """
+
+    task: str
+    max_length: int
+    labels: int = 0
+    multi_label: bool = False
+    template: str | None = None
+    end_token: int | None = None
+    limit: int | None = None
+
+    def cache_key(self) -> dict[str, Any]:
+        """All that the tokens depend on."""
+        names = ("task", "max_length", "labels", "multi_label", "template")
+        return {name: getattr(self, name) for name in names} | {"end": self.end_token}
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """n rows of tokens, end to end.
+    """n rows of tokens, one after another.
 
-    `ids` (tokens,) int32; `offsets` (n + 1,) where each row begins; `learn` (tokens,) bool, all False to classify;
-    `labels` (n,) int64, (n, L) float32 for several labels a row, or empty; `rows` (n,) the row numbers in the file;
-    `cut` counts the rows that were too long.
+    `ids` (tokens,) int32; `offsets` (n + 1,) where each row begins; `supervised` (tokens,) bool: the tokens that are
+    learned, none to classify; `labels` (n,) int64, (n, L) float32 for several labels a row, or empty; `rows` (n,) the
+    row numbers in the file; `cut` counts the rows that were too long.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
-    learn: np.ndarray
+    supervised: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
     cut: int
@@ -56,199 +82,200 @@ class TokenRows:
     @property
     def sizes(self) -> np.ndarray:
         """(n, 2) tokens of each row, and how many of these are learned."""
-        learned = np.concatenate([[0], np.cumsum(self.learn)])[self.offsets]
+        learned = np.concatenate([[0], np.cumsum(self.supervised)])[self.offsets]
         return np.stack([self.lengths, np.diff(learned)], axis=1)
 
     def first(self, count: int) -> "TokenRows":
-        """The first `count` rows, or all where there are fewer."""
+        """The first `count` rows, or all if there are fewer."""
         end = self.offsets[min(count, len(self))]
         offsets, labels, rows = self.offsets[: count + 1], self.labels[:count], self.rows[:count]
-        return replace(self, ids=self.ids[:end], offsets=offsets, learn=self.learn[:end], labels=labels, rows=rows)
+        supervised = self.supervised[:end]
+        return replace(self, ids=self.ids[:end], offsets=offsets, supervised=supervised, labels=labels, rows=rows)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, Any]:
-        """ids, learn and label of one row."""
+        """The ids of one row, which of them are learned, and its label."""
         part = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[part], self.learn[part], self.labels[index] if len(self.labels) else None
+        return self.ids[part], self.supervised[part], self.labels[index] if len(self.labels) else None
 
 
-def render_cached(examples: Sequence[Example], tokenizer: Any, **settings: Any) -> TokenRows:
-    """`render`, but what was tokenised once with the same content, tokenizer and settings is read back from the cache.
+def render_cached(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings, source: str = "") -> TokenRows:
+    """`render`, with a cache on disk for rows of the same content, tokenizer and settings.
 
-    A damaged cache file is made anew. Where the cache cannot be written the run goes on without it, which is said.
+    A damaged cache file is written again. If the cache cannot be written, the run goes on without it and says so.
     """
     try:
-        final = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
+        folder = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
     except (OSError, MachineError) as error:
-        say_once(f"the tokens are not kept for the next run: {error}")
-        return render(examples, tokenizer, **settings)
-    rows = _kept(final, len(examples))
+        say_once(f"the tokens are not cached for the next run: {error}")
+        return render(examples, tokenizer, settings, source)
+    rows = _read_cache(folder, len(examples))
     if rows is None:
-        rows = render(examples, tokenizer, **settings)
-        _keep(rows, final)
+        rows = render(examples, tokenizer, settings, source)
+        _write_cache(rows, folder)
     return rows
 
 
-def _kept(final: Path, count: int) -> TokenRows | None:
-    """The rows of a cache folder; None where it has none, or not all of them."""
+def _read_cache(folder: Path, count: int) -> TokenRows | None:
+    """The `count` rows of a cache folder; None if it is missing or incomplete."""
     try:
-        with (final / "rows.npz").open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            arrays = {name: kept[name] for name in ("ids", "offsets", "learn", "labels", "rows")}
-            rows = TokenRows(**arrays, cut=int(kept["cut"]))
-    except Exception:  # a damaged archive raises almost anything, and all of it means the same: tokenise again
+        with (folder / "rows.npz").open("rb") as file, np.load(file, allow_pickle=False) as cached:
+            arrays = {name: cached[key] for name, key in ARRAYS.items()}
+            rows = TokenRows(**arrays, cut=int(cached["cut"]))
+    except Exception:  # a damaged archive raises almost anything, and all of it means the same: tokenize again
         return None
-    whole = len(rows) == count and len(rows.offsets) == count + 1 and rows.offsets[-1] == len(rows.ids)
-    return rows if whole and len(rows.learn) == len(rows.ids) else None
+    complete = len(rows) == count and len(rows.offsets) == count + 1 and rows.offsets[-1] == len(rows.ids)
+    return rows if complete and len(rows.supervised) == len(rows.ids) else None
 
 
-def _keep(rows: TokenRows, final: Path) -> None:
-    """Writes the rows for the next run, in place of damaged ones. Where that fails, it is said and nothing more."""
+def _write_cache(rows: TokenRows, folder: Path) -> None:
+    """Writes the rows for the next run, in place of damaged ones. A failure is only reported."""
     try:
-        if final.exists():
-            shutil.rmtree(final)
-        with new_folder(final) as folder:
-            np.savez(folder / "rows.npz", **{name: getattr(rows, name) for name in TokenRows.__dataclass_fields__})
+        if folder.exists():
+            shutil.rmtree(folder)
+        with new_folder(folder) as unfinished:
+            arrays = {key: getattr(rows, name) for name, key in ARRAYS.items()}
+            np.savez(unfinished / "rows.npz", **arrays, cut=np.array(rows.cut))
     except (OSError, MachineError) as error:
-        say_once(f"the tokens are not kept for the next run: {str(error).replace(str(final), str(final.parent))}")
+        say_once(f"the tokens are not cached for the next run: {str(error).replace(str(folder), str(folder.parent))}")
 
 
-def render(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    *,
-    task: str,
-    max_length: int,
-    labels: int = 0,
-    multi_label: bool = False,
-    template: str | None = None,
-    source: str = "",
-    limit: int | None = None,
-    end: int | None = None,
-) -> TokenRows:
-    """Tokenises every example; rows longer than `max_length` are cut, and counted.
+def render(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings, source: str = "") -> TokenRows:
+    """Tokenizes every example; rows longer than `max_length` are cut and counted.
 
-    classify: the whole text; a cut one keeps the tokens that the tokenizer puts around a text. complete: the text and
-    the end-of-text token, or of a prompt and its completion only the latter is learned. chat: the conversation as
-    `template` writes it, learning what the assistant says.
-    `source` and `limit`, the most that the model can take, are for complaints; `end` is a token that each row to
-    classify must have exactly once.
-    Raises Unlearnable, with every such row, where the template refuses a row or nothing would be learned from it.
+    classify: the whole text; a cut one keeps the special tokens that the tokenizer adds around a text. complete: the
+    text and the end-of-text token; of a prompt and its completion only the completion is learned. chat: the
+    conversation as the template writes it; the assistant's turns are learned. `source` is the file's name in messages.
+    Raises BadRows, with every such row, where the template refuses a row or nothing would be learned from it.
     """
-    found = _plain(examples, tokenizer) if task == "classify" else _each(examples, tokenizer, template)
-    encoded = learnable(examples, found, max_length, limit or tokenizer.model_max_length, source, end)
-    cut = [(ids[:max_length], learn[:max_length]) for ids, learn in encoded]
-    if task == "classify":
-        for index, (ids, learn) in enumerate(encoded):
+    classify, max_length = settings.task == "classify", settings.max_length
+    found: Sequence[Encoded | DataError] = (
+        _encode_texts(examples, tokenizer) if classify else _encode_each(examples, tokenizer, settings.template)
+    )
+    encoded = check_learnable(
+        examples, found, replace(settings, limit=settings.limit or tokenizer.model_max_length), source
+    )
+    cut = [(ids[:max_length], learned[:max_length]) for ids, learned in encoded]
+    if classify:
+        for index, (ids, learned) in enumerate(encoded):
             if len(ids) > max_length:
-                cut[index] = _shorter(examples[index].text, tokenizer, max_length), learn[:max_length]
+                cut[index] = _truncate(examples[index].text, tokenizer, max_length), learned[:max_length]
     lengths = [len(ids) for ids, _ in cut]
     return TokenRows(
         ids=np.concatenate([ids for ids, _ in cut]).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        learn=np.concatenate([learn for _, learn in cut]).astype(bool),
-        labels=_label_array(examples, labels, multi_label) if task == "classify" else np.empty(0),
+        supervised=np.concatenate([learned for _, learned in cut]).astype(bool),
+        labels=_label_array(examples, settings) if classify else np.empty(0),
         rows=np.array([example.row for example in examples], dtype=np.int64),
         cut=sum(len(whole) > max_length for whole, _ in encoded),
     )
 
 
-def encode(example: Example, tokenizer: Any, template: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """One example's tokens (int32), however many they are, and which of them are learned (bool).
+def encode(example: Example, tokenizer: Any, template: str | None) -> Encoded:
+    """One example's tokens, uncut, and which of them are learned.
 
     Raises DataError where the template refuses its conversation, ModelError as `render_chat` does.
     """
     if example.messages:
         return render_chat(
-            example.messages, tokenizer, template or "", tools=example.tools, read_only=example.read_only
+            example.messages, tokenizer, template or "", tools=example.tools, context_only=example.context_only
         )
-    return _plain([example], tokenizer)[0] if example.label is not None else _continued(example, tokenizer)
+    return (
+        _encode_texts([example], tokenizer)[0] if example.label is not None else _encode_completion(example, tokenizer)
+    )
 
 
-def _plain(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+def _encode_texts(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+    """The texts to classify, none of whose tokens is learned."""
     encoded = []
     texts = [example.text for example in examples]
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         ids = tokenizer(texts[start : start + TEXTS_AT_ONCE], verbose=False)["input_ids"]
         encoded += [(np.array(row, dtype=np.int32), np.zeros(len(row), dtype=bool)) for row in ids]
         if start and start % (50 * TEXTS_AT_ONCE) == 0:
-            say(f"tokenised {start:,} of {len(texts):,} rows")
+            say(f"tokenized {start:,} of {len(texts):,} rows")
     return encoded
 
 
-def _shorter(text: str, tokenizer: Any, max_length: int) -> np.ndarray:
+def _truncate(text: str, tokenizer: Any, max_length: int) -> np.ndarray:
     """A text cut by the tokenizer itself, as it is when the adapter is used."""
     return np.array(tokenizer(text, truncation=True, max_length=max_length)["input_ids"], dtype=np.int32)
 
 
-def _each(examples: Sequence[Example], tokenizer: Any, template: str | None) -> list[Encoded | DataError]:
-    """Every example encoded, or why it cannot be."""
+def _encode_each(examples: Sequence[Example], tokenizer: Any, template: str | None) -> list[Encoded | DataError]:
+    """Each example encoded, or why it cannot be."""
     found = []
     for index, example in enumerate(examples):
-        found.append(attempt(example, tokenizer, template))
+        found.append(try_encode(example, tokenizer, template))
         if index and index % 20_000 == 0:
-            say(f"tokenised {index:,} of {len(examples):,} rows")
+            say(f"tokenized {index:,} of {len(examples):,} rows")
     return found
 
 
-def attempt(example: Example, tokenizer: Any, template: str | None) -> Encoded | DataError:
-    """One example encoded, or why it cannot be."""
+def try_encode(example: Example, tokenizer: Any, template: str | None) -> Encoded | DataError:
+    """`encode`, with the DataError returned instead of raised."""
     try:
         return encode(example, tokenizer, template)
     except DataError as error:
         return error
 
 
-def learnable(
-    examples: Sequence[Example],
-    found: Sequence[Encoded | DataError],
-    max_length: int,
-    limit: int,
-    source: str,
-    end: int | None = None,
+def check_learnable(
+    examples: Sequence[Example], found: Sequence[Encoded | DataError], settings: RenderSettings, source: str
 ) -> list[Encoded]:
-    """What was `found` for each example. `limit`: the tokens that the tokenizer says its model takes; `end`: the token
-    that a row to classify must have exactly once.
+    """`found`, what each example was encoded to, if all of them can be learned from.
 
-    Raises Unlearnable, with every such row, where a row could not be encoded, or nothing would be learned from it.
+    Raises BadRows, with every such row, where one could not be encoded or nothing would be learned from it.
     """
     bad, fixes, gotchas, needed = [], [], [], 0
     for example, each in zip(examples, found, strict=True):
-        words = ""
         if isinstance(each, DataError):
-            words = each.what + (f" ({each.got})" if each.got else "")
-            fixes.append(each.fix or "check their messages")
-            gotchas.append(each.gotcha)
+            reason = each.what + (f" ({each.got})" if each.got else "")
+            fix, gotcha = each.fix or "check their messages", each.gotcha
         elif example.label is not None:
-            if not len(each[0]):  # a model would be asked to read padding
-                words = "the tokenizer makes no token of this text"
-                fixes.append("give them text that this base's tokenizer knows")
-            elif end is not None and (count := int((each[0] == end).sum())) != 1:
-                words = wrong_ends(count)
-                fixes.append(ONE_END)
-                gotchas.append("one-end-token")
-        elif not each[1][1:max_length].any():  # the first token is never predicted from anything
-            long = len(each[0]) > max_length and bool(each[1][max_length:].any())
-            words = f"the answer begins after the {max_length} tokens that are kept" if long else "no tokens to learn"
-            needed = max(needed, len(each[0]) if long else 0)
-            fixes += [] if long else ["put an answer in them"]
-        bad += [Bad(example.row, words)] if words else []
+            reason, fix, gotcha = _check_classified(each[0], settings.end_token)
+        else:
+            reason, fix, gotcha = _check_answer(each, settings.max_length)
+            needed = max(needed, len(each[0]) if reason and not fix else 0)
+        if reason:
+            bad.append(BadRow(example.row, reason))
+            fixes += [fix] if fix else []
+            gotchas.append(gotcha)
     if needed:
         fixes.append(
             f"--max-length {needed} keeps the answers"
-            if needed <= limit
-            else f"shorten what comes before the answers: this model takes {limit:,} tokens"
+            if settings.limit is None or needed <= settings.limit
+            else f"shorten what comes before the answers: this model takes {settings.limit:,} tokens"
         )
     if bad:
-        raise Unlearnable([(source, bad)], len(examples), fixes, next(filter(None, gotchas), ""))
+        raise BadRows([(source, bad)], len(examples), fixes, next(filter(None, gotchas), ""))
     return [each for each in found if not isinstance(each, DataError)]
 
 
-def wrong_ends(count: int) -> str:
-    """What is wrong with a row to classify that has the end token so often, on a base that answers where it stands."""
-    return f"{'no end token' if not count else f'{count} end tokens'} where this base classifies at its only one"
+def _check_classified(ids: np.ndarray, end_token: int | None) -> tuple[str, str, str]:
+    """Why a text cannot be classified, the fix and the gotcha; the reason is empty if it can be."""
+    if not len(ids):  # a model would be asked to read padding
+        return "the tokenizer makes no token of this text", "give them text that this base's tokenizer knows", ""
+    count = 1 if end_token is None else int((ids == end_token).sum())
+    return ("", "", "") if count == 1 else (wrong_end_count(count), ONE_END_FIX, "one-end-token")
 
 
-def _continued(example: Example, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A text to go on with: the prompt's tokens, then those to learn, then the end of text."""
+def _check_answer(encoded: Encoded, max_length: int) -> tuple[str, str, str]:
+    """Why no answer would be learned, the fix (empty: a larger `max_length`) and the gotcha."""
+    ids, learned = encoded
+    if learned[1:max_length].any():  # the first token is never predicted from anything
+        return "", "", ""
+    if len(ids) > max_length and learned[max_length:].any():
+        return f"the answer begins after the {max_length} tokens that are kept", "", ""
+    return "no tokens to learn", "put an answer in them", ""
+
+
+def wrong_end_count(count: int) -> str:
+    """The complaint about a row that has the end token `count` times, on a base that classifies at its only one."""
+    return f"{f'{count} end tokens' if count else 'no end token'}, where this base classifies at its only one"
+
+
+def _encode_completion(example: Example, tokenizer: Any) -> Encoded:
+    """The prompt's tokens, then those to learn, then the end of text."""
     end = tokenizer.eos_token_id
     ids = tokenizer(example.text, verbose=False)["input_ids"]
     ids = ids[:-1] if ids and ids[-1] == end else ids
@@ -257,29 +284,27 @@ def _continued(example: Example, tokenizer: Any) -> tuple[np.ndarray, np.ndarray
         prompt = len(ids)
         ids = ids + tokenizer(example.completion, add_special_tokens=False, verbose=False)["input_ids"]
     ids = [*ids, end] if end is not None else ids
-    learn = np.arange(len(ids)) >= prompt
-    return np.array(ids, dtype=np.int32), learn
+    return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= prompt
 
 
-def _label_array(examples: Sequence[Example], labels: int, multi_label: bool) -> np.ndarray:
-    if not multi_label:
+def _label_array(examples: Sequence[Example], settings: RenderSettings) -> np.ndarray:
+    if not settings.multi_label:
         return np.array([example.label for example in examples], dtype=np.int64)
-    array = np.zeros((len(examples), labels), dtype=np.float32)
+    array = np.zeros((len(examples), settings.labels), dtype=np.float32)
     for index, example in enumerate(examples):
         array[index, list(example.label) if isinstance(example.label, tuple) else []] = 1
     return array
 
 
-def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: dict[str, Any]) -> str:
-    """What the tokens depend on: the content, the tokenizer's own definition, the settings, and this format."""
+def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings) -> str:
+    """A hash of all that the tokens depend on: content, the tokenizer's own definition, settings and cache format."""
     hasher = hashlib.sha256()
-    settings = {name: value for name, value in settings.items() if name not in ("source", "limit")}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     definition = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for state in ("truncation", "padding"):  # left over from whatever was tokenised last
+    for state in ("truncation", "padding"):  # left over from whatever was tokenized last
         definition.pop(state, None)
     names = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(tokenizer.truncation_side)]
-    described = [CACHE_FORMAT, settings, names, definition]
+    described = [CACHE_FORMAT, settings.cache_key(), names, definition]
     hasher.update(json.dumps(described, sort_keys=True).encode("utf-8", "surrogatepass"))
     for example in examples:
         hasher.update(json.dumps([example.row, *example.content]).encode())

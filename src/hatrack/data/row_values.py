@@ -26,17 +26,17 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadRow:
     """A row that cannot be learned from, and why."""
 
     row: int
-    words: str
+    reason: str
     column: str = ""
 
 
 def read_example(
     number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str], unread: set[str] | None = None
-) -> tuple[dict[str, Any], Label] | Bad:
+) -> tuple[dict[str, Any], Label] | BadRow:
     """The fields of an example and its label as it stands in the row ("" where the task has none), or a complaint.
 
     `unread` gets the names of message keys that hold something and are not read.
@@ -47,10 +47,10 @@ def read_example(
             tools = _read(row, columns, "tools", read_tools) if "tools" in columns else ()
             if unread is not None:
                 unread |= talk.unread
-            return {"messages": talk.turns, "read_only": talk.read_only, "tools": tools}, ""
+            return {"messages": talk.turns, "read_only": talk.context_only, "tools": tools}, ""
         texts = {role: _text(row, columns, role) for role in ("text", "prompt", "completion") if role in columns}
     except Unusable as error:
-        return Bad(number, str(error), error.column)
+        return BadRow(number, str(error), error.column)
     if "completion" in texts:
         return {"text": _with_input(texts["prompt"], row, columns), "completion": texts["completion"]}, ""
     if task != "classify":
@@ -58,13 +58,13 @@ def read_example(
     try:
         label = read_label(row.get(columns["label"]))
     except ValueError as error:
-        return Bad(number, str(error), columns["label"])
+        return BadRow(number, str(error), columns["label"])
     return {"text": texts["text"]}, label
 
 
-def read_question(
+def read_prompt(
     number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str]
-) -> str | list[dict[str, Any]] | Bad:
+) -> str | list[dict[str, Any]] | BadRow:
     """What a row asks an adapter for `task`: its text, or the turns of its conversation before the answer; or a
     complaint. Reads what `read_example` reads, without completions and labels."""
     try:
@@ -72,11 +72,11 @@ def read_question(
             return _with_input(_text(row, columns, "prompt" if "prompt" in columns else "text"), row, columns)
         turns = list(_conversation(row, columns).turns)
     except Unusable as error:
-        return Bad(number, str(error), error.column)
+        return BadRow(number, str(error), error.column)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns:
-        return Bad(number, "the conversation has no turn to answer", next(iter(columns.values())))
+        return BadRow(number, "the conversation has no turn to answer", next(iter(columns.values())))
     plain = len(turns) == 1 and turns[0] == {"role": "user", "content": turns[0]["content"]}
     return str(turns[0]["content"]) if plain else turns
 

@@ -18,17 +18,17 @@ MARK = "Xyzzy"
 
 
 @dataclass(frozen=True)
-class Ends:
-    """What ends an answer: `tokens` that stand for nothing else, or where there are none `texts` of several tokens.
+class Stops:
+    """What ends an answer: `tokens` that stand for nothing else, or where there are none `strings` of several tokens.
 
     Both are empty where the rows teach no end.
     """
 
     tokens: tuple[int, ...] = ()
-    texts: tuple[str, ...] = ()
+    strings: tuple[str, ...] = ()
 
 
-def find_ends(rows: TokenRows, tokenizer: Any, max_length: int, template: str | None) -> Ends:
+def find_stops(rows: TokenRows, tokenizer: Any, max_length: int, template: str | None) -> Stops:
     """How the answers of `rows` end, those that were cut at `max_length` left out.
 
     A base's own end token need not be among them: one that was never tuned ends texts with <|endoftext|>, and the
@@ -41,21 +41,21 @@ def find_ends(rows: TokenRows, tokenizer: Any, max_length: int, template: str | 
         token for token, count in counts.items() if token in special or (token in added and 2 * count >= len(last))
     ]
     if tokens or template is None or not len(last):
-        return Ends(tuple(sorted(tokens)))
-    return ends_of_template(tokenizer, template)
+        return Stops(tuple(sorted(tokens)))
+    return stops_of_template(tokenizer, template)
 
 
-def ends_of_template(tokenizer: Any, template: str) -> Ends:
+def stops_of_template(tokenizer: Any, template: str) -> Stops:
     """How a chat template ends an answer, where no rows tell."""
     try:
         after = written_after(tokenizer, MARK, template)
     except DataError:  # it wants more than a question and its answer
-        return Ends()
+        return Stops()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after.strip() else []
     special, added = _control_tokens(tokenizer)
     if ids and ids[-1] in special | added:
-        return Ends(tokens=(int(ids[-1]),))
-    return Ends(texts=(after,) if ids else ())
+        return Stops(tokens=(int(ids[-1]),))
+    return Stops(strings=(after,) if ids else ())
 
 
 def _control_tokens(tokenizer: Any) -> tuple[set[int], set[int]]:
@@ -66,8 +66,8 @@ def _control_tokens(tokenizer: Any) -> tuple[set[int], set[int]]:
 
 def _last_tokens(rows: TokenRows, max_length: int) -> np.ndarray:
     """The last token of each stretch that is learned, of all rows."""
-    ends = np.append(rows.learn[1:] < rows.learn[:-1], False)  # learned, and the next is not
+    ends = np.append(rows.supervised[1:] < rows.supervised[:-1], False)  # learned, and the next is not
     finals = rows.offsets[1:] - 1  # a row's last token has the next row's first after it
-    ends[finals] = rows.learn[finals] & (rows.lengths < max_length)
+    ends[finals] = rows.supervised[finals] & (rows.lengths < max_length)
     last: np.ndarray = rows.ids[ends]
     return last

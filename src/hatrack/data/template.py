@@ -44,7 +44,7 @@ def chat_template(tokenizer: Any, *, tools: bool = False, today: datetime | None
     """
     own = _chosen(tokenizer.chat_template, tools)
     if own:
-        return with_its_clock_stopped(own, today or datetime.now()), True
+        return with_fixed_date(own, today or datetime.now()), True
     say_once("the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'")
     return PLAIN_TEMPLATE, False
 
@@ -65,7 +65,7 @@ def _chosen(own: str | dict[str, str] | None, tools: bool) -> str | None:
     )
 
 
-def with_its_clock_stopped(template: str, today: datetime) -> str:
+def with_fixed_date(template: str, today: datetime) -> str:
     """A template whose `strftime_now` tells the beginning of `today` for ever; one that does not ask stays as it is.
 
     The time becomes part of the text, by a macro in front: whoever has the template has the time it was stopped at.
@@ -101,10 +101,10 @@ def render_chat(
     template: str,
     *,
     tools: Sequence[dict[str, Any]] = (),
-    read_only: Sequence[int] = (),
+    context_only: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation's tokens (int32), and which are learned (bool): the assistant's turns with the token that ends
-    each, but for those whose index is in `read_only`. `tools` are those that the assistant could call.
+    each, but for those whose index is in `context_only`. `tools` are those that the assistant could call.
 
     Raises DataError where the template fails, leaves out anything of the conversation, or does not show where the
     assistant speaks; ModelError where the tokenizer cannot tell which characters a token stands for.
@@ -115,7 +115,7 @@ def render_chat(
             got=type(tokenizer).__name__,
             fix="use a base with a tokenizer.json, or --task complete with prompt and completion",
         )
-    whole, spans = spoken(messages, tokenizer, template, tools=tools, read_only=read_only)
+    whole, spans = spoken(messages, tokenizer, template, tools=tools, context_only=context_only)
     ids, offsets = _tokens(tokenizer, whole, [start for start, _ in spans])
     learn = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
@@ -129,12 +129,12 @@ def spoken(
     template: str,
     *,
     tools: Sequence[dict[str, Any]] = (),
-    read_only: Sequence[int] = (),
+    context_only: Sequence[int] = (),
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as the template writes it, and where in it the assistant says what is learned. Raises DataError as
     `render_chat` does."""
     turns, whole = written(partial(_write, tokenizer, template=template, prompt=False), list(messages), tools)
-    return whole, assistant_spans(tokenizer, turns, template, whole, tools=tools, read_only=read_only)
+    return whole, assistant_spans(tokenizer, turns, template, whole, tools=tools, context_only=context_only)
 
 
 def _tokens(tokenizer: Any, whole: str, starts: Sequence[int]) -> tuple[list[int], np.ndarray]:
@@ -156,7 +156,7 @@ def _tokens(tokenizer: Any, whole: str, starts: Sequence[int]) -> tuple[list[int
     return ids, np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
 
-def check_steady(messages: Sequence[Turn], tokenizer: Any, template: str) -> None:
+def check_deterministic(messages: Sequence[Turn], tokenizer: Any, template: str) -> None:
     """Raises ModelError where the template writes one and the same conversation in two ways: what is asked for later is
     then nothing that was learned. What it refuses is left to others to say."""
     with suppress(DataError):
@@ -178,14 +178,14 @@ def assistant_spans(
     whole: str,
     *,
     tools: Sequence[dict[str, Any]] = (),
-    read_only: Sequence[int] = (),
+    context_only: Sequence[int] = (),
 ) -> list[tuple[int, int]]:
     """Where in `whole` the assistant says what is learned, as (start, end) of characters.
 
     A turn is what lies between the conversation before it, ready for an answer, and the conversation up to it. Some
     templates write earlier turns anew once a later one follows (they drop old reasoning); then only the last counts.
     """
-    learned = [index for index, turn in enumerate(turns) if speaks(turn) and index not in read_only]
+    learned = [index for index, turn in enumerate(turns) if speaks(turn) and index not in context_only]
     write = partial(_write, tokenizer, template=template, tools=tools)
     spans = [_span(write, turns, whole, index) for index in learned]
     if not all(spans) and learned and learned[-1] == len(turns) - 1:

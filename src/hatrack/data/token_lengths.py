@@ -15,10 +15,10 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from hatrack.data.examples import PLAIN, Example, Examples, of_both
+from hatrack.data.examples import PLAIN_KEYS, Example, Examples, map_parts
 from hatrack.data.limit import length_limit
-from hatrack.data.render import Encoded, attempt, learnable
-from hatrack.data.template import chat_template, check_steady, spoken
+from hatrack.data.render import Encoded, RenderSettings, check_learnable, try_encode
+from hatrack.data.template import chat_template, check_deterministic, spoken
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
 
@@ -129,8 +129,8 @@ def row_sizes(recipe: Recipe, examples: Examples, folder: Path, most: int) -> tu
     tools = any(example.tools for example in both)
     template = chat_template(tokenizer, tools=tools)[0] if examples.task == "chat" else None
     if template:
-        check_steady(both[0].messages, tokenizer, template)
-    return of_both(recipe, examples, lambda part, source: _sizes(part, tokenizer, template, most, source))
+        check_deterministic(both[0].messages, tokenizer, template)
+    return map_parts(recipe, examples, lambda part, source: _sizes(part, tokenizer, template, most, source))
 
 
 def _estimated(examples: Sequence[Example], most: int) -> np.ndarray:
@@ -149,17 +149,12 @@ def _sizes(examples: Sequence[Example], tokenizer: Any, template: str | None, mo
         chosen = np.union1d(chosen, np.flatnonzero(letters > FEW_LETTERS * most))
     chosen = chosen[np.argsort(letters[chosen], kind="stable")]
     others = np.setdiff1d(order, chosen)
-    tried = {index: attempt(examples[index], tokenizer, template) for index in chosen}
+    tried = {index: try_encode(examples[index], tokenizer, template) for index in chosen}
     if template and len(examples) <= CHECKED:
         tried |= {index: error for index in others if (error := _refused(examples[index], tokenizer, template))}
     looked = sorted(tried)
-    learnable(
-        [examples[index] for index in looked],
-        [tried[index] for index in looked],
-        most,
-        tokenizer.model_max_length,
-        source,
-    )
+    settings = RenderSettings("", most, limit=tokenizer.model_max_length)
+    check_learnable([examples[index] for index in looked], [tried[index] for index in looked], settings, source)
     found = np.array([_size(tried[index], most) for index in chosen])
     sizes = np.empty((len(examples), 2))
     sizes[chosen] = found
@@ -171,16 +166,16 @@ def _sizes(examples: Sequence[Example], tokenizer: Any, template: str | None, mo
 def _refused(example: Example, tokenizer: Any, template: str) -> DataError | None:
     """What the template has against a conversation; its tokens are not counted."""
     try:
-        spoken(example.messages, tokenizer, template, tools=example.tools, read_only=example.read_only)
+        spoken(example.messages, tokenizer, template, tools=example.tools, context_only=example.context_only)
     except DataError as error:
         return error
     return None
 
 
 def _letters(example: Example) -> int:
-    more = [{name: turn[name] for name in turn.keys() - PLAIN} for turn in example.messages]
+    more = [{name: turn[name] for name in turn.keys() - PLAIN_KEYS} for turn in example.messages]
     beside = len(json.dumps([more, example.tools])) if any(more) or example.tools else 0
-    return len(example.words) + beside
+    return len(example.all_text) + beside
 
 
 def _size(encoded: Encoded | DataError, most: int) -> tuple[int, int]:

@@ -1,131 +1,115 @@
-"""All of a run's rows as tokens, those to learn from and those held out. Knows nothing of files or batches."""
+"""All rows of a run as tokens, those to train on and those held out. Knows nothing of files or batches."""
 
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hatrack.console import say
-from hatrack.data.examples import Examples, of_both
+from hatrack.data.examples import Examples, map_parts
 from hatrack.data.limit import choose_max_length, length_limit
-from hatrack.data.render import ONE_END, TokenRows, render_cached, wrong_ends
-from hatrack.data.stop_tokens import Ends, find_ends
-from hatrack.data.template import chat_template, check_steady
+from hatrack.data.render import ONE_END_FIX, RenderSettings, TokenRows, render_cached, wrong_end_count
+from hatrack.data.stop_tokens import Stops, find_stops
+from hatrack.data.template import chat_template, check_deterministic
 from hatrack.errors import DataError, ModelError
 from hatrack.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of both parts, and how they came to be: `template` of conversations, `max_length` of a row; `ends` is
-    how the answers to learn end."""
+    """The rows to train on and those held out, and how they were made: the chat `template`, None for other tasks, and
+    the `max_length` of a row. `stops` is how the answers end."""
 
-    learn: TokenRows
+    train: TokenRows
     held_out: TokenRows
     template: str | None
     max_length: int
-    ends: Ends = field(default_factory=Ends)
+    stops: Stops = field(default_factory=Stops)
 
 
-def tokenise(
+def tokenize(
     recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *, template: str | None = None
 ) -> tuple[Examples, Tokens]:
     """`examples` as tokens of the base that `tokenizer` and transformers' `config` belong to.
 
-    With `bad_rows: skip` rows that cannot be learned from are left out, and the examples that remain come back too.
-
-    Conversations are written with `template`, that of the run that goes on, or else with the base's own. Says how many
-    rows were cut. Raises RecipeError where rows are to be longer than the base can take, Unlearnable where nothing
-    would be learned from a row.
+    Conversations are written with `template`, by default the base's own. With `bad_rows: skip`, rows that cannot be
+    learned from are left out; returns the examples that remain, too. Says how many rows were cut. Raises RecipeError if
+    `max_length` is more than the base can take, BadRows if nothing would be learned from a row.
     """
     if examples.task == "chat" and template is None:
         tools = any(example.tools for part in (examples.train, examples.held_out) for example in part)
         template = chat_template(tokenizer, tools=tools)[0]
     if template is not None:
-        check_steady(examples.train[0].messages, tokenizer, template)
+        check_deterministic(examples.train[0].messages, tokenizer, template)
     limit = length_limit(tokenizer.model_max_length, config.to_dict())
-    length, why = choose_max_length(recipe.max_length, limit, examples.task)
-    examples, learn, held_out = render_both(
-        recipe,
-        examples,
-        tokenizer,
-        template=template,
-        max_length=length,
-        limit=limit,
-        end=only_end(tokenizer, config, examples.task),
+    max_length, why = choose_max_length(recipe.max_length, limit, examples.task)
+    settings = render_settings(
+        examples, max_length, template, single_end_token(tokenizer, config, examples.task), limit
     )
-    for part in (learn, held_out):
-        check_embedded(part, tokenizer, config)
-    if learn.cut or held_out.cut:
-        say(f"{learn.cut + held_out.cut:,} rows are longer than {length} tokens ({why}) and were cut")
-    ends = Ends() if examples.task == "classify" else find_ends(learn, tokenizer, length, template)
-    return examples, Tokens(learn, held_out, template, length, ends)
+    examples, train, held_out = render_both(recipe, examples, tokenizer, settings)
+    for part in (train, held_out):
+        check_known_tokens(part, tokenizer, config)
+    if train.cut or held_out.cut:
+        say(f"{train.cut + held_out.cut:,} rows are longer than {max_length} tokens ({why}) and were cut")
+    stops = Stops() if examples.task == "classify" else find_stops(train, tokenizer, max_length, template)
+    return examples, Tokens(train, held_out, template, max_length, stops)
+
+
+def render_settings(
+    examples: Examples, max_length: int, template: str | None, end_token: int | None, limit: int | None = None
+) -> RenderSettings:
+    """How `examples` become tokens."""
+    labels, multi_label = len(examples.labels), examples.multi_label
+    return RenderSettings(examples.task, max_length, labels, multi_label, template, end_token, limit)
 
 
 def render_both(
-    recipe: Recipe,
-    examples: Examples,
-    tokenizer: Any,
-    *,
-    template: str | None,
-    max_length: int,
-    limit: int | None = None,
-    end: int | None = None,
+    recipe: Recipe, examples: Examples, tokenizer: Any, settings: RenderSettings
 ) -> tuple[Examples, TokenRows, TokenRows]:
-    """The examples that can be learned from, those of the training part as tokens, and those held out.
+    """The examples that can be learned from, those to train on as tokens, and those held out as tokens.
 
-    Raises Unlearnable with all that cannot, unless `bad_rows` is skip.
+    Raises BadRows with all rows that cannot be learned from, unless `bad_rows` is skip.
     """
-    make = partial(
-        render_cached,
-        tokenizer=tokenizer,
-        task=examples.task,
-        max_length=max_length,
-        labels=len(examples.labels),
-        multi_label=examples.multi_label,
-        template=template,
-        limit=limit,
-        end=end,
-    )
-    return of_both(recipe, examples, lambda part, source: make(part, source=source))
+    return map_parts(recipe, examples, lambda part, source: render_cached(part, tokenizer, settings, source))
 
 
-def check_embedded(part: TokenRows, tokenizer: Any, config: Any) -> None:
-    """Raises ModelError where a row has a token that the base has no embedding for."""
-    known = _embeddings(config)
-    if not len(part.ids) or part.ids.max() < known:
+def check_known_tokens(rows: TokenRows, tokenizer: Any, config: Any) -> None:
+    """Raises ModelError if a row has a token that the base has no embedding for."""
+    count = _embedding_count(config)
+    if not len(rows.ids) or rows.ids.max() < count:
         return
-    place = int((part.ids >= known).argmax())
-    row = part.rows[np.searchsorted(part.offsets, place, side="right") - 1]
+    place = int((rows.ids >= count).argmax())
+    row = rows.rows[np.searchsorted(rows.offsets, place, side="right") - 1]
     raise ModelError(
         "the tokenizer has tokens that the base has no embedding for",
-        got=f"{_without(tokenizer, int(part.ids[place]), known)} in row {row}",
+        got=f"{_describe_token(tokenizer, int(rows.ids[place]), count)} in row {row}",
         fix="use tokenizer and weights of one model, or weights whose embeddings were resized for it",
         gotcha="token-without-embedding",
     )
 
 
-def check_ids(ids: np.ndarray, tokenizer: Any, config: Any, task: str) -> None:
-    """Raises DataError where the base cannot be asked one of these rows of tokens (rows, tokens), padded or not."""
-    known = _embeddings(config)
-    if (ids >= known).any():
+def check_prompt_tokens(ids: np.ndarray, tokenizer: Any, config: Any, task: str) -> None:
+    """Raises DataError if the base cannot take one of these rows of tokens (rows, tokens), padded or not."""
+    count = _embedding_count(config)
+    if (ids >= count).any():
         raise DataError(
             "the text has a token that the base has no embedding for",
-            got=_without(tokenizer, int(ids[ids >= known][0]), known),
+            got=_describe_token(tokenizer, int(ids[ids >= count][0]), count),
             fix="leave it out",
             gotcha="token-without-embedding",
         )
-    end = only_end(tokenizer, config, task)
-    for count in (ids == end).sum(1) if end is not None else ():
-        if count != 1:
-            raise DataError(wrong_ends(int(count)), fix=ONE_END, gotcha="one-end-token")
+    end = single_end_token(tokenizer, config, task)
+    for ends in (ids == end).sum(1) if end is not None else ():
+        if ends != 1:
+            raise DataError(wrong_end_count(int(ends)), fix=ONE_END_FIX, gotcha="one-end-token")
 
 
-def only_end(tokenizer: Any, config: Any, task: str) -> int | None:
-    """The token that a row to classify must have exactly once, as an encoder-decoder reads its answer there; None for
-    other bases and tasks. Raises ModelError where rows are padded with that token."""
+def single_end_token(tokenizer: Any, config: Any, task: str) -> int | None:
+    """The token that each row to classify must have exactly once; None for most bases.
+
+    An encoder-decoder classifies at its end token. Raises ModelError if such a base pads with that token.
+    """
     if task != "classify" or not getattr(config, "is_encoder_decoder", False):
         return None
     end: int = config.eos_token_id
@@ -139,10 +123,11 @@ def only_end(tokenizer: Any, config: Any, task: str) -> int | None:
     return end
 
 
-def _embeddings(config: Any) -> int:
+def _embedding_count(config: Any) -> int:
+    """The embeddings of a base; a huge number if its config does not say."""
     found = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
     return found or sys.maxsize
 
 
-def _without(tokenizer: Any, token: int, known: int) -> str:
-    return f"{tokenizer.convert_ids_to_tokens(token)!r} as {token:,}, and {known:,} embeddings"
+def _describe_token(tokenizer: Any, token: int, embeddings: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)!r} as {token:,}, and {embeddings:,} embeddings"

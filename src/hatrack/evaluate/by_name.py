@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hatrack.data.in_memory import file_of
+from hatrack.data.in_memory import cache_rows
 from hatrack.errors import RecipeError
 from hatrack.evaluate.compare import Comparison, Comparisons
 from hatrack.evaluate.compare import compare as compare_on
@@ -32,6 +32,8 @@ def compare(
     if loaded and (len(several) > 1 or options):
         raise RecipeError("a loaded Hat is compared by itself", fix="attach the others to it with add")
     hat = loaded[0] if loaded else load([str(adapter) for adapter in several], **options)
-    source = data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else file_of(data)
+    source = (
+        data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else cache_rows(data)
+    )
     found = compare_on(hat, held_out_rows(hat, source, **reading))
     return found if len(found.adapters) > 1 else next(iter(found.adapters.values()))

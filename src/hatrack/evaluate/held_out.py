@@ -13,13 +13,13 @@ import numpy as np
 from hatrack.adapter.card import AdapterCard
 from hatrack.console import format_rows, say
 from hatrack.data import trained_rows
-from hatrack.data.complaints import Unlearnable, refuse_or_skip
-from hatrack.data.examples import Example, Examples, prepare, read_scored
+from hatrack.data.complaints import BadRows, refuse_or_skip
+from hatrack.data.examples import Example, Examples, examples_to_score, make_examples
 from hatrack.data.limit import choose_max_length, length_limit
 from hatrack.data.read import read_rows
-from hatrack.data.render import TokenRows, render_cached
+from hatrack.data.render import RenderSettings, TokenRows, render_cached
 from hatrack.data.template import chat_template
-from hatrack.data.tokens import check_embedded, only_end, render_both
+from hatrack.data.tokens import check_known_tokens, render_both, render_settings, single_end_token
 from hatrack.errors import AdapterError, DataError, HatrackError
 from hatrack.evaluate.comparable import check_comparable
 from hatrack.inference.hat import Hat
@@ -62,17 +62,12 @@ def _its_data(hat: Hat, name: str, made: AdapterCard) -> Examples:
     except DataError as error:
         told = f"the rows that {name} was trained on cannot be read: {error.what}"
         raise DataError(told, got=error.got, fix=others) from error
-    examples = prepare(recipe, rows, more)
+    examples = make_examples(recipe, rows, more)
     if recipe.bad_rows == "skip" and made.max_length:  # also those that only the base's tokenizer and template find
         tokenizer = hat.base.tokenizer
-        examples, _, _ = render_both(
-            recipe,
-            examples,
-            tokenizer,
-            template=made.template,
-            max_length=made.max_length,
-            end=only_end(tokenizer, hat.base.model.config, made.task),
-        )
+        end_token = single_end_token(tokenizer, hat.base.model.config, made.task)
+        settings = render_settings(examples, made.max_length, made.template, end_token)
+        examples, _, _ = render_both(recipe, examples, tokenizer, settings)
     if examples.digest != made.data.get("digest"):
         raise DataError(f"{recipe.data} is not what {name} was trained on any more", fix=others)
     return examples
@@ -105,7 +100,7 @@ def _given(made: AdapterCard, data: str, options: Mapping[str, str]) -> tuple[st
     for task in ["chat", "complete"] if elsewhere else [made.task]:
         recipe = Recipe.make(task=task, **{**kept, **options})
         try:
-            return read_scored(recipe, rows, made.labels, made.multi_label, also)
+            return examples_to_score(recipe, rows, made.labels, made.multi_label, also)
         except DataError as error:
             problems.append(error)
     raise problems[0]
@@ -138,7 +133,7 @@ def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Example
 def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
     """Conversations that go on from one that was trained on with only what is new in them to score."""
     found = [
-        replace(each, read_only=tuple(sorted({*each.read_only, *turns})))
+        replace(each, context_only=tuple(sorted({*each.context_only, *turns})))
         if (turns := trained_rows.seen_turns(each, known))
         else each
         for each in examples
@@ -178,19 +173,12 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
     try:
         for name, made in hat.hats.items():
             numbers, tokenizer = [made.labels.index(label) for label in first.labels], hat.tokenizer_of(name)
-            rows[name] = render_cached(
-                [_renumbered(each, numbers) for each in examples],
-                tokenizer,
-                task=task,
-                max_length=min(lengths),
-                labels=len(made.labels),
-                multi_label=made.multi_label,
-                template=template,
-                source=source,
-                end=only_end(tokenizer, config, task),
-            )
-            check_embedded(rows[name], tokenizer, config)
-    except Unlearnable as error:
+            end_token = single_end_token(tokenizer, config, task)
+            settings = RenderSettings(task, min(lengths), len(made.labels), made.multi_label, template, end_token)
+            renumbered = [_renumbered(each, numbers) for each in examples]
+            rows[name] = render_cached(renumbered, tokenizer, settings, source)
+            check_known_tokens(rows[name], tokenizer, config)
+    except BadRows as error:
         refuse_or_skip(error, bad_rows)
         gone = {bad.row for _, each in error.bad for bad in each}
         left = [example for example in examples if example.row not in gone]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hatrack.data.batch import collate
-from hatrack.data.order import length_order
+from hatrack.data.order import scoring_batches
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.loss import Batch, Losses, losses
 
@@ -63,7 +63,7 @@ def score(
     total, weights, outcomes = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows))
     predictions: list[np.ndarray] = [np.empty(0)] * len(rows)
     try:
-        groups = length_order(rows.lengths, batch_size)
+        groups = scoring_batches(rows.lengths, batch_size)
         batches = (_batch(rows, indices, pad_id, task, device) for indices in groups)
         found = run(batches) if run else (losses(model, batch, task) for batch in batches)
         for indices, (values, owners, logits) in zip(groups, found, strict=True):

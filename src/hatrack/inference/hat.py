@@ -32,9 +32,9 @@ from hatrack.base.mapped_layers import MappedLayers
 from hatrack.base.offload import as_if_loaded, open_layers, settle
 from hatrack.console import say
 from hatrack.data.limit import position_limit
-from hatrack.data.stop_tokens import Ends, ends_of_template
+from hatrack.data.stop_tokens import Stops, stops_of_template
 from hatrack.data.template import chat_prompt, chat_template
-from hatrack.data.tokens import check_ids
+from hatrack.data.tokens import check_prompt_tokens
 from hatrack.errors import AdapterError, DataError, short_repr
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.recipe import Task
@@ -236,7 +236,7 @@ class Hat:
         lengths = inputs["attention_mask"].sum(1).tolist()
         if not all(lengths):
             raise DataError("the tokenizer makes no token of this text", fix="give it text that the base knows")
-        check_ids(inputs["input_ids"].numpy(), tokenizer, self.base.model.config, self.task)
+        check_prompt_tokens(inputs["input_ids"].numpy(), tokenizer, self.base.model.config, self.task)
         logits = self.model(
             input_ids=inputs["input_ids"].to(self.base.device),
             attention_mask=inputs["attention_mask"].to(self.base.device),
@@ -271,28 +271,28 @@ class Hat:
                 got=f"{len(ids):,} tokens",
                 fix=f"fewer than {self._longest:,}",
             )
-        check_ids(np.array([ids]), tokenizer, self.base.model.config, self.task)
+        check_prompt_tokens(np.array([ids]), tokenizer, self.base.model.config, self.task)
         tensor = torch.tensor([ids], device=self.base.device)
         return {"input_ids": tensor, "attention_mask": torch.ones_like(tensor)}
 
-    def _ends(self) -> Ends:
+    def _ends(self) -> Stops:
         """How answers end: as the adapter in use was taught, or else as the chat template ends them."""
         hat = self._current
         if hat.end_tokens or hat.stop_strings:
-            return Ends(tuple(hat.end_tokens), tuple(hat.stop_strings))
+            return Stops(tuple(hat.end_tokens), tuple(hat.stop_strings))
         if self.task != "chat":
-            return Ends()
-        return ends_of_template(self.tokenizer, hat.template or chat_template(self.tokenizer)[0])
+            return Stops()
+        return stops_of_template(self.tokenizer, hat.template or chat_template(self.tokenizer)[0])
 
-    def _end_tokens(self, ends: Ends) -> list[int]:
+    def _end_tokens(self, ends: Stops) -> list[int]:
         """The tokens of `ends`, and whatever the tokenizer or the base's generation settings end an answer with."""
         return all_end_tokens(self.base, [*ends.tokens, self.tokenizer.eos_token_id])
 
-    def _stop_strings(self, ends: Ends) -> list[str]:
+    def _stop_strings(self, ends: Stops) -> list[str]:
         """The texts of `ends`, and those of its tokens that the tokenizer does not leave out by itself."""
         tokenizer = self.tokenizer
         shown = [token for token in ends.tokens if token not in tokenizer.all_special_ids]
-        return [*ends.texts, *(tokenizer.decode([token]) for token in shown)]
+        return [*ends.strings, *(tokenizer.decode([token]) for token in shown)]
 
     @property
     def pad_id(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from hatrack import cpu
 from hatrack.base.description import BaseDescription
 from hatrack.console import format_size
-from hatrack.data.order import epoch_batches, length_order
+from hatrack.data.order import epoch_batches, scoring_batches
 from hatrack.errors import RecipeError
 from hatrack.planning.machine import Machine
 from hatrack.planning.memory import (
@@ -319,7 +319,7 @@ def _memory_of(where: PlanRequest, method: Method) -> Callable[[int], dict[str, 
 def scored_batches(where: PlanRequest, rows: int) -> list[Batch]:
     """The batches in which held-out rows are scored, of a run with so many rows at a time."""
     thin = _thinned(where.work.held_out)
-    return _batches(thin, length_order(thin[:, 0], max(rows, FEWEST_SCORED))) if len(thin) else []
+    return _batches(thin, scoring_batches(thin[:, 0], max(rows, FEWEST_SCORED))) if len(thin) else []
 
 
 def micro_batches(where: PlanRequest, rows: int) -> list[Batch]:

@@ -90,7 +90,7 @@ def _trial(base: Base, facts: Prepared, count: int) -> Trial:
 
 def _first_steps(base: Base, facts: Prepared, schedule: Schedule, count: int) -> list[list[Batch]]:
     """The micro-batches of a schedule's first steps, on the base's device."""
-    learn = facts.tokens.learn
+    learn = facts.tokens.train
     order = LengthBatches(learn.lengths, schedule.micro_batch, facts.recipe.seed, by_tokens=facts.task != "classify")
     found = [
         collate([learn.row(index) for index in rows], base.tokenizer.pad_token_id, facts.task)
@@ -103,7 +103,7 @@ def _first_steps(base: Base, facts: Prepared, schedule: Schedule, count: int) ->
 def _rows_seen(facts: Prepared) -> int:
     """Rows that go through the layers below the adapters: each once, or where nothing is kept in every epoch."""
     visits = facts.schedule.steps * facts.schedule.batch_size
-    return visits if facts.recipe.cache_limit == 0 else min(len(facts.tokens.learn), visits)
+    return visits if facts.recipe.cache_limit == 0 else min(len(facts.tokens.train), visits)
 
 
 def _verdict(tried: Sequence[Depth], chosen: Depth, before: Score, facts: Prepared, seen: int) -> str:

@@ -49,7 +49,7 @@ def plan(
     work = Work(
         task=examples.task,
         labels=len(examples.labels),
-        rows=tokens.learn.sizes,
+        rows=tokens.train.sizes,
         held_out=tokens.held_out.sizes,
         framework=None if device.type == "cuda" else resident(),
         known=known,

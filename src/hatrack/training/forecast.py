@@ -15,8 +15,8 @@ from hatrack.base.free_memory import need_bitsandbytes
 from hatrack.base.header import check_task, family
 from hatrack.base.hub import describe_on_hub
 from hatrack.console import format_size, say
-from hatrack.data.complaints import Unlearnable
-from hatrack.data.examples import Examples, look_further, read_examples
+from hatrack.data.complaints import BadRows
+from hatrack.data.examples import Examples, add_complaints, read_examples
 from hatrack.data.limit import choose_max_length, length_limit, tokenizer_limit
 from hatrack.data.token_lengths import row_sizes
 from hatrack.errors import RecipeError
@@ -134,8 +134,8 @@ def _work(recipe: Recipe, peeked: BaseDescription) -> Work:
 
     try:
         examples = read_examples(recipe)
-    except Unlearnable as error:
-        raise look_further(error, sizes) from None
+    except BadRows as error:
+        raise add_complaints(error, sizes) from None
     if not (peeked.folder / "tokenizer.json").is_file():
         say("no tokenizer.json there: the rows' lengths are estimated from their letters")
     examples, learn, held_out = sizes(examples)

@@ -24,7 +24,7 @@ def one_step(facts: Prepared) -> list[Finding]:
     Raises HatrackError where the base cannot be loaded.
     """
     adapted = load_adapted_model(facts)
-    learn = facts.tokens.learn
+    learn = facts.tokens.train
     chosen = next(iter(LengthBatches(learn.lengths, min(ROWS, len(learn)), facts.recipe.seed)))
     batch = collate([learn.row(index) for index in chosen], adapted.base.tokenizer.pad_token_id, facts.task)
     loss = _add_gradients(adapted, facts, {name: tensor.to(adapted.base.device) for name, tensor in batch.items()})

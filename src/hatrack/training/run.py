@@ -63,7 +63,7 @@ class Run:
         """
         path = self.folder / RUN
         then = json.loads(path.read_text()) if self.recipe.resume else {"recipe": {}, "facts": {}}
-        options, before, facts = self.recipe.set_options(), then["facts"], json.loads(json.dumps(facts))
+        options, before, facts = self.recipe.explicit_options(), then["facts"], json.loads(json.dumps(facts))
         changed = sorted(name for name in before if facts.get(name) != before[name])
         if changed:
             raise RecipeError(
@@ -312,7 +312,7 @@ def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
             fix="name its folder with --output, or leave out --resume",
         )
     before = json.loads(path.read_text())["recipe"]
-    given = recipe.set_options()
+    given = recipe.explicit_options()
     if given.get("layers") == "auto":
         del given["layers"]  # decided already, or still to be
     for name, value in given.items():

@@ -24,7 +24,7 @@ class SmoothedLoss:
     """
 
     def __init__(self, rows: TokenRows) -> None:
-        learned = np.ones(len(rows)) if not rows.learn.any() else rows.sizes[:, 1]
+        learned = np.ones(len(rows)) if not rows.supervised.any() else rows.sizes[:, 1]
         self.usual = float(np.average(np.log(np.maximum(rows.lengths, 1)), weights=learned))
         self.sums = np.zeros(5)
         self.value: float | None = None

@@ -33,8 +33,8 @@ from hatrack.check.reading import read_for_base
 from hatrack.console import format_size, say
 from hatrack.data import trained_rows
 from hatrack.data.examples import Examples
-from hatrack.data.stop_tokens import Ends
-from hatrack.data.tokens import Tokens, tokenise
+from hatrack.data.stop_tokens import Stops
+from hatrack.data.tokens import Tokens, tokenize
 from hatrack.errors import RecipeError
 from hatrack.evaluate.score import Score
 from hatrack.inference.hat import Hat, all_end_tokens
@@ -104,14 +104,14 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     beside: dict[str, bytes | str] = {"metrics.jsonl": run.metrics.read_bytes()}
     beside[trained_rows.FILE] = trained_rows.to_bytes(trained_rows.keys(examples.train))
     if facts.task != "classify":
-        beside["generation_config.json"] = _generation_config(base, tokens.ends)
+        beside["generation_config.json"] = _generation_config(base, tokens.stops)
     save_adapter(model, run.adapter, hat, base=made_on["source"], extra_files=beside)
     answers = probe_logits(model.eval(), probe_tokens(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, adapted, trained, sweep, prefix
     give_back()  # before the base is loaded a second time
     ready = read_back(run.adapter, answers, recipe)
-    check_ends(ready, tokens.learn, tokens.ends.tokens)
+    check_ends(ready, tokens.train, tokens.stops.tokens)
     run.finish()
     ready.folders = dict.fromkeys(ready.folders, run.output)
     say(f"adapter saved in {run.output} ({format_size(folder_size(run.output))}), on the rack as {run.name}")
@@ -139,7 +139,7 @@ def _tokenise(run: Run, files: BaseFiles, examples: Examples) -> tuple[Any, Exam
     task = cast(Task, examples.task)
     config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
     tokenizer = load_tokenizer(files)
-    return tokenizer, *tokenise(run.recipe, examples, tokenizer, config, template=run.recall("template"))
+    return tokenizer, *tokenize(run.recipe, examples, tokenizer, config, template=run.recall("template"))
 
 
 def _prepare(
@@ -192,7 +192,7 @@ def _known(states: States | None, tokens: Tokens) -> float:
     """The share of all rows whose states an earlier run has kept."""
     if not states:
         return 0.0
-    keys = [row_key(rows.row(index)[0]) for rows in (tokens.learn, tokens.held_out) for index in range(len(rows))]
+    keys = [row_key(rows.row(index)[0]) for rows in (tokens.train, tokens.held_out) for index in range(len(rows))]
     return sum(key in states for key in keys) / len(keys)
 
 
@@ -249,7 +249,7 @@ def _fit(
 
     metrics = MetricsFile(run.metrics)
     asks = facts.task != "classify" and sweep is None  # each token would read a base larger than memory once
-    ends = all_end_tokens(base, facts.tokens.ends.tokens) if asks else []  # classifiers have no generation settings
+    ends = all_end_tokens(base, facts.tokens.stops.tokens) if asks else []  # classifiers have no generation settings
     answers = [SampleAnswers(facts.tokens.held_out, base, ends, metrics)] if asks else []
 
     def tell_before(found: Score) -> None:
@@ -259,7 +259,7 @@ def _fit(
     trainer = HatTrainer(
         model=model,
         args=_arguments(run, base, schedule, facts.plan, trackers),
-        rows=facts.tokens.learn,
+        rows=facts.tokens.train,
         held_out=facts.tokens.held_out,
         task=facts.task,
         sweep=sweep,
@@ -348,13 +348,13 @@ def _describe(
         labels=examples.labels,
         multi_label=examples.multi_label,
         template=tokens.template,
-        end_tokens=list(tokens.ends.tokens),
-        stop_strings=list(tokens.ends.texts),
+        end_tokens=list(tokens.stops.tokens),
+        stop_strings=list(tokens.stops.strings),
         max_length=tokens.max_length,
-        recipe=run.recipe.set_options(),
+        recipe=run.recipe.explicit_options(),
         data={
             "source": str(run.recipe.data),
-            "rows": len(tokens.learn),
+            "rows": len(tokens.train),
             "held_out": len(tokens.held_out),
             "digest": examples.digest,
         },
@@ -363,12 +363,12 @@ def _describe(
     )
 
 
-def _generation_config(base: Base, ends: Ends) -> str:
+def _generation_config(base: Base, ends: Stops) -> str:
     """What plain transformers and vLLM read: the base's own settings, and where an answer of the adapter ends."""
     own = base.model.generation_config.to_diff_dict()
     own.pop("_from_model_config", None)  # would have transformers take the base's end for it
     more = {"eos_token_id": all_end_tokens(base, ends.tokens), "pad_token_id": base.tokenizer.pad_token_id}
-    texts = {"stop_strings": list(ends.texts)} if ends.texts else {}
+    texts = {"stop_strings": list(ends.strings)} if ends.strings else {}
     return json.dumps(own | more | texts, indent=2) + "\n"
 
 
