@@ -191,7 +191,7 @@ def test_tools_are_read_and_calls_are_learned(smollm: Any) -> None:
     assert smollm.decode(ids[learn]) == '<call>find_capital({"land": "Peru"})<|im_end|>It is Lima.<|im_end|>'
 
 
-@pytest.mark.parametrize(("read_only", "learned"), [((1,), ["Fine, thanks."]), ((3,), ["Hi!"])])
+@pytest.mark.parametrize(("context_only", "learned"), [((1,), ["Fine, thanks."]), ((3,), ["Hi!"])])
 def test_turns_can_be_read_and_not_learned(context_only: tuple[int, ...], learned: list[str], smollm: Any) -> None:
     ids, learn = render_chat(turns(*TALK), smollm, QWEN3, context_only=context_only)
     assert smollm.decode(ids[learn]) == "".join(f"{text}<|im_end|>" for text in learned)

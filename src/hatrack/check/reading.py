@@ -15,7 +15,7 @@ from hatrack.recipe import Recipe, Task
 def read_for_base(recipe: Recipe) -> Examples:
     """The examples of a recipe's files.
 
-    Raises Unlearnable with every row that cannot be learned from, those too that only the base's tokenizer or chat
+    Raises BadRows with every row that cannot be learned from, those too that only the base's tokenizer or chat
     template refuses; but nothing is downloaded from the hub for rows that are refused anyway.
     """
     try:

@@ -153,7 +153,7 @@ def map_parts(
 ) -> tuple[Examples, Made, Made]:
     """What `make` makes of the training and of the held-out rows, called with these and the name of their source.
 
-    Rows for which it raises Unlearnable are refused, those of both parts at once. With `bad_rows: skip` they are left
+    Rows for which it raises BadRows are refused, those of both parts at once. With `bad_rows: skip` they are left
     out as if they had never been there: what remains is split anew. Returns the examples that remain, too.
     """
     sources = str(recipe.data), str(recipe.eval_data or recipe.data)
@@ -340,7 +340,7 @@ def _keep(part: _Part, good: list[bool], bad: list[BadRow]) -> _Part:
 
 
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
-    """Raises Unlearnable with every complaint, or leaves the rows out. Raises DataError where no row is left."""
+    """Raises BadRows with every complaint, or leaves the rows out. Raises DataError where no row is left."""
     total = sum(len(part.examples) + len(part.bad) for part in parts)
     refuse_or_skip(BadRows([(part.source, part.bad) for part in parts], total), bad_rows)
     for part in parts:

@@ -47,7 +47,7 @@ def read_example(
             tools = _read(row, columns, "tools", read_tools) if "tools" in columns else ()
             if unread is not None:
                 unread |= talk.unread
-            return {"messages": talk.turns, "read_only": talk.context_only, "tools": tools}, ""
+            return {"messages": talk.turns, "context_only": talk.context_only, "tools": tools}, ""
         texts = {role: _text(row, columns, role) for role in ("text", "prompt", "completion") if role in columns}
     except Unusable as error:
         return BadRow(number, str(error), error.column)

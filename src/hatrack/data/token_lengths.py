@@ -118,7 +118,7 @@ def row_sizes(recipe: Recipe, examples: Examples, folder: Path, most: int) -> tu
     """The examples that can be learned from; of each row to learn, (n, 2), the tokens, cut to `most`, and how many of
     these are learned; and the same of the rows held out.
 
-    Raises Unlearnable with every row that `render` would refuse, unless `bad_rows` is skip. Of more than `CHECKED`
+    Raises BadRows with every row that `render` would refuse, unless `bad_rows` is skip. Of more than `CHECKED`
     conversations only those whose tokens are counted are looked at.
     """
     try:

@@ -161,7 +161,7 @@ def _trained_on(hat: Hat, name: str, made: AdapterCard, earlier: Examples | None
 def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
     """The rows as each adapter takes them: with its own numbers for labels, all written and cut alike.
 
-    Raises Unlearnable where some cannot be, unless `bad_rows` is skip.
+    Raises BadRows where some cannot be, unless `bad_rows` is skip.
     """
     config, first = hat.base.model.config, next(iter(hat.hats.values()))
     template = _template(hat) if task == "chat" else None
