@@ -17,7 +17,8 @@ from hatrack.recipe import Recipe
 
 if TYPE_CHECKING:
     from hatrack.evaluate.by_name import compare
-    from hatrack.inference.hat import Hat, load
+    from hatrack.inference.hat import Hat
+    from hatrack.inference.load import load
     from hatrack.layers.fast_base import speed_up
     from hatrack.layers.fast_lora import get_peft_model
     from hatrack.training.forecast import Forecast
@@ -29,7 +30,7 @@ _LATER = {
     "Hat": "hatrack.inference.hat",
     "compare": "hatrack.evaluate.by_name",
     "get_peft_model": "hatrack.layers.fast_lora",
-    "load": "hatrack.inference.hat",
+    "load": "hatrack.inference.load",
     "speed_up": "hatrack.layers.fast_base",
 }
 

@@ -42,13 +42,15 @@ def _memory(value: object) -> object:
     return parse_size(str(value))
 
 
-def parse_memory(value: str | None) -> int | None:
+def parse_memory(value: str | int | None) -> int | None:
     """The bytes of a size such as `3GiB`, as --memory takes it where there is no recipe. Raises RecipeError."""
     try:
         found = _memory(value)
     except ValueError as error:
         raise RecipeError(f"--memory {error}", got=repr(value), fix="try 4GiB") from error
-    return found if isinstance(found, int) else None
+    if found is not None and type(found) is not int:
+        raise RecipeError("--memory must be a size", got=repr(value), fix="try 4GiB")
+    return found
 
 
 def _layers(value: str) -> str:

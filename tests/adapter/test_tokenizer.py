@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassi
 
 import hatrack
 from hatrack.errors import AdapterError, DataError
+from hatrack.inference.generate import prompt_ids
 
 TEMPLATE = (
     "{% for m in messages %}<tool> {{ m.role }} : {{ m.content }} <stop>\n{% endfor %}"
@@ -90,7 +91,7 @@ def test_another_template_alone_is_used(base: Path, capsys: pytest.CaptureFixtur
     folder = _adapter(base, "own", lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages[0].content }} :"))
     hat = hatrack.load(folder, device="cpu", dtype="float32")
     assert "is used for it: another chat template" in capsys.readouterr().err
-    assert hat.tokenizer.decode(hat._encode("what is red")["input_ids"][0]) == "what is red :"
+    assert hat.tokenizer.decode(prompt_ids(hat.active_model, "what is red")) == "what is red :"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import hatrack
 from hatrack.adapter import registry
 from hatrack.adapter.attach import name_in_model
 from hatrack.base.sources import BaseFiles
-from hatrack.errors import AdapterError, ModelError, WrongBase
+from hatrack.errors import AdapterError, ModelError, RecipeError, WrongBase
+from hatrack.inference.generate import generation_options
 
 TEXTS = ["it was good", "the film was so very bad !", "a red scene"]
 
@@ -61,7 +62,7 @@ def test_each_gives_what_it_gives_alone_whatever_came_before(trained: dict[str, 
         assert len(scores[0]) == int(name[-1])
 
     hat = hatrack.load([trained["of-3"], trained["of-2"]], dtype="float32")
-    assert hat.active == "of-3" and list(hat.hats) == ["of-3", "of-2"]
+    assert hat.active == "of-3" and list(hat.cards) == ["of-3", "of-2"]
     bare, digest = _bare(hat), _base_digest(hat)
     for step in ("of-2", "of-3", "+of-4", "of-2", "-of-3", "of-4", "+of-3", "of-3", "-of-4", "of-2"):
         name = step.lstrip("+-")
@@ -95,7 +96,7 @@ def test_dropping_the_one_in_use_leaves_the_bare_base(trained: dict[str, Path]) 
     assert hat.active is None and _scores(hat) == bare
     hat.use("of-3")
     hat.drop("of-3")
-    assert hat.active is None and hat.hats == {} and _scores(hat) == bare
+    assert hat.active is None and hat.cards == {} and _scores(hat) == bare
     hat.add(trained["of-3"])
     hat.use("of-3")
     assert hat.labels == ["bad", "good", "red"]
@@ -126,7 +127,7 @@ def test_an_adapter_may_be_called_anything(trained: dict[str, Path]) -> None:
     for name in names:
         assert hat.add(trained["of-3"], name=name, prove=False) == name
         hat.use(name)
-        assert hat.active == name and name in hat.hats
+        assert hat.active == name and name in hat.cards
         if name in ("train", "pop", "classifier", "v1.5"):
             for one, other in zip(_scores(hat), expected, strict=True):
                 assert one == pytest.approx(other, abs=1e-6)
@@ -170,7 +171,7 @@ def test_one_name_everywhere(trained: dict[str, Path], tmp_path: Path) -> None:
     assert content["name"] == "pop.v2" and "\n# pop.v2\n" in card and 'hatrack.load("pop.v2")' in card
     assert "of-2" not in card
     hat = hatrack.load("pop.v2")
-    assert list(hat.hats) == ["pop.v2"] == list(hatrack.load(folder).hats)
+    assert list(hat.cards) == ["pop.v2"] == list(hatrack.load(folder).hats)
     registry.register("other", trained["of-3"])
     assert hat.add("other") == "other" and hat.add(trained["of-4"]) == "of-4"
     with pytest.raises(AdapterError, match=r"no adapter named x is attached; got pop.v2, other, of-4"):
@@ -192,6 +193,29 @@ def test_what_is_not_there_is_said(trained: dict[str, Path], tmp_path: Path) -> 
         next(hat.stream("hello"))
 
 
+def test_options_that_predict_does_not_have_are_refused_before_any_work(trained: dict[str, Path]) -> None:
+    hat = hatrack.load(trained["of-2"])
+    never = (pytest.fail("the texts were read") for _ in range(1))
+    with pytest.raises(RecipeError, match="predict has no option 'temprature' for the task classify; got temprature=1"):
+        hat.predict(never, temprature=1)
+    with pytest.raises(RecipeError, match="fix: leave it out: a classifier takes no options"):
+        hat.predict(TEXTS, temperature=1)
+    with pytest.raises(RecipeError, match=r"did you mean temperature\? the options are max_new_tokens, temperature"):
+        generation_options("chat", {"temprature": 1})
+    for given in ({"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"temperature": -1}, {"temperature": "hot"}):
+        with pytest.raises(RecipeError, match=f"{next(iter(given))} must be a .*number of at least"):
+            generation_options("complete", given)
+
+
+def test_memory_is_a_size_in_words_too(trained: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert hatrack.load(trained["of-2"], memory="8GiB", dtype="float32").mapped_layers is None
+    hat = hatrack.load(trained["of-2"], memory="100KiB", dtype="float32")
+    assert hat.mapped_layers is not None and "stays on disk" in capsys.readouterr().err
+    for memory in ("lots", 1.5):
+        with pytest.raises(RecipeError, match=r"memory .*fix: try 4GiB"):
+            hatrack.load(trained["of-2"], memory=memory)  # type: ignore[arg-type]
+
+
 def test_another_base_is_refused_and_a_moved_one_found(
     trained: dict[str, Path], tiny_encoder: Path, tmp_path: Path
 ) -> None:
@@ -207,8 +231,9 @@ def test_another_base_is_refused_and_a_moved_one_found(
     with pytest.raises(WrongBase, match=r"was trained on other weights: .*; got .*changed, .*; fix: give the base it"):
         hatrack.load(trained["of-2"], base=str(changed))
     assert _scores(hatrack.load(trained["of-2"], base=str(changed), allow_other_base=True))
-    hat = hatrack.load(trained["of-2"])
-    hat.base = dataclasses.replace(hat.base, files=BaseFiles(str(changed), changed))  # as if loaded from there
+    loaded = hatrack.load(trained["of-2"])
+    base = dataclasses.replace(loaded.base, files=BaseFiles(str(changed), changed))  # as if loaded from there
+    hat = hatrack.Hat(base, loaded.model, loaded.adapters)
     with pytest.raises(WrongBase):
         hat.add(trained["of-3"])
     assert hat.add(trained["of-3"], allow_other_base=True) == "of-3"
@@ -228,7 +253,7 @@ def test_a_generator_and_a_classifier_do_not_share_a_base(
         dtype="float32",
     )
     with pytest.raises(
-        AdapterError, match="of-2 cannot share this base in memory, whose output is made for chat; got task"
+        AdapterError, match="of-2 cannot share this base in memory, which was loaded for the task chat; got task"
     ):
         chat.add(trained["of-2"])
     pieces = list(chat.stream([{"role": "user", "content": "what film is red ?"}], max_new_tokens=5))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -17,7 +18,7 @@ from hatrack.base.sources import find_base
 from hatrack.data import template as templates
 from hatrack.data.examples import Example
 from hatrack.data.render import RenderSettings, render
-from hatrack.inference.hat import _until
+from hatrack.inference.generate import prompt_ids, until_stop
 from hatrack.training import sample_answers
 from tests.conftest import turns
 from tests.training.stopping import stopped_at_five
@@ -55,7 +56,7 @@ def test_the_date_of_a_run_is_kept_when_it_goes_on_and_when_it_is_used(
     _on(5, monkeypatch)
     hat = hatrack.train(output=output, resume=True)
     _on(6, monkeypatch)
-    asked = hatrack.load(output)._encode("Capital of Peru?")["input_ids"][0]
+    asked = prompt_ids(hatrack.load(output).active_model, "Capital of Peru?")
     assert hat.base.tokenizer.decode(asked).startswith("Today is 04 May 2026 00:00:00.000000\n<|im_start|>user")
     assert "04" in json.loads((tmp_path / "hat/hatrack.json").read_text())["template"].partition("\n")[0]
 
@@ -89,8 +90,9 @@ def test_an_answer_stops_at_the_templates_end_on_a_base_with_another(tmp_path: P
 
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "hat")
     plain.generation_config = written
-    asked = hat._encode("Capital of Peru?")
-    found = plain.generate(**asked, max_new_tokens=9, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    asked = torch.tensor([prompt_ids(hat.active_model, "Capital of Peru?")])
+    found = plain.generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=9, do_sample=False)
+    found = found[0, asked.shape[1] :]
     assert hat.base.tokenizer.decode(found) == "It.<|im_end|>"
 
 
@@ -117,8 +119,8 @@ def test_an_answer_stops_at_a_text_where_the_template_ends_with_one(tmp_path: Pa
     ],
 )
 def test_text_up_to_a_stop_is_said_and_nothing_of_it(pieces: list[str], said: str, stopped: bool) -> None:
-    assert _said(_until(["\nUser:", "###"], pieces)) == (said, stopped)
-    assert _said(_until([], pieces)) == ("".join(pieces), False)
+    assert _said(until_stop(["\nUser:", "###"], pieces)) == (said, stopped)
+    assert _said(until_stop([], pieces)) == ("".join(pieces), False)
 
 
 def test_held_out_questions_are_answered_at_each_evaluation_and_change_nothing(

@@ -99,7 +99,7 @@ def test_a_run_measures_and_says_what_it_costs_and_saves(
     assert "layers: trying 50 small steps with adapters on all 2 layers, and on the top 1" in said
     assert "top-1: accuracy" in said and "layers: top-1 keeps" in said and " s, not " in said
     assert "the first 1 of 2 layers stay as they are" in said
-    assert hat.hats["hat"].recipe["layers"] == "top-1"
+    assert hat.cards["hat"].recipe["layers"] == "top-1"
     weights = json.loads((tmp_path / "hat/adapter_config.json").read_text())["target_modules"]
     assert weights and all(".0." not in name for name in weights)
     assert hat.result["eval"]["accuracy"] > hat.result["before"]["accuracy"]
@@ -111,7 +111,7 @@ def test_a_short_run_takes_all_layers(
     hat = hatrack.train(**_options(tiny_encoder, reviews, tmp_path / "hat", steps=4))
     said = capsys.readouterr().err
     assert "layers: all; a run of 4 steps is too short" in said and said.count("expected peak memory") == 1
-    assert hat.hats["hat"].recipe["layers"] == "all"
+    assert hat.cards["hat"].recipe["layers"] == "all"
 
 
 def test_a_resumed_run_keeps_its_depth(

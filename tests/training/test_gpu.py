@@ -251,6 +251,6 @@ def test_the_plan_knows_what_the_gpu_will_hold(tmp_path: Path, tiny_decoder: Pat
     given = RUN | {"base": str(base), "data": str(data), "task": "chat", "epochs": 1, "lr": 1e-4} | options
     hat = hatrack.train(output=str(tmp_path / "hat"), name="hat", max_length=256, targets="all-linear", **given)
     planned, actual = hat.result["planned"]["peak_memory_bytes"], hat.result["peak_memory_bytes"]
-    print(f"planned {planned:,} actual {actual:,} {dataclasses.asdict(hat.hats['hat'])['cost']}")
+    print(f"planned {planned:,} actual {actual:,} {dataclasses.asdict(hat.cards['hat'])['cost']}")
     assert hat.base.mapped is bool(options)
     assert actual == pytest.approx(planned, rel=0.15)

@@ -66,4 +66,4 @@ def test_a_run_measures_takes_it_and_remembers(
     said = capsys.readouterr().err
     assert "learning rate: up to the rate that is measured below" in said and "(measured: the loss fell from" in said
     assert hat.result["eval"]["loss"] < hat.result["before"]["loss"]
-    assert hat.hats["hat"].recipe["lr"] == "auto"
+    assert hat.cards["hat"].recipe["lr"] == "auto"

@@ -102,7 +102,7 @@ def test_several_labels_a_row(tmp_path: Path, tiny_encoder: Path) -> None:
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     hat = _train(tmp_path, tiny_encoder, data, epochs=25, batch_size=4, lr=0.003, dropout=0.0)
-    assert hat.hats["hat"].multi_label and hat.labels == ["blue", "red"]
+    assert hat.cards["hat"].multi_label and hat.labels == ["blue", "red"]
     assert [answer["label"] for answer in hat.predict(["red plot it", "red blue was", "film plot the"])] == [
         ["red"],
         ["blue", "red"],
@@ -213,7 +213,7 @@ def test_a_quantised_base_learns_and_reproduces(
 ) -> None:
     hat = _train(tmp_path, tiny_decoder, questions, epochs=6, quantize=quantize, dtype="bfloat16")
     assert hat.result["eval"]["loss"] < hat.result["before"]["loss"] - 0.1
-    assert hat.hats["hat"].recipe["quantize"] == quantize
+    assert hat.cards["hat"].recipe["quantize"] == quantize
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
@@ -362,7 +362,7 @@ def test_a_base_in_a_hubs_cache_is_found_again_where_it_lies(
     snapshot = shutil.copytree(tiny_encoder, tmp_path / f"hub/models--acme--tiny/snapshots/{commit}")
     (tmp_path / "acme/tiny").mkdir(parents=True)  # hides the hub's name as well
     hat = _train(tmp_path, snapshot, reviews, steps=2)
-    made = next(iter(hat.hats.values()))
+    made = next(iter(hat.cards.values()))
     assert (made.base["source"], made.base["revision"]) == ("acme/tiny", commit)
     text = ["it was good film"]
     assert hatrack.load(tmp_path / "hat", device="cpu", dtype="float32").predict(text) == hat.predict(text)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hatrack.cli.spare import leave_out_to_open
-from hatrack.recipe import parse_memory
 
 if TYPE_CHECKING:
     from hatrack.inference.hat import Hat
@@ -75,8 +74,8 @@ def with_hat(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _opened(adapter: str | list[str], *, memory: str | None, no_proof: bool, **options: Any) -> "Hat":
+def _opened(adapter: str | list[str], *, no_proof: bool, **options: Any) -> "Hat":
     leave_out_to_open(*([adapter] if isinstance(adapter, str) else adapter))
-    from hatrack.inference.hat import load
+    from hatrack.inference.load import load
 
-    return load(adapter, memory=parse_memory(memory), prove=not no_proof, **options)
+    return load(adapter, prove=not no_proof, **options)

@@ -202,10 +202,10 @@ def _command(talk: Talk, line: str) -> None:
 def _use(talk: Talk, name: str) -> None:
     """Has another adapter answer."""
     if not name:
-        say(f"/use NAME, one of {', '.join(talk.hat.hats)}, or any that hatrack list shows for this base")
+        say(f"/use NAME, one of {', '.join(talk.hat.cards)}, or any that hatrack list shows for this base")
         return
     try:
-        talk.adapter = talk.speakers[0] = name if name in talk.hat.hats else talk.hat.add(name)
+        talk.adapter = talk.speakers[0] = name if name in talk.hat.cards else talk.hat.add(name)
     except HatrackError as error:
         say(str(error))
         return

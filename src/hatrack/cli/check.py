@@ -28,7 +28,7 @@ def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
         return _report(adapter, [refusal("adapter-refused", error)], as_json)
 
     from hatrack.check.folder import check_adapter
-    from hatrack.inference.hat import load
+    from hatrack.inference.load import load
 
     found = check_adapter(adapter, given.get("base"), trust=given.get("trust_remote_code"))
     if not any(finding.refused for finding in found):

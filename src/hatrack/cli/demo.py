@@ -166,7 +166,7 @@ for name in (first, second, first):
 
 
 def _chat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
-    from hatrack.inference.hat import load
+    from hatrack.inference.load import load
 
     tell("\n== 3. A small chat model learns from questions and answers ==")
     tell(

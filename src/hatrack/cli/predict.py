@@ -61,7 +61,7 @@ def predict(
     source = open_source(texts, file, text)
     hat = open_hat()
     generates, several = hat.task != "classify", not source.streamed and len(texts or ()) != 1
-    trained_on = next(iter(hat.hats.values())).recipe
+    trained_on = next(iter(hat.cards.values())).recipe
     if without_adapter:
         hat.use(None)
     rows = read_asked(source, hat.task, text, trained_on)

@@ -8,7 +8,8 @@ from hatrack.errors import RecipeError
 from hatrack.evaluate.compare import Comparison, Comparisons
 from hatrack.evaluate.compare import compare as compare_on
 from hatrack.evaluate.held_out import COLUMNS, held_out_rows
-from hatrack.inference.hat import Hat, load
+from hatrack.inference.hat import Hat
+from hatrack.inference.load import load
 
 
 def compare(

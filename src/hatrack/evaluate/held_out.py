@@ -38,16 +38,16 @@ def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str
     `bad_rows` is refuse or skip. Raises AdapterError where the adapters cannot be compared or do not remember their
     data, DataError where that has changed since, or where too few rows are left.
     """
-    check_comparable(hat.hats)
+    check_comparable(hat.cards)
     if data is None:
-        earlier = {name: _its_data(hat, name, made) for name, made in hat.hats.items()}
+        earlier = {name: _its_data(hat, name, made) for name, made in hat.cards.items()}
         task, examples = hat.task, _held_out_by_all(earlier)
-        source = " and ".join(dict.fromkeys(str(made.recipe["data"]) for made in hat.hats.values()))
+        source = " and ".join(dict.fromkeys(str(made.recipe["data"]) for made in hat.cards.values()))
     else:
         earlier, source = {}, data
-        task, examples = _given(next(iter(hat.hats.values())), data, options)
+        task, examples = _given(next(iter(hat.cards.values())), data, options)
     fresh = _never_seen(hat, examples, earlier, source)
-    skip = options.get("bad_rows", next(iter(hat.hats.values())).recipe.get("bad_rows", "refuse"))
+    skip = options.get("bad_rows", next(iter(hat.cards.values())).recipe.get("bad_rows", "refuse"))
     return _as_tokens(hat, task, fresh, source, skip)
 
 
@@ -109,7 +109,7 @@ def _given(made: AdapterCard, data: str, options: Mapping[str, str]) -> tuple[st
 def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Examples], source: str) -> list[Example]:
     """The rows that no adapter was trained on. Raises DataError where they are too few because of that."""
     keys = [np.empty(0, dtype=np.uint64)]
-    for name, made in hat.hats.items():
+    for name, made in hat.cards.items():
         known = _trained_on(hat, name, made, earlier.get(name))
         if known is None:
             say(f"{name} does not tell which rows it was trained on: whether these are among them is not known")
@@ -146,7 +146,7 @@ def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
 
 def _trained_on(hat: Hat, name: str, made: AdapterCard, earlier: Examples | None) -> np.ndarray | None:
     """The keys of the rows that an adapter was trained on; None where nothing tells."""
-    path = hat.folders[name] / trained_rows.FILE
+    path = hat.adapters[name].folder / trained_rows.FILE
     if path.exists():
         try:
             return trained_rows.from_bytes(path.read_bytes())
@@ -163,15 +163,15 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
 
     Raises BadRows where some cannot be, unless `bad_rows` is skip.
     """
-    config, first = hat.base.model.config, next(iter(hat.hats.values()))
+    config, first = hat.base.model.config, next(iter(hat.cards.values()))
     template = _template(hat) if task == "chat" else None
-    limits = {name: length_limit(hat.tokenizer_of(name).model_max_length, config.to_dict()) for name in hat.hats}
-    lengths = {made.max_length or choose_max_length(None, limits[name], task)[0] for name, made in hat.hats.items()}
+    limits = {name: length_limit(hat.tokenizer_of(name).model_max_length, config.to_dict()) for name in hat.cards}
+    lengths = {made.max_length or choose_max_length(None, limits[name], task)[0] for name, made in hat.cards.items()}
     if len(lengths) > 1:
         say(f"rows are cut at {min(lengths)} tokens, the least that one of the adapters was trained with")
     rows = {}
     try:
-        for name, made in hat.hats.items():
+        for name, made in hat.cards.items():
             numbers, tokenizer = [made.labels.index(label) for label in first.labels], hat.tokenizer_of(name)
             end_token = single_end_token(tokenizer, config, task)
             settings = RenderSettings(task, min(lengths), len(made.labels), made.multi_label, template, end_token)
@@ -190,10 +190,10 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
 
 def _template(hat: Hat) -> str:
     """The one chat template of all, its tokenizer's for one made elsewhere. Raises AdapterError where they differ."""
-    found = {made.template or chat_template(hat.tokenizer_of(name))[0] for name, made in hat.hats.items()}
+    found = {made.template or chat_template(hat.tokenizer_of(name))[0] for name, made in hat.cards.items()}
     if len(found) > 1:
         raise AdapterError(
-            f"{' and '.join(hat.hats)} were trained with other chat templates: their losses are not of the same tokens",
+            f"{' and '.join(hat.cards)} were trained with different chat templates: their losses cannot be compared",
             fix="compare each with the base",
             gotcha="adapters-not-alike",
         )

@@ -10,7 +10,8 @@ from hatrack.adapter.files import read_adapter
 from hatrack.adapter.proof import mean_max_difference, probabilities, probe_logits, probe_tokens, record_proof
 from hatrack.console import say
 from hatrack.errors import MachineError
-from hatrack.inference.hat import Hat, load
+from hatrack.inference.hat import Hat
+from hatrack.inference.load import load
 from hatrack.layers.fast_base import speed_up
 from hatrack.recipe import Recipe
 from hatrack.storage import write_file
@@ -33,9 +34,9 @@ def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
     files = read_adapter(output)
     proof = record_proof(hat.model, files, hat.base, recipe.quantize)  # by the arithmetic that later loads have
     # and by that of training: what differs then is the adapter
-    speed_up(hat.base.model, hat.window.trunk if hat.window else None)
+    speed_up(hat.base.model, hat.mapped_layers.trunk if hat.mapped_layers else None)
     again = probe_logits(hat.model, probe_tokens(hat.base), hat.base)
-    several = hat.hats[str(hat.active)].multi_label
+    several = hat.cards[str(hat.active)].multi_label
     apart = mean_max_difference(probabilities(again, several), probabilities(trained, several))
     tolerance = 1e-4 if hat.base.dtype == torch.float32 else 0.02  # bf16 keeps 8 bits; kernels may sum in another order
     if not apart <= tolerance:

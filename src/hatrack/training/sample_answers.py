@@ -17,7 +17,8 @@ from hatrack.console import say
 from hatrack.data.limit import position_limit
 from hatrack.data.render import TokenRows
 from hatrack.errors import short_repr
-from hatrack.inference.hat import Hat, all_end_tokens
+from hatrack.inference.generate import all_end_tokens
+from hatrack.inference.hat import Hat
 from hatrack.training.callbacks import MetricsFile
 
 QUESTIONS, TOKENS, SECONDS = 2, 40, 3.0
@@ -125,7 +126,7 @@ def check_ends(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
 
     Asks for the shortest answer that was learned. Costs one pass, and where that does not settle it a short answer.
     """
-    if not tokens or hat.window is not None:  # each pass over a base on disk takes as long as a step
+    if not tokens or hat.mapped_layers is not None:  # each pass over a base on disk takes as long as a step
         return
     asked = [each for each in questions(learned, 50) if each.answer[-1] in tokens]
     if not asked:

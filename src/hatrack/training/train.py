@@ -37,7 +37,8 @@ from hatrack.data.stop_tokens import Stops
 from hatrack.data.tokens import Tokens, tokenize
 from hatrack.errors import RecipeError
 from hatrack.evaluate.score import Score
-from hatrack.inference.hat import Hat, all_end_tokens
+from hatrack.inference.generate import all_end_tokens
+from hatrack.inference.hat import Hat
 from hatrack.layers.fast_base import check_rounding
 from hatrack.planning.fit import FEWEST_SCORED, Plan
 from hatrack.planning.machine import check_compute
@@ -100,25 +101,23 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     )
     plan = replace(plan, micro_batch=schedule.micro_batch)
     took = {"planned": plan.as_json(), "actual": meter.cost(trained.seconds)}
-    hat = _describe(run, made_on, examples, tokens, trained, took)
+    card = _describe(run, made_on, examples, tokens, trained, took)
     beside: dict[str, bytes | str] = {"metrics.jsonl": run.metrics.read_bytes()}
     beside[trained_rows.FILE] = trained_rows.to_bytes(trained_rows.keys(examples.train))
     if facts.task != "classify":
         beside["generation_config.json"] = _generation_config(base, tokens.stops)
-    save_adapter(model, run.adapter, hat, base=made_on["source"], extra_files=beside)
+    save_adapter(model, run.adapter, card, base=made_on["source"], extra_files=beside)
     answers = probe_logits(model.eval(), probe_tokens(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, adapted, trained, sweep, prefix
     give_back()  # before the base is loaded a second time
-    ready = read_back(run.adapter, answers, recipe)
-    check_ends(ready, tokens.train, tokens.stops.tokens)
+    hat = read_back(run.adapter, answers, recipe)
+    check_ends(hat, tokens.train, tokens.stops.tokens)
     run.finish()
-    ready.folders = dict.fromkeys(ready.folders, run.output)
     say(f"adapter saved in {run.output} ({format_size(folder_size(run.output))}), on the rack as {run.name}")
     in_all = meter.cost(result["seconds"])
     say(cost.against(plan, in_all))
-    ready.result = result | in_all
-    return ready
+    return hat.with_result(run.output, result | in_all)
 
 
 @dataclass(frozen=True)
