@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from hatrack.adapter.files import read_adapter
-from hatrack.base.description import peek
+from hatrack.base.description import describe_local
 from hatrack.base.sources import find_base
 from hatrack.data.read import read_lines, read_rows
 from hatrack.errors import AdapterError, DataError, HatrackError, ModelError
@@ -151,7 +151,7 @@ def test_bases_of_another_kind(tmp_path: Path, tiny_decoder: Path, name: str, co
         find_base(str(base))
     if name in ("model.safetensors", "config.json"):
         with pytest.raises(ModelError, match=FIX[content]):
-            peek(str(base))
+            describe_local(str(base))
 
 
 def test_gguf_files_and_pickles_of_another_kind(tmp_path: Path) -> None:

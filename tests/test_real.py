@@ -46,7 +46,7 @@ def test_real_reviews_are_learned_and_plain_peft_agrees(tmp_path: Path) -> None:
 
     text = "A warm, funny and beautifully acted film."
     scores = list(hat.predict(text)[0]["scores"].values())
-    command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "real"), str(hat.base.files.folder), text]
+    command = [sys.executable, "-c", PLAIN_PEFT, str(tmp_path / "real"), str(hat.base.description.folder), text]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert json.loads(done.stdout) == pytest.approx(scores, abs=1e-5)
 

@@ -12,8 +12,8 @@ import hatrack
 from hatrack.adapter.card import AdapterCard, model_card
 from hatrack.adapter.files import read_adapter
 from hatrack.adapter.origin import card_of, find_base_of
+from hatrack.base.description import describe_folder
 from hatrack.base.fingerprint import lineage
-from hatrack.base.sources import BaseFiles
 from hatrack.check.folder import check_adapter
 from hatrack.errors import AdapterError, HatrackError, ModelError, OptionStyle
 from tests.adapter.test_like_peft import QV, _adapter, _base
@@ -172,10 +172,10 @@ def test_what_a_base_is_called_elsewhere(tiny_decoder: Path, tmp_path: Path) -> 
     shutil.copytree(tiny_decoder, cached)
     wheel = "pypi:some-base==1.0/some/model"
     for files, source, revision in (
-        (BaseFiles("acme/tiny", cached, commit), "acme/tiny", commit),
-        (BaseFiles(str(cached), cached), "acme/tiny--base", commit),
-        (BaseFiles(wheel, cached), wheel, None),
-        (BaseFiles(str(tiny_decoder), tiny_decoder), str(tiny_decoder.resolve()), None),
+        (describe_folder(cached, "acme/tiny", revision=commit), "acme/tiny", commit),
+        (describe_folder(cached), "acme/tiny--base", commit),
+        (describe_folder(cached, wheel), wheel, None),
+        (describe_folder(tiny_decoder), str(tiny_decoder.resolve()), None),
     ):
         made_on = lineage(files)
         assert (made_on["source"], made_on["revision"]) == (source, revision)

@@ -10,8 +10,9 @@ from transformers import dynamic_module_utils
 
 import hatrack
 from hatrack.base.code import check_code, needed_code
+from hatrack.base.description import BaseDescription
 from hatrack.base.load import load_base, load_config, load_tokenizer
-from hatrack.base.sources import BaseFiles, find_base
+from hatrack.base.sources import find_base
 from hatrack.check.checks import check_recipe
 from hatrack.errors import HatrackError, ModelError, RecipeError
 from hatrack.recipe import Recipe
@@ -155,9 +156,8 @@ def test_what_transformers_has_itself_is_taken_from_it(tiny_decoder: Path, tmp_p
     """Many a repository still carries the code from before its kind came to transformers."""
     auto = {"AutoConfig": "old.LlamaConfig", "AutoModelForCausalLM": "old.LlamaForCausalLM", "AutoModel": "old.Own"}
     auto["AutoTokenizer"] = ["old.LlamaTokenizer", "old.LlamaTokenizerFast"]  # type: ignore[assignment]
-    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto}))
-    assert needed_code(tmp_path) == []
-    assert check_code(BaseFiles("x", tmp_path)).trusted is False
+    assert needed_code({"auto_map": auto}) == []
+    check_code(BaseDescription("x", tmp_path, {"auto_map": auto}, {}))
 
 
 def test_the_command_line_has_the_option(brand: Path, questions: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hatrack.base.description import is_on_hub, peek
+from hatrack.base.description import describe_local, is_on_hub
 from hatrack.base.hub import describe_on_hub
 from hatrack.errors import ModelError, RecipeError
 
@@ -20,12 +20,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_a_folder(tiny_decoder: Path) -> None:
-    found = peek(str(tiny_decoder))
+    found = describe_local(str(tiny_decoder))
     assert found is not None and found.config["model_type"] == "llama" and found.to_download == 0
     assert found.tensors["model.embed_tokens.weight"].shape[1] == 32
     with pytest.raises(RecipeError, match="--revision is for bases on the hub"):
-        peek(str(tiny_decoder), "main")
-    assert not is_on_hub("./nowhere/at.all") and peek("./nowhere/at.all") is None  # `find_base` says why
+        describe_local(str(tiny_decoder), "main")
+    assert not is_on_hub("./nowhere/at.all") and describe_local("./nowhere/at.all") is None  # `find_base` says why
     assert is_on_hub("org/tiny") and not is_on_hub(str(tiny_decoder)) and not is_on_hub("pypi:some-wheel")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hatrack.base.description import BaseDescription, describe_folder
 from hatrack.base.fingerprint import DIGITS, SAMPLE, check_base, fingerprint, lineage, samples
-from hatrack.base.sources import BaseFiles
 from hatrack.errors import WrongBase
 
 from . import tiny
@@ -23,7 +23,7 @@ def test_it_is_the_same_however_the_weights_are_written(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "one" / "model.safetensors")
     model.config.save_pretrained(tmp_path / "other order")
     save_file(dict(reversed(tensors.items())), tmp_path / "other order" / "model.safetensors", metadata={"note": "x"})
-    prints = {fingerprint(folder) for folder in tmp_path.iterdir()}
+    prints = {fingerprint(describe_folder(folder)) for folder in tmp_path.iterdir()}
     assert len(prints) == 1
     assert len(prints.pop()) == DIGITS
 
@@ -47,7 +47,7 @@ def test_any_of_these_changes_it(tmp_path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(tmp_path / "4 other format")
     tiny.model("Llama", "causal", seed=1).save_pretrained(tmp_path / "5 other seed")
     folders = sorted(tmp_path.iterdir())
-    assert len({fingerprint(folder) for folder in folders}) == len(folders) == 6
+    assert len({fingerprint(describe_folder(folder)) for folder in folders}) == len(folders) == 6
 
 
 def test_a_task_head_or_a_second_copy_of_the_embedding_does_not_change_it(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_task_head_or_a_second_copy_of_the_embedding_does_not_change_it(tmp_pa
     old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in tensors.items()}
     old["embeddings.position_ids"] = torch.arange(40).unsqueeze(0)
     save_file(old, tmp_path / "old names" / "model.safetensors")
-    assert len({fingerprint(folder) for folder in tmp_path.iterdir()}) == 1
+    assert len({fingerprint(describe_folder(folder)) for folder in tmp_path.iterdir()}) == 1
 
     tied = tiny.model("Llama", "causal", tie_word_embeddings=True)
     tied.save_pretrained(tmp_path / "tied")
@@ -69,24 +69,24 @@ def test_a_task_head_or_a_second_copy_of_the_embedding_does_not_change_it(tmp_pa
     twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     tied.config.save_pretrained(tmp_path / "twice")
     save_file(twice, tmp_path / "twice" / "model.safetensors")
-    assert fingerprint(tmp_path / "tied") == fingerprint(tmp_path / "twice")
+    assert fingerprint(describe_folder(tmp_path / "tied")) == fingerprint(describe_folder(tmp_path / "twice"))
     twice["lm_head.weight"][3, 3] += 1  # a head of its own is another base
     save_file(twice, tmp_path / "twice" / "model.safetensors")
-    assert fingerprint(tmp_path / "tied") != fingerprint(tmp_path / "twice")
+    assert fingerprint(describe_folder(tmp_path / "tied")) != fingerprint(describe_folder(tmp_path / "twice"))
 
 
 def test_one_number_anywhere_changes_that_of_a_small_base(tmp_path: Path) -> None:
     tiny.model("Llama", "causal").save_pretrained(tmp_path)
-    before, weights = fingerprint(tmp_path), tmp_path / "model.safetensors"
+    before, weights = fingerprint(describe_folder(tmp_path)), tmp_path / "model.safetensors"
     content = weights.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     for place in range(start, len(content), (len(content) - start) // 40):
         changed = bytearray(content)
         changed[place] ^= 1
         weights.write_bytes(bytes(changed))
-        assert fingerprint(tmp_path) != before, place
+        assert fingerprint(describe_folder(tmp_path)) != before, place
     weights.write_bytes(content)
-    assert fingerprint(tmp_path) == before
+    assert fingerprint(describe_folder(tmp_path)) == before
 
 
 @pytest.mark.parametrize("size", [1, 4096, 3 * SAMPLE, 46 * 2**20, 262 * 2**20])
@@ -117,12 +117,12 @@ def test_of_a_large_base_every_tensor_is_sampled_within_the_budget(tmp_path: Pat
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + total)
-    before = fingerprint(tmp_path)
+    before = fingerprint(describe_folder(tmp_path))
     for tensor in (0, 57, 127):  # a third of its rows; a training would change them all
         with (tmp_path / "model.safetensors").open("r+b") as file:
             file.seek(8 + len(text) + tensor * side * side * 2 + 1000 * side * 2)
             file.write(b"\1" * (1400 * side * 2))
-        after = fingerprint(tmp_path)
+        after = fingerprint(describe_folder(tmp_path))
         assert after != before
         before = after
 
@@ -131,10 +131,10 @@ def test_a_base_says_where_it_came_from(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache/bases/Some-Model.Q4_1-0123456789abcdef"
     tiny.save(folder, "Llama", "causal")
-    made_on = lineage(BaseFiles("some.gguf", folder), "4bit")
+    made_on = lineage(describe_folder(folder, "some.gguf"), "4bit")
     assert made_on["form"] == "converted from Some-Model.Q4_1, held in 4bit" and made_on["model_type"] == "llama"
     tiny.save(tmp_path / "plain", "Llama", "causal")
-    plain = BaseFiles(str(tmp_path / "plain"), tmp_path / "plain")
+    plain = describe_folder(tmp_path / "plain")
     assert lineage(plain)["form"] is None and lineage(plain)["fingerprint"] == made_on["fingerprint"]
     check_base("hat", made_on, plain)
 
@@ -142,12 +142,12 @@ def test_a_base_says_where_it_came_from(tmp_path: Path, monkeypatch: pytest.Monk
 def test_another_base_is_refused_with_both_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (1, 2):
         tiny.save(tmp_path / f"base-{seed}", "Llama", "causal", seed=seed)
-    one, other = (BaseFiles(str(tmp_path / f"base-{seed}"), tmp_path / f"base-{seed}") for seed in (1, 2))
+    one, other = (describe_folder(tmp_path / f"base-{seed}") for seed in (1, 2))
     made_on = lineage(one)
     with pytest.raises(WrongBase) as caught:
         check_base("my-hat", made_on, other)
-    assert caught.value.what == f"my-hat was trained on other weights: {one.source}, {fingerprint(one.folder)}"
-    assert caught.value.got == f"{other.source}, {fingerprint(other.folder)}"
+    assert caught.value.what == f"my-hat was trained on other weights: {one.source}, {fingerprint(one)}"
+    assert caught.value.got == f"{other.source}, {fingerprint(other)}"
     assert "--base" in str(caught.value.fix) and "--allow-other-base" in str(caught.value.fix)
     check_base("my-hat", made_on, other, allow_other=True)
     assert f"on {other.source} its scores and its proof say nothing" in capsys.readouterr().err
@@ -170,7 +170,8 @@ SHA, SHA2 = "a" * 40, "b" * 40
 def test_an_adapter_made_elsewhere_is_held_to_its_bases_name(
     source: str, revision: str | None, base: str, commit: str | None, fits: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files, name = BaseFiles(base, Path("nowhere"), commit), f"{source} {revision} {base} {commit}"
+    files = BaseDescription(base, Path("nowhere"), {}, {}, revision=commit)
+    name = f"{source} {revision} {base} {commit}"
     if fits:
         check_base(name, {"source": source, "revision": revision}, files)
         check_base(name, {"source": source, "revision": revision}, files)
@@ -182,7 +183,7 @@ def test_an_adapter_made_elsewhere_is_held_to_its_bases_name(
 
 def test_a_fingerprint_of_another_version_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That it differs says nothing of the weights: the name decides, and what cannot be known is said."""
-    files = BaseFiles(str(tmp_path / "base"), tiny.save(tmp_path / "base", "Llama", "causal"))
+    files = describe_folder(tiny.save(tmp_path / "base", "Llama", "causal"))
     older = lineage(files) | {"fingerprint": "0" * DIGITS}
     del older["fingerprint_kind"]
     check_base("old-hat", older, files)

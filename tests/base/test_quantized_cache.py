@@ -12,9 +12,9 @@ import torch
 
 from hatrack import storage
 from hatrack.base import load, quantized_cache
+from hatrack.base.description import describe_folder
 from hatrack.base.header import read_header
 from hatrack.base.load import Base
-from hatrack.base.sources import BaseFiles
 from hatrack.console import say_once
 from hatrack.errors import ModelError
 from tests.base import tiny
@@ -152,7 +152,7 @@ def test_each_thing_that_changes_the_weights_has_a_folder_of_its_own(tmp_path: P
     ):
         load_tiny(base, task, quantize=quantize, dtype=dtype)
     assert len(quantized_cache.entries()) == 5
-    made = quantized_cache.made_by(BaseFiles("x", folder), task="chat", quantize="4bit", dtype="float32", device="cpu")
+    made = quantized_cache.made_by(describe_folder(folder), task="chat", quantize="4bit", dtype="float32", device="cpu")
     assert quantized_cache.find(made) and not quantized_cache.find(made | {"device": "cuda"})
     assert not quantized_cache.find(made | {"versions": made["versions"] | {"bitsandbytes": "0"}})
 

@@ -24,8 +24,9 @@ from transformers import AutoTokenizer
 
 from hatrack import wheels
 from hatrack.base import convert, sources
+from hatrack.base.description import describe_folder
 from hatrack.base.header import read_config, read_header
-from hatrack.base.sources import BaseFiles, find_base
+from hatrack.base.sources import find_base
 from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
 
 from . import tiny
@@ -63,7 +64,7 @@ def refused(source: str | Path, **options: Any) -> str:
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "base", "Bert")
-    assert find_base(str(folder)) == BaseFiles(str(folder), folder, None)
+    assert find_base(str(folder)) == describe_folder(folder)
 
 
 def test_a_folder_may_be_given_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,8 +341,8 @@ def cached(hub: Path, name: str = "org/tiny", *, pickle: bool = False) -> Path:
 
 def test_a_hub_base_is_found_offline_with_its_commit(hub: Path) -> None:
     folder = cached(hub)
-    assert find_base("org/tiny") == BaseFiles("org/tiny", folder, COMMIT)
-    assert find_base("org/tiny", "main") == find_base("org/tiny", COMMIT) == BaseFiles("org/tiny", folder, COMMIT)
+    found = describe_folder(folder, "org/tiny", revision=COMMIT)
+    assert find_base("org/tiny") == find_base("org/tiny", "main") == find_base("org/tiny", COMMIT) == found
 
 
 def test_a_hub_base_with_pickled_weights_is_converted(hub: Path, cache: Path) -> None:

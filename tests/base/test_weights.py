@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from hatrack.base.description import describe_folder
 from hatrack.base.fingerprint import fingerprint
-from hatrack.base.header import model_shapes, quantisation, read_config, read_header
+from hatrack.base.header import quantisation, read_config, read_header
 from hatrack.base.load import load_base
-from hatrack.base.sources import BaseFiles
 from hatrack.errors import ModelError
 
 from . import tiny
@@ -46,7 +45,7 @@ def change(folder: Path, tensors: Callable[[Tensors], Tensors] = dict, **config:
 
 def load(folder: Path, task: Any = "chat") -> Any:
     labels = ("a", "b") if task == "classify" else ()
-    return load_base(BaseFiles(str(folder), folder), task=task, labels=labels, device="cpu", dtype="float32")
+    return load_base(describe_folder(folder), task=task, labels=labels, device="cpu", dtype="float32")
 
 
 def refused(folder: Path, task: str = "chat") -> str:
@@ -73,7 +72,7 @@ def test_full_weights_are_used_as_what_they_are(told: str, tmp_path: Path, capsy
     assert torch.equal(base.model(IDS).logits, plain)
     assert getattr(base.model.config, "quantization_config", None) is None
     said = capsys.readouterr().err
-    assert said == f"{tmp_path}: config.json tells of {told}, the weights are full (F32): used as what they are\n"
+    assert said == f"{tmp_path}: config.json says {told}, but the weights are F32: used as F32\n"
     assert load(tmp_path, "classify").model.config.num_labels == 2
 
 
@@ -81,7 +80,7 @@ def test_full_weights_under_a_left_over_config_can_be_quantised(tmp_path: Path) 
     pytest.importorskip("bitsandbytes")
     wide = {"hidden_size": 64, "intermediate_size": 128}
     change(tiny.save(tmp_path, "Llama", "causal", **wide), quantization_config=LEFT_OVER["4 bits (gptq)"])
-    base = load_base(BaseFiles("b", tmp_path), task="chat", device="cpu", dtype="float32", quantize="4bit")
+    base = load_base(describe_folder(tmp_path, "b"), task="chat", device="cpu", dtype="float32", quantize="4bit")
     assert any(type(module).__name__ == "Linear4bit" for module in base.model.modules())
 
 
@@ -165,14 +164,14 @@ def test_names_that_a_wrapper_wrote_are_read(
     wrapper: str, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny.save(tmp_path, "Llama", "causal", tie_word_embeddings=False)
-    plain, taken, shapes = load(folder, task), fingerprint(folder), model_shapes(folder, task, 2)
+    plain, taken, shapes = load(folder, task), fingerprint(describe_folder(folder)), tiny.shapes_of(folder, task, 2)
     change(folder, lambda tensors: {WRAPPED[wrapper](name): tensor for name, tensor in tensors.items()})
     capsys.readouterr()
     assert torch.equal(load(folder, task).model(IDS).logits, plain.model(IDS).logits)
     said = capsys.readouterr().err
     assert ("was saved through a wrapper: its tensors are read without" in said) == (not wrapper.startswith("without"))
-    assert fingerprint(folder) == taken
-    assert model_shapes(folder, task, 2) == shapes
+    assert fingerprint(describe_folder(folder)) == taken
+    assert tiny.shapes_of(folder, task, 2) == shapes
 
 
 def test_names_are_read_without_wrappers_in_shards(tmp_path: Path) -> None:
@@ -214,7 +213,7 @@ def _shards(folder: Path, copies: Callable[[torch.Tensor], torch.Tensor]) -> Pat
 
 def test_a_tensor_in_two_shards_is_refused_where_its_copies_differ(tmp_path: Path) -> None:
     folder = _shards(tiny.save(tmp_path, "Llama", "causal"), lambda tensor: tensor + 1)
-    assert "some/base holds a tensor twice, with other numbers each time; got " in refused(folder)
+    assert "some/base holds a tensor twice, with different values; got " in refused(folder)
 
 
 def test_copies_that_are_the_same_are_one(tmp_path: Path) -> None:
@@ -231,11 +230,11 @@ def test_a_tensor_with_and_without_a_wrappers_name_is_refused(tmp_path: Path) ->
 def test_the_whole_file_counts_beside_older_shards(tmp_path: Path) -> None:
     """As transformers takes it."""
     folder = tiny.save(tmp_path / "base", "Llama", "causal")
-    whole, plain = (folder / "model.safetensors").read_bytes(), fingerprint(folder)
+    whole, plain = (folder / "model.safetensors").read_bytes(), fingerprint(describe_folder(folder))
     change(folder, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
     _shards(folder, torch.clone)
     (folder / "model.safetensors").write_bytes(whole)
-    assert fingerprint(folder) == plain
+    assert fingerprint(describe_folder(folder)) == plain
     assert read_header(folder)["model.norm.weight"].file.name == "model.safetensors"
 
 
@@ -252,5 +251,5 @@ def test_what_is_said_of_a_base_is_said_once(tmp_path: Path, monkeypatch: Any, c
     change(tiny.save(tmp_path / "base", "Llama", "causal"), quantization_config=BNB)
     monkeypatch.chdir(tmp_path)
     for source in ("base", str(tmp_path / "base")):
-        load_base(BaseFiles(source, Path(source)), task="chat", device="cpu", dtype="float32")
-    assert capsys.readouterr().err.count("used as what they are") == 1
+        load_base(describe_folder(Path(source)), task="chat", device="cpu", dtype="float32")
+    assert capsys.readouterr().err.count("used as F32") == 1

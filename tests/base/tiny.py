@@ -8,6 +8,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from hatrack.base.header import read_config, read_header, task_shapes
+
 WORDS = ["[PAD]", "[UNK]", "</s>", "the", "cat", "sat", "on", "a", "mat", "good", "bad", "film"]
 SMALL = {"vocab_size": 32, "max_position_embeddings": 40}
 BERT = SMALL | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -98,3 +100,8 @@ def save(folder: Path, kind: str, head: str = "body", **more: Any) -> Path:
     model(kind, head, **more).save_pretrained(folder)
     tokenizer(pad).save_pretrained(folder)
     return folder
+
+
+def shapes_of(folder: Path, task: str, labels: int = 0) -> dict[str, tuple[int, ...]]:
+    """The parameters of a task's model on the base in a folder."""
+    return task_shapes(read_config(folder), read_header(folder), task, labels)

@@ -1,14 +1,12 @@
 """How long a row may be, by the base's config and its tokenizer."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from hatrack.data.limit import choose_max_length, length_limit, position_limit, tokenizer_limit
+from hatrack.data.limit import choose_max_length, length_limit, position_limit
 from hatrack.errors import RecipeError
 
 SMALL = {"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
@@ -50,13 +48,10 @@ def test_where_configs_have_their_limit(config: dict[str, Any], limit: int | Non
     assert position_limit(config) == limit
 
 
-def test_the_lesser_of_tokenizer_and_config_holds(tmp_path: Path) -> None:
+def test_the_lesser_of_tokenizer_and_config_holds() -> None:
     assert length_limit(64, {"max_position_embeddings": 40}) == 40
     assert length_limit(32, {"max_position_embeddings": 40}) == 32
     assert length_limit(1e30, {}) is None  # what tokenizers say that do not know
-    assert tokenizer_limit(tmp_path) is None
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
-    assert tokenizer_limit(tmp_path) == 77
 
 
 def test_the_longest_row_has_a_default_and_a_limit() -> None:

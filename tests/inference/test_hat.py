@@ -17,7 +17,7 @@ from peft.tuners._buffer_dict import BufferDict
 import hatrack
 from hatrack.adapter import registry
 from hatrack.adapter.attach import name_in_model
-from hatrack.base.sources import BaseFiles
+from hatrack.base.description import describe_folder
 from hatrack.errors import AdapterError, ModelError, RecipeError, WrongBase
 from hatrack.inference.generate import generation_options
 
@@ -232,7 +232,7 @@ def test_another_base_is_refused_and_a_moved_one_found(
         hatrack.load(trained["of-2"], base=str(changed))
     assert _scores(hatrack.load(trained["of-2"], base=str(changed), allow_other_base=True))
     loaded = hatrack.load(trained["of-2"])
-    base = dataclasses.replace(loaded.base, files=BaseFiles(str(changed), changed))  # as if loaded from there
+    base = dataclasses.replace(loaded.base, description=describe_folder(changed))  # as if loaded from there
     hat = hatrack.Hat(base, loaded.model, loaded.adapters)
     with pytest.raises(WrongBase):
         hat.add(trained["of-3"])

@@ -6,7 +6,8 @@ from pathlib import Path
 from hatrack import wheels
 from hatrack.adapter.card import CONFIG, AdapterCard
 from hatrack.adapter.files import AdapterFiles
-from hatrack.base.sources import BaseFiles, find_base
+from hatrack.base.description import BaseDescription
+from hatrack.base.sources import find_base
 from hatrack.console import say_once
 from hatrack.errors import AdapterError, MachineError, ModelError
 from hatrack.recipe import flag
@@ -36,8 +37,8 @@ def card_of(files: AdapterFiles, base: str | None = None) -> AdapterCard:
     return AdapterCard(name="", base=told | {"named": named}, task=task, labels=labels)
 
 
-def find_base_of(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseFiles:
-    """The files of an adapter's base: of `base` where that names where it lies now, else of the one it was made from.
+def find_base_of(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseDescription:
+    """An adapter's base: of `base` where that names where it lies now, else of the one it was made from.
 
     Raises AdapterError where it names none; ModelError or MachineError, with `--base` as a way on, where that one
     cannot be had.

@@ -1,11 +1,12 @@
 """The tokenizer that lies beside an adapter made elsewhere: with tokens that were added, or another chat template."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hatrack.adapter.card import HATRACK_JSON
 from hatrack.base.code import needed_code
+from hatrack.base.description import BaseDescription
+from hatrack.base.header import CONFIG, TOKENIZER_CONFIG, read_optional_json
 from hatrack.base.load import Base, has_tokenizer, load_tokenizer
 from hatrack.console import say_once
 from hatrack.errors import AdapterError, ModelError, short_repr
@@ -27,13 +28,14 @@ def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
     for other in filter(None, others):
         raise other
     try:
-        if not has_tokenizer(folder):
+        config, settings = (read_optional_json(folder / name) for name in (CONFIG, TOKENIZER_CONFIG))
+        if not has_tokenizer(folder, settings):
             return None
-        if needed_code(folder):
+        if needed_code(config, settings):
             say_once(f"{folder}: its tokenizer needs code of its own, which is not run; the base's is used")
             return None
         rows = base.model.get_input_embeddings().weight.shape[0]
-        own = load_tokenizer(replace(base.files, folder=folder, source=str(folder), trusted=False), rows)
+        own = load_tokenizer(BaseDescription(str(folder), folder, config, {}, settings), rows)
     except ModelError as error:
         fix = "copy the adapter again, or remove the tokenizer's files from it to use the base's"
         raise AdapterError(error.what, got=error.got, fix=fix, gotcha="tokenizer-beside") from error

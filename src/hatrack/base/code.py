@@ -3,57 +3,54 @@
 Knows nothing of adapters: no field of one, and none of a base, can ask for code to be run.
 """
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
 
-from hatrack.base.header import CONFIG, read_json
-from hatrack.base.sources import BaseFiles
+from hatrack.base.description import BaseDescription
 from hatrack.errors import ModelError
 from hatrack.recipe import flag
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 ASKED_FOR = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer")
 
 
-def check_code(files: BaseFiles) -> BaseFiles:
-    """The same files, where they need no code of their own, or where it may run.
+def check_code(base: BaseDescription) -> None:
+    """Raises ModelError, naming the base and the code, where code is needed that was not allowed, is in another
+    repository, or is missing.
 
-    A base whose classes transformers has itself is loaded by those, whatever code lies beside it. Raises ModelError,
-    naming the base and the code, where it is needed and was not allowed, lies in another repository, or is missing.
+    A base whose classes transformers has itself is loaded by those, whatever code is beside it.
     """
-    needed = needed_code(files.folder)
+    needed = needed_code(base.config, base.tokenizer_config)
     modules = sorted({f"{reference.rpartition('.')[0]}.py" for reference in needed})
     if not needed:
-        return files
+        return
     elsewhere = [module.partition("--")[0] for module in modules if "--" in module]
     if elsewhere:
         raise ModelError(
-            f"{files.source} asks for code of another repository",
+            f"{base.source} asks for code of another repository",
             got=f"{', '.join(modules)} of {elsewhere[0]}",
             fix="use another base; hatrack runs no code but that beside the weights",
         )
-    if not files.trusted:
+    if not base.trusted:
         raise ModelError(
-            f"{files.source} needs code of its own, which is not run unasked",
-            got=f"{', '.join(modules)} in {files.source if files.revision else files.folder}",
-            fix=f"read it; {flag('trust_remote_code')} {files.source} lets it run, with all your rights",
+            f"{base.source} needs code of its own, which is not run unasked",
+            got=f"{', '.join(modules)} in {base.source if base.revision else base.folder}",
+            fix=f"read it; {flag('trust_remote_code')} {base.source} lets it run, with all your rights",
         )
-    missing = [module for module in modules if not (files.folder / module).is_file()]
+    missing = [module for module in modules if not (base.folder / module).is_file()]
     if missing:
         raise ModelError(
-            f"{files.source} lacks its code", got=f"no {', '.join(missing)}", fix="copy or download the base again"
+            f"{base.source} lacks its code", got=f"no {', '.join(missing)}", fix="copy or download the base again"
         )
-    return files
 
 
-def needed_code(folder: Path) -> list[str]:
-    """References such as `modeling_x.XForCausalLM`, or `owner/name--modeling_x.X`, to classes transformers has not."""
+def needed_code(*configs: Mapping[str, Any]) -> list[str]:
+    """References such as `modeling_x.XForCausalLM`, or `owner/name--modeling_x.X`, in the `auto_map` of config.json and
+    tokenizer_config.json to classes that transformers lacks."""
     references: list[str] = []
-    for name in (CONFIG, TOKENIZER_CONFIG):
-        path = folder / name
-        found = read_json(path).get("auto_map") if path.is_file() else None
+    for config in configs:
+        found = config.get("auto_map")
         if isinstance(found, dict):
             references += [reference for kind in ASKED_FOR for reference in _texts(found.get(kind))]
         elif found is not None:  # older tokenizers: a pair

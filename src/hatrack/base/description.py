@@ -1,42 +1,70 @@
-"""A base's config.json and tensor headers from its name, without its weights. Knows no torch.
+"""What is known of a base before its weights are read: config, tensor headers, tokenizer settings.
 
-Of what lies on this machine; `hub.py` does the same for the hub. A base that has to be unpacked or converted first is
-left to `sources.py`.
+Needs no torch. Reads what is on this machine; `hub.py` reads it from the hub. A base that must first be unpacked or
+converted is left to `sources.py`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hatrack import wheels
+from hatrack.base import header
 from hatrack.base.duplicate_tensors import check_copies
-from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, check_weights, read_config, read_header
+from hatrack.base.header import CONFIG, INDEX, TOKENIZER_CONFIG, WEIGHTS, Family, TensorInfo
 from hatrack.base.locate import gguf_folder, in_wheel, looks_like_path
 from hatrack.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class BaseDescription:
-    """What is known of a base from its small files: its config, the tensors it has, and where the small files lie.
+    """A base and its small files, read once.
 
-    `to_download`: bytes of weights that this machine does not have yet.
+    `source`: what was asked for, so that it can be asked for again. `folder`: where config.json, safetensors and the
+    tokenizer are. `tensors`: by name, without what wrappers such as torch.compile put into names, which `wrappers`
+    lists. `tokenizer_config`: empty where there is none. `revision`: the exact commit of a base on the hub. `trusted`:
+    a person named this base as one whose own code may run. `to_download`: bytes of weights not yet on this machine.
     """
 
     source: str
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    tokenizer_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    wrappers: tuple[str, ...] = ()
+    revision: str | None = None
+    trusted: bool = False
     to_download: int = 0
 
+    @property
+    def family(self) -> Family:
+        """encoder, decoder or encoder-decoder."""
+        return header.family(self.config)
 
-def describe_folder(folder: Path, source: str | None = None) -> BaseDescription:
-    """The same of a folder with config.json and safetensors. Raises ModelError where it is not one, or one that cannot
-    be trained on."""
-    config, header = read_config(folder), read_header(folder)
-    check_copies(source or str(folder), folder)
-    check_weights(source or str(folder), config, header)
-    return BaseDescription(source or str(folder), folder, config, header)
+    @property
+    def hidden_size(self) -> int:
+        """The width of its hidden states. Raises ModelError where config.json does not say."""
+        return header.hidden_size(self.config)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of most of its bytes on disk, as safetensors writes it: "BF16"."""
+        return header.stored_format(self.tensors)
+
+
+def describe_folder(
+    folder: Path, source: str | None = None, *, revision: str | None = None, trusted: bool = False
+) -> BaseDescription:
+    """Reads the small files of a folder with config.json and safetensors.
+
+    Raises ModelError where one is missing or damaged, or where the weights cannot be trained on.
+    """
+    source, config, found = source or str(folder), header.read_config(folder), header.read_checkpoint(folder)
+    check_copies(source, found.files)
+    header.check_weights(source, config, found.tensors)
+    settings = header.read_optional_json(folder / TOKENIZER_CONFIG)
+    return BaseDescription(source, folder, config, found.tensors, settings, found.wrappers, revision, trusted)
 
 
 def is_on_hub(source: str) -> bool:
@@ -44,9 +72,9 @@ def is_on_hub(source: str) -> bool:
     return not (wheels.is_pypi(source) or Path(source).expanduser().exists() or looks_like_path(source))
 
 
-def peek(source: str, revision: str | None = None) -> BaseDescription | None:
-    """The base of a name as `find_base` takes it, where it is not on the hub; None where it must first be unpacked or
-    converted to be known.
+def describe_local(source: str, revision: str | None = None) -> BaseDescription | None:
+    """Describes a base that is not on the hub, by its name as `find_base` takes it; None where it must first be
+    unpacked or converted.
 
     Raises ModelError where there is no such base, RecipeError where there is one and a revision of it is asked for.
     """

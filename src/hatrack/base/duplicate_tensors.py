@@ -2,24 +2,24 @@
 
 import hashlib
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Mapping
 
-from hatrack.base.header import WRAPPERS, TensorInfo, read_file_headers
+from hatrack.base.header import WRAPPERS, TensorInfo
 from hatrack.errors import ModelError
 from hatrack.storage import machine_errors
 
 
-def check_copies(source: str, folder: Path) -> None:
-    """Raises ModelError where one tensor is in the files of a base several times, with other numbers each: in several
-    shards, or with and without what a wrapper puts into names. Which of them is used would be chance."""
+def check_copies(source: str, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    """Raises ModelError where a base's files (name -> header) hold one tensor several times with different values: in
+    several shards, or with and without what a wrapper puts into names. Which of them is used would be chance."""
     found: dict[str, list[TensorInfo]] = defaultdict(list)
-    for header in read_file_headers(folder).values():
+    for header in headers.values():
         for name, info in header.items():
             found[WRAPPERS.sub("", name)].append(info)
     for name, copies in found.items():
         if len(copies) > 1 and len({_digest(copy) for copy in copies}) > 1:
             raise ModelError(
-                f"{source} holds a tensor twice, with other numbers each time",
+                f"{source} holds a tensor twice, with different values",
                 got=f"{name} in {' and '.join(dict.fromkeys(copy.file.name for copy in copies))}",
                 fix="copy or download the base again, into an empty folder",
                 gotcha="base-tensor-twice",

@@ -8,15 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hatrack.base.header import TensorInfo, read_config, read_parameters
+from hatrack.base.description import BaseDescription
+from hatrack.base.header import TensorInfo, own_parameters
 from hatrack.console import say_once
 from hatrack.errors import ModelError, WrongBase
 from hatrack.storage import cache_dir
-
-if TYPE_CHECKING:
-    from hatrack.base.sources import BaseFiles  # which needs torch to convert
 
 WHOLE = 512 * 2**20
 """Bytes up to which a base is read whole."""
@@ -31,16 +29,16 @@ OUTPUTS = ("lm_head.weight", "embed_out.weight", "decoder.embed_tokens.weight", 
 """Names under which a checkpoint may hold its embedding a second time, or not at all."""
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(base: BaseDescription) -> str:
     """16 hexadecimal digits of a sha256 over every tensor's name, type, shape and bytes, or samples of its bytes.
 
     The same for the same weights in one file or many, in any order, with or without the model's prefix in the names,
     a task's own head or a second copy of the embedding. A base of up to 512 MiB is read whole. Of a larger one every
     tensor's start, end and evenly spread samples are read, together 128 MiB: a change all over a matrix, as any
     training makes, always shows; one of a few neighbouring rows shows with the probability of the share read (1% for
-    13.5 GB). Raises ModelError where a file is missing or damaged.
+    13.5 GB). Raises ModelError where a file cannot be read.
     """
-    digests = dict(_digests(read_parameters(folder)))
+    digests = dict(_digests(own_parameters(base.config, base.tensors)))
     for name in OUTPUTS:
         if name in digests and any(digests[other] == digests[name] for other in digests if other not in OUTPUTS):
             del digests[name]
@@ -52,7 +50,7 @@ def digest(tensors: Mapping[str, TensorInfo]) -> str:
     return _of_all(dict(_digests(tensors)))
 
 
-def lineage(base: "BaseFiles", quantize: str = "none") -> dict[str, Any]:
+def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
     """What hatrack.json says of a base: where it came from, its fingerprint, and in which form it was trained on.
 
     The fingerprint is of the weights as they lie on disk. `form` tells of a base that was converted from a GGUF or
@@ -66,9 +64,9 @@ def lineage(base: "BaseFiles", quantize: str = "none") -> dict[str, Any]:
     return {
         "source": source,
         "revision": revision,
-        "fingerprint": fingerprint(base.folder),
+        "fingerprint": fingerprint(base),
         "fingerprint_kind": KIND,
-        "model_type": read_config(base.folder).get("model_type"),
+        "model_type": base.config.get("model_type"),
         "form": ", ".join(forms) or None,
     }
 
@@ -76,7 +74,7 @@ def lineage(base: "BaseFiles", quantize: str = "none") -> dict[str, Any]:
 def check_base(
     adapter: str | Path,
     made_on: Mapping[str, Any],
-    base: "BaseFiles",
+    base: BaseDescription,
     *,
     allow_other: bool = False,
     known: str | None = None,
@@ -93,7 +91,7 @@ def check_base(
         wanted, why = None, "has a fingerprint of another version of hatrack, which cannot be compared"
     there = f"{made_on['source']}" + (f" ({made_on['form']})" if made_on.get("form") else "")
     if wanted:
-        found = known or fingerprint(base.folder)
+        found = known or fingerprint(base)
         if wanted == found:
             return
         what, there, here = "was trained on other weights", f"{there}, {wanted}", f"{base.source}, {found}"
@@ -154,7 +152,7 @@ def samples(size: int, share: float) -> list[tuple[int, int]]:
     return [((size - SAMPLE) * part // (count - 1), SAMPLE) for part in range(count)]
 
 
-def _same_name(made_on: Mapping[str, Any], base: "BaseFiles") -> bool:
+def _same_name(made_on: Mapping[str, Any], base: BaseDescription) -> bool:
     """Whether a foreign adapter can mean this base: the last part of the name, and the commit where both tell one."""
     names = [re.split(r"[/\\]", str(source).rstrip("/\\"))[-1].lower() for source in (made_on["source"], base.source)]
     commits = [str(commit) for commit in (made_on.get("revision"), base.revision) if commit]
@@ -162,7 +160,7 @@ def _same_name(made_on: Mapping[str, Any], base: "BaseFiles") -> bool:
     return names[0] == names[1] and (len(known) < 2 or known[0] == known[1])
 
 
-def _portable(base: "BaseFiles") -> tuple[str, str | None]:
+def _portable(base: BaseDescription) -> tuple[str, str | None]:
     """The base's name and commit as they mean the same on another machine: its hub id, its name on a package index, or
     else its path. A folder in the hub's cache is the hub's."""
     path = Path(base.source).expanduser()

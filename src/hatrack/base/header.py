@@ -17,6 +17,7 @@ from hatrack.errors import ModelError
 from hatrack.file_kind import SAFETENSORS, other_kind
 
 CONFIG = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100 * 2**20
@@ -105,37 +106,44 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def read_header(folder: Path) -> dict[str, TensorInfo]:
-    """Name -> where and what, for every tensor of `model.safetensors` or of the shards its index names.
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors headers of a base: those of each file, and the tensors that transformers reads, by stored name.
 
-    Names come without what wrappers such as torch.compile put into them (`WRAPPERS`). Raises ModelError, naming the
-    file, where one is missing, truncated or malformed, or lacks a tensor of the index.
+    `tensors` has the same names without what wrappers such as torch.compile put into them; `wrappers` lists that.
     """
-    return {WRAPPERS.sub("", name): info for name, info in read_stored_names(folder).items()}
+
+    files: Mapping[str, Mapping[str, TensorInfo]]
+    stored: Mapping[str, TensorInfo]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {WRAPPERS.sub("", name): info for name, info in self.stored.items()}
+
+    @property
+    def wrappers(self) -> tuple[str, ...]:
+        return tuple(sorted({match[0] for name in self.stored if (match := WRAPPERS.search(name))}))
 
 
-def read_stored_names(folder: Path) -> dict[str, TensorInfo]:
-    """The same under the very names that the files have. Raises ModelError as `read_header` does."""
-    headers = read_file_headers(folder)
-    if len(headers) == 1 and WEIGHTS in headers:
-        return headers[WEIGHTS]
-    names: dict[str, str] = read_json(folder / INDEX)["weight_map"]
-    absent = [name for name, file in names.items() if name not in headers[file]]
-    if absent:
-        raise ModelError(f"{folder / names[absent[0]]} lacks {len(absent)} tensors of the index", got=absent[0])
-    return {name: headers[file][name] for name, file in names.items()}
+def read_header(folder: Path) -> dict[str, TensorInfo]:
+    """Name -> tensor, for every tensor of `model.safetensors` or of the shards that its index names, without wrappers.
+
+    Raises ModelError as `read_checkpoint` does.
+    """
+    return read_checkpoint(folder).tensors
 
 
-def read_file_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
-    """File name -> its tensors, for the files that transformers reads: `model.safetensors`, else the index's shards.
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads the headers of the files that transformers reads: `model.safetensors`, else the shards of the index.
 
-    Raises ModelError as `read_header` does.
+    Raises ModelError, naming the file, where one is missing, truncated or malformed, or lacks a tensor of the index.
     """
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.is_file():
         if not (folder / WEIGHTS).exists():
             raise ModelError(f"{folder} has no {WEIGHTS}", fix="give the folder of a whole model")
-        return {WEIGHTS: read_file_header(folder / WEIGHTS)}
+        header = read_file_header(folder / WEIGHTS)
+        return Checkpoint({WEIGHTS: header}, header)
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise ModelError(f"{index} has no weight_map", fix="copy or download the base again")
@@ -150,18 +158,21 @@ def read_file_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
             got=", ".join(missing[:3]),
             fix="copy or download the base again",
         )
-    return {file: read_file_header(path) for file, path in shards.items()}
+    headers = {file: read_file_header(path) for file, path in shards.items()}
+    absent = [name for name, file in names.items() if name not in headers[file]]
+    if absent:
+        raise ModelError(f"{folder / names[absent[0]]} lacks {len(absent)} tensors of the index", got=absent[0])
+    return Checkpoint(headers, {name: headers[file][name] for name, file in names.items()})
 
 
-def read_parameters(folder: Path) -> dict[str, TensorInfo]:
-    """The base's own parameters, named alike in every checkpoint of it: without prefix, buffers and task heads.
+def own_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The base's own parameters under names that are the same in every checkpoint: no prefix, buffers or task heads.
 
-    The head of a language model is its own and stays. Raises ModelError as `read_header` does.
+    The output head of a language model belongs to it and stays.
     """
-    config = read_config(folder)
     named = {
         without_prefix(_renamed(name), config): info
-        for name, info in read_header(folder).items()
+        for name, info in tensors.items()
         if not _is_buffer(name, info.shape)
     }
     own = ("lm_head.", "embed_out.")
@@ -331,20 +342,15 @@ def head_modules(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(name.split(".")[0] for name in head_shapes(config, 1)))
 
 
-def model_shapes(folder: Path, task: str, labels: int = 0) -> dict[str, tuple[int, ...]]:
+def task_shapes(
+    config: Mapping[str, Any], header: Mapping[str, TensorInfo], task: str, labels: int = 0
+) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape as the task's transformers model has them, from the checkpoint's headers alone.
 
     `task` is classify (with a head of `labels` outputs), chat or complete. The checkpoint may carry the model's prefix
     or not, and another task's head: the names come out the same. Tied weights are listed once, buffers not at all.
     Experts that transformers joins into one tensor while loading are listed as the checkpoint has them.
     """
-    return task_shapes(read_config(folder), read_header(folder), task, labels)
-
-
-def task_shapes(
-    config: Mapping[str, Any], header: Mapping[str, TensorInfo], task: str, labels: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """`model_shapes` of a config and tensors that were read already."""
     kind, prefix = str(config.get("model_type")), _prefix(config)
     shapes = {_renamed(name): info.shape for name, info in header.items() if not _is_buffer(name, info.shape)}
     shapes = {
@@ -400,6 +406,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object", got=type(content).__name__)
     return content
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty dict where there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:

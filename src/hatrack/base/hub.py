@@ -1,7 +1,7 @@
 """A hub base's config.json and tensor headers, without its weights; and what can go wrong on the way. Knows no torch.
 
 config.json is downloaded and the headers of the safetensors files are read by HTTP range requests, unless the weights
-are in the hub's cache already. Apart from `peek.py`, as importing what talks to the hub takes a quarter of a second.
+are in the hub's cache already. Not part of `description.py`, as importing huggingface_hub takes a quarter of a second.
 """
 
 import contextlib
@@ -23,7 +23,19 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from hatrack.base.description import BaseDescription, describe_folder
-from hatrack.base.header import CONFIG, INDEX, WEIGHTS, TensorInfo, check_weights, read_config, read_json, weight_bytes
+from hatrack.base.header import (
+    CONFIG,
+    INDEX,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    WRAPPERS,
+    TensorInfo,
+    check_weights,
+    read_config,
+    read_json,
+    read_optional_json,
+    weight_bytes,
+)
 from hatrack.base.locate import ADAPTER_CONFIG
 from hatrack.base.not_a_base import an_adapter
 from hatrack.errors import HatrackError, MachineError, ModelError
@@ -48,7 +60,7 @@ def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription
             raise _no_base(source, folder)
         found = HfApi().get_safetensors_metadata(source, revision=folder.name)
     tensors = {
-        name: TensorInfo(
+        WRAPPERS.sub("", name): TensorInfo(
             tuple(info.shape), info.dtype, Path(file), info.data_offsets[0], info.data_offsets[1] - info.data_offsets[0]
         )
         for file, part in found.files_metadata.items()
@@ -56,7 +68,8 @@ def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription
     }
     config = read_config(folder)
     check_weights(source, config, tensors)
-    return BaseDescription(source, folder, config, tensors, weight_bytes(tensors))
+    settings = read_optional_json(folder / TOKENIZER_CONFIG)
+    return BaseDescription(source, folder, config, tensors, settings, to_download=weight_bytes(tensors))
 
 
 def _cached(source: str, revision: str | None) -> Path | None:

@@ -24,24 +24,17 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hatrack.base import quantized_cache
 from hatrack.base.code import check_code
-from hatrack.base.duplicate_tensors import check_copies
+from hatrack.base.description import BaseDescription
 from hatrack.base.free_memory import available_memory, give_back, need_bitsandbytes, no_device
 from hatrack.base.header import (
     QUANTISATION,
     WRAPPERS,
     check_task,
-    check_weights,
     quantisation,
-    read_config,
-    read_header,
-    read_json,
-    read_stored_names,
-    stored_format,
     weight_bytes,
 )
 from hatrack.base.quantized_cache import whole_base
 from hatrack.base.quiet import quiet
-from hatrack.base.sources import BaseFiles
 from hatrack.console import format_size, say, say_once
 from hatrack.cpu import fast_at_bfloat16
 from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
@@ -65,7 +58,7 @@ class Base:
     `mapped`: left in the files' own format, to be shown part by part).
     """
 
-    files: BaseFiles
+    description: BaseDescription
     model: Any
     tokenizer: Any
     device: torch.device
@@ -124,7 +117,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def load_base(
-    files: BaseFiles,
+    description: BaseDescription,
     *,
     task: Task,
     labels: Sequence[str] = (),
@@ -148,25 +141,25 @@ def load_base(
     """
     chosen, _ = choose_device(device)
     number_format, _ = choose_dtype(dtype, chosen)
-    config = load_config(files, task=task, labels=labels, multi_label=multi_label)
-    tokenizer = load_tokenizer(files)
+    config = load_config(description, task=task, labels=labels, multi_label=multi_label)
+    tokenizer = load_tokenizer(description)
     if mapped and (chosen.type == "mps" or quantize != "none"):
         raise RecipeError(
             "a base larger than memory is streamed in its own format, and not on mps",
             got=f"--device {chosen}, --quantize {quantize}",
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
-    loaded_as = STORED.get(stored_format(read_header(files.folder)), torch.float32) if mapped else number_format
-    options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": files.trusted}
+    loaded_as = STORED.get(description.stored_dtype, torch.float32) if mapped else number_format
+    options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": description.trusted}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     if quantize != "none" or (chosen.type != "cpu" and not mapped and task != "classify"):
         options["device_map"] = {"": chosen}
     if quantize != "none":
-        model, found = _quantised(files, task, chosen, seed, quantize, options)
+        model, found = _quantised(description, task, chosen, seed, quantize, options)
     else:
-        model, found = _model(files, task, torch.device("cpu") if mapped else chosen, seed, options)
-    _check_loaded(files, model, task, found, seed)
+        model, found = _model(description, task, torch.device("cpu") if mapped else chosen, seed, options)
+    _check_loaded(description, model, task, found, seed)
     for part in (model.config, model.config.get_text_config()):
         part.pad_token_id = tokenizer.pad_token_id
     if task == "classify":  # as in training, whatever side it generates from: many models count positions from the left
@@ -174,15 +167,7 @@ def load_base(
     keep_packed_as_is(model)
     model.requires_grad_(False)
     model.eval()
-    return Base(files, model, tokenizer, chosen, number_format, mapped)
-
-
-def check_bare(files: BaseFiles) -> BaseFiles:
-    """The same files, once the headers of their weights are read. Raises ModelError where these are damaged (which the
-    library that maps them would not name), or cannot be trained on."""
-    check_weights(files.source, read_config(files.folder), read_header(files.folder))
-    check_copies(files.source, files.folder)
-    return files
+    return Base(description, model, tokenizer, chosen, number_format, mapped)
 
 
 def _devices() -> list[str]:
@@ -195,10 +180,11 @@ def _devices() -> list[str]:
     return [*(kind for kind, present in there.items() if present), "cpu"]
 
 
-def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
+def load_config(base: BaseDescription, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
     """The model's configuration with the task's labels in it. Raises ModelError where the base cannot do the task,
     cannot be trained on, or needs code that may not run."""
-    check_task(files.source, read_config(check_code(check_bare(files)).folder), task)
+    check_code(base)
+    check_task(base.source, base.config, task)
     if task == "classify" and not labels:
         raise RecipeError("a classifier needs labels", got="none", fix="give the label column with --label COLUMN")
     extra: dict[str, Any] = {}
@@ -206,69 +192,68 @@ def load_config(files: BaseFiles, *, task: Task, labels: Sequence[str] = (), mul
         extra["id2label"] = dict(enumerate(labels))
         extra["label2id"] = {name: number for number, name in enumerate(labels)}
         extra["problem_type"] = "multi_label_classification" if multi_label else "single_label_classification"
-    return _own_config(files, extra)
+    return _own_config(base, extra)
 
 
-def _own_config(files: BaseFiles, extra: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def _own_config(base: BaseDescription, extra: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """The configuration as the base brings it, with `extra` in it."""
     try:
         with quiet():
-            trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
-            return _unquantised(files, AutoConfig.from_pretrained(files.folder, **trusted, **extra))
+            trusted = {"trust_remote_code": base.trusted, "local_files_only": True}
+            return _unquantised(base, AutoConfig.from_pretrained(base.folder, **trusted, **extra))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(
-            f"{files.source} ({read_config(files.folder).get('model_type', 'unknown type')}): "
+            f"{base.source} ({base.config.get('model_type', 'unknown type')}): "
             "this version of transformers cannot read its config.json",
             got=_first_line(error),
             fix="pip install --upgrade transformers, or use another base",
         ) from error
 
 
-def _unquantised(files: BaseFiles, config: Any) -> Any:
+def _unquantised(base: BaseDescription, config: Any) -> Any:
     """The configuration of full weights without what it tells of quantised ones, as after a merge; which is said."""
     told = quantisation(config.to_dict())
     if told:
-        kept = stored_format(read_header(files.folder))
-        say_once(f"{_called(files)}: config.json tells of {told}, the weights are full ({kept}): used as what they are")
+        dtype = base.stored_dtype
+        say_once(f"{_called(base)}: config.json says {told}, but the weights are {dtype}: used as {dtype}")
         for part in (config, config.get_text_config()):
             for key in QUANTISATION:
                 vars(part).pop(key, None)
     return config
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer lies in a folder, by the names of its files."""
-    settings = folder / "tokenizer_config.json"
-    named = str(read_json(settings).get("tokenizer_class")) if settings.is_file() else ""
+def has_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bool:
+    """Whether a folder has a tokenizer, by the names of its files and its tokenizer_config.json."""
+    named = str(tokenizer_config.get("tokenizer_class", ""))
     return any(any(folder.glob(pattern)) for pattern in VOCABULARIES) or named.startswith(WITHOUT_VOCABULARY)
 
 
-def load_tokenizer(files: BaseFiles, rows: int | None = None) -> Any:
+def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
     """The base's tokenizer, with a padding token; bases that only generate often bring none.
 
     `rows`: how many embeddings there are, where config.json beside the tokenizer does not tell. Raises ModelError where
     there is no tokenizer, a damaged one, one that needs code that may not run, or no token to pad with.
     """
-    check_code(files)
-    if not has_tokenizer(files.folder):
+    check_code(base)
+    if not has_tokenizer(base.folder, base.tokenizer_config):
         raise ModelError(
-            f"{files.folder} has no tokenizer", got="no tokenizer.json", fix="copy the tokenizer files into it"
+            f"{base.folder} has no tokenizer", got="no tokenizer.json", fix="copy the tokenizer files into it"
         )
     try:
         with quiet():
-            trusted = {"trust_remote_code": files.trusted, "local_files_only": True}
-            tokenizer = AutoTokenizer.from_pretrained(files.folder, **trusted)
+            trusted = {"trust_remote_code": base.trusted, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(base.folder, **trusted)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise ModelError(
-            f"the tokenizer of {files.source} cannot be loaded",
+            f"the tokenizer of {base.source} cannot be loaded",
             got=_first_line(error),
             fix="copy or download the base again",
         ) from error
-    rows = rows or read_config(files.folder).get("vocab_size")
+    rows = rows or base.config.get("vocab_size")
     inside = rows if isinstance(rows, int) else math.inf
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= inside:
         say_once(
-            f"{files.source}: its padding token {tokenizer.pad_token} has none of its {rows:,} embeddings; "
+            f"{base.source}: its padding token {tokenizer.pad_token} has none of its {rows:,} embeddings; "
             "another token pads, which no answer sees"
         )
         tokenizer.pad_token = None
@@ -277,44 +262,43 @@ def load_tokenizer(files: BaseFiles, rows: int | None = None) -> Any:
         stand_in = next((t for t in stand_ins if t and tokenizer.convert_tokens_to_ids(t) < inside), None)
         if stand_in is None:
             raise ModelError(
-                f"{files.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
+                f"{base.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = stand_in
     return tokenizer
 
 
 def _quantised(
-    files: BaseFiles, task: Task, device: torch.device, seed: int, quantize: str, options: dict[str, Any]
+    base: BaseDescription, task: Task, device: torch.device, seed: int, quantize: str, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """What `_model` gives, in fewer bits: from the disk, where it is put first if it is not there yet."""
-    settings = _quantization(quantize, options["dtype"], read_config(files.folder), task)
-    folder = _kept(files, task, device, quantize, options | {"quantization_config": settings})
+    settings = _quantization(quantize, options["dtype"], base.config, task)
+    folder = _kept(base, task, device, quantize, options | {"quantization_config": settings})
     if folder is None:
-        return _model(files, task, device, seed, options | {"quantization_config": settings})
+        return _model(base, task, device, seed, options | {"quantization_config": settings})
     options["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantised
-    with whole_base(folder, files.folder) as there:
-        model, found = _model(replace(files, folder=there), task, device, seed, options)
-    model.name_or_path = model.config.name_or_path = str(files.folder)
+    with whole_base(folder, base.folder) as there:
+        model, found = _model(replace(base, folder=there, wrappers=()), task, device, seed, options)
+    model.name_or_path = model.config.name_or_path = str(base.folder)
     return model, found
 
 
-def _kept(files: BaseFiles, task: Task, device: torch.device, quantize: str, options: dict[str, Any]) -> Path | None:
+def _kept(
+    base: BaseDescription, task: Task, device: torch.device, quantize: str, options: dict[str, Any]
+) -> Path | None:
     """The folder with the base's quantised weights, which are made first where they are not kept yet. None where they
     cannot be."""
     dtype = name_of(options["dtype"])
-    about = quantized_cache.made_by(files, task=task, quantize=quantize, dtype=dtype, device=device.type)
+    about = quantized_cache.made_by(base, task=task, quantize=quantize, dtype=dtype, device=device.type)
     folder = quantized_cache.find(about)
     if folder is not None:
         say_once(f"base in {quantize}, as quantised before: {folder} ({format_size(folder_size(folder))})")
         return folder
-    if not quantized_cache.has_room(files.folder, quantize):
+    if not quantized_cache.has_room(base, quantize):
         return None
-    say(
-        f"quantising {files.source} to {quantize}, once "
-        f"({format_size(weight_bytes(read_header(files.folder)))} to read)"
-    )
-    write = partial(save_file, _state(files, task, device, options))
-    folder = quantized_cache.keep(about, files.source, write)
+    say(f"quantising {base.source} to {quantize}, once ({format_size(weight_bytes(base.tensors))} to read)")
+    write = partial(save_file, _state(base, task, device, options))
+    folder = quantized_cache.keep(about, base.source, write)
     if folder is not None:
         say(
             f"kept in {folder} ({format_size(folder_size(folder))}): "
@@ -325,17 +309,17 @@ def _kept(files: BaseFiles, task: Task, device: torch.device, quantize: str, opt
     return folder
 
 
-def _state(files: BaseFiles, task: Task, device: torch.device, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _state(base: BaseDescription, task: Task, device: torch.device, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Name -> weight of the quantised base: with its own head if it has one, whatever labels the task has, and nothing
     fresh. Raises ModelError as `load_base` does."""
-    model, found = _model(files, task, device, 0, options | {"config": _own_config(files)})
-    _refuse_lost(files, model, task, found)
+    model, found = _model(base, task, device, 0, options | {"config": _own_config(base)})
+    _refuse_lost(base, model, task, found)
     fresh = _fresh(found)
     weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
     return {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
 
 
-def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], task: Task) -> Any:
+def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], task: Task) -> Any:
     """What bitsandbytes is told: heads that are trained stay as they are."""
     need_bitsandbytes(quantize)
     skipped = quantized_cache.skipped_modules(config, task)
@@ -350,7 +334,7 @@ def _quantization(quantize: str, dtype: torch.dtype, config: dict[str, Any], tas
 
 
 def _model(
-    files: BaseFiles, task: Task, device: torch.device, seed: int, options: dict[str, Any]
+    base: BaseDescription, task: Task, device: torch.device, seed: int, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The model and what transformers tells of its loading; fresh weights come from `seed`, whatever ran before."""
     kind = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
@@ -358,42 +342,41 @@ def _model(
     try:
         with quiet(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
             torch.manual_seed(seed)
-            model, found = kind.from_pretrained(files.folder, **options, key_mapping=_renames(files))
+            model, found = kind.from_pretrained(base.folder, **options, key_mapping=_renames(base))
             # a fresh head is drawn on the processor, so that it is the same wherever it is used
             return model if "device_map" in options else model.to(device), found
     except HatrackError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise MachineError(
-            f"{files.source} does not fit into the memory of {device}", fix="use --quantize 4bit, or a smaller base"
+            f"{base.source} does not fit into the memory of {device}", fix="use --quantize 4bit, or a smaller base"
         ) from error
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
         raise ModelError(
-            f"{files.source} cannot be loaded for {task}",
+            f"{base.source} cannot be loaded for {task}",
             got=_first_line(error),
             fix="use another base, or another --task",
         ) from error
 
 
-def _renames(files: BaseFiles) -> dict[str, str] | None:
+def _renames(base: BaseDescription) -> dict[str, str] | None:
     """What transformers is to take out of the names in a base's files, where a wrapper put something into them."""
-    wrapped = sorted({match[0] for name in read_stored_names(files.folder) if (match := WRAPPERS.search(name))})
-    if not wrapped:
+    if not base.wrappers:
         return None
-    say_once(f"{_called(files)} was saved through a wrapper: its tensors are read without {', '.join(wrapped)}")
+    say_once(f"{_called(base)} was saved through a wrapper: its tensors are read without {', '.join(base.wrappers)}")
     return {WRAPPERS.pattern: ""}
 
 
-def _check_loaded(files: BaseFiles, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:
+def _check_loaded(base: BaseDescription, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:
     """Refuses a base of which more than a head or a pooler is missing, and says what is fresh."""
-    _refuse_lost(files, model, task, found)
+    _refuse_lost(base, model, task, found)
     if found["mismatched_keys"]:
         say(f"the base's own head has another number of labels; a fresh one takes its place (seed {seed})")
     if any(".pooler." in name for name in _fresh(found)):
-        say(f"{files.source} has no pooler; a fresh one stays as it is (seed {seed})")
+        say(f"{base.source} has no pooler; a fresh one stays as it is (seed {seed})")
 
 
-def _refuse_lost(files: BaseFiles, model: Any, task: Task, found: dict[str, Any]) -> None:
+def _refuse_lost(base: BaseDescription, model: Any, task: Task, found: dict[str, Any]) -> None:
     """Refuses a base of which more than a head or a pooler is missing."""
     mismatched = {
         str(name): f"{name}: file {tuple(ours)}, config {tuple(theirs)}"
@@ -404,31 +387,31 @@ def _refuse_lost(files: BaseFiles, model: Any, task: Task, found: dict[str, Any]
         name for name in _fresh(found) if task != "classify" or (name.startswith(inside) and ".pooler." not in name)
     ]
     if lost:
-        _refuse_prefixed(files, lost, map(str, found["unexpected_keys"]))
+        _refuse_prefixed(base, lost, map(str, found["unexpected_keys"]))
         only_head = all(not name.startswith(inside) for name in lost)
         raise ModelError(
-            f"{files.source} lacks {len(lost):,} of the tensors that its config.json asks for",
+            f"{base.source} lacks {len(lost):,} of the tensors that its config.json asks for",
             got=mismatched.get(lost[0], lost[0]),
             fix="use a base that has its language model head" if only_head else "copy or download the base again",
         )
 
 
-def _refuse_prefixed(files: BaseFiles, lost: Sequence[str], others: Iterable[str]) -> None:
+def _refuse_prefixed(base: BaseDescription, lost: Sequence[str], others: Iterable[str]) -> None:
     """Refuses a base whose tensors are all there, but with something before their names."""
     names = {other.removesuffix(f".{lost[0]}"): other for other in others if other.endswith(f".{lost[0]}")}
     for prefix, other in names.items():
         raise ModelError(
-            f"the tensors of {files.source} have other names than its config.json asks for",
+            f"the tensors of {base.source} have other names than its config.json asks for",
             got=f"{other} for {lost[0]}",
             fix=f"take '{prefix}.' out of the names in its files, or save it again without what is around it",
             gotcha="base-refused",
         )
 
 
-def _called(files: BaseFiles) -> str:
+def _called(base: BaseDescription) -> str:
     """A base's name, the same however a path to it is written: what is said of it is said once."""
-    path = Path(files.source).expanduser()
-    return str(path.resolve()) if path.exists() else files.source
+    path = Path(base.source).expanduser()
+    return str(path.resolve()) if path.exists() else base.source
 
 
 def _fresh(found: dict[str, Any]) -> list[str]:

@@ -17,18 +17,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hatrack import storage
+from hatrack.base.description import BaseDescription
 from hatrack.base.fingerprint import digest, fingerprint
 from hatrack.base.free_memory import need_bitsandbytes
-from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_config, read_header
+from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_header
 from hatrack.console import format_size, say, say_once
 from hatrack.errors import MachineError, ModelError
 from hatrack.storage import ABOUT, Entry, cache_dir, held, new_folder, read_about, remove_unheld
-
-if TYPE_CHECKING:
-    from hatrack.base.sources import BaseFiles  # which needs torch to convert
 
 FORMAT = 1
 DIGITS = 16
@@ -58,20 +56,19 @@ def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
     return [*head_modules(config), *([pooler] if pooler else [])] if task == "classify" else None
 
 
-def made_by(files: "BaseFiles", *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
+def made_by(base: BaseDescription, *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
     """All that the quantised weights of a base depend on. `dtype` is the format of the rest of them and of what is
     computed, `device` the kind of device (cpu, cuda) that quantised them.
 
     Raises RecipeError where bitsandbytes is not installed, ModelError where the base cannot be read.
     """
     need_bitsandbytes(quantize)
-    config = read_config(files.folder)
     return {
         "format": FORMAT,
-        "fingerprint": fingerprint(files.folder),
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:DIGITS],
+        "fingerprint": fingerprint(base),
+        "config": hashlib.sha256(json.dumps(base.config, sort_keys=True).encode()).hexdigest()[:DIGITS],
         "task": "classify" if task == "classify" else "generate",
-        "skipped": skipped_modules(config, task),
+        "skipped": skipped_modules(base.config, task),
         "quantize": quantize,
         "dtype": dtype,
         "device": device,
@@ -103,9 +100,9 @@ def find(about: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def has_room(folder: Path, quantize: str) -> bool:
-    """Whether there may be room to keep the base in `folder` so; where there cannot be, why is said once."""
-    least = parameter_count({n: info.shape for n, info in read_header(folder).items()}) * FEWEST_BITS[quantize] // 8
+def has_room(base: BaseDescription, quantize: str) -> bool:
+    """Whether there may be room to keep the base so; where there cannot be, why is said once."""
+    least = parameter_count({n: info.shape for n, info in base.tensors.items()}) * FEWEST_BITS[quantize] // 8
     try:
         there, free = root(), shutil.disk_usage(root()).free
     except (OSError, MachineError) as error:

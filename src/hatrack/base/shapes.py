@@ -1,4 +1,4 @@
-"""A base's tensors from its config.json alone, as transformers would make them: shapes without any numbers."""
+"""A base's tensors from its config.json alone, as transformers would make them: shapes without weights."""
 
 from pathlib import Path
 
@@ -6,7 +6,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hatrack.base.description import BaseDescription
-from hatrack.base.header import CONFIG, TensorInfo, family, read_config
+from hatrack.base.header import (
+    CONFIG,
+    TOKENIZER_CONFIG,
+    TensorInfo,
+    family,
+    read_config,
+    read_optional_json,
+    weight_bytes,
+)
 from hatrack.errors import ModelError
 
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -34,4 +42,5 @@ def describe_shapes(folder: Path, source: str) -> BaseDescription:
         name: TensorInfo(tuple(each.shape), STORED.get(each.dtype, "F32"), file, 0, each.numel() * each.element_size())
         for name, each in model.named_parameters()
     }
-    return BaseDescription(source, folder, found, tensors, sum(info.bytes for info in tensors.values()))
+    settings = read_optional_json(folder / TOKENIZER_CONFIG)
+    return BaseDescription(source, folder, found, tensors, settings, to_download=weight_bytes(tensors))

@@ -3,13 +3,13 @@
 Knows nothing of tasks, devices or adapters.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
 from hatrack import wheels
 from hatrack.base.convert import CODE, SMALL_FILES, from_gguf, from_pickle, has_pickle
+from hatrack.base.description import BaseDescription, describe_folder
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS
 from hatrack.base.hub import hub_errors
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
@@ -21,28 +21,14 @@ from hatrack.file_kind import SAFETENSORS, other_kind
 HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)
 
 
-@dataclass(frozen=True)
-class BaseFiles:
-    """A base on disk.
-
-    `source` is what was asked for, so that it can be asked for again; `folder` holds config.json, safetensors and
-    the tokenizer; `revision` is the exact commit of a hub base, None for the others. `trusted`: a person named this
-    base as one whose own code may run.
-    """
-
-    source: str
-    folder: Path
-    revision: str | None = None
-    trusted: bool = False
-
-
-def find_base(source: str, revision: str | None = None, *, trust: str | None = None) -> BaseFiles:
-    """The files of a base: found, fetched or converted, whatever its name asks for.
+def find_base(source: str, revision: str | None = None, *, trust: str | None = None) -> BaseDescription:
+    """Finds, downloads or converts a base, and reads its config and tensor headers.
 
     `source` is a hub id (`revision`: branch, tag or commit), a folder, a .gguf file, or pypi:NAME==VERSION[/path];
     `trust` is its name once more where its own code may run.
-    Raises ModelError where there is no such base, it has no weights, or it is an adapter; RecipeError where the name
-    is malformed, or `trust` is another one; MachineError where the disk is full or no package index answers.
+    Raises ModelError where there is no such base, it has no weights, damaged ones or ones that cannot be trained on, or
+    it is an adapter; RecipeError where the name is malformed, or `trust` is another one; MachineError where the disk is
+    full or no package index answers.
     """
     source = str(source).strip()
     if trust is not None and not _same(trust, source):
@@ -58,9 +44,9 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     if revision is not None and local:
         raise RecipeError("--revision is for bases on the hub", got=f"{revision} for {source}", fix="leave it out")
     if wheels.is_pypi(source):
-        return BaseFiles(source, _usable(in_wheel(source), source), trusted=trust is not None)
+        return describe_folder(_usable(in_wheel(source), source), source, trusted=trust is not None)
     if local:
-        return BaseFiles(source, _usable(path, source), trusted=trust is not None)
+        return describe_folder(_usable(path, source), source, trusted=trust is not None)
     if looks_like_path(source):
         raise no_such_path(source)
     return _from_hub(source, revision, trusted=trust is not None)
@@ -120,8 +106,8 @@ def _names_in(folder: Path) -> set[str]:
         raise ModelError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions") from error
 
 
-def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
-    """Downloads, or finds in the hub's cache, the files of a base: safetensors, else the pickled weights, converted."""
+def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseDescription:
+    """Downloads a base, or finds it in the hub's cache: its safetensors, else its pickled weights, converted."""
     small = (*SMALL_FILES, CODE) if trusted else SMALL_FILES
     folder = _snapshot(source, revision, ("*.safetensors", *small))
     names = _names_in(folder)
@@ -129,7 +115,7 @@ def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseFiles:
     if WEIGHTS not in names and INDEX not in names and ADAPTER_CONFIG not in names:
         folder = _snapshot(source, revision, (*HUB_PICKLES, *small))
     if (WEIGHTS in names or INDEX in names or has_pickle(folder)) and CONFIG in names:
-        return BaseFiles(source, _usable(folder, source), commit, trusted)
+        return describe_folder(_usable(folder, source), source, revision=commit, trusted=trusted)
     if ADAPTER_CONFIG in names:
         raise no_model_in(folder, names, source)
     raise ModelError(

@@ -10,11 +10,11 @@ from typing import Any, cast
 from hatrack.adapter.count import joined_experts, linear_layers_from_shapes
 from hatrack.adapter.targets import TargetChoice, check_rank, choose_targets
 from hatrack.base.code import check_code
-from hatrack.base.description import describe_folder
+from hatrack.base.description import BaseDescription
 from hatrack.base.free_memory import need_bitsandbytes
-from hatrack.base.header import head_shapes, model_shapes, read_config
-from hatrack.base.load import check_bare, choose_device, choose_dtype, load_config, load_tokenizer, name_of
-from hatrack.base.sources import BaseFiles, find_base
+from hatrack.base.header import head_shapes, task_shapes
+from hatrack.base.load import choose_device, choose_dtype, load_config, load_tokenizer, name_of
+from hatrack.base.sources import find_base
 from hatrack.check import base, rows, settings
 from hatrack.check.finding import Finding, Looking
 from hatrack.check.prepared import Prepared
@@ -66,8 +66,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
     recipe = recipe.changed(resume=False)
     examples = look("rows-refused", _rows, recipe)
     files = look("base-refused", _base, recipe)
-    files = look("base-code", check_code, files)
-    look("base-with-adapters", check_bare, files)
+    files = look("base-code", _with_allowed_code, files)
     task = recipe.task or (examples.task if examples else None)
     labels = examples.labels if examples else ["", ""]  # how many matters to the head alone
     config = look("task-and-base", load_config, files, task=cast(Task, task), labels=labels) if task else None
@@ -81,7 +80,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
     if looking.found or not (examples and files and tokens and dtype and task):
         return looking.found, None
     work = Work(task, len(examples.labels), tokens.train.sizes, tokens.held_out.sizes)
-    settled = look("does-not-fit", settle, recipe, describe_folder(files.folder), work, here(recipe.device, dtype))
+    settled = look("does-not-fit", settle, recipe, files, work, here(recipe.device, dtype))
     if settled is None:
         return looking.found, None
     where, plan = settled
@@ -96,23 +95,28 @@ def _rows(recipe: Recipe) -> Examples:
     return read_for_base(recipe)
 
 
-def _base(recipe: Recipe) -> BaseFiles:
+def _base(recipe: Recipe) -> BaseDescription:
     if recipe.base is None:
         raise RecipeError("--base is missing", fix="add --base MODEL, or a line 'base: MODEL' in the recipe")
     return find_base(recipe.base, recipe.revision, trust=recipe.trust_remote_code)
 
 
-def _shapes(files: BaseFiles, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, ...]]:
-    return model_shapes(files.folder, task, labels)
+def _with_allowed_code(base: BaseDescription) -> BaseDescription:
+    check_code(base)
+    return base
+
+
+def _shapes(files: BaseDescription, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, ...]]:
+    return task_shapes(files.config, files.tensors, task, labels)
 
 
 def _targets(
-    recipe: Recipe, files: BaseFiles, config: Any, shapes: dict[str, tuple[int, ...]], *, task: str
+    recipe: Recipe, files: BaseDescription, config: Any, shapes: dict[str, tuple[int, ...]], *, task: str
 ) -> tuple[TargetChoice, dict[str, tuple[int, int]]]:
     """The layers that get an adapter, among all that could: full name -> (d_in, d_out)."""
     heads: Sequence[str] = ()
     if task == "classify":
-        heads = sorted({name.rpartition(".")[0] for name in head_shapes(read_config(files.folder), 1)})
+        heads = sorted({name.rpartition(".")[0] for name in head_shapes(files.config, 1)})
     linears = linear_layers_from_shapes(shapes, str(config.model_type))
     experts = joined_experts(shapes, str(config.model_type))
     return choose_targets(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts), linears

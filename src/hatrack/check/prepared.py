@@ -1,11 +1,10 @@
 """What is known of a run before its first step. Reads headers and rows, never a weight."""
 
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hatrack.base.header import hidden_size, read_config, read_header
-from hatrack.base.sources import BaseFiles
+from hatrack.base.description import BaseDescription
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
 from hatrack.planning.fit import Plan
@@ -19,7 +18,7 @@ class Prepared:
 
     recipe: Recipe
     examples: Examples
-    files: BaseFiles
+    files: BaseDescription
     tokenizer: Any
     tokens: Tokens
     plan: Plan
@@ -32,16 +31,16 @@ class Prepared:
         return self.examples.task
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, Any]:
         """The base's own config.json."""
-        return read_config(self.files.folder)
+        return self.files.config
 
     @property
     def usual_lr(self) -> float:
         """The learning rate hatrack would take for a base of this width."""
-        return learning_rate(hidden_size(self.config))
+        return learning_rate(self.files.hidden_size)
 
     @property
     def stored_dtype(self) -> str:
-        """The number format of most of the base's tensors on disk, as safetensors writes it: "BF16"."""
-        return Counter(tensor.dtype for tensor in read_header(self.files.folder).values()).most_common(1)[0][0]
+        """The dtype of most of the base's bytes on disk, as safetensors writes it: "BF16"."""
+        return self.files.stored_dtype

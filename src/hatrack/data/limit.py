@@ -1,8 +1,6 @@
 """How long a row may be: what a base can read at once, by its config.json and its tokenizer. Imports no torch."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hatrack.errors import RecipeError
@@ -33,13 +31,6 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
         if found > 0:
             return found
     return None
-
-
-def tokenizer_limit(folder: Path) -> int | None:
-    """The `model_max_length` of a folder's tokenizer_config.json; None where it tells none."""
-    settings = folder / "tokenizer_config.json"
-    found = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    return found.get("model_max_length")
 
 
 def length_limit(of_tokenizer: float | None, config: Mapping[str, Any]) -> int | None:

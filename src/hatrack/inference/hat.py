@@ -67,7 +67,7 @@ class Hat:
     def __repr__(self) -> str:
         names = ", ".join(f"{name} (in use)" if name == self.active else name for name in self.adapters)
         labels = f", labels {short_repr(self.labels)}" if self.labels else ""
-        return f"Hat({names or 'no adapter'}; {self.task}{labels}; base {self.base.files.source})"
+        return f"Hat({names or 'no adapter'}; {self.task}{labels}; base {self.base.description.source})"
 
     def with_result(self, folder: Path, result: dict[str, Any]) -> "Hat":
         """The same base and adapter with what training reported, now that the adapter's folder is `folder`."""
@@ -124,7 +124,7 @@ class Hat:
     @functools.cached_property
     def _fingerprint(self) -> str:
         """Of the base in memory: computed once, however many adapters are added."""
-        return fingerprint(self.base.files.folder)
+        return fingerprint(self.base.description)
 
     def use(self, name: str | None) -> None:
         """Switches to an attached adapter, or with None to the bare base. Takes milliseconds.
@@ -159,14 +159,14 @@ class Hat:
         check_name(name)
         if name in self.adapters:
             raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
-        card = card_of(files, self.base.files.source)
+        card = card_of(files, self.base.description.source)
         if (card.task == "classify") != (self.task == "classify"):
             raise AdapterError(
                 f"{name} cannot share this base in memory, which was loaded for the task {self.task}",
                 got=f"task {card.task}",
                 fix="load it by itself",
             )
-        check_base(folder, card.base, self.base.files, allow_other=allow_other_base, known=self._fingerprint)
+        check_base(folder, card.base, self.base.description, allow_other=allow_other_base, known=self._fingerprint)
         before, tokenizer = self.active, load_adapter_tokenizer(folder, self.base)
         with as_if_loaded(self.base):
             self.model = attach(self.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)

@@ -12,14 +12,13 @@ from hatrack.adapter.origin import card_of, find_base_of
 from hatrack.adapter.proof import check_proof
 from hatrack.adapter.registry import find_adapter, registered_name
 from hatrack.adapter.tokenizer import load_adapter_tokenizer
+from hatrack.base.description import BaseDescription
 from hatrack.base.fingerprint import check_base
 from hatrack.base.free_memory import holds
-from hatrack.base.header import read_header
 from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.load import Base, choose_device, choose_dtype, free_memory, load_base, name_of
 from hatrack.base.mapped_layers import MappedLayers
 from hatrack.base.offload import as_if_loaded, open_layers, settle
-from hatrack.base.sources import BaseFiles
 from hatrack.console import say
 from hatrack.errors import AdapterError
 from hatrack.inference.hat import AttachedAdapter, Hat
@@ -106,7 +105,7 @@ def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
     return hat
 
 
-def _load_base(files: BaseFiles, card: AdapterCard, quantize: str, options: _LoadOptions) -> Base:
+def _load_base(files: BaseDescription, card: AdapterCard, quantize: str, options: _LoadOptions) -> Base:
     """The base as an adapter needs it; in memory where there is room for it."""
     device = choose_device(options.device)[0]
     dtype = name_of(choose_dtype(options.dtype, device)[0])
@@ -118,7 +117,7 @@ def _load_base(files: BaseFiles, card: AdapterCard, quantize: str, options: _Loa
         device=options.device,
         dtype=options.dtype,
         quantize=quantize,
-        mapped=quantize == "none" and not holds(read_header(files.folder), dtype, free_memory(device), options.memory),
+        mapped=quantize == "none" and not holds(files.tensors, dtype, free_memory(device), options.memory),
         seed=card.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
 
@@ -128,6 +127,6 @@ def _stream_layers(base: Base) -> MappedLayers:
     say("the base is larger than memory: it stays on disk, and every pass reads it once")
     layer_stack = find_layer_stack(base.model)
     settle(base.model, layer_stack, base.dtype, base.device)
-    mapped_layers = open_layers(base.model, layer_stack, base.dtype, base.files.folder, base.device)
+    mapped_layers = open_layers(base.model, layer_stack, base.dtype, base.description.folder, base.device)
     mapped_layers.stream()
     return mapped_layers

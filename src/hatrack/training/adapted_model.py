@@ -67,7 +67,7 @@ def open_layer_paths(
     base, stack = adapted.base, adapted.stack
     if stack is None or not base.mapped:
         return None, _open_prefix(adapted, facts, states, cached_fraction)
-    window = open_layers(base.model, stack, base.dtype, base.files.folder, base.device)
+    window = open_layers(base.model, stack, base.dtype, base.description.folder, base.device)
     window.show(OUTSIDE)
     prefix = _open_prefix(adapted, facts, states, cached_fraction)
     streaming = LayerStreaming(adapted.model, window, task=facts.task, folder=folder, prefix=prefix)
@@ -82,7 +82,7 @@ def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
     try:
         stack = find_layer_stack(base.model)
         if base.mapped:
-            unmap(base.files.folder)
+            unmap(base.description.folder)
         return stack
     except ModelError as error:
         if base.mapped:

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from hatrack.base.description import describe_folder
+from hatrack.base.description import BaseDescription
 from hatrack.base.free_memory import resident, trim
 from hatrack.base.load import free_memory, name_of
 from hatrack.base.quantized_cache import is_kept, made_by
-from hatrack.base.sources import BaseFiles
 from hatrack.console import format_size, say
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
@@ -32,7 +31,7 @@ STATUS, CLEAR, IO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Pa
 
 def plan(
     recipe: Recipe,
-    files: BaseFiles,
+    files: BaseDescription,
     examples: Examples,
     tokens: Tokens,
     device: torch.device,
@@ -55,7 +54,7 @@ def plan(
         known=known,
         packed=_is_packed(recipe, files, examples.task, device, dtype),
     )
-    where, found = fit.settle(recipe, describe_folder(files.folder), work, _machine(device, dtype), micro_batch)
+    where, found = fit.settle(recipe, files, work, _machine(device, dtype), micro_batch)
     if not found.fits:
         say(
             f"this does not fit: {format_size(found.peak_memory_bytes)} for {format_size(where.limit)}; "
@@ -64,7 +63,7 @@ def plan(
     return found, _tell(where, found)
 
 
-def _is_packed(recipe: Recipe, files: BaseFiles, task: str, device: torch.device, dtype: torch.dtype) -> bool:
+def _is_packed(recipe: Recipe, files: BaseDescription, task: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the base was quantised by an earlier run, and kept."""
     if recipe.quantize == "none":
         return False

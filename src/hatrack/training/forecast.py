@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from hatrack.base.description import BaseDescription, describe_folder, is_on_hub, peek
+from hatrack.base.description import BaseDescription, describe_local, is_on_hub
 from hatrack.base.free_memory import need_bitsandbytes
 from hatrack.base.header import check_task, family
 from hatrack.base.hub import describe_on_hub
 from hatrack.console import format_size, say
 from hatrack.data.complaints import BadRows
 from hatrack.data.examples import Examples, add_complaints, read_examples
-from hatrack.data.limit import choose_max_length, length_limit, tokenizer_limit
+from hatrack.data.limit import choose_max_length, length_limit
 from hatrack.data.token_lengths import row_sizes
 from hatrack.errors import RecipeError
 from hatrack.planning import fit
@@ -100,16 +100,14 @@ def _later(module: str) -> Any:
 def _peek(recipe: Recipe) -> BaseDescription:
     if is_on_hub(str(recipe.base)):
         return describe_on_hub(str(recipe.base), recipe.revision)
-    found = peek(str(recipe.base), recipe.revision)
+    found = describe_local(str(recipe.base), recipe.revision)
     folder = Path(str(recipe.base)).expanduser()
     if found is None and folder.is_dir() and not any(_weights(folder)) and (folder / "config.json").is_file():
         say("no weights there: planned from the shapes of config.json")
         return cast(BaseDescription, _later("hatrack.base.shapes").describe_shapes(folder, str(recipe.base)))
     if found is None:
         say("this base has to be converted before anything is known of it")
-        found = describe_folder(
-            _later("hatrack.base.sources").find_base(str(recipe.base), recipe.revision).folder, str(recipe.base)
-        )
+        return cast(BaseDescription, _later("hatrack.base.sources").find_base(str(recipe.base), recipe.revision))
     return found
 
 
@@ -144,5 +142,5 @@ def _work(recipe: Recipe, peeked: BaseDescription) -> Work:
 
 def _max_length(recipe: Recipe, peeked: BaseDescription, task: str) -> int:
     """The longest row. Raises RecipeError where more is asked than the base can take."""
-    limit = length_limit(tokenizer_limit(peeked.folder), peeked.config)
+    limit = length_limit(peeked.tokenizer_config.get("model_max_length"), peeked.config)
     return choose_max_length(recipe.max_length, limit, task)[0]

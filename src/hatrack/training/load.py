@@ -4,14 +4,14 @@ from typing import cast
 
 import torch
 
+from hatrack.base.description import BaseDescription
 from hatrack.base.load import Base, choose_device, choose_dtype, load_base, name_of
-from hatrack.base.sources import BaseFiles
 from hatrack.console import say
 from hatrack.data.examples import Examples
 from hatrack.recipe import Recipe, Task
 
 
-def load_for(recipe: Recipe, files: BaseFiles, examples: Examples, *, mapped: bool) -> Base:
+def load_for(recipe: Recipe, files: BaseDescription, examples: Examples, *, mapped: bool) -> Base:
     """The base, for the task and labels of the examples, as the recipe says. Says on which device, in which format."""
     device, why_device = choose_device(recipe.device)
     dtype, why_dtype = choose_dtype(recipe.dtype, device)

@@ -22,11 +22,11 @@ from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.count import trainable_line
 from hatrack.adapter.files import save_adapter
 from hatrack.adapter.proof import probe_logits, probe_tokens
+from hatrack.base.description import BaseDescription
 from hatrack.base.fingerprint import lineage
 from hatrack.base.free_memory import give_back
-from hatrack.base.header import read_config
 from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer, name_of
-from hatrack.base.sources import BaseFiles, find_base
+from hatrack.base.sources import find_base
 from hatrack.check.checks import advise
 from hatrack.check.prepared import Prepared
 from hatrack.check.reading import read_for_base
@@ -133,7 +133,7 @@ class Trained:
     train_loss: float
 
 
-def _tokenise(run: Run, files: BaseFiles, examples: Examples) -> tuple[Any, Examples, Tokens]:
+def _tokenise(run: Run, files: BaseDescription, examples: Examples) -> tuple[Any, Examples, Tokens]:
     """The base's tokenizer, and the rows as its tokens."""
     task = cast(Task, examples.task)
     config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
@@ -144,7 +144,7 @@ def _tokenise(run: Run, files: BaseFiles, examples: Examples) -> tuple[Any, Exam
 def _prepare(
     run: Run,
     made_on: dict[str, Any],
-    files: BaseFiles,
+    files: BaseDescription,
     examples: Examples,
     tokenizer: Any,
     tokens: Tokens,
@@ -166,16 +166,15 @@ def _prepare(
 
 
 def _states(
-    recipe: Recipe, files: BaseFiles, made_on: dict[str, Any], tokenizer: Any, task: str, device: str, dtype: str
+    recipe: Recipe, files: BaseDescription, made_on: dict[str, Any], tokenizer: Any, task: str, device: str, dtype: str
 ) -> States | None:
     """What is kept of the layers below the adapters. All that it depends on, besides a row's tokens, is named."""
-    config = read_config(files.folder)
-    below = shape_of(config).layers - (recipe.top_layers or math.inf)
+    below = shape_of(files.config).layers - (recipe.top_layers or math.inf)
     if below <= 0 or recipe.cache_limit == 0:
         return None
     made_by = {
         "fingerprint": made_on["fingerprint"],
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        "config": hashlib.sha256(json.dumps(files.config, sort_keys=True).encode()).hexdigest()[:16],
         "task": "classify" if task == "classify" else "generate",
         "pad": tokenizer.pad_token_id,
         "layers": below,
