@@ -61,7 +61,7 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
     from hatrack.layers.fast_base import speed_up
     from hatrack.layers.fast_lora import LAYER_CLASSES
     from hatrack.recipe import Recipe
-    from hatrack.training.trainer import HatTrainer
+    from hatrack.training.trainer import HatTrainer, TrainerRows
 
     learn, held_out = rows()
     recipe = Recipe.make(
@@ -93,10 +93,7 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
         trainer = HatTrainer(
             model=model,
             args=arguments,
-            rows=parts[0],
-            held_out=parts[1],
-            task="classify",
-            pad_id=0,
+            rows=TrainerRows(parts[0], parts[1], "classify", pad_id=0),
             watch=lambda step, loss, norm, rows: None,
         )
         trainer.train()

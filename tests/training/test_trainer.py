@@ -18,7 +18,7 @@ from hatrack.data.render import TokenRows
 from hatrack.layers.fast_base import NAME, FastDropout, speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.recipe import Recipe
-from hatrack.training.trainer import HatTrainer
+from hatrack.training.trainer import HatTrainer, TrainerRows
 
 STEPS = 30
 
@@ -83,7 +83,7 @@ def test_a_run_takes_the_steps_of_transformers_and_peft(tmp_path: Path, pair: tu
         **settings,
     )
     ours = HatTrainer(
-        model=pair[0], args=arguments, rows=rows, held_out=rows, task="classify", pad_id=0, watch=lambda *told: None
+        model=pair[0], args=arguments, rows=TrainerRows(rows, rows, "classify", pad_id=0), watch=lambda *step: None
     )
 
     class Stock(Trainer):  # type: ignore[misc]

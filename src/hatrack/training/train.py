@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import transformers
-from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -58,7 +58,7 @@ from hatrack.training.prefix_cache import Prefix
 from hatrack.training.read_back import read_back
 from hatrack.training.run import Run, open_run
 from hatrack.training.sample_answers import SampleAnswers, check_ends
-from hatrack.training.trainer import BEST, HatTrainer
+from hatrack.training.trainer import BEST, HatTrainer, TrainerArguments, TrainerRows
 
 
 def train(recipe: Recipe) -> Hat:
@@ -250,26 +250,23 @@ def _fit(
     ends = all_end_tokens(base, facts.tokens.stops.tokens) if asks else []  # classifiers have no generation settings
     answers = [SampleAnswers(facts.tokens.held_out, base, ends, metrics)] if asks else []
 
-    def tell_before(found: Score) -> None:
+    def on_start_score(found: Score) -> None:
         watch.before = found.metrics["loss"]
         say(f"before training: held-out {shown(found.metrics)}")
 
     trainer = HatTrainer(
         model=model,
         args=_arguments(run, base, schedule, facts.plan, trackers),
-        rows=facts.tokens.train,
-        held_out=facts.tokens.held_out,
-        task=facts.task,
-        sweep=sweep,
-        prefix=prefix,
-        pad_id=base.tokenizer.pad_token_id,
+        rows=TrainerRows(facts.tokens.train, facts.tokens.held_out, facts.task, base.tokenizer.pad_token_id),
         watch=watch.step,
-        tell_before=tell_before,
+        on_start_score=on_start_score,
+        streaming=sweep,
+        prefix=prefix,
         callbacks=[bar, metrics, stop, watch, memory, *answers],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    watch.few, bar.loss = trainer.loss_before, lambda: trainer.smoothed.value
+    watch.few, bar.loss = trainer.loss_at_start, lambda: trainer.smoothed.value
     if sweep is None:  # a row shows the layers which of them share an input: the first step is then as it is resumed
         trainer.score_held_out(1)
     checkpoint = run.last_checkpoint()
@@ -280,12 +277,12 @@ def _fit(
         say("held-out rows are scored after each epoch; the score before training comes with the first")
     earlier, began = int(trainer.state.num_input_tokens_seen), time.monotonic()
     if trainer.state.global_step < schedule.steps:
-        with stop.listening(), bar.shown(), trainer.starting_over_after(TooMuchMemory):
+        with stop.listening(), bar.shown(), trainer.restarting_on(TooMuchMemory):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds, state = time.monotonic() - began - sum(each.took for each in answers), trainer.state
     if stop.stopped and state.global_step < schedule.steps:
         raise run.interrupted()
-    before, after = trainer.score_before(), trainer.score_best()
+    before, after = trainer.score_at_start(), trainer.score_best()
     say(f"after training: held-out {shown(after.metrics)}")
     seen, loss = int(state.num_input_tokens_seen), _mean_loss(state.log_history)
     return Trained(before, after, state.global_step, seen, (seen - earlier) / max(seconds, 1e-9), seconds, loss)
@@ -297,8 +294,8 @@ def _memory_watch(run: Run, facts: Prepared, sweep: LayerStreaming | None) -> Me
     return MemoryWatch(facts.plan.peak_memory_bytes, None if settled else facts.plan.limit)
 
 
-def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: list[str]) -> TrainingArguments:
-    arguments = TrainingArguments(
+def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: list[str]) -> TrainerArguments:
+    return TrainerArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=schedule.micro_batch,
         per_device_eval_batch_size=max(schedule.micro_batch, FEWEST_SCORED),
@@ -322,9 +319,8 @@ def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: l
         use_cpu=base.device.type == "cpu",
         dataloader_pin_memory=base.device.type == "cuda",
         disable_tqdm=True,
+        streamed=base.mapped,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one adapter on one device; several go through accelerate
-    return arguments
 
 
 def _mean_loss(history: list[dict[str, float]]) -> float:
