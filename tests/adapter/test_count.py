@@ -22,7 +22,7 @@ from transformers import (
 
 from hatrack.adapter.count import count_parameters, linear_layers_from_shapes, trainable_line
 from hatrack.adapter.place import head_modules, linear_layers, place
-from hatrack.adapter.targets import choose_targets
+from hatrack.adapter.targets import ModelLayers, choose_targets
 from hatrack.recipe import Recipe
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -85,7 +85,7 @@ def test_the_count_is_pefts_own(name: str, task: str, options: dict[str, Any]) -
     found = {key: sides for key, sides in linear_layers(model).items() if key != "lm_head"}
     assert {key: sides for key, sides in linears.items() if key != "lm_head"} == found
 
-    choice = choose_targets(linears, recipe.targets, recipe.top_layers, heads=heads)
+    choice = choose_targets(ModelLayers(linears, heads=heads), recipe.targets, recipe.top_layers)
     counted = count_parameters(
         shapes, [linears[key] for key in choice.names], r=recipe.r, variant=recipe.variant, heads=heads
     )
@@ -97,7 +97,7 @@ def test_the_textbooks_line() -> None:
     model = _fresh("distilbert-base-uncased", "classify")
     shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
     linears = linear_layers_from_shapes(shapes, "distilbert")
-    choice = choose_targets(linears, "q_lin,v_lin", None, heads=head_modules(model))
+    choice = choose_targets(ModelLayers(linears, heads=head_modules(model)), "q_lin,v_lin", None)
     counted = count_parameters(shapes, [linears[key] for key in choice.names], r=8, heads=head_modules(model))
     shown = "trainable params: 739,586 || all params: 67,694,596 || trainable%: 1.0925"
     assert trainable_line(counted.trainable, counted.total) == shown

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hatrack.adapter.count import EXPERT_NAMES, joined_experts, linear_layers_from_shapes
 from hatrack.adapter.place import linear_layers, output_modules, place
-from hatrack.adapter.targets import choose_targets
+from hatrack.adapter.targets import ModelLayers, choose_targets
 from hatrack.base.description import describe_folder
 from hatrack.base.header import ENCODERS, TensorInfo, task_shapes
 from hatrack.evaluate.loss import losses
@@ -85,11 +85,11 @@ def check(kind: str) -> None:
     modules, experts = [name for name, _ in model.named_modules() if name], joined_experts(shapes, kind)
     for targets in ("auto", "all-linear"):
         choice = choose_targets(
-            linears, targets, None, r=8, heads=output_modules(model), modules=modules, experts=experts
+            ModelLayers(linears, heads=output_modules(model), modules=modules, experts=experts), targets, None, r=8
         )
         assert not [name for name in choice.names if NOT_TO_TOUCH.search(name)]
         assert all(min(linears[name]) >= 8 for name in choice.names)
-    choice = choose_targets(linears, "auto", None, r=8, modules=modules, experts=experts)
+    choice = choose_targets(ModelLayers(linears, modules=modules, experts=experts), "auto", None, r=8)
     assert any(ATTENTION.search(name) for name in choice.names) or kind in WITHOUT_ATTENTION
     assert bool(experts.modules) == any("expert" in name.lower() and len(shape) == 3 for name, shape in shapes.items())
     if kind in FUSED_OTHERWISE:
@@ -97,7 +97,7 @@ def check(kind: str) -> None:
     config = json.loads(json.dumps(model.config.to_dict(), default=str)) | {"architectures": [type(model).__name__]}
     told = task_shapes(config, header_of(model), "chat")
     there = linear_layers_from_shapes(told, kind)
-    chosen = choose_targets(there, "auto", None, r=8, experts=joined_experts(told, kind))
+    chosen = choose_targets(ModelLayers(there, experts=joined_experts(told, kind)), "auto", None, r=8)
     assert Counter(there[name] for name in chosen.names) == Counter(linears[name] for name in choice.names)
     assert bool(joined_experts(told, kind).modules) == bool(experts.modules)
 

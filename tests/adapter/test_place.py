@@ -10,7 +10,7 @@ from torch import nn
 
 from hatrack.adapter.count import Experts
 from hatrack.adapter.place import head_modules, linear_layers, place
-from hatrack.adapter.targets import check_rank, choose_targets, layer_counts
+from hatrack.adapter.targets import ModelLayers, check_rank, choose_targets, layer_counts
 from hatrack.errors import AdapterError, RecipeError, TargetError
 from hatrack.recipe import Recipe
 from tests.base import tiny
@@ -35,7 +35,7 @@ def test_auto_finds_the_projections_of_any_architecture(kind: str) -> None:
     heads = head_modules(model) if head == "classify" else []
     linears = linear_layers(model)
     modules = [name for name, _ in model.named_modules() if name]
-    choice = choose_targets(linears, "auto", None, heads=heads, modules=modules)
+    choice = choose_targets(ModelLayers(linears, heads=heads, modules=modules), "auto", None)
     stacks = layer_counts(choice.names)
     assert stacks and all(count >= 1 for count in stacks.values())
     for name in choice.names:
@@ -58,26 +58,31 @@ def test_placing_says_nothing_of_what_nobody_can_change() -> None:
 
 
 def test_short_names_are_short() -> None:
-    assert choose_targets(LLAMA, "auto", None).target_modules == ("q_proj", "v_proj", "up_proj", "down_proj")
+    assert choose_targets(ModelLayers(LLAMA), "auto", None).target_modules == (
+        "q_proj",
+        "v_proj",
+        "up_proj",
+        "down_proj",
+    )
     bert = tiny.model("Bert", "classify", num_labels=2)
     modules = [name for name, _ in bert.named_modules() if name]
-    choice = choose_targets(linear_layers(bert), "auto", None, heads=["classifier"], modules=modules)
+    choice = choose_targets(ModelLayers(linear_layers(bert), heads=["classifier"], modules=modules), "auto", None)
     assert set(choice.target_modules) == {"query", "key", "value", "output.dense", "intermediate.dense"}
 
 
 def test_the_last_layers_only() -> None:
-    choice = choose_targets(LLAMA, "q_proj", 2)
+    choice = choose_targets(ModelLayers(LLAMA), "q_proj", 2)
     assert (
         choice.names == choice.target_modules == ("model.layers.2.self_attn.q_proj", "model.layers.3.self_attn.q_proj")
     )
     with pytest.raises(RecipeError, match="top-5 is more than this model has; got 4 layers; fix: use --layers all"):
-        choose_targets(LLAMA, "auto", 5)
+        choose_targets(ModelLayers(LLAMA), "auto", 5)
 
 
 def test_all_linear_takes_everything_but_the_output() -> None:
-    assert set(choose_targets(LLAMA | {"model.project": (8, 8)}, "all-linear", None).names) == set(LLAMA) - {
-        "lm_head"
-    } | {"model.project"}
+    assert set(choose_targets(ModelLayers(LLAMA | {"model.project": (8, 8)}), "all-linear", None).names) == set(
+        LLAMA
+    ) - {"lm_head"} | {"model.project"}
 
 
 ATTENTION = {f"m.layers.{i}.self_attn.q_proj": (32, 32) for i in range(2)}
@@ -98,40 +103,42 @@ DIALS = {
 
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 def test_routers_never_get_an_adapter(targets: str) -> None:
-    assert set(choose_targets(ATTENTION | DIALS, targets, None).names) == set(ATTENTION)
+    assert set(choose_targets(ModelLayers(ATTENTION | DIALS), targets, None).names) == set(ATTENTION)
 
 
 @pytest.mark.parametrize("name", ["gate", "router", "shared_expert_gate", "modality_router"])
 def test_a_router_that_is_named_is_refused(name: str) -> None:
     with pytest.raises(TargetError, match=f"'{name}' sends tokens to experts; got a model with q_proj; fix: use those"):
-        choose_targets(ATTENTION | DIALS, f"q_proj,{name}", None)
+        choose_targets(ModelLayers(ATTENTION | DIALS), f"q_proj,{name}", None)
 
 
 def test_experts_that_are_joined_are_refused_by_name_and_told_of() -> None:
     modules, experts = [*ATTENTION, "m.layers.0.mlp.experts"], Experts(("m.layers.0.mlp.experts",), ("w1", "w2", "w3"))
     for name in ("experts", "w1", "mlp.w1"):
         with pytest.raises(TargetError, match=f"^{name}: the experts here are joined into one tensor"):
-            choose_targets(ATTENTION, name, None, modules=modules, experts=experts)
+            choose_targets(ModelLayers(ATTENTION, modules=modules, experts=experts), name, None)
     with pytest.raises(TargetError, match="'fc' matches no layer; got a model with q_proj, whose experts are joined"):
-        choose_targets(ATTENTION, "fc", None, modules=modules, experts=experts)
+        choose_targets(ModelLayers(ATTENTION, modules=modules, experts=experts), "fc", None)
     dense = {"m.layers.0.mlp.w1": (32, 32)}
-    choice = choose_targets(ATTENTION | dense, "auto", None, experts=experts)
+    choice = choose_targets(ModelLayers(ATTENTION | dense, experts=experts), "auto", None)
     assert set(choice.names) == set(ATTENTION)
     assert choice.notes == (
-        "none on the experts: they are joined into one tensor in each layer, which takes no adapter",
-        "none on 1 layer beside them, which peft takes for experts by name (w1)",
+        "no adapter on the experts: each layer joins them into one tensor, which takes none",
+        "no adapter on 1 layer beside them, which peft takes for experts by name (w1)",
     )
 
 
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 def test_layers_much_narrower_than_the_rank_are_left_out_and_others_refused(targets: str) -> None:
     dials = {"m.layers.0.mlp.dt": (32, 4), "m.layers.0.mlp.one": (32, 1), "m.layers.0.mlp.k_proj": (32, 8)}
-    choice = choose_targets(ATTENTION | dials, targets, None, r=8)
-    assert choice.notes == ("none on 2 layers narrower than --r 8 (dt, one)",)
+    choice = choose_targets(ModelLayers(ATTENTION | dials), targets, None, r=8)
+    assert choice.notes == ("no adapter on 2 layers narrower than --r 8 (dt, one)",)
     assert set(choice.names) == set(ATTENTION) | {"m.layers.0.mlp.k_proj"}
-    assert choose_targets(ATTENTION | dials, targets, None, r=4).notes == ("none on 1 layer narrower than --r 4 (one)",)
+    assert choose_targets(ModelLayers(ATTENTION | dials), targets, None, r=4).notes == (
+        "no adapter on 1 layer narrower than --r 4 (one)",
+    )
     with pytest.raises(RecipeError, match=r"--r is larger than m\.layers\.0\.mlp\.k_proj is wide; got 16 and 8"):
-        check_rank(16, choose_targets(ATTENTION | dials, targets, None, r=16), ATTENTION | dials)
+        check_rank(16, choose_targets(ModelLayers(ATTENTION | dials), targets, None, r=16), ATTENTION | dials)
 
 
 def test_parts_that_text_does_not_pass_are_left_out() -> None:
@@ -139,17 +146,17 @@ def test_parts_that_text_does_not_pass_are_left_out() -> None:
         f"m.{part}.layers.0.self_attn.q_proj": (32, 32) for part in ("vision_tower", "audio_tower", "image_encoder")
     }
     for targets in ("auto", "all-linear"):
-        assert set(choose_targets(ATTENTION | seen, targets, None).names) == set(ATTENTION)
-    assert set(choose_targets(ATTENTION | seen, "q_proj", None).names) == set(ATTENTION) | set(seen)
+        assert set(choose_targets(ModelLayers(ATTENTION | seen), targets, None).names) == set(ATTENTION)
+    assert set(choose_targets(ModelLayers(ATTENTION | seen), "q_proj", None).names) == set(ATTENTION) | set(seen)
 
 
 def test_of_a_state_space_layer_only_what_its_kernels_call_is_adapted() -> None:
     mixer = {f"m.layers.0.mixer.{name}": (32, 32) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
-    choice = choose_targets(mixer, "auto", None)
+    choice = choose_targets(ModelLayers(mixer), "auto", None)
     assert choice.names == ("m.layers.0.mixer.in_proj",)
     assert choice.why == "state-space projections"
-    with pytest.raises(TargetError, match="'out_proj' is read by the kernels of state-space layers past any adapter"):
-        choose_targets(mixer, "out_proj", None)
+    with pytest.raises(TargetError, match="'out_proj' is read directly by state-space kernels, which skip adapters"):
+        choose_targets(ModelLayers(mixer), "out_proj", None)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_of_a_state_space_layer_only_what_its_kernels_call_is_adapted() -> None:
     ],
 )
 def test_what_is_adapted_is_said_truly(names: list[str], why: str) -> None:
-    assert choose_targets({f"m.layers.0.{name}": (8, 8) for name in names}, "auto", None).why == why
+    assert choose_targets(ModelLayers({f"m.layers.0.{name}": (8, 8) for name in names}), "auto", None).why == why
 
 
 @pytest.mark.parametrize(
@@ -184,7 +191,7 @@ def test_what_is_adapted_is_said_truly(names: list[str], why: str) -> None:
 def test_each_name_that_matches_nothing_is_an_error(targets: str, message: str) -> None:
     modules = {*LLAMA, *(f"model.layers.{i}.self_attn" for i in range(4))}
     with pytest.raises(TargetError, match=message):
-        choose_targets(LLAMA, targets, None, modules=modules)
+        choose_targets(ModelLayers(LLAMA, modules=modules), targets, None)
 
 
 def _place(kind: str, task: str, **options: Any) -> Any:

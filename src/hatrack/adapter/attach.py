@@ -22,7 +22,7 @@ from torch import nn
 from hatrack.adapter.card import CONFIG
 from hatrack.adapter.config import PEFT_ITSELF, lora_config
 from hatrack.adapter.files import AdapterFiles, read_adapter
-from hatrack.adapter.place import head_modules, heads_of, keep_head_in_float32
+from hatrack.adapter.place import head_modules, keep_head_in_float32, saved_copies
 from hatrack.errors import AdapterError
 from hatrack.recipe import flag
 
@@ -214,7 +214,7 @@ def _check_saved_modules(own: Mapping[str, nn.Module], files: AdapterFiles, conf
 def _fill(model: Any, own: Mapping[str, nn.Module], files: AdapterFiles, name: str) -> None:
     """Loads the numbers, once every one of them is known to have a place and every place a number."""
     if files.config["task_type"] == "SEQ_CLS":
-        for full, head in heads_of(model, name).items():
+        for full, head in saved_copies(model, name).items():
             _shape_head(head, full, files.shapes)
     keep_head_in_float32(model, name)
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)

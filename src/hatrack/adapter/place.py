@@ -1,7 +1,7 @@
-"""Puts a new adapter on a base. Knows nothing of training, files or data."""
+"""Places a new adapter on a base model."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,24 +11,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hatrack.adapter.count import joined_experts
-from hatrack.adapter.targets import TargetChoice, check_rank, choose_targets
+from hatrack.adapter.targets import ModelLayers, TargetChoice, check_rank, choose_targets, last_parts
 from hatrack.console import say
 from hatrack.errors import AdapterError, TargetError
 from hatrack.recipe import Recipe
 
 TASK_TYPES = {"classify": "SEQ_CLS", "chat": "CAUSAL_LM", "complete": "CAUSAL_LM"}
 PISSA_START = "_hatrack_start"
-"""Attribute of a PiSSA model that keeps where its adapter started: what is saved is the difference from there."""
+"""Attribute of a PiSSA model: its adapter's initial tensors. What is saved is the difference from them."""
 
 
 def place(
     model: Any, recipe: Recipe, *, task: str, layer_classes: Mapping[type, Any] | None = None, name: str = "default"
 ) -> PeftModel:
-    """Wraps a frozen base with a new adapter as `recipe` says; adapter and head are float32 and alone trainable.
+    """Wraps a frozen base with a new adapter as `recipe` says. Only adapter and head are trainable; both are float32.
 
-    `layer_classes` maps a layer's class to the adapted layer to use for it, in place of peft's. Raises TargetError for
-    layer names that match nothing, RecipeError for a rank that does not fit, AdapterError where the base carries an
-    adapter already.
+    `task`: classify, chat or complete. `layer_classes`: class of a layer -> adapted layer to use in place of peft's.
+    Raises TargetError for layer names that match nothing, RecipeError for a rank that does not fit, AdapterError where
+    the base has an adapter already.
     """
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
         raise AdapterError(
@@ -41,7 +41,10 @@ def place(
     shapes = {parameter: tuple(weight.shape) for parameter, weight in model.named_parameters()}
     experts = joined_experts(shapes, str(model.config.model_type))
     choice = choose_targets(
-        linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=outputs, modules=modules, experts=experts
+        ModelLayers(linears, heads=outputs, modules=modules, experts=experts),
+        recipe.targets,
+        recipe.top_layers,
+        r=recipe.r,
     )
     check_rank(recipe.r, choice, linears)
     config = LoraConfig(
@@ -59,15 +62,15 @@ def place(
     if layer_classes:
         config._register_custom_module(dict(layer_classes))
     if recipe.variant == "pissa":
-        say("pissa: decomposing the adapted weights; the base keeps the rest until the adapter is saved")
+        say("pissa: decomposing the adapted weights")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by the old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses the old name
         wrapped = get_peft_model(model, config, adapter_name=name)
     _check_placed(wrapped, choice)
     keep_head_in_float32(wrapped, name)
     if recipe.variant == "pissa":
-        _remember_start(wrapped, name)
-    say(f"adapters on {len(choice.names)} layers: {choice.why} ({', '.join(_leaves(choice.names))})")
+        _keep_initial_tensors(wrapped, name)
+    say(f"adapters on {len(choice.names)} layers: {choice.why} ({', '.join(last_parts(choice.names))})")
     for note in choice.notes:
         say(note)
     return wrapped
@@ -86,7 +89,7 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def head_modules(model: Any) -> list[str]:
-    """The modules with parameters that a task's model adds to its base: its head."""
+    """The modules with parameters outside the base model: the head of a task."""
     return [
         name
         for name, module in model.named_children()
@@ -100,8 +103,8 @@ def output_modules(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if module is output]
 
 
-def heads_of(model: Any, name: str) -> dict[str, nn.Module]:
-    """Full name -> the adapter's own copy of each head module."""
+def saved_copies(model: Any, name: str) -> dict[str, nn.Module]:
+    """Full name -> the adapter's own copy of each module in `modules_to_save`."""
     return {
         full: module.modules_to_save[name]
         for full, module in model.named_modules()
@@ -112,22 +115,17 @@ def heads_of(model: Any, name: str) -> dict[str, nn.Module]:
 
 
 def keep_head_in_float32(model: Any, name: str) -> None:
-    """Casts the adapter's head to float32, and what goes into it by a hook (docs/decisions/0004).
+    """Casts the adapter's head to float32, and its inputs by a hook (docs/decisions/0004).
 
-    Other modules that an adapter has a copy of (an embedding, a norm) stay in the base's dtype, as what follows them
-    computes in it; so does a head whose weight is tied to an embedding.
+    Other modules that an adapter has a copy of (an embedding, a norm) stay in the base's dtype, in which the modules
+    after them compute; so does a head whose weight is tied to an embedding.
     """
     if getattr(model.peft_config[name], "ensure_weight_tying", False):
         return
-    outer = [f"base_model.model.{module}" for module in head_modules(model.get_base_model())]
-    heads = {
-        full: head
-        for full, head in heads_of(model, name).items()
-        if f"{full}.".startswith(tuple(f"{o}." for o in outer))
-    }
-    for head in heads.values():
-        head.float()
-        if not head._forward_pre_hooks:
+    task_heads = tuple(f"base_model.model.{module}." for module in head_modules(model.get_base_model()))
+    for full, head in saved_copies(model, name).items():
+        if f"{full}.".startswith(task_heads):
+            head.float()
             head.register_forward_pre_hook(_inputs_to_float32)
 
 
@@ -136,7 +134,7 @@ def _inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
 
 
 def _check_placed(model: Any, choice: TargetChoice) -> None:
-    """peft must have put adapters on the chosen layers, all of them and no others."""
+    """Checks that peft put adapters on all chosen layers and no others."""
     prefix = "base_model.model."
     placed = {name.removeprefix(prefix) for name, module in model.named_modules() if hasattr(module, "lora_A")}
     wrong = sorted(placed ^ set(choice.names))
@@ -144,11 +142,7 @@ def _check_placed(model: Any, choice: TargetChoice) -> None:
         raise TargetError("adapters were not placed as chosen", got=", ".join(wrong[:5]), fix="name layers in full")
 
 
-def _remember_start(model: Any, name: str) -> None:
-    """Keeps the starting values of a PiSSA adapter, which the base's weights have lost, until it is saved."""
+def _keep_initial_tensors(model: Any, name: str) -> None:
+    """Keeps the initial tensors of a PiSSA adapter, which peft took out of the base, until it is saved."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     setattr(model, PISSA_START, {key: tensor.detach().clone() for key, tensor in state.items() if ".lora_" in key})
-
-
-def _leaves(names: Iterable[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in names})

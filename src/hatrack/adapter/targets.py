@@ -1,4 +1,4 @@
-"""Which linear layers get an adapter: a choice by name and shape alone. Knows no torch and touches no model."""
+"""Chooses the linear layers that get an adapter, by name and shape alone; imports no torch."""
 
 import re
 from collections import defaultdict
@@ -9,18 +9,18 @@ from hatrack.adapter.count import Experts
 from hatrack.errors import RecipeError, TargetError
 from hatrack.recipe import flag, nearest
 
-NEVER = {
+NEVER_ADAPTED = {
     r"(^|\.)(gate|shared_experts?_gate|\w*router\w*)(\.|$)": "sends tokens to experts",
-    r"(^|\.)(indexer|scorer)\.": "chooses the tokens that attention looks at, which no gradient tells it",
-    r"(^|\.)(mamba|mixer)\.(x_proj|dt_proj|out_proj)$": "is read by the kernels of state-space layers past any adapter",
+    r"(^|\.)(indexer|scorer)\.": "chooses the tokens that attention looks at, and gets no gradient",
+    r"(^|\.)(mamba|mixer)\.(x_proj|dt_proj|out_proj)$": "is read directly by state-space kernels, which skip adapters",
 }
 """Layers that never get an adapter, and why: one on a router changes which experts run, not what they say."""
 
-OTHER_SENSES = re.compile(r"vision|visual|image|img_|audio|speech", re.IGNORECASE)
-"""Parts of a model that text does not pass through: an adapter there learns nothing from it."""
+OTHER_MODALITIES = re.compile(r"vision|visual|image|img_|audio|speech", re.IGNORECASE)
+"""Parts of a model that text does not pass through: an adapter there would learn nothing."""
 
-NARROW = 8
-"""A layer narrower than the adapter's rank is left out if the widest one is so many times as wide."""
+NARROW_RATIO = 8
+"""A layer narrower than the adapter's rank is left out where the widest layer is at least 8 times as wide."""
 
 NO_EXPERTS = Experts()
 
@@ -49,11 +49,21 @@ OUTPUT_HEADS = (
 
 
 @dataclass(frozen=True)
-class TargetChoice:
-    """The layers that get an adapter by full name, what to call them in peft's `target_modules`, and why these.
+class ModelLayers:
+    """What targets are chosen among. `linears`: full name -> (d_in, d_out). `heads`: modules of the output head.
+    `modules`: every module's name, so that no short target name matches something else. `experts`: those that are one
+    tensor in each layer."""
 
-    `notes` say which others could be expected to get one, and why they do not.
-    """
+    linears: Mapping[str, tuple[int, int]]
+    heads: Collection[str] = ()
+    modules: Collection[str] = ()
+    experts: Experts = NO_EXPERTS
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """`names`: the layers that get an adapter, by full name; `target_modules`: what peft's config calls them; `why`
+    these; `notes`: which layers get none although one might expect it, and why."""
 
     names: tuple[str, ...]
     target_modules: tuple[str, ...]
@@ -61,50 +71,44 @@ class TargetChoice:
     notes: tuple[str, ...] = ()
 
 
-def choose_targets(
-    linears: Mapping[str, tuple[int, int]],
-    targets: str,
-    top_layers: int | None,
-    *,
-    r: int = 1,
-    heads: Collection[str] = (),
-    modules: Collection[str] = (),
-    experts: Experts = NO_EXPERTS,
-) -> TargetChoice:
-    """Chooses among `linears` (full name -> (d_in, d_out)).
+def choose_targets(layers: ModelLayers, targets: str, top_layers: int | None, r: int = 1) -> TargetChoice:
+    """Chooses the layers that get an adapter of rank `r`.
 
-    `targets`: auto (every projection inside the repeated layers), all-linear (every linear layer but the output's), or
-    names with commas. Both leave out what no text passes through, and layers 1 wide or much narrower than `r`.
-    `top_layers`: only the last N of the repeated layers. `heads`: modules of the output head. `modules`: every module's
-    name, so that no short name catches something else. `experts`: those that are one tensor, no layers.
+    `targets`: auto (every projection inside the repeated layers), all-linear (every linear layer but the output head),
+    or comma-separated names. auto and all-linear leave out parts that no text passes through, and layers 1 wide or much
+    narrower than `r`. `top_layers`: only the last N of the repeated layers; None for all.
 
     Raises TargetError for names that match nothing or layers that never get an adapter, RecipeError where there are
     fewer than N layers.
     """
-    everything = set(modules) | set(linears)
-    body = {name for name in linears if not _in_head(name, heads) and not never(name)}
-    confused = {name for name in body if _short(name) in experts.names}
-    body -= confused
-    notes = _notes(experts, confused)
+    linears, experts = layers.linears, layers.experts
+    allowed = {name for name in linears if not _in_head(name, layers.heads) and not reason_not_adapted(name)}
+    taken_for_experts = {name for name in allowed if _last_part(name) in experts.names}
+    allowed -= taken_for_experts
+    notes = _expert_notes(experts, taken_for_experts)
     if targets in ("auto", "all-linear"):
-        names = {name for name in body if not OTHER_SENSES.search(name) and (targets == "all-linear" or _place(name))}
-        narrow = _narrow(names, linears, r)
+        names = {name for name in allowed if not OTHER_MODALITIES.search(name)}
+        if targets == "auto":
+            names = {name for name in names if _split_name(name)}
+        narrow = _narrow_layers(names, linears, r)
         names -= narrow
         if narrow:
-            notes.append(f"none on {_layers(len(narrow))} narrower than {flag('r')} {r} ({_some(_leaves(narrow))})")
+            shown = join_first(last_parts(narrow))
+            notes.append(f"no adapter on {_count(narrow)} narrower than {flag('r')} {r} ({shown})")
         why = f"{_kinds(names)} projections" if targets == "auto" else "every linear layer but the output's"
     else:
-        names = _named([name.strip() for name in targets.split(",")], body, linears, everything, experts)
+        names = _match_targets([name.strip() for name in targets.split(",")], allowed, layers)
         why = f"the layers named {targets}"
     if top_layers is not None:
-        names, depth = _top(names, linears, top_layers), f"the last {top_layers} layers"
-        why = f"{why}, in {depth}"
+        names = _in_top_layers(names, linears, top_layers)
+        why = f"{why}, in the last {top_layers} layers"
     if not names:
         raise TargetError(
-            f"no layer to adapt: {why}", got=_some(_leaves(body)), fix="name layers with --targets NAME,NAME"
+            f"no layer to adapt: {why}", got=join_first(last_parts(allowed)), fix="name layers with --targets NAME,NAME"
         )
     ordered = tuple(name for name in linears if name in names)
-    return TargetChoice(ordered, tuple(_short_names(ordered, everything)), why, tuple(notes))
+    every_name = {*layers.modules, *linears}
+    return TargetChoice(ordered, tuple(_short_targets(ordered, every_name)), why, tuple(notes))
 
 
 def check_rank(r: int, choice: TargetChoice, linears: Mapping[str, tuple[int, int]]) -> None:
@@ -124,13 +128,13 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
     """Number of layers of each repeated stack: `{"model.layers": 32}`."""
     found: dict[str, int] = defaultdict(int)
     for name in names:
-        place = _place(name)
+        place = _split_name(name)
         if place:
             found[place[0]] = max(found[place[0]], place[1] + 1)
     return dict(found)
 
 
-def _place(name: str) -> tuple[str, int, str] | None:
+def _split_name(name: str) -> tuple[str, int, str] | None:
     """Stack, index and the path inside the layer: `model.layers.7.mlp.up_proj` -> (model.layers, 7, mlp.up_proj)."""
     match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
     return (match[1], int(match[2]), match[3]) if match else None
@@ -141,74 +145,75 @@ def _in_head(name: str, heads: Collection[str]) -> bool:
     return first in OUTPUT_HEADS or any(name == head or name.startswith(head + ".") for head in heads)
 
 
-def never(name: str) -> str | None:
+def reason_not_adapted(name: str) -> str | None:
     """Why a layer gets no adapter, whatever the targets are; None where it may get one."""
-    return next((why for pattern, why in NEVER.items() if re.search(pattern, name)), None)
+    return next((why for pattern, why in NEVER_ADAPTED.items() if re.search(pattern, name)), None)
 
 
-def _notes(experts: Experts, confused: Collection[str]) -> list[str]:
-    joined = "none on the experts: they are joined into one tensor in each layer, which takes no adapter"
+def _expert_notes(experts: Experts, taken_for_experts: Collection[str]) -> list[str]:
+    joined = "no adapter on the experts: each layer joins them into one tensor, which takes none"
     notes = [joined] if experts.modules else []
-    if confused:
-        beside = f"{_layers(len(confused))} beside them"
-        notes.append(f"none on {beside}, which peft takes for experts by name ({_some(_leaves(confused))})")
+    if taken_for_experts:
+        shown = join_first(last_parts(taken_for_experts))
+        notes.append(
+            f"no adapter on {_count(taken_for_experts)} beside them, which peft takes for experts by name ({shown})"
+        )
     return notes
 
 
-def _narrow(names: Collection[str], linears: Mapping[str, tuple[int, int]], r: int) -> set[str]:
+def _narrow_layers(names: Collection[str], linears: Mapping[str, tuple[int, int]], r: int) -> set[str]:
     """Those 1 wide, or narrower than `r` and than an eighth of the widest: small dials beside the projections."""
     widest = max((max(linears[name]) for name in names), default=0)
     sides = {name: min(linears[name]) for name in names}
-    return {name for name, side in sides.items() if side == 1 or (side < r and NARROW * side <= widest)}
+    return {name for name, side in sides.items() if side == 1 or (side < r and NARROW_RATIO * side <= widest)}
 
 
 def _kinds(names: Iterable[str]) -> str:
     """What projections belong to: `attention and MLP`."""
-    places = {(_place(name) or ("", 0, name))[2] for name in names}
+    places = {(_split_name(name) or ("", 0, name))[2] for name in names}
     found = {next(kind for kind, pattern in KINDS.items() if re.search(pattern, place)) for place in places}
     ordered = [kind for kind in KINDS if kind in found]
     return " and ".join(filter(None, [", ".join(ordered[:-1]), *ordered[-1:]]))
 
 
-def _named(
-    targets: Sequence[str],
-    body: set[str],
-    linears: Mapping[str, object],
-    modules: set[str],
-    experts: Experts,
-) -> set[str]:
-    """Every layer that one of the names means; each name must mean at least one."""
-    fused = [t for t in targets if _short(t) in experts.names or any(matches(name, t) for name in experts.modules)]
+def _match_targets(targets: Sequence[str], allowed: set[str], layers: ModelLayers) -> set[str]:
+    """Every allowed layer that one of the targets names. Raises TargetError where a target names none."""
+    experts, found = layers.experts, join_first(last_parts(allowed))
+    fused = [t for t in targets if _last_part(t) in experts.names or any(matches(name, t) for name in experts.modules)]
     if fused:
         raise TargetError(
-            f"{', '.join(fused)}: the experts here are joined into one tensor in each layer, which takes no adapter",
-            got=f"a model with {_some(_leaves(body))}",
+            f"{', '.join(fused)}: each layer joins its experts into one tensor, which takes no adapter",
+            got=f"a model with {found}",
             fix=f"use those names, or {flag('targets')} auto",
             gotcha="experts-joined",
         )
-    missing = [target for target in targets if not any(matches(name, target) for name in body)]
-    if missing:
-        leaves = _leaves(body)
-        problems = []
-        for target in missing:
-            guess = nearest(target, leaves)
-            refused = next(
-                (why for name in {*linears, *modules} if matches(name, target) and (why := never(name))), None
-            )
-            if refused:
-                problems.append(f"{target!r} {refused}")
-            elif any(matches(name, target) for name in linears):
-                problems.append(f"{target!r} is the output head, which is trained without being named")
-            elif any(matches(name, target) for name in modules):
-                problems.append(f"{target!r} is not a linear layer" + (f" (did you mean {guess}?)" if guess else ""))
-            else:
-                problems.append(f"{target!r} matches no layer" + (f" (did you mean {guess}?)" if guess else ""))
-        got = f"a model with {_some(leaves)}{', whose experts are joined tensors' if experts.modules else ''}"
+    problems = [
+        _why_no_match(target, allowed, layers)
+        for target in targets
+        if not any(matches(name, target) for name in allowed)
+    ]
+    if problems:
+        got = f"a model with {found}{', whose experts are joined tensors' if experts.modules else ''}"
         raise TargetError("; ".join(problems), got=got, fix="use those names, or --targets auto")
-    return {name for name in body if any(matches(name, target) for target in targets)}
+    return {name for name in allowed if any(matches(name, target) for target in targets)}
 
 
-def _top(names: set[str], linears: Iterable[str], top: int) -> set[str]:
+def _why_no_match(target: str, allowed: set[str], layers: ModelLayers) -> str:
+    """Why a target names no layer that may get an adapter."""
+    modules = {*layers.linears, *layers.modules}
+    for name in sorted(modules):
+        if matches(name, target) and (reason := reason_not_adapted(name)):
+            return f"{target!r} {reason}"
+    if any(matches(name, target) for name in layers.linears):
+        return f"{target!r} is the output head, which is trained without being named"
+    guess = nearest(target, last_parts(allowed))
+    hint = f" (did you mean {guess}?)" if guess else ""
+    if any(matches(name, target) for name in modules):
+        return f"{target!r} is not a linear layer{hint}"
+    return f"{target!r} matches no layer{hint}"
+
+
+def _in_top_layers(names: set[str], linears: Iterable[str], top: int) -> set[str]:
     """Those in the last `top` layers of their stack. A shorter second stack keeps all of its layers."""
     depths = layer_counts(linears)
     deepest = max(depths.values(), default=0)
@@ -216,15 +221,15 @@ def _top(names: set[str], linears: Iterable[str], top: int) -> set[str]:
         raise RecipeError(
             f"--layers top-{top} is more than this model has", got=f"{deepest} layers", fix="use --layers all"
         )
-    places = {name: _place(name) for name in names}
+    places = {name: _split_name(name) for name in names}
     return {name for name, place in places.items() if place and place[1] >= depths[place[0]] - top}
 
 
-def _short_names(names: Sequence[str], modules: set[str]) -> list[str]:
+def _short_targets(names: Sequence[str], modules: set[str]) -> list[str]:
     """The shortest endings that mean exactly these modules to peft; the full names where no endings do."""
     wanted = set(names)
     found: list[str] = []
-    for path in dict.fromkeys((_place(name) or ("", 0, name))[2] for name in names):
+    for path in dict.fromkeys((_split_name(name) or ("", 0, name))[2] for name in names):
         parts = path.split(".")
         tails = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
         tail = next((tail for tail in tails if all(name in wanted for name in modules if matches(name, tail))), None)
@@ -235,18 +240,19 @@ def _short_names(names: Sequence[str], modules: set[str]) -> list[str]:
     return found
 
 
-def _short(name: str) -> str:
-    """The last part of a full name."""
+def _count(layers: Collection[str]) -> str:
+    return "1 layer" if len(layers) == 1 else f"{len(layers):,} layers"
+
+
+def _last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count:,} layers"
+def last_parts(names: Iterable[str]) -> list[str]:
+    """The last parts of full names, each once: `["down_proj", "q_proj"]`."""
+    return sorted(set(map(_last_part, names)))
 
 
-def _leaves(names: Iterable[str]) -> list[str]:
-    return sorted(set(map(_short, names)))
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def join_first(names: Sequence[str], count: int = 12) -> str:
+    """The first names with commas, and how many more there are."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from hatrack.adapter.count import joined_experts, linear_layers_from_shapes
-from hatrack.adapter.targets import TargetChoice, check_rank, choose_targets
+from hatrack.adapter.targets import ModelLayers, TargetChoice, check_rank, choose_targets
 from hatrack.base.code import check_code
 from hatrack.base.description import BaseDescription
 from hatrack.base.free_memory import need_bitsandbytes
@@ -119,7 +119,9 @@ def _targets(
         heads = sorted({name.rpartition(".")[0] for name in head_shapes(files.config, 1)})
     linears = linear_layers_from_shapes(shapes, str(config.model_type))
     experts = joined_experts(shapes, str(config.model_type))
-    return choose_targets(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts), linears
+    return choose_targets(
+        ModelLayers(linears, heads=heads, experts=experts), recipe.targets, recipe.top_layers, r=recipe.r
+    ), linears
 
 
 def _rank(recipe: Recipe, chosen: tuple[TargetChoice, dict[str, tuple[int, int]]]) -> None:

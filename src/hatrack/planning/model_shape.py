@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hatrack.adapter.count import ParameterCount, count_parameters, joined_experts, linear_layers_from_shapes
-from hatrack.adapter.targets import TargetChoice, check_rank, choose_targets
+from hatrack.adapter.targets import ModelLayers, TargetChoice, check_rank, choose_targets
 from hatrack.base.description import BaseDescription
 from hatrack.base.header import head_shapes, parameter_count, stored_format, task_shapes, weight_bytes
 from hatrack.recipe import Recipe
@@ -111,7 +111,9 @@ def describe(peeked: BaseDescription, recipe: Recipe, *, task: str, labels: int)
     linears = linear_layers_from_shapes(shapes, str(config.get("model_type")))
     heads = sorted({name.rpartition(".")[0] for name in head_shapes(config, labels)}) if task == "classify" else []
     experts = joined_experts(shapes, str(config.get("model_type")))
-    choice = choose_targets(linears, recipe.targets, recipe.top_layers, r=recipe.r, heads=heads, experts=experts)
+    choice = choose_targets(
+        ModelLayers(linears, heads=heads, experts=experts), recipe.targets, recipe.top_layers, r=recipe.r
+    )
     check_rank(recipe.r, choice, linears)
     adapted = [linears[name] for name in choice.names]
     shape = shape_of(config, linears)
