@@ -13,7 +13,7 @@ CANNOT_HAPPEN = {"pad-is-eos", "merge-rounding", "trained-in-eval-form"}
 
 
 def _named_in_code() -> Iterator[str]:
-    """The first argument of every Finding, refusal and look in the code, and `gotcha=` of every error."""
+    """The first argument of every Finding, refusal and attempt in the code, and `gotcha=` of every error."""
     files = [*(ROOT / "src/hatrack/check").glob("*.py"), ROOT / "src/hatrack/cli/check.py"]
     for path in (ROOT / "src/hatrack").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -25,8 +25,7 @@ def _named_in_code() -> Iterator[str]:
             elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
                 "Finding",
                 "refusal",
-                "look",
-                "at",
+                "attempt",
             ):
                 for part in ast.walk(node.args[0]):
                     if isinstance(part, ast.Constant) and isinstance(part.value, str):

@@ -70,7 +70,7 @@ def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: s
     if like is not None:
         if recipe is not None:
             raise RecipeError("a recipe and `like` exclude each other", got=f"{recipe!r}, {like}", fix="keep one")
-        return importlib.import_module("hatrack.training.repeat").recipe_like(like, **options)  # type: ignore[no-any-return]
+        return importlib.import_module("hatrack.training.repeat").recipe_of_adapter(like, **options)  # type: ignore[no-any-return]
     if isinstance(recipe, str | Path):
         return Recipe.of(recipe, **options)
     return recipe.changed(**options) if recipe is not None else Recipe.make(**options)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hatrack.check.checks import check_recipe
-from hatrack.check.finding import Finding, Looking
+from hatrack.check.finding import Finding, FindingCollector
 from hatrack.errors import DataError, RecipeError
 from hatrack.recipe import Recipe
 
@@ -68,22 +68,22 @@ def test_a_base_saved_with_its_adapter_unmerged(tiny_encoder: Path, reviews: Pat
 
 
 def test_looking_goes_on_past_what_it_cannot_find() -> None:
-    looking = Looking()
+    collector = FindingCollector()
 
     def refuse() -> int:
         raise RecipeError("no", got=1, fix="yes")
 
-    assert looking.at("one", refuse) is None
-    assert looking.at("two", lambda known: known, None) is None
-    assert looking.at("three", lambda known: known + 1, 1) == 2
-    assert looking.found == [Finding("one", "no", "1", "yes", refused=True)]
+    assert collector.attempt("one", refuse) is None
+    assert collector.attempt("two", lambda known: known, None) is None
+    assert collector.attempt("three", lambda known: known + 1, 1) == 2
+    assert collector.found == [Finding("one", "no", "1", "yes", refused=True)]
 
 
 def test_many_complaints_stay_together() -> None:
-    looking = Looking()
+    collector = FindingCollector()
 
     def refuse() -> None:
         raise DataError("2 rows cannot be read", fix="mend them", complaints=["row 1: empty", "row 2: empty"])
 
-    looking.at("rows-refused", refuse)
-    assert looking.found[0].what.splitlines()[1:] == ["  row 1: empty", "  row 2: empty"]
+    collector.attempt("rows-refused", refuse)
+    assert collector.found[0].what.splitlines()[1:] == ["  row 1: empty", "  row 2: empty"]

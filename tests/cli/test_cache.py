@@ -8,7 +8,7 @@ import pytest
 
 from hatrack.base import quantized_cache
 from hatrack.storage import ABOUT, held
-from hatrack.training.hidden_states import States, open_states
+from hatrack.training.hidden_states import HiddenStateCache, open_hidden_state_cache
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -20,9 +20,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "states"
 
 
-def _kept(base: str, layers: int, rows: int) -> States:
+def _kept(base: str, layers: int, rows: int) -> HiddenStateCache:
     made_by = {"fingerprint": base[::-1], "layers": layers, "dtype": "bfloat16", "quantize": "none"}
-    found = open_states(made_by, base, None)
+    found = open_hidden_state_cache(made_by, base, None)
     assert found is not None
     for row in range(rows):
         found.add(row.to_bytes(16, "big"), memoryview(bytes(1000)))

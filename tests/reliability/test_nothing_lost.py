@@ -126,7 +126,7 @@ def _stop_in(module: str, function: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "number", "saved"),
     [
-        ("hatrack.training.train", "read_for_base", signal.SIGTERM, False),
+        ("hatrack.training.train", "read_recipe_examples", signal.SIGTERM, False),
         ("hatrack.training.load", "load_base", signal.SIGHUP, False),
         ("hatrack.data.tokens", "render_cached", signal.SIGINT, False),
         ("hatrack.training.train", "HatTrainer.score_held_out", signal.SIGTERM, False),

@@ -165,13 +165,13 @@ def test_a_question_is_what_stands_before_the_last_answer() -> None:
     rows = [
         render([each], tokenizer, RenderSettings(task="chat", max_length=300, template=CHATML)) for each in examples
     ]
-    assert sample_answers.questions(rows[0], 2) == []
-    (asked,) = sample_answers.questions(rows[1], 2)
+    assert sample_answers.find_questions(rows[0], 2) == []
+    (asked,) = sample_answers.find_questions(rows[1], 2)
     assert tokenizer.decode(asked.prompt).endswith("C?<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(asked.answer) == "D.<|im_end|>"
-    (asked,) = sample_answers.questions(rows[2], 2)
+    (asked,) = sample_answers.find_questions(rows[2], 2)
     assert (tokenizer.decode(asked.prompt), tokenizer.decode(asked.answer)) == ("C?", " D.<|endoftext|>")
-    assert sample_answers.questions(rows[1], 2, longest=10) == []
+    assert sample_answers.find_questions(rows[1], 2, longest=10) == []
 
 
 def test_a_model_that_cannot_generate_is_trained_all_the_same(
@@ -180,7 +180,7 @@ def test_a_model_that_cannot_generate_is_trained_all_the_same(
     def fail(*_: Any) -> Any:
         raise RuntimeError("no such cache\nmore")
 
-    monkeypatch.setattr(sample_answers, "answered", fail)
+    monkeypatch.setattr(sample_answers, "generate_answer", fail)
     _trained(tmp_path, CHATML, says="\nIt is.ab")
     said = capsys.readouterr().err
     assert said.count("no held-out question is answered on the way: no such cache\n") == 1
@@ -192,4 +192,4 @@ def test_an_answer_is_no_longer_than_the_model_takes(tmp_path: Path) -> None:
     base = load_base(find_base(str(talking_base(tmp_path / "base", says="ab"))), task="chat", device="cpu")
     for tokens, most in ((512, 0), (509, 3), (5, 40)):
         prompt = np.full(tokens, base.tokenizer("b")["input_ids"][0])
-        assert len(sample_answers.answered(base.model, prompt, [EOS], base, 40)) == most
+        assert len(sample_answers.generate_answer(base.model, prompt, [EOS], base, 40)) == most

@@ -19,7 +19,15 @@ from hatrack.evaluate.score import Score
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.recipe import Recipe
 from hatrack.training import auto_settings
-from hatrack.training.depth import Depth, Trial, choose, keeps, steps_of, tops, try_depths
+from hatrack.training.depth import (
+    DepthTrial,
+    MeasuredDepth,
+    choose,
+    depths_to_try,
+    keeps_enough,
+    trial_steps,
+    try_depths,
+)
 from hatrack.training.trainer import HatTrainer
 
 
@@ -28,22 +36,27 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
 
 
-def _depth(top: int, loss: float, step: float = 1.0, below: float = 0.0) -> Depth:
-    return Depth(top, 6, Score({"loss": loss}, np.zeros(1), np.ones(1)), step, below)
+def _depth(top: int, loss: float, step: float = 1.0, below: float = 0.0) -> MeasuredDepth:
+    return MeasuredDepth(top, 6, Score({"loss": loss}, np.zeros(1), np.ones(1)), step, below)
 
 
 def test_a_half_a_third_and_a_sixth_are_tried() -> None:
-    assert (tops(30), tops(6), tops(2), tops(1)) == ([30, 15, 10, 5], [6, 3, 2, 1], [2, 1], [1])
+    assert (depths_to_try(30), depths_to_try(6), depths_to_try(2), depths_to_try(1)) == (
+        [30, 15, 10, 5],
+        [6, 3, 2, 1],
+        [2, 1],
+        [1],
+    )
 
 
 def test_short_runs_are_not_worth_a_comparison_and_long_ones_bound_it() -> None:
-    assert (steps_of(239), steps_of(240), steps_of(400), steps_of(10_000)) == (0, 48, 80, 128)
+    assert (trial_steps(239), trial_steps(240), trial_steps(400), trial_steps(10_000)) == (0, 48, 80, 128)
 
 
 def test_the_fastest_depth_that_keeps_enough_is_chosen() -> None:
     everything, half, third = _depth(6, 0.50, 4.0), _depth(3, 0.504, 2.0, 0.01), _depth(2, 0.52, 1.0, 0.02)
     # all layers lowered 0.7 by 0.2; the half by 0.196 (98%), the third by 0.18 (90%)
-    assert keeps(half, everything, 0.7) and not keeps(third, everything, 0.7)
+    assert keeps_enough(half, everything, 0.7) and not keeps_enough(third, everything, 0.7)
     assert choose([everything, half, third], 0.7, 100, 1000) is half
     # 100 steps of 2 s and 30,000 rows of 0.01 s: the layers below cost more than they save
     assert choose([everything, half], 0.7, 100, 30_000) is everything
@@ -70,7 +83,7 @@ def test_everything_is_put_back(tiny_decoder: Path) -> None:
 
     state = torch.get_rng_state()
     start = scored(model, None).metrics["loss"]
-    tried = list(try_depths(model, trunk, Trial([[batch]] * 20, [[batch]], "chat", 0.05, scored)))
+    tried = list(try_depths(model, trunk, DepthTrial([[batch]] * 20, [[batch]], "chat", 0.05, scored)))
     assert [depth.name for depth in tried] == ["all", "top-1"]
     assert all(depth.loss < start - 0.1 for depth in tried) and tried[0].loss != tried[1].loss  # each learns, by itself
     assert tried[0].below == 0 < tried[1].below and all(depth.step > 0 for depth in tried)
@@ -92,7 +105,7 @@ def test_a_run_measures_and_says_what_it_costs_and_saves(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(auto_settings, "keeps", lambda *depths: True)
+    monkeypatch.setattr(auto_settings, "keeps_enough", lambda *depths: True)
     monkeypatch.setattr(auto_settings, "choose", lambda tried, *rest: tried[-1])
     hat = hatrack.train(**_options(tiny_encoder, reviews, tmp_path / "hat", steps=250))
     said = capsys.readouterr().err

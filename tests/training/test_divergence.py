@@ -15,7 +15,7 @@ from hatrack.evaluate.loss import losses
 from hatrack.planning import fit
 from hatrack.recipe import Recipe
 from hatrack.training import trainer
-from hatrack.training.divergence import Watch
+from hatrack.training.divergence import DivergenceWatch
 from hatrack.training.run import Run
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "lr": 0.002}
@@ -66,7 +66,7 @@ def test_the_rows_named_are_those_of_the_step(
     seen: dict[int, list[int]] = {}
     found: dict[int, list[int]] = {}
 
-    def step(self: Watch, number: int, loss: float, norm: float, rows: Callable[[], list[int]]) -> None:
+    def step(self: DivergenceWatch, number: int, loss: float, norm: float, rows: Callable[[], list[int]]) -> None:
         found[number] = rows()
 
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ def test_the_rows_named_are_those_of_the_step(
 
     plan_run, plain = fit.plan_run, trainer.HatTrainer.compute_loss
     monkeypatch.setattr(fit, "plan_run", two_at_a_time)
-    monkeypatch.setattr(Watch, "step", step)
+    monkeypatch.setattr(DivergenceWatch, "step", step)
     monkeypatch.setattr(trainer.HatTrainer, "compute_loss", compute_loss)
     hatrack.train(
         base=str(tiny_encoder), data=str(reviews), output=str(tmp_path / "hat"), name="hat", epochs=2, **OPTIONS
@@ -112,7 +112,7 @@ def test_a_gradient_that_never_arrives_stops_at_the_first_step(
 
 
 def test_a_loss_that_stays_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-8, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-8, usual_lr=1e-3, dtype="float32")
     watch.before = 0.7
 
     class State:
@@ -127,7 +127,7 @@ def test_a_loss_that_stays_is_told_once(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_single_wild_batches_are_no_explosion(tmp_path: Path) -> None:
-    watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
     for number in range(1, 100):
         watch.step(number, 4.0 if number % 10 == 0 else 0.7, 1.0, lambda: [1])
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
 
 
 def test_a_run_that_goes_well_waits_for_no_other_rows(tmp_path: Path) -> None:
-    watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
     watch.few = lambda: pytest.fail("a few held-out rows were scored")
     for number in range(1, 20):
         watch.step(number, 0.7, 1.0, lambda: [1])
@@ -153,7 +153,7 @@ HARD_AT_LAST = [1.2, 4.36, 4.87, 3.04, 3.68, 3.77, 4.26, 4.0, 3.45, 2.74, 2.85, 
 
 def test_what_a_hard_batch_is_held_against_is_measured_once(tmp_path: Path) -> None:
     """The first batch is easier than all later ones; the rows that are scored then show that nothing was lost."""
-    watch = Watch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
     asked: list[int] = []
 
     def few() -> float:
@@ -173,7 +173,7 @@ BATCHES = [5.43, 4.36, 4.87, 1.04, 3.68, 3.77, 4.26, 1.0, 3.45, 2.74, 2.85, 3.47
 @pytest.mark.parametrize("lost", [False, True])
 def test_batches_that_are_hard_from_the_start_are_no_lost_run(tmp_path: Path, lost: bool) -> None:
     run = Run(tmp_path, tmp_path, "x", Recipe.make())
-    watch = Watch(run, lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(run, lr=1e-3, usual_lr=1e-3, dtype="float32")
     watch.few = lambda: 2.01
     for number, loss in enumerate(BATCHES, 1):
         watch.step(number, loss, 1.0, lambda: [1])

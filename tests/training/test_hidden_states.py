@@ -14,7 +14,15 @@ from hatrack import storage
 from hatrack.console import say_once
 from hatrack.storage import ABOUT
 from hatrack.training import hidden_states
-from hatrack.training.hidden_states import INDEX, STATES, States, entries, open_states, remove, row_key
+from hatrack.training.hidden_states import (
+    INDEX,
+    STATES,
+    HiddenStateCache,
+    entries,
+    open_hidden_state_cache,
+    remove,
+    row_key,
+)
 
 MADE_BY: dict[str, Any] = {"fingerprint": "abc", "layers": 4, "dtype": "float32"}
 PLENTY = 2**20
@@ -26,8 +34,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     say_once.cache_clear()
 
 
-def _open(limit: int | None = PLENTY, **made_by: Any) -> States:
-    found = open_states(MADE_BY | made_by, "a-base", limit)
+def _open(limit: int | None = PLENTY, **made_by: Any) -> HiddenStateCache:
+    found = open_hidden_state_cache(MADE_BY | made_by, "a-base", limit)
     assert found is not None
     return found
 
@@ -40,7 +48,7 @@ def _data(number: int, count: int = 64) -> memoryview:
     return memoryview(np.random.default_rng(number).bytes(count))
 
 
-def _read(kept: States, number: int, count: int = 64) -> bytes | None:
+def _read(kept: HiddenStateCache, number: int, count: int = 64) -> bytes | None:
     into = bytearray(count)
     return bytes(into) if kept.read(_key(number), memoryview(into)) else None
 
@@ -208,7 +216,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "file"))
-    assert open_states(MADE_BY, "a-base", None) is None
+    assert open_hidden_state_cache(MADE_BY, "a-base", None) is None
     assert "hidden states are not kept" in capsys.readouterr().err
 
 
@@ -217,7 +225,7 @@ def test_entries_tell_what_is_there_and_go_unless_used() -> None:
     folder = _filled(4, layers=5)
     os.utime(folder / ABOUT, (1000, 1000))
     newest, oldest = entries()
-    assert (hidden_states.rows(newest), hidden_states.rows(oldest), oldest.used) == (3, 1, 1000)
+    assert (hidden_states.count_rows(newest), hidden_states.count_rows(oldest), oldest.used) == (3, 1, 1000)
     assert newest.about == {"format": hidden_states.FORMAT, **MADE_BY, "base": "a-base"} and newest.bytes > 3 * 64
     using = _open()
     assert not remove(newest) and remove(oldest)

@@ -10,8 +10,8 @@ from hatrack.adapter import registry
 from hatrack.adapter.card import NAME, AdapterCard
 from hatrack.errors import AdapterError, Interrupted, RecipeError
 from hatrack.recipe import Recipe
-from hatrack.training.output import interrupted, name_of_data
-from hatrack.training.repeat import recipe_like
+from hatrack.training.output import find_interrupted, name_from_data
+from hatrack.training.repeat import recipe_of_adapter
 from hatrack.training.run import Run, open_run
 
 
@@ -65,8 +65,8 @@ def _interrupt(recipe: Recipe) -> Run:
     ],
 )
 def test_a_name_comes_from_the_data_file(data: str, name: str) -> None:
-    assert name_of_data(data) == name
-    assert NAME.fullmatch(f"{name_of_data(data)}-1000")
+    assert name_from_data(data) == name
+    assert NAME.fullmatch(f"{name_from_data(data)}-1000")
 
 
 def test_what_is_derived_steps_aside(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,16 +148,16 @@ def test_resume_of_several_asks_which() -> None:
     _interrupt(_recipe())
     _interrupt(_recipe(data="tickets.csv"))
     with pytest.raises(RecipeError, match=r"2 runs were interrupted here; got reviews \(reviews.csv\), tickets"):
-        interrupted(Recipe.make(resume=True))
-    assert interrupted(_recipe(data="elsewhere/tickets.csv", resume=True)) == Path("tickets")
-    assert interrupted(Recipe.make(name="reviews", resume=True)) == Path("reviews")
+        find_interrupted(Recipe.make(resume=True))
+    assert find_interrupted(_recipe(data="elsewhere/tickets.csv", resume=True)) == Path("tickets")
+    assert find_interrupted(Recipe.make(name="reviews", resume=True)) == Path("reviews")
 
 
 def test_resume_of_none_says_so() -> None:
     Path("notes.run").mkdir()
     Path("notes.run/run.json").write_text("not of a run")
     with pytest.raises(RecipeError, match=r"no interrupted run to resume; got .* on reviews.csv in"):
-        interrupted(_recipe(resume=True))
+        find_interrupted(_recipe(resume=True))
 
 
 def test_a_run_is_repeated_with_changes() -> None:
@@ -166,16 +166,16 @@ def test_a_run_is_repeated_with_changes() -> None:
         "hat", {"source": "b"}, "chat", recipe={"base": "b", "data": "d.csv", "epochs": 2.0, "output": "hat"}
     )
     Path("hat/hatrack.json").write_text(made.to_json())
-    recipe = recipe_like("hat", r=16, steps=10)
+    recipe = recipe_of_adapter("hat", r=16, steps=10)
     assert recipe.explicit_options() == {"base": "b", "data": "d.csv", "r": 16, "steps": 10}
-    assert recipe_like("hat").epochs == 2.0
+    assert recipe_of_adapter("hat").epochs == 2.0
     Path("hat/hatrack.json").unlink()
     with pytest.raises(AdapterError, match="only a run of hatrack can be repeated"):
-        recipe_like("hat")
+        recipe_of_adapter("hat")
 
 
 def test_a_damaged_run_file_is_not_taken_for_a_run() -> None:
     _interrupt(_recipe())
     Path("broken.run").mkdir()
     Path("broken.run/run.json").write_text(json.dumps([1]))
-    assert interrupted(Recipe.make(resume=True)) == Path("reviews")
+    assert find_interrupted(Recipe.make(resume=True)) == Path("reviews")

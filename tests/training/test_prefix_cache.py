@@ -25,8 +25,8 @@ from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.recipe import Recipe
 from hatrack.training import hidden_states
 from hatrack.training.callbacks import GracefulStop
-from hatrack.training.hidden_states import States, open_states
-from hatrack.training.prefix_cache import Prefix
+from hatrack.training.hidden_states import HiddenStateCache, open_hidden_state_cache
+from hatrack.training.prefix_cache import FrozenPrefix
 from hatrack.training.trainer import HatTrainer as Trainer
 from tests.base.tiny import DECODERS, save
 from tests.training.test_layer_streaming import too_large
@@ -44,8 +44,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def kept() -> Iterator[States]:
-    found = open_states({"layers": DEPTH}, "tiny", 2**20)
+def kept() -> Iterator[HiddenStateCache]:
+    found = open_hidden_state_cache({"layers": DEPTH}, "tiny", 2**20)
     assert found is not None
     yield found
     found.close()
@@ -72,8 +72,8 @@ def _adapted(folder: Path, kind: str, **options: Any) -> Any:
     return made.train()
 
 
-def _prefix(made: Any, kind: str, kept: States | None, depth: int = DEPTH) -> Prefix:
-    return Prefix(made, find_layer_stack(made.get_base_model()), depth, task=_task(kind), states=kept)
+def _prefix(made: Any, kind: str, kept: HiddenStateCache | None, depth: int = DEPTH) -> FrozenPrefix:
+    return FrozenPrefix(made, find_layer_stack(made.get_base_model()), depth, task=_task(kind), states=kept)
 
 
 def _batch(kind: str, rows: list[int], seed: int = 0) -> Batch:
@@ -96,9 +96,9 @@ def _plain(made: Any, kind: str, batch: Batch) -> tuple[torch.Tensor, dict[str, 
     return values.detach(), {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
 
 
-def _given(made: Any, kind: str, prefix: Prefix, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _given(made: Any, kind: str, prefix: FrozenPrefix, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The same with the prefix."""
-    with prefix.given(batch):
+    with prefix.use_cached(batch):
         return _plain(made, kind, batch)
 
 
@@ -122,7 +122,7 @@ class _Computed:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients_are_the_plain_models(tmp_path: Path, kind: str, kept: States) -> None:
+def test_losses_and_gradients_are_the_plain_models(tmp_path: Path, kind: str, kept: HiddenStateCache) -> None:
     """Computed at first, then read, then in batches of other rows and lengths, some of them new."""
     made = _adapted(tmp_path / "base", kind)
     prefix = _prefix(made, kind, kept)
@@ -137,7 +137,7 @@ def test_losses_and_gradients_are_the_plain_models(tmp_path: Path, kind: str, ke
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Llama"])
-def test_what_one_model_kept_another_run_reads(tmp_path: Path, kind: str, kept: States) -> None:
+def test_what_one_model_kept_another_run_reads(tmp_path: Path, kind: str, kept: HiddenStateCache) -> None:
     """Another rank, other starting values: the layers below are the same."""
     first = _adapted(tmp_path / "base", kind)
     list(_prefix(first, kind, kept).losses([_batch(kind, [1, 2, 3])]))
@@ -149,7 +149,7 @@ def test_what_one_model_kept_another_run_reads(tmp_path: Path, kind: str, kept: 
 
 
 @pytest.mark.parametrize("kind", ["Bert", "GPT2", "DistilBert"])
-def test_dropout_is_off_below_the_adapters_and_on_above(tmp_path: Path, kind: str, kept: States) -> None:
+def test_dropout_is_off_below_the_adapters_and_on_above(tmp_path: Path, kind: str, kept: HiddenStateCache) -> None:
     """The twin: a model in evaluation mode but for its adapted layer and what comes after, told by name."""
     made = _adapted(tmp_path / "base", kind, dropout=0.3)
     prefix = _prefix(made, kind, kept)
@@ -170,7 +170,7 @@ def test_dropout_is_off_below_the_adapters_and_on_above(tmp_path: Path, kind: st
         if twin:
             values = losses(made, batch, _task(kind))[0]
         else:
-            with prefix.given(batch):
+            with prefix.use_cached(batch):
                 values = losses(made, batch, _task(kind))[0]
         torch.autograd.backward(values.sum())
         drawn.append((values.detach(), {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}))
@@ -180,7 +180,7 @@ def test_dropout_is_off_below_the_adapters_and_on_above(tmp_path: Path, kind: st
     assert not torch.allclose(read[0], _plain(made, kind, batch)[0], rtol=1e-5)  # dropout there is
 
 
-def test_states_in_bfloat16_are_kept_to_the_bit(tmp_path: Path, kept: States) -> None:
+def test_states_in_bfloat16_are_kept_to_the_bit(tmp_path: Path, kept: HiddenStateCache) -> None:
     made = _adapted(tmp_path / "base", "Llama", dropout=0.0)
     made.get_base_model().to(torch.bfloat16)
     for name, parameter in made.named_parameters():
@@ -226,7 +226,7 @@ def test_a_cached_run_makes_the_adapter_of_an_uncached_one(
     first = train("first", task)
     again = train("again", task)
     rows = 120 if task == "classify" else 32
-    assert hidden_states.rows(hidden_states.entries()[0]) <= rows
+    assert hidden_states.count_rows(hidden_states.entries()[0]) <= rows
     for hat in (first, again):
         assert hat.result["train_loss"] == pytest.approx(plain.result["train_loss"], rel=1e-5)
         assert hat.result["eval"] == pytest.approx(plain.result["eval"], rel=1e-4)
@@ -239,15 +239,15 @@ def test_a_cached_run_makes_the_adapter_of_an_uncached_one(
 
 def test_layers_below_are_not_computed_from_the_second_epoch_on(train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[int] = []
-    compute = Prefix._compute
+    compute = FrozenPrefix._compute
 
-    def counted(prefix: Prefix, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def counted(prefix: FrozenPrefix, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         passed.append(len(ids))
         return compute(prefix, ids, mask)
 
-    monkeypatch.setattr(Prefix, "_compute", counted)
+    monkeypatch.setattr(FrozenPrefix, "_compute", counted)
     train("first")
-    rows = hidden_states.rows(hidden_states.entries()[0])
+    rows = hidden_states.count_rows(hidden_states.entries()[0])
     assert sum(passed) == rows
     passed.clear()
     train("other", r=2, lr=0.01, seed=4, alpha=3)  # another split and order of the same rows
@@ -277,7 +277,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
         patch.setattr(GracefulStop, "on_step_end", stop_at_five)
         if killed:
-            patch.setattr(States, "close", lambda kept: kept._open.close())
+            patch.setattr(HiddenStateCache, "close", lambda kept: kept._open.close())
         with pytest.raises(Interrupted, match="step 5 is saved"):
             train("stopped", batch_size=8)
     train("stopped", batch_size=8, resume=True)
@@ -299,15 +299,15 @@ def test_a_full_disk_does_not_stop_training(
     tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train("plain", cache_limit=0)
-    write, times = States._write, [0]
+    write, times = HiddenStateCache._write, [0]
 
-    def full(kept: States, data: memoryview) -> None:
+    def full(kept: HiddenStateCache, data: memoryview) -> None:
         times[0] += 1
         if times[0] > 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(kept, data)
 
-    monkeypatch.setattr(States, "_write", full)
+    monkeypatch.setattr(HiddenStateCache, "_write", full)
     train("full")
     assert capsys.readouterr().err.count("no more hidden states are kept: the disk is full") == 1
     _equal(tmp_path / "plain", tmp_path / "full", bits=False)
@@ -354,7 +354,7 @@ def test_a_sweep_leaves_out_layers_whose_results_are_kept(
     train("plain", "chat", base=str(half_decoder), cache_limit=0)
     with too_large():
         train("streamed", "chat", base=str(half_decoder))
-    assert 0 in shown and hidden_states.rows(hidden_states.entries()[0]) == 32
+    assert 0 in shown and hidden_states.count_rows(hidden_states.entries()[0]) == 32
     finished = Trainer.score_held_out
     after: list[int] = []
 

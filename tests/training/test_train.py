@@ -22,7 +22,7 @@ from hatrack.base import load, quantized_cache
 from hatrack.errors import HatrackError, MachineError, RecipeError
 from hatrack.planning import fit
 from hatrack.planning.memory import Method
-from hatrack.training.divergence import Watch
+from hatrack.training.divergence import DivergenceWatch
 from hatrack.training.trainer import HatTrainer
 from tests.training.stopping import stopped_at_five
 
@@ -275,20 +275,20 @@ def test_what_training_began_with_is_scored_later_and_once(
 def test_what_a_few_rows_lost_before_training_is_found_out_later_and_changes_nothing(
     tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, step, found = HatTrainer.train, Watch.step, []
+    train, step, found = HatTrainer.train, DivergenceWatch.step, []
 
     def first_scored(trainer: HatTrainer, **options: Any) -> Any:
         found.append(trainer.score_held_out(32).metrics["loss"])
         return train(trainer, **options)
 
-    def asks(watch: Watch, number: int, *told: Any) -> None:
+    def asks(watch: DivergenceWatch, number: int, *told: Any) -> None:
         if number == 4:
             found.append(watch.few())
         step(watch, number, *told)
 
     undisturbed = _train(tmp_path, tiny_encoder, reviews, epochs=2)
     monkeypatch.setattr(HatTrainer, "train", first_scored)
-    monkeypatch.setattr(Watch, "step", asks)
+    monkeypatch.setattr(DivergenceWatch, "step", asks)
     asked = _train(tmp_path, tiny_encoder, reviews, epochs=2, name="asks")
     assert found[0] == found[1]
     assert asked.result["eval"] == undisturbed.result["eval"] != asked.result["before"]

@@ -16,9 +16,9 @@ from hatrack.base.header import head_shapes, task_shapes
 from hatrack.base.load import choose_device, choose_dtype, load_config, load_tokenizer, name_of
 from hatrack.base.sources import find_base
 from hatrack.check import base, rows, settings
-from hatrack.check.finding import Finding, Looking
+from hatrack.check.finding import Finding, FindingCollector
 from hatrack.check.prepared import Prepared
-from hatrack.check.reading import read_for_base
+from hatrack.check.reading import read_recipe_examples
 from hatrack.console import say
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import tokenize
@@ -61,28 +61,28 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
 
     Reads rows, headers and the tokenizer, no weights.
     """
-    looking = Looking()
-    look = looking.at
+    collector = FindingCollector()
+    attempt = collector.attempt
     recipe = recipe.changed(resume=False)
-    examples = look("rows-refused", _rows, recipe)
-    files = look("base-refused", _base, recipe)
-    files = look("base-code", _with_allowed_code, files)
+    examples = attempt("rows-refused", _rows, recipe)
+    files = attempt("base-refused", _base, recipe)
+    files = attempt("base-code", _with_allowed_code, files)
     task = recipe.task or (examples.task if examples else None)
     labels = examples.labels if examples else ["", ""]  # how many matters to the head alone
-    config = look("task-and-base", load_config, files, task=cast(Task, task), labels=labels) if task else None
-    tokenizer = look("tokenizer-refused", load_tokenizer, files)
-    shapes = look("base-refused", _shapes, files, config, task=task, labels=len(labels))
-    chosen = look("target-names", _targets, recipe, files, config, shapes, task=task)
-    look("rank-too-large", _rank, recipe, chosen)
-    tokenised = look("nothing-to-learn", tokenize, recipe, examples, tokenizer, config)
+    config = attempt("task-and-base", load_config, files, task=cast(Task, task), labels=labels) if task else None
+    tokenizer = attempt("tokenizer-refused", load_tokenizer, files)
+    shapes = attempt("base-refused", _shapes, files, config, task=task, labels=len(labels))
+    chosen = attempt("target-names", _targets, recipe, files, config, shapes, task=task)
+    attempt("rank-too-large", _rank, recipe, chosen)
+    tokenised = attempt("nothing-to-learn", tokenize, recipe, examples, tokenizer, config)
     examples, tokens = tokenised or (examples, None)
-    dtype = look("device-not-there", _dtype, recipe)
-    if looking.found or not (examples and files and tokens and dtype and task):
-        return looking.found, None
+    dtype = attempt("device-not-there", _dtype, recipe)
+    if collector.found or not (examples and files and tokens and dtype and task):
+        return collector.found, None
     work = Work(task, len(examples.labels), tokens.train.sizes, tokens.held_out.sizes)
-    settled = look("does-not-fit", settle, recipe, files, work, here(recipe.device, dtype))
+    settled = attempt("does-not-fit", settle, recipe, files, work, here(recipe.device, dtype))
     if settled is None:
-        return looking.found, None
+        return collector.found, None
     where, plan = settled
     schedule = where.schedule(plan.micro_batch)
     prepared = Prepared(recipe, examples, files, tokenizer, tokens, plan, schedule, dtype)
@@ -92,7 +92,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
 def _rows(recipe: Recipe) -> Examples:
     if recipe.data is None:
         raise RecipeError("--data is missing", fix="add --data FILE, or a line 'data: FILE' in the recipe")
-    return read_for_base(recipe)
+    return read_recipe_examples(recipe)
 
 
 def _base(recipe: Recipe) -> BaseDescription:

@@ -37,13 +37,13 @@ def refusal(gotcha: str, error: HatrackError) -> Finding:
     return Finding(error.gotcha or gotcha, what, got, error.fix or "", refused=True)
 
 
-class Looking:
+class FindingCollector:
     """Goes from fact to fact: what one step cannot find is noted, and the steps that need it are passed over."""
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
 
-    def at(self, gotcha: str, find: Callable[..., Known], *needed: Any, **options: Any) -> Known | None:
+    def attempt(self, gotcha: str, find: Callable[..., Known], *needed: Any, **options: Any) -> Known | None:
         """`find(*needed, **options)`; None where it refuses, which is noted as `gotcha`, or where a fact it needs is
         None."""
         if any(fact is None for fact in needed):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from hatrack.adapter.files import AdapterFiles, read_adapter
 from hatrack.adapter.origin import find_base_of
 from hatrack.adapter.registry import find_adapter
-from hatrack.check.finding import Finding, Looking
+from hatrack.check.finding import Finding, FindingCollector
 from hatrack.console import format_size
 
 Tensors = dict[str, torch.Tensor]
@@ -23,14 +23,14 @@ EMBEDDINGS = ("embed_tokens", "word_embeddings", ".wte.", "lm_head")
 def check_adapter(adapter: str | Path, base: str | None = None, *, trust: str | None = None) -> list[Finding]:
     """All that its files tell is wrong or doubtful with an adapter; `base` names where its base lies now, `trust` the
     base whose own code may run."""
-    looking = Looking()
-    folder = looking.at("adapter-refused", find_adapter, adapter)
-    files = looking.at("adapter-refused", read_adapter, folder)
+    collector = FindingCollector()
+    folder = collector.attempt("adapter-refused", find_adapter, adapter)
+    files = collector.attempt("adapter-refused", read_adapter, folder)
     if files is None:
-        return looking.found
-    looking.at("base-lost", partial(find_base_of, base=base, trust=trust), files)
+        return collector.found
+    collector.attempt("base-lost", partial(find_base_of, base=base, trust=trust), files)
     tensors = load_file(files.weights)
-    return looking.found + [found for gotcha in GOTCHAS if (found := gotcha(files, tensors)) is not None]
+    return collector.found + [found for gotcha in GOTCHAS if (found := gotcha(files, tensors)) is not None]
 
 
 def inert_adapter(files: AdapterFiles, tensors: Tensors) -> Finding | None:

@@ -12,7 +12,7 @@ from hatrack.data.tokens import tokenize
 from hatrack.recipe import Recipe, Task
 
 
-def read_for_base(recipe: Recipe) -> Examples:
+def read_recipe_examples(recipe: Recipe) -> Examples:
     """The examples of a recipe's files.
 
     Raises BadRows with every row that cannot be learned from, those too that only the base's tokenizer or chat

@@ -35,7 +35,7 @@ def cache(
         gone += [(entry.bytes, quantized_cache.remove(entry)) for entry in quantized_cache.entries()]
         _clear(gone, as_json)
         return
-    found = [_layers(entry, hidden_states.rows(entry)) for entry in hidden_states.entries()]
+    found = [_layers(entry, hidden_states.count_rows(entry)) for entry in hidden_states.entries()]
     found += [_weights(entry) for entry in quantized_cache.entries()]
     found.sort(key=lambda facts: facts["last_used"], reverse=True)
     if as_json:

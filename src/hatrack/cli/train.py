@@ -28,9 +28,9 @@ def train(
 ) -> None:
     """Train an adapter: hatrack train FILE --base MODEL."""
     if like is not None:
-        from hatrack.training.repeat import recipe_like
+        from hatrack.training.repeat import recipe_of_adapter
 
-        recipe = recipe_like(like, **recipe.explicit_options(), trust_remote_code=recipe.trust_remote_code)
+        recipe = recipe_of_adapter(like, **recipe.explicit_options(), trust_remote_code=recipe.trust_remote_code)
     leave_out(recipe)
     from hatrack.training.train import shown
     from hatrack.training.train import train as run

@@ -16,10 +16,10 @@ from hatrack.console import say
 from hatrack.errors import ModelError
 from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
-from hatrack.training.hidden_states import States
+from hatrack.training.hidden_states import HiddenStateCache
 from hatrack.training.layer_streaming import LayerStreaming
 from hatrack.training.load import load_for
-from hatrack.training.prefix_cache import Prefix
+from hatrack.training.prefix_cache import FrozenPrefix
 
 CHECKPOINTING = {"use_reentrant": False}
 """Torch's reentrant form loses the gradients of adapters over frozen inputs."""
@@ -57,8 +57,8 @@ def load_adapted_model(facts: Prepared, *, is_all_cached: bool = False) -> Adapt
 
 
 def open_layer_paths(
-    adapted: AdaptedModel, facts: Prepared, states: States | None, cached_fraction: float, folder: Path
-) -> tuple[LayerStreaming | None, Prefix | None]:
+    adapted: AdaptedModel, facts: Prepared, states: HiddenStateCache | None, cached_fraction: float, folder: Path
+) -> tuple[LayerStreaming | None, FrozenPrefix | None]:
     """The ways through the layers that are not the model's own: layer streaming, where the base is on disk (`folder` is
     where hidden states go that do not fit in memory), and the frozen layers below the adapters, where there are any.
 
@@ -91,13 +91,15 @@ def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
         return None
 
 
-def _open_prefix(adapted: AdaptedModel, facts: Prepared, states: States | None, cached: float) -> Prefix | None:
+def _open_prefix(
+    adapted: AdaptedModel, facts: Prepared, states: HiddenStateCache | None, cached: float
+) -> FrozenPrefix | None:
     """The layers below the adapters, where there are any and what they give is the same each time."""
     top, stack = facts.recipe.top_layers, adapted.stack
     if stack is None or top is None or len(stack.layers) == top:
         return None
     try:
-        prefix = Prefix(adapted.model, stack, len(stack.layers) - top, task=facts.task, states=states)
+        prefix = FrozenPrefix(adapted.model, stack, len(stack.layers) - top, task=facts.task, states=states)
     except ValueError as error:
         say(f"the layers below the adapters are computed anew in each epoch: {error}")
         return None

@@ -23,23 +23,23 @@ from hatrack.training.depth import (
     SCORED,
     SMALLER,
     TIMED,
-    Depth,
-    Trial,
+    DepthTrial,
+    MeasuredDepth,
     choose,
-    keeps,
-    steps_of,
-    tops,
+    depths_to_try,
+    keeps_enough,
+    trial_steps,
     try_depths,
 )
 from hatrack.training.lr_range import find_learning_rate
 
 
-def measured_rate(base: Base, model: Any, facts: Prepared) -> float:
+def measure_learning_rate(base: Base, model: Any, facts: Prepared) -> float:
     """The peak learning rate that a range test finds on the rows of one step."""
     return find_learning_rate(model, _first_steps(base, facts, facts.schedule, 1)[0], facts.task, facts.usual_lr)
 
 
-def measured_depth(facts: Prepared) -> Recipe:
+def choose_layers(facts: Prepared) -> Recipe:
     """The recipe with as few adapted layers as a short comparison finds enough; says what that costs and saves."""
     try:
         return facts.recipe.changed(layers=_compared(facts))
@@ -49,7 +49,7 @@ def measured_depth(facts: Prepared) -> Recipe:
 
 
 def _compared(facts: Prepared) -> str:
-    count = steps_of(facts.schedule.steps)
+    count = trial_steps(facts.schedule.steps)
     if not count:
         say(f"layers: all; a run of {facts.schedule.steps:,} steps is too short to try several depths first")
         return "all"
@@ -57,15 +57,15 @@ def _compared(facts: Prepared) -> str:
     base, model = adapted.base, adapted.model
     trunk = find_layer_stack(base.model)
     trial, seen = _trial(base, facts, count), _rows_seen(facts)
-    names = ", ".join(f"top {top}" for top in tops(len(trunk.layers))[1:])
+    names = ", ".join(f"top {top}" for top in depths_to_try(len(trunk.layers))[1:])
     say(f"layers: trying {count} small steps with adapters on all {len(trunk.layers)} layers, and on the {names}")
     before = trial.score(model, None)
-    tried: list[Depth] = []
+    tried: list[MeasuredDepth] = []
     for depth in try_depths(model, trunk, trial):
         tried.append(depth)
         seconds = depth.seconds(facts.schedule.steps, seen)
         say(f"  {depth.name}: {_shown(depth.score)} after them; about {seconds:,.0f} s for the whole run")
-        if not keeps(depth, tried[0], before.metrics["loss"]):  # a smaller one would keep less
+        if not keeps_enough(depth, tried[0], before.metrics["loss"]):  # a smaller one would keep less
             break
     chosen = choose(tried, before.metrics["loss"], facts.schedule.steps, seen)
     say(f"layers: {_verdict(tried, chosen, before, facts, seen)}")
@@ -74,7 +74,7 @@ def _compared(facts: Prepared) -> str:
     return chosen.name
 
 
-def _trial(base: Base, facts: Prepared, count: int) -> Trial:
+def _trial(base: Base, facts: Prepared, count: int) -> DepthTrial:
     rows = max(1, facts.schedule.batch_size // SMALLER)
     small = replace(facts.schedule, batch_size=rows, micro_batch=math.gcd(rows, facts.schedule.micro_batch))
     held_out = facts.tokens.held_out.first(min(SCORED, max(32, count * rows // 4)))
@@ -85,7 +85,7 @@ def _trial(base: Base, facts: Prepared, count: int) -> Trial:
 
     steps = _first_steps(base, facts, small, count)
     whole = _first_steps(base, facts, facts.schedule, TIMED)
-    return Trial(steps, whole, facts.task, facts.schedule.lr, scored)
+    return DepthTrial(steps, whole, facts.task, facts.schedule.lr, scored)
 
 
 def _first_steps(base: Base, facts: Prepared, schedule: Schedule, count: int) -> list[list[Batch]]:
@@ -106,7 +106,7 @@ def _rows_seen(facts: Prepared) -> int:
     return visits if facts.recipe.cache_limit == 0 else min(len(facts.tokens.train), visits)
 
 
-def _verdict(tried: Sequence[Depth], chosen: Depth, before: Score, facts: Prepared, seen: int) -> str:
+def _verdict(tried: Sequence[MeasuredDepth], chosen: MeasuredDepth, before: Score, facts: Prepared, seen: int) -> str:
     """What was chosen, what it costs and what it saves."""
     everything, metric = tried[0], main_metric(facts.task)
     gained = before.metrics["loss"] - everything.loss

@@ -22,24 +22,24 @@ KEPT = 2
 """The newest two stay, and the best epoch's, whatever its age."""
 
 
-def folder_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / f"checkpoint-{step}"
 
 
-def steps(run: Path) -> list[int]:
+def saved_steps(run: Path) -> list[int]:
     """The steps with a checkpoint, newest first."""
     numbers = (path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*"))
     return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
 
 @contextlib.contextmanager
-def writing(run: Path, step: int) -> Iterator[Path]:
+def write_checkpoint(run: Path, step: int) -> Iterator[Path]:
     """Yields a folder to fill, which becomes the checkpoint of `step` once it is on disk to the last byte.
 
     Raises MachineError where it could not be written; earlier checkpoints stay as they are.
     """
-    final = folder_of(run, step)
+    final = checkpoint_folder(run, step)
     try:
         with new_folder(final) as working:
             yield working
@@ -53,26 +53,26 @@ def writing(run: Path, step: int) -> Iterator[Path]:
 
 def prune(run: Path, best: int | None) -> None:
     """Removes the checkpoints that nothing needs any more."""
-    for step in steps(run)[KEPT:]:
+    for step in saved_steps(run)[KEPT:]:
         if step != best:
-            shutil.rmtree(folder_of(run, step), ignore_errors=True)
+            shutil.rmtree(checkpoint_folder(run, step), ignore_errors=True)
 
 
-def mend(run: Path) -> None:
+def remove_damaged(run: Path) -> None:
     """Leaves only what can be gone on from: whole checkpoints, whose best epoch's is whole too. Says which went."""
     for path in run.glob(".*"):  # begun by a process that was killed
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    wrong = {step: problem for step in steps(run) if (problem := _problem(folder_of(run, step)))}
-    for step in steps(run):
-        problem = wrong.get(step) or _without_best(folder_of(run, step), wrong)
+    wrong = {step: problem for step in saved_steps(run) if (problem := _problem(checkpoint_folder(run, step)))}
+    for step in saved_steps(run):
+        problem = wrong.get(step) or _without_best(checkpoint_folder(run, step), wrong)
         if problem:
-            say(f"{folder_of(run, step)} is not used: {problem}")
-            shutil.rmtree(folder_of(run, step))
+            say(f"{checkpoint_folder(run, step)} is not used: {problem}")
+            shutil.rmtree(checkpoint_folder(run, step))
 
 
 def _without_best(checkpoint: Path, wrong: dict[int, str]) -> str | None:
     best = json.loads((checkpoint / STATE).read_text())["best_global_step"]
-    gone = best is not None and (best in wrong or not folder_of(checkpoint.parent, best).exists())
+    gone = best is not None and (best in wrong or not checkpoint_folder(checkpoint.parent, best).exists())
     return f"the best epoch's, of step {best}, is gone" if gone else None
 
 

@@ -16,8 +16,8 @@ import torch
 from hatrack.base.layer_stack import LayerStack
 from hatrack.evaluate.loss import Batch
 from hatrack.evaluate.score import LossRunner, Score
-from hatrack.training.prefix_cache import Prefix
-from hatrack.training.undone_steps import gradients, rehearsal
+from hatrack.training.prefix_cache import FrozenPrefix
+from hatrack.training.undone_steps import add_gradients, undo_steps
 
 SHARES = (1 / 2, 1 / 3, 1 / 6)
 """Depths that are tried beside all layers."""
@@ -37,7 +37,7 @@ SCORED = 256
 
 
 @dataclass(frozen=True)
-class Depth:
+class MeasuredDepth:
     """What was measured with adapters on the last `top` of `layers` layers: the held-out score after the small run,
     seconds of a whole step, and seconds a row of the layers below, which are computed once."""
 
@@ -63,7 +63,7 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DepthTrial:
     """What every depth is tried on: the micro-batches of each step of the `small` run, those of a few steps of the
     run's own size (`whole`), its peak learning rate, and how a model is scored on held-out rows."""
 
@@ -74,55 +74,57 @@ class Trial:
     score: Callable[[Any, LossRunner | None], Score]
 
 
-def steps_of(steps: int) -> int:
+def trial_steps(steps: int) -> int:
     """Steps of each small run, for a run of so many; 0 where that is too short to be worth a comparison."""
     found = min(MOST, SMALLER * steps // PART)
     return found if found >= FEWEST else 0
 
 
-def tops(layers: int) -> list[int]:
+def depths_to_try(layers: int) -> list[int]:
     """The depths to try, all layers first.
 
-    >>> tops(30)
+    >>> depths_to_try(30)
     [30, 15, 10, 5]
     """
     return sorted({layers, *(max(1, round(layers * share)) for share in SHARES)}, reverse=True)
 
 
-def try_depths(model: Any, trunk: LayerStack, trial: Trial) -> Iterator[Depth]:
+def try_depths(model: Any, trunk: LayerStack, trial: DepthTrial) -> Iterator[MeasuredDepth]:
     """Measures one depth after the other, all layers first.
 
     `model` has adapters on all layers; where a smaller depth leaves none, it is not tried. Raises ValueError where what
     is below the adapters is not the same each time.
     """
-    with rehearsal(model):
-        gradients(model, trial.whole[0], trial.task)  # the first pass is slower: it would count against all layers
-    for top in tops(len(trunk.layers)):
-        with _still(trunk, len(trunk.layers) - top), rehearsal(model) as parameters:
+    with undo_steps(model):
+        add_gradients(model, trial.whole[0], trial.task)  # the first pass is slower: it would count against all layers
+    for top in depths_to_try(len(trunk.layers)):
+        with _still(trunk, len(trunk.layers) - top), undo_steps(model) as parameters:
             if any(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad):
                 yield _small_run(model, trunk, top, parameters, trial)
 
 
-def keeps(depth: Depth, everything: Depth, before: float) -> bool:
+def keeps_enough(depth: MeasuredDepth, everything: MeasuredDepth, before: float) -> bool:
     """Whether a depth lowered the held-out loss `before` by enough of what all layers lowered it by; where these hardly
     did, the comparison tells nothing, and no depth does."""
     gained = before - everything.loss
     return gained >= LITTLE and before - depth.loss >= KEEP * gained
 
 
-def choose(tried: Sequence[Depth], before: float, steps: int, rows: int) -> Depth:
+def choose(tried: Sequence[MeasuredDepth], before: float, steps: int, rows: int) -> MeasuredDepth:
     """The fastest of those that keep enough; all layers, the first, where none does."""
-    enough = [depth for depth in tried if keeps(depth, tried[0], before)]
+    enough = [depth for depth in tried if keeps_enough(depth, tried[0], before)]
     return min(enough, key=lambda depth: depth.seconds(steps, rows)) if enough else tried[0]
 
 
-def _small_run(model: Any, trunk: LayerStack, top: int, parameters: list[torch.nn.Parameter], trial: Trial) -> Depth:
+def _small_run(
+    model: Any, trunk: LayerStack, top: int, parameters: list[torch.nn.Parameter], trial: DepthTrial
+) -> MeasuredDepth:
     depth, below = len(trunk.layers) - top, 0.0
-    prefix = Prefix(model, trunk, depth, task=trial.task, states=_InMemory()) if depth else None
+    prefix = FrozenPrefix(model, trunk, depth, task=trial.task, states=_InMemory()) if depth else None
     optimizer = torch.optim.AdamW(parameters, lr=trial.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(trial.small))
     for batches in trial.small:
-        gradients(model, batches, trial.task, prefix)
+        add_gradients(model, batches, trial.task, prefix)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -131,13 +133,13 @@ def _small_run(model: Any, trunk: LayerStack, top: int, parameters: list[torch.n
     if prefix:
         prefix.states, began, rows = _InMemory(), time.perf_counter(), 0
         for batch in (batch for batches in trial.whole for batch in batches):
-            with prefix.given(batch):  # which computes what is not kept yet
+            with prefix.use_cached(batch):  # which computes what is not kept yet
                 rows += len(batch["labels"])
         below = (time.perf_counter() - began) / rows
     began = time.perf_counter()
     for batches in trial.whole:
-        gradients(model, batches, trial.task, prefix)
-    return Depth(top, len(trunk.layers), score, (time.perf_counter() - began) / len(trial.whole), below)
+        add_gradients(model, batches, trial.task, prefix)
+    return MeasuredDepth(top, len(trunk.layers), score, (time.perf_counter() - began) / len(trial.whole), below)
 
 
 @contextmanager

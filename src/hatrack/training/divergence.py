@@ -27,7 +27,7 @@ SMOOTH = 0.8
 """Weight of the past in the running mean of the loss: about five steps count."""
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
     """Looks at every step before it is taken: a step that must not be taken never changes the adapter.
 
     `lr` is the peak learning rate, `usual_lr` the derived one, `before` the held-out loss that training began with,
@@ -85,8 +85,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             say(f"advice: {found}")
 
     def _diverged(self, found: Finding) -> Diverged:
-        step = next((step for step in checkpoint.steps(self.run.folder) if step <= self.good), None)
+        step = next((step for step in checkpoint.saved_steps(self.run.folder) if step <= self.good), None)
         kept = "no checkpoint had been saved before it"
         if step is not None:
-            kept = f"the last good checkpoint is {checkpoint.folder_of(self.run.folder, step)}"
+            kept = f"the last good checkpoint is {checkpoint.checkpoint_folder(self.run.folder, step)}"
         return Diverged(f"{found.what}; {kept}", got=found.got, fix=f"{found.fix} [{found.gotcha}]")

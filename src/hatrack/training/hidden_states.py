@@ -55,7 +55,7 @@ def entries() -> list[Entry]:
     return storage.entries(root())
 
 
-def rows(entry: Entry) -> int:
+def count_rows(entry: Entry) -> int:
     """How many rows an entry has; those that two runs at the same time both kept count twice."""
     return sum(len(_told(index)) for index in entry.folder.glob(f"*{INDEX}"))
 
@@ -76,7 +76,7 @@ def row_key(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(ids, dtype="<i8").tobytes(), digest_size=16).digest()
 
 
-def open_states(made_by: Mapping[str, Any], source: str, limit: int | None) -> "States | None":
+def open_hidden_state_cache(made_by: Mapping[str, Any], source: str, limit: int | None) -> "HiddenStateCache | None":
     """The states of rows that `made_by` made; `source` is what people call the base.
 
     All entries together stay below `limit` bytes; None stands for half of the disk's free space more than there are.
@@ -91,13 +91,13 @@ def open_states(made_by: Mapping[str, Any], source: str, limit: int | None) -> "
         if written is None or {name: written.get(name) for name in about} != about:
             shutil.rmtree(folder, ignore_errors=True)
             write_file(folder / ABOUT, json.dumps({**about, "base": source}, indent=2))
-        return States(folder, room)
+        return HiddenStateCache(folder, room)
     except (OSError, MachineError) as error:
         say_once(f"hidden states are not kept for the next epoch: {error}")
         return None
 
 
-class States:
+class HiddenStateCache:
     """Hidden states of rows by their key, of one entry. No method raises for what the disk does: a row that cannot be
     read is not there, and where one cannot be written no more are kept, which is said once."""
 

@@ -25,7 +25,7 @@ from hatrack.base.mapped_layers import OUTSIDE, MappedLayers
 from hatrack.evaluate.loss import Batch, Losses, detect_output_head, losses
 from hatrack.planning.memory import STATES
 from hatrack.storage import machine_errors
-from hatrack.training.prefix_cache import Prefix, bytes_of
+from hatrack.training.prefix_cache import FrozenPrefix, memory_of
 
 Random = tuple[torch.Tensor, ...]
 """The state of the processor's generator of random numbers, and of the accelerator's."""
@@ -57,7 +57,7 @@ class LayerStreaming:
         task: str,
         folder: Path,
         budget: int = STATES,
-        prefix: Prefix | None = None,
+        prefix: FrozenPrefix | None = None,
     ) -> None:
         self.model, self.window, self.task, self.folder, self.budget = model, window, task, folder, budget
         self.trunk, self.prefix = window.trunk, prefix
@@ -219,7 +219,7 @@ class LayerInputs:
             return hidden, random
         read = torch.empty_like(hidden, device="cpu")
         self._file.seek(self._places.pop(key))
-        self._file.readinto(bytes_of(read))
+        self._file.readinto(memory_of(read))
         return read.to(self._device), random
 
     def close(self) -> None:
@@ -232,7 +232,7 @@ class LayerInputs:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115
             place = self._file.seek(0, 2)
-            left = bytes_of(hidden.contiguous().cpu())
+            left = memory_of(hidden.contiguous().cpu())
             while left:
                 left = left[self._file.write(left) :]
         return int(place)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hatrack.console import say
-from hatrack.training.undone_steps import gradients, rehearsal
+from hatrack.training.undone_steps import add_gradients, undo_steps
 
 STEPS = 20
 LOWEST, HIGHEST = 1 / 30, 100
@@ -53,11 +53,11 @@ def _try_rates(
     model: Any, batches: Sequence[dict[str, torch.Tensor]], task: str, usual: float
 ) -> list[tuple[float, float]]:
     tried: list[tuple[float, float]] = []
-    with rehearsal(model) as parameters:
+    with undo_steps(model) as parameters:
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         for step in range(STEPS):
             rate = usual * LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
-            loss = gradients(model, batches, task)
+            loss = add_gradients(model, batches, task)
             tried.append((rate, loss))
             if not loss <= WORSE * min(earlier for _, earlier in tried) + 0.05:  # also where it is not a number
                 break

@@ -11,8 +11,8 @@ from hatrack.check.running import Step, loss_not_a_number, no_gradient
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.training.adapted_model import AdaptedModel, load_adapted_model, open_layer_paths
-from hatrack.training.auto_settings import measured_rate
-from hatrack.training.undone_steps import gradients
+from hatrack.training.auto_settings import measure_learning_rate
+from hatrack.training.undone_steps import add_gradients
 
 ROWS = 4
 
@@ -36,7 +36,7 @@ def one_step(facts: Prepared) -> list[Finding]:
     step = Step(1, loss, norm, rows, str(facts.recipe.data))
     findings = [loss_not_a_number(step, facts.schedule.lr, facts.usual_lr, facts.dtype), no_gradient(step)]
     if facts.recipe.lr == "auto" and not any(findings):
-        measured_rate(adapted.base, adapted.model, facts)
+        measure_learning_rate(adapted.base, adapted.model, facts)
     return [finding for finding in findings if finding is not None]
 
 
@@ -47,5 +47,5 @@ def _add_gradients(adapted: AdaptedModel, facts: Prepared, batch: Batch) -> floa
         streaming, prefix = open_layer_paths(adapted, facts, None, 0.0, Path(folder))
         if streaming is None:
             torch.manual_seed(seed)
-            return gradients(model, [batch], facts.task, prefix)
+            return add_gradients(model, [batch], facts.task, prefix)
         return float(streaming.step([batch], [seed], lambda batch: losses(model, batch, facts.task)[0].mean()))

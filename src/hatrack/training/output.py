@@ -41,12 +41,12 @@ def run_folder(output: Path) -> Path:
     return output.with_name(output.name + ".run")
 
 
-def candidates(recipe: Recipe) -> Iterator[Output]:
+def output_candidates(recipe: Recipe) -> Iterator[Output]:
     """The outputs a run may have, the preferred one first; only one where the user typed both folder and name."""
     derived = frozenset(
         part for part, typed in (("folder", recipe.output or recipe.name), ("name", recipe.name)) if not typed
     )
-    stem = name_of_data(recipe.data)
+    stem = name_from_data(recipe.data)
     for number in itertools.count(1):
         name = recipe.name or (stem if number == 1 else f"{stem}-{number}")
         yield Output(Path(recipe.output or name), name, derived)
@@ -54,10 +54,10 @@ def candidates(recipe: Recipe) -> Iterator[Output]:
             return
 
 
-def name_of_data(data: str | None) -> str:
+def name_from_data(data: str | None) -> str:
     """A name for what is learned from a data file: its own, without known suffixes, in the letters names may have.
 
-    >>> name_of_data("data/reviews.v2.csv.gz"), name_of_data("Größen.jsonl"), name_of_data("acme/tickets")
+    >>> name_from_data("data/reviews.v2.csv.gz"), name_from_data("Größen.jsonl"), name_from_data("acme/tickets")
     ('reviews.v2', 'Grossen', 'tickets')
     """
     path = PurePath((data or "").partition("#")[0])
@@ -67,7 +67,7 @@ def name_of_data(data: str | None) -> str:
     return safe[:LONGEST].rstrip("-_.") or "adapter"
 
 
-def interrupted(recipe: Recipe) -> Path:
+def find_interrupted(recipe: Recipe) -> Path:
     """The output folder of the run that `--resume` means: as typed, or else the only one interrupted here.
 
     Where a data file is typed, only runs on a file of its name count. Raises RecipeError where there is none, or more

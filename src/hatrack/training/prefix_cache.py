@@ -25,7 +25,7 @@ PROBE_TOKENS = 4
 
 
 class Kept(Protocol):
-    """Hidden states of rows by their key: on disk (`states.States`), or for a short while in memory."""
+    """Hidden states of rows by their key: on disk (`states.HiddenStateCache`), or for a short while in memory."""
 
     def read(self, key: bytes, into: memoryview) -> bool:
         """Fills `into` with a row's states, and says whether they were there."""
@@ -37,7 +37,7 @@ class Kept(Protocol):
         """Makes them outlast this process, where they are to."""
 
 
-class Prefix:
+class FrozenPrefix:
     """The first `depth` layers of `model`, none of which is trained, and what of their results is kept in `states`.
 
     Raises ValueError where their results would not be a function of the row alone: something is trained below them, or
@@ -58,7 +58,7 @@ class Prefix:
         self.width, self.dtype = first.shape[-1], first.dtype
 
     @contextmanager
-    def given(self, batch: Batch) -> Iterator[None]:
+    def use_cached(self, batch: Batch) -> Iterator[None]:
         """While the block runs the model on `batch`, its first layers give what they gave before, without computing."""
         self.set_eval()
         hidden, missing = self._read(batch)
@@ -73,7 +73,7 @@ class Prefix:
     def losses(self, batches: Iterable[Batch]) -> Iterator[Losses]:
         """What `evaluate.loss.losses` gives for each batch."""
         for batch in batches:
-            with self.given(batch):
+            with self.use_cached(batch):
                 found = losses(self.model, batch, self.task)
             yield found
 
@@ -95,7 +95,7 @@ class Prefix:
         if self.states is not None:
             on_cpu = hidden.cpu()
             for row, (key, length) in enumerate(_keys(batch)):
-                self.states.add(key, bytes_of(on_cpu[row, :length]))
+                self.states.add(key, memory_of(on_cpu[row, :length]))
         return hidden
 
     def flush(self) -> None:
@@ -116,7 +116,7 @@ class Prefix:
         return hidden, [
             row
             for row, (key, length) in enumerate(_keys(batch))
-            if self.states is None or not self.states.read(key, bytes_of(hidden[row, :length]))
+            if self.states is None or not self.states.read(key, memory_of(hidden[row, :length]))
         ]
 
     def _enter(self) -> torch.Tensor:
@@ -152,6 +152,6 @@ def _keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
         yield row_key(ids[:length]), length
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
+def memory_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data

@@ -13,7 +13,7 @@ EXCLUDING = {"steps": "epochs", "epochs": "steps"}
 """Options of which the later one wins."""
 
 
-def recipe_like(adapter: str | Path, **changes: Any) -> Recipe:
+def recipe_of_adapter(adapter: str | Path, **changes: Any) -> Recipe:
     """The recipe that `adapter` (a folder, or a name on the rack) was trained by, with `changes`.
 
     Raises AdapterError where there is no such adapter, or where it was made elsewhere and so has no recipe;

@@ -22,7 +22,7 @@ from hatrack.errors import AdapterError, Diverged, Interrupted, RecipeError, sho
 from hatrack.recipe import Recipe, flag
 from hatrack.storage import locked, machine_errors, move, write_file
 from hatrack.training import checkpoint
-from hatrack.training.output import RUN, Output, candidates, interrupted, name_of_data, run_folder
+from hatrack.training.output import RUN, Output, find_interrupted, name_from_data, output_candidates, run_folder
 
 MAY_CHANGE = {"resume", "output", "name", "device", "report_to", "memory", "force", "data", "eval_data", "base"}
 MAY_CHANGE |= {"cache_limit", "overwrite"}
@@ -54,7 +54,9 @@ class Run:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint. All that are there are whole: they are looked through when a run is resumed."""
-        return next((checkpoint.folder_of(self.folder, step) for step in checkpoint.steps(self.folder)), None)
+        return next(
+            (checkpoint.checkpoint_folder(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
+        )
 
     def remember(self, facts: dict[str, Any]) -> None:
         """Keeps the recipe and what it was applied to; a resumed run must find the same facts.
@@ -78,7 +80,7 @@ class Run:
 
     def interrupted(self) -> Interrupted:
         """What to say when the person stops the run."""
-        step = next(iter(checkpoint.steps(self.folder)), None)
+        step = next(iter(checkpoint.saved_steps(self.folder)), None)
         if not (self.folder / RUN).exists():
             return Interrupted(f"stopped at the very end: the adapter in {self.output} is finished")
         if step is None:
@@ -89,7 +91,7 @@ class Run:
 
     def kept(self) -> str | None:
         """What is left of a run that failed."""
-        step = next(iter(checkpoint.steps(self.folder)), None)
+        step = next(iter(checkpoint.saved_steps(self.folder)), None)
         return f"step {step:,} is saved in {self.folder}; go on with: {self._go_on()}" if step else None
 
     def _go_on(self) -> str:
@@ -167,7 +169,7 @@ def _begin(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
                 f"{flag(option)} is missing", fix=f"add {flag(option)} or a line '{option}:' to the recipe"
             )
     first: InTheWay | None = None
-    for output in candidates(recipe):
+    for output in output_candidates(recipe):
         with contextlib.ExitStack() as tried:
             try:
                 _claim(recipe, output, tried)
@@ -210,7 +212,7 @@ def _claim(recipe: Recipe, output: Output, claimed: contextlib.ExitStack) -> Non
     except AdapterError as error:
         raise InTheWay("name", error.what, got=error.got, fix=str(error.fix)) from error
     claimed.enter_context(_own_folder(output.run_folder))
-    if (output.run_folder / RUN).exists() and checkpoint.steps(output.run_folder) and not recipe.overwrite:
+    if (output.run_folder / RUN).exists() and checkpoint.saved_steps(output.run_folder) and not recipe.overwrite:
         raise InTheWay(
             "folder",
             "an interrupted run is in the way",
@@ -229,13 +231,13 @@ def _check_replaceable(output: Path) -> None:
 
 def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
     """The interrupted run that is meant, in a folder that `claimed` keeps others out of."""
-    output = interrupted(recipe)
+    output = find_interrupted(recipe)
     folder = run_folder(output)
     claimed.enter_context(_own_folder(folder))
     recipe = _resumed(recipe, folder, output)
-    checkpoint.mend(folder)
+    checkpoint.remove_damaged(folder)
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not yet proven
-    name = recipe.name or name_of_data(recipe.data)
+    name = recipe.name or name_from_data(recipe.data)
     registry.check_free(name, output, replace=recipe.overwrite)
     return Run(output, folder, name, recipe)
 
@@ -260,7 +262,7 @@ def _own_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not (folder / RUN).exists() or (folder in made and not checkpoint.steps(folder)):
+            if not (folder / RUN).exists() or (folder in made and not checkpoint.saved_steps(folder)):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

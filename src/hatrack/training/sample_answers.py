@@ -38,7 +38,7 @@ class Question:
     answer: np.ndarray
 
 
-def questions(rows: TokenRows, count: int, longest: int = LONGEST) -> list[Question]:
+def find_questions(rows: TokenRows, count: int, longest: int = LONGEST) -> list[Question]:
     """The last question and answer of the first `count` rows that have any, and are not too long or cut."""
     found: list[Question] = []
     for index in range(len(rows)):
@@ -57,7 +57,7 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]
     """At each evaluation has the first held-out questions answered: said aloud, and kept in metrics.jsonl."""
 
     def __init__(self, held_out: TokenRows, base: Base, ends: list[int], metrics: MetricsFile) -> None:
-        self.asked, self.base, self.ends, self.metrics = questions(held_out, QUESTIONS), base, ends, metrics
+        self.asked, self.base, self.ends, self.metrics = find_questions(held_out, QUESTIONS), base, ends, metrics
         self.began, self.took = time.monotonic(), 0.0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]
             say(f"  row {answer['row']}, {_last_line(answer['prompt'])}: {short_repr(answer['answer'])}{going_on}")
 
     def _answer(self, model: Any, question: Question) -> dict[str, Any]:
-        tokenizer, ids = self.base.tokenizer, answered(model, question.prompt, self.ends, self.base, TOKENS)
+        tokenizer, ids = self.base.tokenizer, generate_answer(model, question.prompt, self.ends, self.base, TOKENS)
         said, wanted = (tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids, question.answer))
         prompt = tokenizer.decode(question.prompt, skip_special_tokens=True)
         ended = bool(ids) and ids[-1] in self.ends
@@ -96,7 +96,7 @@ def _last_line(prompt: str) -> str:
 
 
 @torch.no_grad()
-def answered(model: Any, prompt: np.ndarray, ends: list[int], base: Base, most: int) -> list[int]:
+def generate_answer(model: Any, prompt: np.ndarray, ends: list[int], base: Base, most: int) -> list[int]:
     """The likeliest tokens after `prompt` (n,), the one that ends them included; `most` at most, and no more than the
     model takes."""
     limit = position_limit(base.model.config.to_dict())
@@ -121,14 +121,14 @@ def answered(model: Any, prompt: np.ndarray, ends: list[int], base: Base, most: 
     return [int(token) for token in found[0, ids.shape[1] :]]
 
 
-def check_ends(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
+def check_answers_end(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
     """Advises where the answers to learn end with one of `tokens`, and those of the trained adapter do not end.
 
     Asks for the shortest answer that was learned. Costs one pass, and where that does not settle it a short answer.
     """
     if not tokens or hat.mapped_layers is not None:  # each pass over a base on disk takes as long as a step
         return
-    asked = [each for each in questions(learned, 50) if each.answer[-1] in tokens]
+    asked = [each for each in find_questions(learned, 50) if each.answer[-1] in tokens]
     if not asked:
         return
     shortest = min(asked, key=lambda each: len(each.answer))
@@ -137,7 +137,7 @@ def check_ends(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
         likely = _end_likely(hat, shortest, tokens)
         if likely >= 0.5:
             return
-        said = answered(hat.model, shortest.prompt, ends, hat.base, min(len(shortest.answer) + 24, 2 * TOKENS))
+        said = generate_answer(hat.model, shortest.prompt, ends, hat.base, min(len(shortest.answer) + 24, 2 * TOKENS))
     except Exception as error:  # the adapter is trained and proven: this is no reason to lose it
         say(f"whether answers end by themselves could not be found out: {_first_line(error)}")
         return

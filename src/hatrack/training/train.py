@@ -29,7 +29,7 @@ from hatrack.base.load import Base, choose_device, choose_dtype, load_config, lo
 from hatrack.base.sources import find_base
 from hatrack.check.checks import advise
 from hatrack.check.prepared import Prepared
-from hatrack.check.reading import read_for_base
+from hatrack.check.reading import read_recipe_examples
 from hatrack.console import format_size, say
 from hatrack.data import trained_rows
 from hatrack.data.examples import Examples
@@ -48,16 +48,16 @@ from hatrack.recipe import Recipe, Task, nearest
 from hatrack.storage import folder_size
 from hatrack.training import cost
 from hatrack.training.adapted_model import load_adapted_model, open_layer_paths
-from hatrack.training.auto_settings import measured_depth, measured_rate
+from hatrack.training.auto_settings import choose_layers, measure_learning_rate
 from hatrack.training.callbacks import GracefulStop, MemoryWatch, MetricsFile, ProgressBar, TooMuchMemory
 from hatrack.training.checkpoint import STATE
-from hatrack.training.divergence import Watch
-from hatrack.training.hidden_states import States, open_states, row_key
+from hatrack.training.divergence import DivergenceWatch
+from hatrack.training.hidden_states import HiddenStateCache, open_hidden_state_cache, row_key
 from hatrack.training.layer_streaming import LayerStreaming
-from hatrack.training.prefix_cache import Prefix
+from hatrack.training.prefix_cache import FrozenPrefix
 from hatrack.training.read_back import read_back
 from hatrack.training.run import Run, open_run
-from hatrack.training.sample_answers import SampleAnswers, check_ends
+from hatrack.training.sample_answers import SampleAnswers, check_answers_end
 from hatrack.training.trainer import BEST, HatTrainer, TrainerArguments, TrainerRows
 
 
@@ -74,14 +74,14 @@ def train(recipe: Recipe) -> Hat:
 def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     recipe = run.recipe
     trackers = _trackers(recipe)
-    examples = read_for_base(recipe)
+    examples = read_recipe_examples(recipe)
     files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
     tokenizer, examples, tokens = _tokenise(run, files, examples)
     made_on = lineage(files, recipe.quantize)
     facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
     advise(facts)
     if recipe.layers == "auto":
-        recipe = measured_depth(facts)
+        recipe = choose_layers(facts)
         run, facts = replace(run, recipe=recipe), replace(facts, recipe=recipe)
         if recipe.top_layers is not None:  # all layers are what was planned
             facts, states, known = _prepare(run, made_on, files, examples, tokenizer, tokens, opened)
@@ -90,7 +90,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     base, model = adapted.base, adapted.model
     say(trainable_line(*model.get_nb_trainable_parameters()))
     if recipe.lr == "auto":
-        schedule = replace(schedule, lr=resumed["lr"] if resumed else measured_rate(base, model, facts))
+        schedule = replace(schedule, lr=resumed["lr"] if resumed else measure_learning_rate(base, model, facts))
     told = {"rows": examples.digest, "base": made_on["fingerprint"], "template": tokens.template}
     sweep, prefix = open_layer_paths(adapted, facts, states, known, run.folder)
 
@@ -112,7 +112,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     del model, base, adapted, trained, sweep, prefix
     give_back()  # before the base is loaded a second time
     hat = read_back(run.adapter, answers, recipe)
-    check_ends(hat, tokens.train, tokens.stops.tokens)
+    check_answers_end(hat, tokens.train, tokens.stops.tokens)
     run.finish()
     say(f"adapter saved in {run.output} ({format_size(folder_size(run.output))}), on the rack as {run.name}")
     in_all = meter.cost(result["seconds"])
@@ -149,7 +149,7 @@ def _prepare(
     tokenizer: Any,
     tokens: Tokens,
     opened: ExitStack,
-) -> tuple[Prepared, States | None, float]:
+) -> tuple[Prepared, HiddenStateCache | None, float]:
     """What the run will take and the schedule that follows, said aloud; and what is kept of the layers below the
     adapters, with the share of rows it is kept of. Raises RecipeError where the run does not fit this machine."""
     recipe, device = run.recipe, choose_device(run.recipe.device)[0]
@@ -167,7 +167,7 @@ def _prepare(
 
 def _states(
     recipe: Recipe, files: BaseDescription, made_on: dict[str, Any], tokenizer: Any, task: str, device: str, dtype: str
-) -> States | None:
+) -> HiddenStateCache | None:
     """What is kept of the layers below the adapters. All that it depends on, besides a row's tokens, is named."""
     below = shape_of(files.config).layers - (recipe.top_layers or math.inf)
     if below <= 0 or recipe.cache_limit == 0:
@@ -183,10 +183,10 @@ def _states(
         "device": device,
         "transformers": transformers.__version__,
     }
-    return open_states(made_by, made_on["source"], recipe.cache_limit)
+    return open_hidden_state_cache(made_by, made_on["source"], recipe.cache_limit)
 
 
-def _known(states: States | None, tokens: Tokens) -> float:
+def _known(states: HiddenStateCache | None, tokens: Tokens) -> float:
     """The share of all rows whose states an earlier run has kept."""
     if not states:
         return 0.0
@@ -237,13 +237,13 @@ def _fit(
     schedule: Schedule,
     trackers: list[str],
     sweep: LayerStreaming | None,
-    prefix: Prefix | None,
+    prefix: FrozenPrefix | None,
 ) -> Trained:
     """Scores, trains, and scores again: the best epoch's adapter is the one that stays."""
     transformers_logging.set_verbosity_error()
     stop, bar = GracefulStop(), ProgressBar()
     memory = _memory_watch(run, facts, sweep)
-    watch = Watch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
+    watch = DivergenceWatch(run, lr=schedule.lr, usual_lr=facts.usual_lr, dtype=facts.dtype)
 
     metrics = MetricsFile(run.metrics)
     asks = facts.task != "classify" and sweep is None  # each token would read a base larger than memory once

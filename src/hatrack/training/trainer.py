@@ -25,7 +25,7 @@ from hatrack.evaluate.loss import Batch, count_losses, losses
 from hatrack.evaluate.score import Score, score
 from hatrack.training import checkpoint
 from hatrack.training.layer_streaming import LayerStreaming
-from hatrack.training.prefix_cache import Prefix
+from hatrack.training.prefix_cache import FrozenPrefix
 from hatrack.training.smoothed_loss import SmoothedLoss
 
 StepWatch = Callable[[int, float, float, Callable[[], list[int]]], None]
@@ -86,7 +86,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         watch: StepWatch,
         on_start_score: Callable[[Score], None] = lambda score: None,
         streaming: LayerStreaming | None = None,
-        prefix: Prefix | None = None,
+        prefix: FrozenPrefix | None = None,
         **options: Any,
     ) -> None:
         super().__init__(train_dataset=RowsDataset(rows.learn), eval_dataset=RowsDataset(rows.held_out), **options)
@@ -164,7 +164,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The sum of this micro-batch's losses over the number of items in the whole step."""
-        with self.prefix.given(inputs) if self.prefix and not self.streaming else nullcontext():
+        with self.prefix.use_cached(inputs) if self.prefix and not self.streaming else nullcontext():
             values, _, logits = losses(model, inputs, self.rows.task)
         loss = values.sum() / (len(values) if num_items_in_batch is None else num_items_in_batch)
         self.step_loss += loss.detach()
@@ -238,7 +238,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
 
     def load_best(self) -> None:
         """Loads the best epoch's adapter. It is found by its step, as the run's folder may have been moved."""
-        self.state.best_model_checkpoint = str(checkpoint.folder_of(self._run, self.state.best_global_step))
+        self.state.best_model_checkpoint = str(checkpoint.checkpoint_folder(self._run, self.state.best_global_step))
         self._load_best_model()
 
     @property
@@ -253,7 +253,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.store_flos()
         if self.prefix:
             self.prefix.flush()  # a resumed run must read the hidden states that this one would
-        with checkpoint.writing(self._run, self.state.global_step) as folder:
+        with checkpoint.write_checkpoint(self._run, self.state.global_step) as folder:
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))

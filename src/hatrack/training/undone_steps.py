@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from hatrack.evaluate.loss import Batch, count_losses, losses
-from hatrack.training.prefix_cache import Prefix
+from hatrack.training.prefix_cache import FrozenPrefix
 
 
 @contextmanager
-def rehearsal(model: Any) -> Iterator[list[torch.nn.Parameter]]:
+def undo_steps(model: Any) -> Iterator[list[torch.nn.Parameter]]:
     """Yields what is trainable in `model`, which is set to train; afterwards weights, gradients, random state and mode
     are as they were."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -29,7 +29,7 @@ def rehearsal(model: Any) -> Iterator[list[torch.nn.Parameter]]:
         model.train(was_training)
 
 
-def gradients(model: Any, batches: Sequence[Batch], task: str, prefix: Prefix | None = None) -> float:
+def add_gradients(model: Any, batches: Sequence[Batch], task: str, prefix: FrozenPrefix | None = None) -> float:
     """Adds the gradients of one step, whose micro-batches are `batches`, and returns its loss. `prefix` stands for the
     layers below all adapters."""
     total, loss = max(sum(count_losses(batch, task) for batch in batches), 1), 0.0
