@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hatrack.cli.spare import leave_out_to_open
+from hatrack.cli.unused_imports import skip_quantizers
 
 if TYPE_CHECKING:
     from hatrack.inference.hat import Hat
@@ -75,7 +75,7 @@ def with_hat(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _opened(adapter: str | list[str], *, no_proof: bool, **options: Any) -> "Hat":
-    leave_out_to_open(*([adapter] if isinstance(adapter, str) else adapter))
+    skip_quantizers(*([adapter] if isinstance(adapter, str) else adapter))
     from hatrack.inference.load import load
 
     return load(adapter, prove=not no_proof, **options)

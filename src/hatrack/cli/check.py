@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hatrack.cli.options import Json, with_recipe
-from hatrack.cli.spare import leave_out, leave_out_to_open
+from hatrack.cli.unused_imports import skip_quantizers, skip_unused_imports
 from hatrack.errors import AdapterError, HatrackError, WrongBase
 from hatrack.recipe import Recipe
 
@@ -23,7 +23,7 @@ def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
     from hatrack.check.finding import refusal
 
     try:
-        leave_out_to_open(adapter)
+        skip_quantizers(adapter)
     except AdapterError as error:
         return _report(adapter, [refusal("adapter-refused", error)], as_json)
 
@@ -45,7 +45,7 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
 
     hatrack check RECIPE.yaml, hatrack check FILE --base MODEL, or hatrack check ADAPTER.
     """
-    leave_out(recipe)
+    skip_unused_imports(recipe)
     from hatrack.check.checks import check_recipe
     from hatrack.training.one_step import one_step
 

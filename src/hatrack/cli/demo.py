@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from hatrack.cli.options import Json
-from hatrack.cli.spare import leave_out
+from hatrack.cli.unused_imports import skip_unused_imports
 from hatrack.console import format_size, say
 from hatrack.recipe import Recipe
 from hatrack.storage import folder_size, write_file
@@ -102,7 +102,7 @@ def _write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
 
 def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
     recipe = Recipe.make(output=str(output / name), name=f"demo-{name}", **options)
-    leave_out(recipe)
+    skip_unused_imports(recipe)
     from hatrack.adapter import registry
     from hatrack.training.train import train
 

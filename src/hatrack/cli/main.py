@@ -16,7 +16,6 @@ import typer
 
 from hatrack import __version__
 from hatrack.cli import cache, chat, check, compare, demo, plan, predict, rack, train
-from hatrack.cli.spare import leave_out_of_torch, list_models_once
 from hatrack.console import SafeStderr
 from hatrack.errors import HatrackError, OptionStyle
 from hatrack.recipe import flag, suggest_option
@@ -81,8 +80,6 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)
     gc.set_threshold(50_000, 20, 20)  # imports make many objects that stay: looking through them takes a second
-    list_models_once()
-    leave_out_of_torch()
     try:
         code = app(arguments, prog_name="hatrack", standalone_mode=False)
         if code == INTERRUPTED:  # the parser took the KeyboardInterrupt, and said nothing

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hatrack.cli.options import Json, with_recipe
-from hatrack.cli.spare import leave_out
 from hatrack.cli.tables import print_columns
+from hatrack.cli.unused_imports import skip_unused_imports
 from hatrack.console import format_size, say
 from hatrack.recipe import Recipe
 
@@ -26,7 +26,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what training will take, and whether it fits, without reading any weight."""
-    leave_out(recipe)
+    skip_unused_imports(recipe)
     from hatrack.training.forecast import plan as forecast
 
     if probe:
@@ -40,7 +40,7 @@ def plan(
 
 def _measure() -> None:
     """Runs the probe and keeps its result for later plans on the same processor."""
-    leave_out(Recipe.make())  # as a run does, whose imports are part of what is measured
+    skip_unused_imports(Recipe.make())  # as a run does, whose imports are part of what is measured
     import hatrack.training.train  # noqa: F401
     from hatrack.cpu import fast_at_bfloat16
     from hatrack.planning.machine import keep_probe

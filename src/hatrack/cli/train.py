@@ -8,7 +8,7 @@ import typer
 
 from hatrack.cli.adapter_options import names_on_the_rack
 from hatrack.cli.options import Json, with_recipe
-from hatrack.cli.spare import leave_out
+from hatrack.cli.unused_imports import skip_unused_imports
 from hatrack.recipe import Recipe
 
 
@@ -31,7 +31,7 @@ def train(
         from hatrack.training.repeat import recipe_of_adapter
 
         recipe = recipe_of_adapter(like, **recipe.explicit_options(), trust_remote_code=recipe.trust_remote_code)
-    leave_out(recipe)
+    skip_unused_imports(recipe)
     from hatrack.training.train import shown
     from hatrack.training.train import train as run
 
