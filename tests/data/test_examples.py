@@ -112,8 +112,12 @@ def test_ten_complaints_are_shown_and_the_rest_counted() -> None:
 @pytest.mark.parametrize(
     ("task", "row", "words"),
     [
-        ("chat", {"prompt": "[{'role': 'user', 'content': 'hi'}]", "completion": "ho"}, "in Python's way, with single"),
-        ("complete", {"prompt": "[{'role': 'user'}]", "completion": "ho"}, "in Python's way, with single quotes"),
+        (
+            "chat",
+            {"prompt": "[{'role': 'user', 'content': 'hi'}]", "completion": "ho"},
+            "as Python prints it, with single",
+        ),
+        ("complete", {"prompt": "[{'role': 'user'}]", "completion": "ho"}, "as Python prints it, with single quotes"),
         ("complete", {"text": '[{"role": "user", "content": "hi"}]'}, "in JSON, where a text was expected"),
     ],
 )

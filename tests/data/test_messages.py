@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 
 from hatrack.data.messages import (
-    Talk,
-    Unusable,
-    continued,
+    BadCell,
+    Conversation,
+    add_system_turn,
+    as_context,
+    check_answer,
+    join_completion,
+    one_turn,
+    read_conversation,
     read_history,
-    read_talk,
     read_tools,
-    said,
-    unlearned,
-    with_answer,
-    with_system,
 )
 from tests.conftest import turns
 
@@ -25,8 +25,8 @@ FUNCTION = {"name": "find_capital", "arguments": {"land": "Peru"}}
 CALL = {"id": "c1", "type": "function", "function": FUNCTION}
 
 
-def _read(*messages: dict[str, Any]) -> Talk:
-    return with_answer(read_talk(list(messages)))
+def _read(*messages: dict[str, Any]) -> Conversation:
+    return check_answer(read_conversation(list(messages)))
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def _read(*messages: dict[str, Any]) -> Talk:
     ],
 )  # fmt: skip
 def test_roles_in_other_spellings(role: str, read: str) -> None:
-    assert read_talk([{"role": role, "content": "x"}]).turns == turns((read, "x"))
-    assert read_talk([{"from": role, "value": "x"}]).turns == turns((read, "x"))
+    assert read_conversation([{"role": role, "content": "x"}]).turns == turns((read, "x"))
+    assert read_conversation([{"from": role, "value": "x"}]).turns == turns((read, "x"))
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_roles_in_other_spellings(role: str, read: str) -> None:
     ],
 )
 def test_the_same_conversation_in_other_wrappers(cell: Any) -> None:
-    assert read_talk(cell) == Talk(turns(("user", "Capital of Peru?"), ("assistant", "Lima.")))
+    assert read_conversation(cell) == Conversation(turns(("user", "Capital of Peru?"), ("assistant", "Lima.")))
 
 
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        (str([ASK, ANSWER]), "the conversation is written in Python's way, with single quotes: write it as JSON"),
+        (str([ASK, ANSWER]), "the conversation is written as Python prints it, with single quotes: write it as JSON"),
         ({"messages": [ASK], "tools": [CALL]}, r"an object \(messages, tools\) where a list of messages was expected"),
         ({"data": 1}, r"an object \(data\) where a list of messages was expected"),
         (ASK, "the conversation is an object, not a list of messages"),
@@ -78,8 +78,8 @@ def test_the_same_conversation_in_other_wrappers(cell: Any) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_conversation(cell: Any, words: str) -> None:
-    with pytest.raises(Unusable, match=words):
-        read_talk(cell)
+    with pytest.raises(BadCell, match=words):
+        read_conversation(cell)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_what_is_no_conversation(cell: Any, words: str) -> None:
 def test_keys_that_mean_something_are_refused_by_name(key: str, index: int) -> None:
     messages = [dict(ASK), dict(ANSWER)]
     messages[index][key] = "x"
-    with pytest.raises(Unusable, match=f"message {index + 1} has {key}, which hatrack does not honour"):
-        read_talk(messages)
+    with pytest.raises(BadCell, match=f"message {index + 1} has {key}, which hatrack does not support"):
+        read_conversation(messages)
 
 
 def test_other_keys_are_handed_back_unless_they_hold_nothing() -> None:
@@ -117,13 +117,13 @@ def test_marks_say_which_turns_are_learned(key: str, value: Any, learned: bool) 
         (ANSWER | {"weight": 0.5}, r"message 2 has the weight 0.5: a turn is learned \(1, true\) or not \(0, false\)"),
         (ANSWER | {"weight": 2}, "message 2 has the weight 2"),
         (ANSWER | {"train": "maybe"}, "message 2 has the train 'maybe'"),
-        (ASK | {"train": True}, r"message 2 is marked to be learned \(train\); hatrack learns only what the assistant"),
-        (ANSWER | {"weight": 1, "train": False}, "message 2 has marks that contradict each other: weight, train"),
+        (ASK | {"train": True}, r"message 2 is marked to be learned \(train\); hatrack learns assistant turns only"),
+        (ANSWER | {"weight": 1, "train": False}, "message 2 has flags that contradict each other: weight, train"),
         (ANSWER | {"train": False}, "every assistant turn is marked as not to be learned"),
     ],
 )
 def test_marks_that_cannot_be_followed(message: dict[str, Any], words: str) -> None:
-    with pytest.raises(Unusable, match=words):
+    with pytest.raises(BadCell, match=words):
         _read(ASK, message)
 
 
@@ -134,10 +134,10 @@ def test_text_in_parts_is_joined_and_said(capsys: pytest.CaptureFixture[str]) ->
         ANSWER,
     )
     for part in ({"type": "image_url", "image_url": {"url": "x"}}, {"type": "image", "text": None}):
-        with pytest.raises(Unusable, match=f"message 1 has a part of type '{part['type']}' in its content"):
-            read_talk([ASK | {"content": [*parts, part]}])
-    with pytest.raises(Unusable, match="message 1 has a part of type nothing"):
-        read_talk([ASK | {"content": [{"type": "text", "text": None}]}])
+        with pytest.raises(BadCell, match=f"message 1 has a part of type '{part['type']}' in its content"):
+            read_conversation([ASK | {"content": [*parts, part]}])
+    with pytest.raises(BadCell, match="message 1 has a part of type nothing"):
+        read_conversation([ASK | {"content": [{"type": "text", "text": None}]}])
 
 
 @pytest.mark.parametrize("content", [None, "", "I look."])
@@ -155,20 +155,20 @@ def test_tool_calls_have_one_form(content: str | None, call: dict[str, Any], as_
     "calls", [["find_capital"], [{"function": {"arguments": {}}}], [{"name": " "}], "find_capital", 3]
 )
 def test_what_is_no_tool_call(calls: Any) -> None:
-    with pytest.raises(Unusable, match=r"tool_calls"):
-        read_talk([ASK, ANSWER | {"tool_calls": calls}])
-    with pytest.raises(Unusable, match="tool_calls whose arguments are no JSON object"):
-        read_talk([ASK, ANSWER | {"tool_calls": [{"name": "f", "arguments": "{land: Peru}"}]}])
+    with pytest.raises(BadCell, match=r"tool_calls"):
+        read_conversation([ASK, ANSWER | {"tool_calls": calls}])
+    with pytest.raises(BadCell, match="tool_calls whose arguments are not a JSON object"):
+        read_conversation([ASK, ANSWER | {"tool_calls": [{"name": "f", "arguments": "{land: Peru}"}]}])
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_what_is_thought_has_one_name(key: str) -> None:
     talk = _read(ASK, ANSWER | {key: "Peru is in ..."})
     assert talk.turns[1] == ANSWER | {"reasoning_content": "Peru is in ..."}
-    with pytest.raises(Unusable, match="message 1 has both reasoning_content and thinking"):
-        read_talk([ANSWER | {"reasoning_content": "a", "thinking": "b"}])
-    with pytest.raises(Unusable, match="message 1 has no text as its reasoning_content"):
-        read_talk([ANSWER | {"reasoning_content": ["a"]}])
+    with pytest.raises(BadCell, match="message 1 has both reasoning_content and thinking"):
+        read_conversation([ANSWER | {"reasoning_content": "a", "thinking": "b"}])
+    with pytest.raises(BadCell, match="message 1 has no text as its reasoning_content"):
+        read_conversation([ANSWER | {"reasoning_content": ["a"]}])
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -181,39 +181,39 @@ def test_tools_have_one_form(bare: bool, as_text: bool) -> None:
 
 @pytest.mark.parametrize("cell", [None, "", "[]", [], float("nan"), {}, "null"])
 def test_no_tools(cell: Any) -> None:
-    assert read_tools(cell) == () and read_history(cell) == Talk(())
+    assert read_tools(cell) == () and read_history(cell) == Conversation(())
 
 
 @pytest.mark.parametrize("cell", ["find_capital", ["find_capital"], [{"function": {}}], 3, "[{'name': 'f'}]"])
 def test_what_are_no_tools(cell: Any) -> None:
-    with pytest.raises(Unusable, match=r"the tools (are not a list of functions|is (text|written))"):
+    with pytest.raises(BadCell, match=r"the tools (are not a list of functions|is (text|written))"):
         read_tools(cell)
 
 
 def test_a_system_text_comes_first_and_once() -> None:
-    talk = read_talk([ASK, ANSWER | {"train": False}, ASK, ANSWER])
-    led = with_system(talk, "Be brief.")
+    talk = read_conversation([ASK, ANSWER | {"train": False}, ASK, ANSWER])
+    led = add_system_turn(talk, "Be brief.")
     assert led.turns[0] == {"role": "system", "content": "Be brief."} and led.context_only == (2,)
-    assert with_system(led, " Be brief. ") == led
-    with pytest.raises(Unusable, match="has a system turn of its own, with other words"):
-        with_system(led, "Be kind.")
+    assert add_system_turn(led, " Be brief. ") == led
+    with pytest.raises(BadCell, match="already has a different system turn"):
+        add_system_turn(led, "Be kind.")
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_history_is_earlier_turns(as_text: bool) -> None:
     cell = [["a", "b"], ["c", "d"]]
-    talk = read_history(json.dumps(cell) if as_text else cell) + said("user", "e")
+    talk = read_history(json.dumps(cell) if as_text else cell) + one_turn("user", "e")
     assert talk.turns == turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"))
-    with pytest.raises(Unusable, match=r"it is not a list of \[question, answer\]"):
+    with pytest.raises(BadCell, match=r"it is not a list of \[question, answer\]"):
         read_history([["a"]])
 
 
 def test_a_completion_that_repeats_its_prompt_holds_all_of_it() -> None:
-    prompt = unlearned(said("user", "a ") + said("assistant", "b") + said("user", "c"))
-    rest = said("assistant", "d")
-    whole = continued(prompt, said("user", "a") + said("assistant", "b") + said("user", "c") + rest)
+    prompt = as_context(one_turn("user", "a ") + one_turn("assistant", "b") + one_turn("user", "c"))
+    rest = one_turn("assistant", "d")
+    whole = join_completion(prompt, one_turn("user", "a") + one_turn("assistant", "b") + one_turn("user", "c") + rest)
     assert whole.turns == turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     assert whole.context_only == (1,)
-    assert continued(prompt, rest) == prompt + rest
-    other = said("user", "e") + rest
-    assert continued(prompt, other) == prompt + other
+    assert join_completion(prompt, rest) == prompt + rest
+    other = one_turn("user", "e") + rest
+    assert join_completion(prompt, other) == prompt + other

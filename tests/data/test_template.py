@@ -2,6 +2,7 @@
 
 import re
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from hatrack.cli.demo import CHAT_MODEL
 from hatrack.console import say_once
 from hatrack.data.template import (
     PLAIN_TEMPLATE,
+    _apply_template,
     assistant_spans,
     chat_prompt,
     chat_template,
     check_deterministic,
     render_chat,
     with_fixed_date,
+    write_conversation,
 )
 from hatrack.data.token_lengths import LightTokenizer
 from hatrack.errors import DataError, ModelError
@@ -46,7 +49,9 @@ def _spoken(template: str, talk: list[tuple[str, str]]) -> list[str]:
     tokenizer = tiny_tokenizer(chat=False)
     said = list(turns(*talk))
     whole = tokenizer.apply_chat_template(said, chat_template=template, tokenize=False)
-    return [whole[start:end] for start, end in assistant_spans(tokenizer, said, template, str(whole))]
+    write = partial(_apply_template, tokenizer, template=template)
+    learned = [index for index, turn in enumerate(said) if turn["role"] == "assistant"]
+    return [whole[start:end] for start, end in assistant_spans(write, said, str(whole), learned)]
 
 
 @pytest.mark.parametrize(
@@ -120,8 +125,10 @@ def test_a_template_that_lets_nobody_else_begin_says_so() -> None:
 
 
 def test_templates_that_hide_the_assistant_or_fail_are_refused() -> None:
+    assert _spoken("{{ messages | length }} turns", TALK) == []
+    unmarked = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError, match="does not show where the assistant speaks"):
-        _spoken("{{ messages | length }} turns", TALK)
+        render_chat(turns(("assistant", "a"), *TALK[:1]), tiny_tokenizer(chat=False), unmarked)
     with pytest.raises(DataError, match=r"the chat template refuses a conversation; got .*no system"):
         render_chat(turns(*TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no system turns here') }}")
 
@@ -286,8 +293,7 @@ def test_thoughts_in_a_key_of_their_own_are_kept_or_refused() -> None:
     talk = [*turns(ASKED), {"role": "assistant", "content": "It is Oslo.", "reasoning_content": "Norway lies north."}]
     with pytest.raises(DataError, match=r"leaves out (the thoughts of answers|reasoning_content)"):
         render_chat(talk, tokenizer, LLAMA3)
-    whole = str(tokenizer.apply_chat_template(talk, chat_template=KEEPS_LAST, tokenize=False))
-    ((start, end),) = assistant_spans(tokenizer, talk, KEEPS_LAST, whole)
+    whole, ((start, end),) = write_conversation(talk, tokenizer, KEEPS_LAST)
     assert whole[start:end] == THOUGHTFUL + "<|im_end|>"
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hatrack.data.template import PLAIN_TEMPLATE, _write
-from hatrack.data.template_coverage import written
+from hatrack.data.template import PLAIN_TEMPLATE, _apply_template
+from hatrack.data.template_coverage import write_in_full
 from hatrack.errors import DataError
 from tests.conftest import tiny_tokenizer, turns
 from tests.data.test_template import CALLING, GEMMA, LLAMA3, TALK, TOOL, TOOLS
@@ -24,8 +24,8 @@ ABSENT = (  # a call only where there is no content at all
 
 
 def _rendered(template: str, messages: Any = CALLING, tools: Any = ()) -> str:
-    write = partial(_write, tiny_tokenizer(chat=False), template=template, prompt=False)
-    return written(write, list(messages), tools)[1]
+    write = partial(_apply_template, tiny_tokenizer(chat=False), template=template)
+    return write_in_full(write, list(messages), tools)[1]
 
 
 @pytest.mark.parametrize("template", [LLAMA3, GEMMA, PLAIN_TEMPLATE, HEAD + TAIL])

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from hatrack.check.checks import check_recipe
 from hatrack.data.examples import read_examples
-from hatrack.data.template import PLAIN_TEMPLATE, spoken
+from hatrack.data.template import PLAIN_TEMPLATE, write_conversation
 from hatrack.errors import DataError, HatrackError
 from hatrack.recipe import Recipe
 from tests.conftest import tiny_tokenizer
@@ -280,7 +280,7 @@ def test_no_text_of_a_layout_is_lost(here: Path, tiny_decoder: Path, data: st.Da
         examples = read_examples(Recipe.make(data=str(path), bad_rows="skip"))
         for example in (*examples.train, *examples.held_out):
             with contextlib.suppress(DataError):
-                whole, spans = spoken(
+                whole, spans = write_conversation(
                     example.messages,
                     tokenizer,
                     template or tokenizer.chat_template,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hatrack.console import say
-from hatrack.data.messages import looks_like_talk
+from hatrack.data.messages import looks_like_conversation
 from hatrack.errors import DataError, short_repr
 from hatrack.recipe import Recipe, flag, nearest
 
@@ -93,7 +93,7 @@ def _unclear(task: str | None, columns: Sequence[str], source: str, first: Mappi
         chosen, learned = known["chosen"], {"messages": known["chosen"]}
         if "prompt" in known:
             learned = {"prompt": known["prompt"], "completion": chosen}
-        elif isinstance(first.get(chosen), str) and not looks_like_talk(first[chosen]):
+        elif isinstance(first.get(chosen), str) and not looks_like_conversation(first[chosen]):
             learned = {"task": "complete", "text": chosen}
         return DataError(
             f"{source} has pairs of a better and a worse answer; hatrack learns from one answer",

@@ -19,7 +19,7 @@ from hatrack.data import labels
 from hatrack.data.columns import find_columns, find_extra_columns
 from hatrack.data.complaints import BadRows, joined, refuse_or_skip
 from hatrack.data.labels import Label
-from hatrack.data.messages import holds
+from hatrack.data.messages import has_content
 from hatrack.data.read import Rows, read_rows
 from hatrack.data.row_values import BadRow, read_example
 from hatrack.errors import DataError, HatrackError, short_repr
@@ -251,7 +251,7 @@ def split_held_out(examples: Sequence[Example], *, seed: int, stratified: bool) 
 def _filled(sources: Sequence[Rows]) -> dict[str, list[Any]]:
     """The columns that hold anything in any row, with the values of the rows where they do."""
     names = dict.fromkeys(name for rows in sources for name in rows.columns)
-    held = {name: [row[name] for rows in sources for row in rows.rows if holds(row.get(name))] for name in names}
+    held = {name: [row[name] for rows in sources for row in rows.rows if has_content(row.get(name))] for name in names}
     return {name: values for name, values in held.items() if values}
 
 

@@ -1,25 +1,25 @@
-"""How long a row may be: what a base can read at once, by its config.json and its tokenizer. Imports no torch."""
+"""How long a row may be, by the base's config.json and tokenizer. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from hatrack.errors import RecipeError
 
-LENGTH_CAPS = {"classify": 512, "chat": 2048, "complete": 2048}
+DEFAULT_LENGTHS = {"classify": 512, "chat": 2048, "complete": 2048}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "model_max_length")
-"""The names that configs have for the number of positions: Llama's, GPT-2's, MPT's, RWKV's, Kimi's."""
+"""Names of the number of positions in configs: Llama's, GPT-2's, MPT's, RWKV's, Kimi's."""
 # fmt: off
 AFTER_PADDING = frozenset((
     "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 ))
 # fmt: on
-"""Model types that number their tokens from the padding token's id on, and so have fewer positions than embeddings."""
+"""Model types that number positions from the padding token's id on, so fewer positions than embeddings are usable."""
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:
-    """The most tokens that a base can read at once by its config, as config.json or transformers' `to_dict()` has it;
-    None where it does not say, or says none (-1)."""
+    """The most tokens that a base can read at once, by its config.json or transformers' `to_dict()`; None if it does
+    not say."""
     for part in (config, config.get("text_config")):
         if not isinstance(part, Mapping):
             continue
@@ -33,21 +33,20 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def length_limit(of_tokenizer: float | None, config: Mapping[str, Any]) -> int | None:
-    """The longest row that a base can take, in tokens, by its tokenizer's `model_max_length` and its config; None where
-    neither says."""
-    limits = [of_tokenizer, position_limit(config)]
+def length_limit(model_max_length: float | None, config: Mapping[str, Any]) -> int | None:
+    """The longest row in tokens that a base can take, by its tokenizer's `model_max_length` and its config, or None."""
+    limits = [model_max_length, position_limit(config)]
     return min((int(limit) for limit in limits if limit and 0 < limit < 10**9), default=None)
 
 
 def choose_max_length(asked: int | None, limit: int | None, task: str) -> tuple[int, str]:
-    """The longest row in tokens, and why: as asked, or what the model can take up to 512 (to classify) or 2,048.
+    """The longest row in tokens, and the reason: as asked, or the model's limit but at most 512 (classify) or 2,048.
 
-    Raises RecipeError where more is asked than the model can take.
+    Raises RecipeError if more is asked than the model can take.
     """
     if asked is not None:
         if limit is not None and asked > limit:
             raise RecipeError("--max-length is more than this model can take", got=asked, fix=f"at most {limit}")
         return asked, "as asked"
-    cap = LENGTH_CAPS[task]
+    cap = DEFAULT_LENGTHS[task]
     return (limit, "the model's limit") if limit is not None and limit <= cap else (cap, f"the default for {task}")

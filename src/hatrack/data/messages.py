@@ -1,6 +1,6 @@
-"""Cells that hold conversations -> messages as a chat template takes them, or what is wrong with them.
+"""Reads the conversation in a cell into messages for a chat template.
 
-A message key is honoured, refused, or handed back as not read. Knows nothing of columns, files or templates.
+A message key is read, refused, or reported as not read. Knows nothing of columns, files or templates.
 """
 
 import json
@@ -18,99 +18,102 @@ Turn = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ROLE_NAMES |= {"ai": "assistant", "model": "assistant", "developer": "system"}
-REWRITE = {
+ROLE_HINTS = {
     "function_call": "an assistant turn with tool_calls",
     "observation": "a turn with the role tool",
     "function": "a turn with the role tool",
 }
-"""Roles of calls and their results that no chat template knows, and how they are written today."""
+"""Older roles of tool calls and their results, and what to write today."""
 
-WRAPPERS = ("messages", "conversations", "conversation")
-TEXT_PARTS = ("text", "input_text", "output_text")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""One thing by three names: transformers gives templates the first for all of them."""
+WRAPPER_KEYS = ("messages", "conversations", "conversation")
+TEXT_PART_TYPES = ("text", "input_text", "output_text")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""All three mean the first, which is what chat templates read."""
 
-NAMES = ("name", "tool_call_id")
-"""Go to the template, which may write them or not: they say who speaks, not what is said."""
+SPEAKER_KEYS = ("name", "tool_call_id")
+"""Passed to the template, which may ignore them: they say who speaks, not what is said."""
 
-MARKS = ("weight", "train", "training", "loss")
+LEARN_FLAG_KEYS = ("weight", "train", "training", "loss")
 """Whether a turn is learned: 1 or true, 0 or false."""
 
-REFUSED: tuple[str, ...] = ("function_call", "mask", "masked", "loss_mask", "loss_scale", "loss_weight", "trainable")
-REFUSED += ("train_detail", "ignore", "skip", "refusal")
-REFUSED += ("image", "images", "audio", "audios", "video", "videos")
-YES_OR_NO = {"1": True, "true": True, "0": False, "false": False, "1.0": True, "0.0": False}
+UNSUPPORTED_KEYS: tuple[str, ...] = ("function_call", "mask", "masked", "loss_mask", "loss_scale", "loss_weight")
+UNSUPPORTED_KEYS += ("trainable", "train_detail", "ignore", "skip", "refusal")
+UNSUPPORTED_KEYS += ("image", "images", "audio", "audios", "video", "videos")
+ANSWER_KEYS = ("tool_calls", "reasoning_content")
+"""What an assistant turn can say besides its content."""
+FLAG_VALUES = {"1": True, "true": True, "0": False, "false": False, "1.0": True, "0.0": False}
 
 
-class Unusable(ValueError):
-    """A cell that cannot be learned from, and why, in words; its `column`, where that is known."""
+class BadCell(ValueError):
+    """A cell that cannot be learned from: the reason, and its `column` if known."""
 
-    def __init__(self, words: str, column: str = "") -> None:
-        super().__init__(words)
+    def __init__(self, reason: str, column: str = "") -> None:
+        super().__init__(reason)
         self.column = column
 
 
 @dataclass(frozen=True)
-class Talk:
-    """A conversation: its turns, the indices of the assistant's that are not learned, and message keys not read."""
+class Conversation:
+    """A conversation: its turns, the indices of assistant turns that are not learned, and message keys not read."""
 
     turns: tuple[Turn, ...]
     context_only: tuple[int, ...] = ()
     unread: frozenset[str] = field(default=frozenset())
 
-    def __add__(self, other: "Talk") -> "Talk":
-        """One conversation after the other."""
+    def __add__(self, other: "Conversation") -> "Conversation":
+        """This conversation, then the other."""
         shifted = tuple(index + len(self.turns) for index in other.context_only)
-        return Talk(self.turns + other.turns, self.context_only + shifted, self.unread | other.unread)
+        return Conversation(self.turns + other.turns, self.context_only + shifted, self.unread | other.unread)
 
 
-def said(role: str, content: str) -> Talk:
+def one_turn(role: str, content: str) -> Conversation:
     """A conversation of one plain turn."""
-    return Talk(({"role": role, "content": content},))
+    return Conversation(({"role": role, "content": content},))
 
 
-def speaks(turn: Turn) -> bool:
-    """Whether a turn is one of the assistant's, with anything in it to learn."""
-    return turn["role"] == "assistant" and bool((turn["content"] or "").strip() or any(turn.get(key) for key in SPOKEN))
+def has_answer(turn: Turn) -> bool:
+    """Whether this is an assistant turn that is not empty."""
+    if turn["role"] != "assistant":
+        return False
+    return bool((turn["content"] or "").strip()) or any(turn.get(key) for key in ANSWER_KEYS)
 
 
-SPOKEN = ("tool_calls", "reasoning_content")
+def read_conversation(value: Any) -> Conversation:
+    """The conversation in a cell: a list of messages, JSON text of one, or an object that holds nothing else.
 
-
-def read_talk(value: Any) -> Talk:
-    """The turns of a cell: a list of messages, JSON text of one, or an object that holds nothing else.
-
-    Takes `role` and `content`, and `from` and `value` as some files have. Raises Unusable.
+    Reads `role` and `content`, or `from` and `value` as in ShareGPT files. Raises BadCell.
     """
-    value = _opened(value)
+    value = _unwrap(value)
     if not isinstance(value, list) or not value:
-        raise Unusable(
-            f"the conversation is {_kind(value)}, not a list of messages" if value else "the conversation is empty"
+        raise BadCell(
+            f"the conversation is {_type_name(value)}, not a list of messages" if value else "the conversation is empty"
         )
-    nameless = next((message for message in value if isinstance(message, dict) and not holds(_role(message))), None)
-    if nameless is not None:
-        raise Unusable(f"a message has no role, only {', '.join(map(str, nameless)) or 'nothing'}")
-    strange = [message for message in value if isinstance(message, dict) and _role(message) not in ROLES]
-    if strange:
-        raise Unusable(_strange_roles(strange))
+    messages = [message for message in value if isinstance(message, dict)]
+    without_role = next((message for message in messages if not has_content(_role(message))), None)
+    if without_role is not None:
+        raise BadCell(f"a message has no role, only {', '.join(map(str, without_role)) or 'nothing'}")
+    unknown = [message for message in messages if _role(message) not in ROLES]
+    if unknown:
+        raise BadCell(_describe_unknown_roles(unknown))
     turns, context_only, unread = [], [], set[str]()
     for index, message in enumerate(value):
         if not isinstance(message, dict):
-            raise Unusable(f"message {index + 1} is {_kind(message)}, not an object with role and content")
+            raise BadCell(f"message {index + 1} is {_type_name(message)}, not an object with role and content")
         try:
-            turn, learned = _turn(message)
-        except Unusable as error:
-            raise Unusable(f"message {index + 1} {error}") from error
+            turn, learned = _read_turn(message)
+        except BadCell as error:
+            raise BadCell(f"message {index + 1} {error}") from error
         turns.append(turn)
         context_only += [] if learned else [index]
-        unread |= {str(key) for key, held in message.items() if holds(held) and key not in KNOWN}
-    return Talk(tuple(turns), tuple(context_only), frozenset(unread))
+        unread |= {str(key) for key, item in message.items() if has_content(item) and key not in KNOWN_KEYS}
+    return Conversation(tuple(turns), tuple(context_only), frozenset(unread))
 
 
-KNOWN = {"role", "from", "content", "value", "tool_calls", *REASONING, *NAMES, *MARKS, *REFUSED}
+KNOWN_KEYS = {"role", "from", "content", "value", "tool_calls", *REASONING_KEYS, *SPEAKER_KEYS}
+KNOWN_KEYS |= {*LEARN_FLAG_KEYS, *UNSUPPORTED_KEYS}
 
 
-def looks_like_talk(value: Any) -> bool:
+def looks_like_conversation(value: Any) -> bool:
     """Whether a cell is a list of messages, or JSON text of one, rather than a text."""
     if isinstance(value, str) and value.lstrip().startswith("[") and '"role"' in value:
         try:
@@ -120,202 +123,204 @@ def looks_like_talk(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and _role(turn) for turn in value)
 
 
-def looks_like_python_talk(value: str) -> bool:
+def looks_like_python_conversation(value: str) -> bool:
     """Whether a text is a list of messages as Python prints it."""
     return re.match(r"\s*\[\s*\{\s*'(role|from|content|value)'\s*:", value) is not None
 
 
-def continued(prompt: Talk, completion: Talk) -> Talk:
-    """A prompt and its completion as one; where the completion repeats all of the prompt, its turns are there once."""
+def join_completion(prompt: Conversation, completion: Conversation) -> Conversation:
+    """The prompt, then its completion; a completion that repeats the whole prompt already is the conversation."""
     repeated = completion.turns[: len(prompt.turns)]
-    if [_plain(turn) for turn in repeated] != [_plain(turn) for turn in prompt.turns]:
+    if [_role_and_text(turn) for turn in repeated] != [_role_and_text(turn) for turn in prompt.turns]:
         return prompt + completion
     say_once("the completions hold the whole conversation, the prompt too: it is read once")
     context_only = tuple(sorted({*prompt.context_only, *completion.context_only}))
-    return Talk(completion.turns, context_only, prompt.unread | completion.unread)
+    return Conversation(completion.turns, context_only, prompt.unread | completion.unread)
 
 
-def _plain(turn: Turn) -> tuple[str, str]:
+def _role_and_text(turn: Turn) -> tuple[str, str]:
     return turn["role"], str(turn["content"]).strip()
 
 
-def read_history(value: Any) -> Talk:
-    """Earlier turns: a list of [question, answer], as ChatGLM and LLaMA-Factory have them. Raises Unusable."""
-    talk = Talk(())
-    for pair in _parsed(value, "history") or []:
+def read_history(value: Any) -> Conversation:
+    """Earlier turns from a list of [question, answer], as in ChatGLM and LLaMA-Factory files. Raises BadCell."""
+    conversation = Conversation(())
+    for pair in _parse_json(value, "history") or []:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise Unusable("it is not a list of [question, answer]")
-        talk += said("user", pair[0]) + said("assistant", pair[1])
-    return talk
+            raise BadCell("it is not a list of [question, answer]")
+        conversation += one_turn("user", pair[0]) + one_turn("assistant", pair[1])
+    return conversation
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """Tools as chat templates take them: `{"type": "function", "function": {"name": ...}}` each. Raises Unusable."""
-    value = _parsed(value, "tools")
+    """Tools for a chat template, `{"type": "function", "function": {"name": ...}}` each. Raises BadCell."""
+    value = _parse_json(value, "tools")
     value = [value] if isinstance(value, dict) and value else value or []
     tools = []
     for tool in value if isinstance(value, list) else [value]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Unusable("the tools are not a list of functions with a name each")
+            raise BadCell("the tools are not a list of functions with a name each")
         tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tuple(tools)
 
 
-def with_system(talk: Talk, text: str) -> Talk:
-    """The conversation with a system turn before it. Raises Unusable where it has another one."""
-    own = [turn["content"].strip() for turn in talk.turns if turn["role"] == "system"]
+def add_system_turn(conversation: Conversation, text: str) -> Conversation:
+    """The conversation with a system turn first. Raises BadCell if it has a different one already."""
+    own = [turn["content"].strip() for turn in conversation.turns if turn["role"] == "system"]
     if own and own != [text.strip()]:
-        raise Unusable("the conversation has a system turn of its own, with other words")
-    return talk if own else said("system", text) + talk
+        raise BadCell("the conversation already has a different system turn")
+    return conversation if own else one_turn("system", text) + conversation
 
 
-def with_answer(talk: Talk) -> Talk:
-    """The conversation. Raises Unusable where it has nothing to learn."""
-    spoken = [index for index, turn in enumerate(talk.turns) if speaks(turn)]
-    if not spoken:
-        raise Unusable("the conversation has no assistant turn to learn from")
-    if not set(spoken) - set(talk.context_only):
-        raise Unusable("every assistant turn is marked as not to be learned")
-    return talk
+def check_answer(conversation: Conversation) -> Conversation:
+    """Returns the conversation. Raises BadCell if it has nothing to learn."""
+    answers = {index for index, turn in enumerate(conversation.turns) if has_answer(turn)}
+    if not answers:
+        raise BadCell("the conversation has no assistant turn to learn from")
+    if answers <= set(conversation.context_only):
+        raise BadCell("every assistant turn is marked as not to be learned")
+    return conversation
 
 
-def unlearned(talk: Talk) -> Talk:
-    """The conversation, read and not learned."""
-    return replace(talk, context_only=tuple(i for i, turn in enumerate(talk.turns) if turn["role"] == "assistant"))
+def as_context(conversation: Conversation) -> Conversation:
+    """The conversation with no turn to learn."""
+    answers = (index for index, turn in enumerate(conversation.turns) if turn["role"] == "assistant")
+    return replace(conversation, context_only=tuple(answers))
 
 
-def holds(value: Any) -> bool:
-    """Whether a cell or the value of a message key holds anything."""
+def has_content(value: Any) -> bool:
+    """Whether a cell, or the value of a message key, is not empty."""
     if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}", "null", "<noinput>")  # the last as Alpaca's makers wrote it
+        return value.strip() not in ("", "[]", "{}", "null", "<noinput>")  # the last is from Alpaca
     return value is not None and value == value and value != [] and value != {}
 
 
-def _opened(value: Any) -> Any:
-    """The list of messages in a cell that is JSON text, or an object around it."""
+def _unwrap(value: Any) -> Any:
+    """The list of messages in a cell that is JSON text, or an object with only that list."""
     if isinstance(value, str):
-        value = _parsed(value, "conversation")
-    filled = [key for key, held in value.items() if holds(held)] if isinstance(value, dict) else []
-    if len(filled) == 1 and filled[0] in WRAPPERS:
-        return _parsed(value[filled[0]], "conversation")
+        value = _parse_json(value, "conversation")
+    filled = [key for key, item in value.items() if has_content(item)] if isinstance(value, dict) else []
+    if len(filled) == 1 and filled[0] in WRAPPER_KEYS:
+        return _parse_json(value[filled[0]], "conversation")
     if filled and "role" not in filled and "from" not in filled:
-        raise Unusable(f"it is an object ({', '.join(map(str, filled[:5]))}) where a list of messages was expected")
+        raise BadCell(f"it is an object ({', '.join(map(str, filled[:5]))}) where a list of messages was expected")
     return value
 
 
-def _parsed(value: Any, what: str) -> Any:
-    """What JSON text stands for; anything else as it is."""
+def _parse_json(value: Any, what: str) -> Any:
+    """The value of JSON text; any other value unchanged, NaN as None."""
     if not isinstance(value, str):
         return None if isinstance(value, float) and value != value else value
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
         if value.lstrip().startswith(("[{'", "{'", "[['")):
-            raise Unusable(
-                f"the {what} is written in Python's way, with single quotes: write it as JSON (json.dumps)"
+            raise BadCell(
+                f"the {what} is written as Python prints it, with single quotes: write it as JSON (json.dumps)"
             ) from error
-        raise Unusable(f"the {what} is text, not a list{' of messages' * (what == 'conversation')}") from error
+        raise BadCell(f"the {what} is text, not a list{' of messages' * (what == 'conversation')}") from error
 
 
 def _role(message: Mapping[str, Any]) -> Any:
-    role = message.get("role") if holds(message.get("role")) else message.get("from")
+    """The role of a message under its usual name."""
+    role = message.get("role") if has_content(message.get("role")) else message.get("from")
     name = str(role).strip().lower()
     return ROLE_NAMES.get(name, name) if isinstance(role, str) else role
 
 
-def _strange_roles(messages: Sequence[Mapping[str, Any]]) -> str:
+def _describe_unknown_roles(messages: Sequence[Mapping[str, Any]]) -> str:
     roles = list(dict.fromkeys(short_repr(_role(message)) for message in messages))
-    told = f"the role{'s' * (len(roles) > 1)} {' and '.join(roles)}"
-    wanted = [f"{role} as {form}" for role, form in REWRITE.items() if repr(role) in roles]
-    advice = f"; write {', '.join(wanted)}" if wanted else ""
-    return f"{told} {'are' if len(roles) > 1 else 'is'} not among {', '.join(ROLES)}{advice}"
+    names = f"the role{'s' * (len(roles) > 1)} {' and '.join(roles)}"
+    hints = [f"{role} as {form}" for role, form in ROLE_HINTS.items() if repr(role) in roles]
+    advice = f"; write {', '.join(hints)}" if hints else ""
+    return f"{names} {'are' if len(roles) > 1 else 'is'} not among {', '.join(ROLES)}{advice}"
 
 
-def _turn(message: Mapping[str, Any]) -> tuple[Turn, bool]:
-    """A message as templates take it, and whether it is learned, where it is the assistant's."""
-    refused = next((key for key in REFUSED if holds(message.get(key))), None)
+def _read_turn(message: Mapping[str, Any]) -> tuple[Turn, bool]:
+    """A message for the chat template, and whether its flags let it be learned."""
+    refused = next((key for key in UNSUPPORTED_KEYS if has_content(message.get(key))), None)
     if refused:
         hint = ": write it as tool_calls" if refused == "function_call" else ""
-        raise Unusable(f"has {refused}, which hatrack does not honour{hint}")
+        raise BadCell(f"has {refused}, which hatrack does not support{hint}")
     turn: Turn = {"role": _role(message), "content": ""}
     contents = [message[key] for key in ("content", "value") if message.get(key) is not None]
     if len(contents) > 1 and contents[0] != contents[1]:
-        raise Unusable("has both content and value")
-    if holds(message.get("tool_calls")):
-        turn["tool_calls"] = _calls(message["tool_calls"])
+        raise BadCell("has both content and value")
+    if has_content(message.get("tool_calls")):
+        turn["tool_calls"] = _read_tool_calls(message["tool_calls"])
     if contents or "tool_calls" not in turn:
-        turn["content"] = _content(contents[0] if contents else None)
-    for key in (*REASONING, *NAMES):
-        if holds(message.get(key)):
-            name = "reasoning_content" if key in REASONING else key
+        turn["content"] = _read_content(contents[0] if contents else None)
+    for key in (*REASONING_KEYS, *SPEAKER_KEYS):
+        if has_content(message.get(key)):
+            name = "reasoning_content" if key in REASONING_KEYS else key
             if not isinstance(message[key], str) or not encodable(message[key]):
-                raise Unusable(f"has no text as its {key}")
+                raise BadCell(f"has no text as its {key}")
             if turn.setdefault(name, message[key]) != message[key]:
-                raise Unusable(f"has both {name} and {key}")
-    return turn, _learned(message)
+                raise BadCell(f"has both {name} and {key}")
+    return turn, _is_learned(message)
 
 
-def _content(value: Any) -> str:
+def _read_content(value: Any) -> str:
     if isinstance(value, list):
-        value = _joined(value)
+        value = _join_text_parts(value)
     if isinstance(value, int | float):
-        raise Unusable(f"has {_kind(value)} as its content, not text: put it in quotes")
+        raise BadCell(f"has {_type_name(value)} as its content, not text: put it in quotes")
     if not isinstance(value, str):
-        raise Unusable("has no text as its content")
+        raise BadCell("has no text as its content")
     if not encodable(value):
-        raise Unusable("holds half a character (a lone surrogate)")
+        raise BadCell("holds half a character (a lone surrogate)")
     return value
 
 
-def _joined(parts: list[Any]) -> str:
-    """The text of content given as a list of parts, a part a line."""
+def _join_text_parts(parts: list[Any]) -> str:
+    """The text of content given as a list of parts, one part per line."""
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
-        if kind not in TEXT_PARTS or not isinstance(text, str):
-            named = short_repr(kind) if kind not in TEXT_PARTS else _kind(text)
-            raise Unusable(f"has a part of type {named} in its content, where hatrack learns from text alone")
+        if kind not in TEXT_PART_TYPES or not isinstance(text, str):
+            named = short_repr(kind) if kind not in TEXT_PART_TYPES else _type_name(text)
+            raise BadCell(f"has a part of type {named} in its content, and hatrack learns from text only")
         texts.append(text)
-    say_once("content given as a list of text parts is joined, a part a line")
+    say_once("content given as a list of text parts is joined, one part per line")
     return "\n".join(texts)
 
 
-def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls in the form that chat templates are written for: the arguments an object, not the text of one."""
-    calls = _parsed(value, "tool_calls")
+def _read_tool_calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls in the form that chat templates expect: the arguments are an object, not JSON text."""
+    calls = _parse_json(value, "tool_calls")
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
-            raise Unusable("has tool_calls that are not a list of functions with name and arguments")
+            raise BadCell("has tool_calls that are not a list of functions with name and arguments")
         given = function.get("arguments")
         try:
             arguments = json.loads(given) if isinstance(given, str) and given.strip() else given or {}
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            raise Unusable("has tool_calls whose arguments are no JSON object")
-        more = {"id": call["id"]} if "function" in call and holds(call.get("id")) else {}
+            raise BadCell("has tool_calls whose arguments are not a JSON object")
+        more = {"id": call["id"]} if "function" in call and has_content(call.get("id")) else {}
         found.append({"type": "function", **more, "function": {"name": function["name"], "arguments": arguments}})
     return found
 
 
-def _learned(message: Mapping[str, Any]) -> bool:
-    """Whether the marks of a message let it be learned."""
-    marks = {key: message[key] for key in MARKS if holds(message.get(key))}
-    found = {key: YES_OR_NO.get(str(value).strip().lower()) for key, value in marks.items()}
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether the flags of a message let it be learned."""
+    flags = {key: message[key] for key in LEARN_FLAG_KEYS if has_content(message.get(key))}
+    found = {key: FLAG_VALUES.get(str(value).strip().lower()) for key, value in flags.items()}
     for key, learned in found.items():
         if learned is None:
-            raise Unusable(f"has the {key} {short_repr(marks[key])}: a turn is learned (1, true) or not (0, false)")
+            raise BadCell(f"has the {key} {short_repr(flags[key])}: a turn is learned (1, true) or not (0, false)")
         if learned and _role(message) != "assistant":
-            raise Unusable(f"is marked to be learned ({key}); hatrack learns only what the assistant says")
+            raise BadCell(f"is marked to be learned ({key}); hatrack learns assistant turns only")
     if len(set(found.values())) > 1:
-        raise Unusable(f"has marks that contradict each other: {', '.join(found)}")
+        raise BadCell(f"has flags that contradict each other: {', '.join(found)}")
     return all(found.values())
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", type(None): "nothing", bool: "true or false"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

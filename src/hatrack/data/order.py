@@ -1,22 +1,21 @@
-"""Which rows go together in a batch, from their lengths alone: those of like length, in a seeded order. No torch."""
+"""Puts rows of similar length into batches, in a seeded order, by lengths alone. Imports no torch."""
 
 import numpy as np
 
 WINDOW = 50
-"""Batches that are sorted by length together: long enough to save padding, short enough to stay random."""
+"""How many batches are sorted by length together: enough to save padding, few enough to stay random."""
 
 SCORED_TOKENS = 4096
-"""Tokens that are scored at a time: enough for products at full speed. Held-out rows may be far longer than others."""
+"""Tokens scored at a time: enough for fast matmuls. Held-out rows may be far longer than training rows."""
 
 
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int, *, by_tokens: bool = False
 ) -> list[np.ndarray]:
-    """The row indices of each batch of an epoch, counted from 0; see `data/batch.py` for what the options mean.
+    """The row indices of each batch of an epoch, counted from 0; `LengthBatches` explains the options.
 
-    A function of its arguments alone, so a resumed run meets the same batches, and a plan knows them beforehand. The
-    first batch of all is the largest: what does not fit in memory is found out at once, and what it leaves free is room
-    for those after it.
+    Depends on its arguments only, so a resumed run gets the same batches, and a plan knows them in advance. The first
+    batch of a run is the largest: if it does not fit in memory, the run fails at once.
     """
     lengths = np.asarray(lengths)
     random = np.random.default_rng([seed, epoch])
@@ -27,7 +26,7 @@ def epoch_batches(
         window = order[start : start + span]
         window = window[np.argsort(lengths[window], kind="stable")]
         rows = np.arange(batch_size, len(window), batch_size)
-        batches += np.split(window, _cuts(lengths[window], len(rows) + 1) if by_tokens else rows)
+        batches += np.split(window, _balanced_cuts(lengths[window], len(rows) + 1) if by_tokens else rows)
     batches = [batches[index] for index in random.permutation(len(batches))]
     if epoch == 0 and batches:
         largest = max(range(len(batches)), key=lambda index: len(batches[index]) * lengths[batches[index]].max())
@@ -35,8 +34,8 @@ def epoch_batches(
     return batches
 
 
-def _cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
-    """Where to cut rows into `parts` of about as many tokens each, with at least a row in each."""
+def _balanced_cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
+    """Where to cut rows into `parts` of about equal tokens, at least one row each."""
     number = np.arange(1, parts)
     tokens = np.cumsum(lengths)
     cuts = np.searchsorted(tokens, tokens[-1] * number / parts)
@@ -45,9 +44,9 @@ def _cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
 
 
 def scoring_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches for scoring, longest rows first: what does not fit in memory is found out at once.
+    """Batches of row indices for scoring, longest rows first, so that too little memory shows at once.
 
-    Of up to `batch_size` rows, and up to `SCORED_TOKENS` with their padding where that is more than one row.
+    A batch has at most `batch_size` rows and `SCORED_TOKENS` tokens with padding, but at least one row.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")

@@ -1,33 +1,34 @@
-"""One row's cells -> the fields of an example, or what is wrong with them. Knows nothing of other rows."""
+"""Reads the cells of one row into the fields of an example. Knows nothing of other rows."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hatrack.data.labels import Label, encodable, read_label
 from hatrack.data.messages import (
-    Talk,
-    Unusable,
-    continued,
-    holds,
-    looks_like_python_talk,
-    looks_like_talk,
+    BadCell,
+    Conversation,
+    add_system_turn,
+    as_context,
+    check_answer,
+    has_content,
+    join_completion,
+    looks_like_conversation,
+    looks_like_python_conversation,
+    one_turn,
+    read_conversation,
     read_history,
-    read_talk,
     read_tools,
-    said,
-    unlearned,
-    with_answer,
-    with_system,
 )
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be learned from, and why."""
+    """A row that cannot be learned from: its number, the reason, and the column if the reason is in one."""
 
     row: int
     reason: str
@@ -37,22 +38,23 @@ class BadRow:
 def read_example(
     number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str], unread: set[str] | None = None
 ) -> tuple[dict[str, Any], Label] | BadRow:
-    """The fields of an example and its label as it stands in the row ("" where the task has none), or a complaint.
+    """The fields of an example and its label as written in the row ("" for tasks without labels), or a BadRow.
 
-    `unread` gets the names of message keys that hold something and are not read.
+    Adds to `unread` the message keys that are not empty and are not read.
     """
     try:
         if task == "chat":
-            talk = _talk(row, columns)
-            tools = _read(row, columns, "tools", read_tools) if "tools" in columns else ()
+            conversation = _learned_conversation(row, columns)
+            tools = _read_cell(row, columns["tools"], read_tools) if "tools" in columns else ()
             if unread is not None:
-                unread |= talk.unread
-            return {"messages": talk.turns, "context_only": talk.context_only, "tools": tools}, ""
-        texts = {role: _text(row, columns, role) for role in ("text", "prompt", "completion") if role in columns}
-    except Unusable as error:
+                unread |= conversation.unread
+            return {"messages": conversation.turns, "context_only": conversation.context_only, "tools": tools}, ""
+        roles = [role for role in ("text", "prompt", "completion") if role in columns]
+        texts = {role: _read_cell(row, columns[role], _read_text) for role in roles}
+        if "completion" in texts:
+            return {"text": _add_input(texts["prompt"], row, columns), "completion": texts["completion"]}, ""
+    except BadCell as error:
         return BadRow(number, str(error), error.column)
-    if "completion" in texts:
-        return {"text": _with_input(texts["prompt"], row, columns), "completion": texts["completion"]}, ""
     if task != "classify":
         return {"text": texts["text"]}, ""
     try:
@@ -65,13 +67,16 @@ def read_example(
 def read_prompt(
     number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str]
 ) -> str | list[dict[str, Any]] | BadRow:
-    """What a row asks an adapter for `task`: its text, or the turns of its conversation before the answer; or a
-    complaint. Reads what `read_example` reads, without completions and labels."""
+    """What a row asks an adapter: its text, or the turns of its conversation before the answer; or a BadRow.
+
+    Reads what `read_example` reads, without completions and labels.
+    """
     try:
         if task != "chat":
-            return _with_input(_text(row, columns, "prompt" if "prompt" in columns else "text"), row, columns)
+            column = columns["prompt" if "prompt" in columns else "text"]
+            return _add_input(_read_cell(row, column, _read_text), row, columns)
         turns = list(_conversation(row, columns).turns)
-    except Unusable as error:
+    except BadCell as error:
         return BadRow(number, str(error), error.column)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
@@ -81,73 +86,82 @@ def read_prompt(
     return str(turns[0]["content"]) if plain else turns
 
 
-def _talk(row: Mapping[str, Any], columns: Mapping[str, str]) -> Talk:
-    """The conversation of a row. Raises Unusable where it has no answer to learn."""
-    talk = _conversation(row, columns)
-    return _read(row, columns, "messages" if "messages" in columns else "completion", lambda _: with_answer(talk))
+def _learned_conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
+    """The conversation of a row. Raises BadCell if it has no answer to learn."""
+    conversation = _conversation(row, columns)
+    with _named_column(columns["messages" if "messages" in columns else "completion"]):
+        return check_answer(conversation)
 
 
-def _conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> Talk:
-    """The turns of a row: its messages, or a prompt and its completion; what the columns beside them say."""
+def _conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
+    """The messages of a row, or its prompt and completion, after its system turn and its history."""
     if "messages" in columns:
-        talk = _read(row, columns, "messages", read_talk)
+        conversation = _read_cell(row, columns["messages"], read_conversation)
     else:
-        talk = unlearned(_turns(row, columns, "prompt"))
-        talk = continued(talk, _turns(row, columns, "completion")) if "completion" in columns else talk
+        conversation = as_context(_prompt_or_completion(row, columns, "prompt"))
+        if "completion" in columns:
+            conversation = join_completion(conversation, _prompt_or_completion(row, columns, "completion"))
     if "history" in columns:
-        talk = _read(row, columns, "history", read_history) + talk
-    if "system" in columns and holds(row.get(columns["system"])):
-        text = _text(row, columns, "system")
-        talk = _read(row, columns, "system", lambda _: with_system(talk, text))
-    return talk
+        conversation = _read_cell(row, columns["history"], read_history) + conversation
+    if "system" in columns and has_content(row.get(columns["system"])):
+        text = _read_cell(row, columns["system"], _read_text)
+        with _named_column(columns["system"]):
+            conversation = add_system_turn(conversation, text)
+    return conversation
 
 
-def _turns(row: Mapping[str, Any], columns: Mapping[str, str], role: str) -> Talk:
+def _prompt_or_completion(row: Mapping[str, Any], columns: Mapping[str, str], role: str) -> Conversation:
     """A prompt or a completion, which is a text or a list of messages."""
-    if not looks_like_talk(row.get(columns[role])):
-        text = _text(row, columns, role)
-        return said("assistant", text) if role == "completion" else said("user", _with_input(text, row, columns))
-    if role == "prompt" and holds(row.get(columns.get("input", ""))):
-        raise Unusable("there is text beside a prompt that is a list of messages", columns["input"])
-    return _read(row, columns, role, read_talk)
+    if not looks_like_conversation(row.get(columns[role])):
+        text = _read_cell(row, columns[role], _read_text)
+        return one_turn("assistant", text) if role == "completion" else one_turn("user", _add_input(text, row, columns))
+    if role == "prompt" and has_content(row.get(columns.get("input", ""))):
+        raise BadCell("there is text beside a prompt that is a list of messages", columns["input"])
+    return _read_cell(row, columns[role], read_conversation)
 
 
-def _with_input(prompt: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """The prompt and, where the row has one, a blank line and the input it is about."""
-    if "input" not in columns or not holds(row.get(columns["input"])):
+def _add_input(prompt: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """The prompt, then a blank line and the row's input if it has one."""
+    if "input" not in columns or not has_content(row.get(columns["input"])):
         return prompt
-    return f"{prompt}\n\n{_text(row, columns, 'input')}"
+    return f"{prompt}\n\n{_read_cell(row, columns['input'], _read_text)}"
 
 
-def _read(row: Mapping[str, Any], columns: Mapping[str, str], role: str, read: Callable[[Any], Found]) -> Found:
-    """What `read` makes of a cell. Raises Unusable that names its column."""
+def _read_cell(row: Mapping[str, Any], column: str, read: Callable[[Any], Value]) -> Value:
+    """`read` of a cell. Raises BadCell with its column."""
+    with _named_column(column):
+        return read(row.get(column))
+
+
+@contextmanager
+def _named_column(column: str) -> Iterator[None]:
+    """Adds the column's name to a BadCell."""
     try:
-        return read(row.get(columns[role]))
-    except Unusable as error:
-        raise Unusable(str(error), columns[role]) from error
+        yield
+    except BadCell as error:
+        raise BadCell(str(error), column) from error
 
 
-def _text(row: Mapping[str, Any], columns: Mapping[str, str], role: str) -> str:
-    """The text of a cell. Raises Unusable where it has none."""
-    value = row.get(columns[role])
+def _read_text(value: object) -> str:
+    """The text of a cell. Raises BadCell if it has none."""
     problem = text_problem(value)
     if problem:
-        raise Unusable(problem, columns[role])
+        raise BadCell(problem)
     return str(value)
 
 
 def text_problem(value: object) -> str:
-    """Why a cell is no text to read, or ""."""
+    """Why a cell is not a text to read; empty if it is one."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "the text is missing"
     if not isinstance(value, str):
         hint = "; put it in quotes" if isinstance(value, int | float) and not isinstance(value, bool) else ""
-        hint = "; a list of messages goes with --task chat" if looks_like_talk(value) else hint
+        hint = "; a list of messages goes with --task chat" if looks_like_conversation(value) else hint
         return f"mixed types: {type(value).__name__} where text was expected{hint}"
-    if looks_like_talk(value):
+    if looks_like_conversation(value):
         return "it is a list of messages in JSON, where a text was expected: name it as a column of messages"
-    if looks_like_python_talk(value):
-        return "it is a list of messages in Python's way, with single quotes: write it as JSON (json.dumps)"
+    if looks_like_python_conversation(value):
+        return "it is a list of messages as Python prints it, with single quotes: write it as JSON (json.dumps)"
     if not encodable(value):
         return "the text holds half a character (a lone surrogate)"
     return "" if value.strip() else "the text is empty"

@@ -1,4 +1,4 @@
-"""How answers end: the tokens, or else the text, that the rows teach at the end of an answer.
+"""Finds the tokens or texts that end the answers in the rows, where generation is to stop.
 
 Knows nothing of files or models. The tokenizer comes as an argument, from transformers.
 """
@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from hatrack.data.render import TokenRows
-from hatrack.data.template import written_after
+from hatrack.data.template import text_after_answer
 from hatrack.errors import DataError
 
-MARK = "Xyzzy"
-"""An answer that no template writes anything of its own like."""
+SAMPLE_ANSWER = "Xyzzy"
+"""A text that no template contains."""
 
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends an answer: `tokens` that stand for nothing else, or where there are none `strings` of several tokens.
+    """What ends an answer: control `tokens`, or if there are none `strings` of several tokens.
 
-    Both are empty where the rows teach no end.
+    Both are empty if the rows teach no end.
     """
 
     tokens: tuple[int, ...] = ()
@@ -29,10 +29,10 @@ class Stops:
 
 
 def find_stops(rows: TokenRows, tokenizer: Any, max_length: int, template: str | None) -> Stops:
-    """How the answers of `rows` end, those that were cut at `max_length` left out.
+    """How the answers of `rows` end, without those that were cut at `max_length`.
 
-    A base's own end token need not be among them: one that was never tuned ends texts with <|endoftext|>, and the
-    template it brings may end turns with <|im_end|>.
+    The base's own end token need not be among the stops: an untuned base ends texts with <|endoftext|>, while its
+    template may end turns with <|im_end|>.
     """
     last = _last_tokens(rows, max_length)
     special, added = _control_tokens(tokenizer)
@@ -46,10 +46,10 @@ def find_stops(rows: TokenRows, tokenizer: Any, max_length: int, template: str |
 
 
 def stops_of_template(tokenizer: Any, template: str) -> Stops:
-    """How a chat template ends an answer, where no rows tell."""
+    """How a chat template ends an answer."""
     try:
-        after = written_after(tokenizer, MARK, template)
-    except DataError:  # it wants more than a question and its answer
+        after = text_after_answer(tokenizer, SAMPLE_ANSWER, template)
+    except DataError:  # it needs more than a question and an answer
         return Stops()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after.strip() else []
     special, added = _control_tokens(tokenizer)
@@ -59,15 +59,15 @@ def stops_of_template(tokenizer: Any, template: str) -> Stops:
 
 
 def _control_tokens(tokenizer: Any) -> tuple[set[int], set[int]]:
-    """The tokens that stand for nothing that is said, and all that were added to the vocabulary of words."""
+    """The special tokens, and all tokens that were added to the vocabulary."""
     added = tokenizer.added_tokens_decoder
-    return {*tokenizer.all_special_ids, *(token for token, what in added.items() if what.special)}, set(added)
+    return {*tokenizer.all_special_ids, *(token for token, kind in added.items() if kind.special)}, set(added)
 
 
 def _last_tokens(rows: TokenRows, max_length: int) -> np.ndarray:
-    """The last token of each stretch that is learned, of all rows."""
-    ends = np.append(rows.supervised[1:] < rows.supervised[:-1], False)  # learned, and the next is not
-    finals = rows.offsets[1:] - 1  # a row's last token has the next row's first after it
+    """The last token of each learned span, of all rows."""
+    ends = np.append(rows.supervised[1:] < rows.supervised[:-1], False)  # learned, and the next token is not
+    finals = rows.offsets[1:] - 1  # after a row's last token comes another row
     ends[finals] = rows.supervised[finals] & (rows.lengths < max_length)
     last: np.ndarray = rows.ids[ends]
     return last

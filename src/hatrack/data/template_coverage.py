@@ -1,108 +1,132 @@
-"""Whether a chat template writes all of a conversation: templates pass over in silence what they do not know.
+"""Checks that a chat template writes all of a conversation: templates ignore what they do not know.
 
-Knows nothing of tokenizers: what writes comes as an argument.
+Knows nothing of tokenizers: the function that writes is an argument.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hatrack.console import say_once
-from hatrack.data.messages import NAMES, SPOKEN, Turn
+from hatrack.data.messages import ANSWER_KEYS, SPEAKER_KEYS, Turn
 from hatrack.errors import DataError, short_repr
 
+Writer = Callable[..., str]
+"""Takes turns, and by keyword `tools` and `prompt`; returns the text that the template writes."""
 
-def written(write: Callable[..., str], turns: list[Turn], tools: Sequence[dict[str, Any]]) -> tuple[list[Turn], str]:
-    """The conversation in the first form that the template writes whole, and what it writes.
+THINK_TAG = re.compile(r"</?think(?:ing)?>")
 
-    Templates differ in how they take tool calls: with arguments as an object or as JSON text, beside an empty content
-    or none (transformers leaves out what is null). Raises DataError, of the first form, where none is written whole.
+
+def write_in_full(write: Writer, turns: list[Turn], tools: Sequence[dict[str, Any]]) -> tuple[list[Turn], str]:
+    """The conversation in the first form that the template writes completely, and the text.
+
+    Templates differ in how they take tool calls: arguments as an object or as JSON text, beside an empty content or
+    none. Raises DataError, about the first form, if the template writes none completely.
     """
     refusal: DataError | None = None
     for form in _forms(turns):
         try:
-            whole = write(form, tools=tools)
-            missing = _left_out(write, form, tools, whole)
+            text = write(form, tools=tools)
+            missing = _missing(write, form, tools, text)
             if not missing:
-                return form, whole
-            raise DataError(
-                f"the chat template leaves out {' and '.join(missing)}",
-                got=", ".join(missing.values()),
-                fix="use a base whose template writes them, or take them out of the rows",
-                gotcha="template-leaves-out",
-            )
+                return form, text
+            raise _left_out(" and ".join(missing), got=", ".join(missing.values()))
         except DataError as error:
             refusal = refusal or error
     raise refusal or DataError("the chat template refuses a conversation")
 
 
+def check_answer_written(turn: Turn, text: str) -> bool:
+    """Whether `text`, the part of the conversation to learn, has anything of an assistant's turn.
+
+    Raises DataError if it has some of it but not all.
+    """
+    content = turn["content"] or ""
+    kind = "the thoughts" if THINK_TAG.search(content) else "a part"
+    parts = [(part, kind) for part in THINK_TAG.split(content)]
+    parts += [(part, "the thoughts") for part in THINK_TAG.split(turn.get("reasoning_content", ""))]
+    parts += [(str(call["function"]["name"]), "the tool calls") for call in turn.get("tool_calls") or []]
+    written = [(_contains(text, part), what) for part, what in parts if part.strip()]
+    if written and not any(found for found, _ in written):
+        return False
+    missing = next((what for found, what in written if not found), None)
+    if missing:
+        raise _left_out(f"{missing} of answers: they are not learned")
+    return True
+
+
+def _left_out(what: str, got: str | None = None) -> DataError:
+    return DataError(
+        f"the chat template leaves out {what}",
+        got=got,
+        fix="use a base whose template writes them, or take them out of the rows",
+        gotcha="template-leaves-out",
+    )
+
+
 def _forms(turns: list[Turn]) -> list[list[Turn]]:
-    """A conversation in the forms that templates take it in: one, where there are no tool calls."""
+    """The forms of a conversation that templates may want: one if it has no tool calls."""
     if not any("tool_calls" in turn for turn in turns):
         return [turns]
     return [
-        [_formed(turn, text=text, content=content) if "tool_calls" in turn else turn for turn in turns]
+        [_with_calls(turn, as_text, content) if "tool_calls" in turn else turn for turn in turns]
         for content in ("", None)
-        for text in (False, True)
+        for as_text in (False, True)
     ]
 
 
-def _formed(turn: Turn, *, text: bool, content: str | None) -> Turn:
+def _with_calls(turn: Turn, as_text: bool, content: str | None) -> Turn:
+    """The turn with the arguments of its calls as JSON text or as objects, and `content` if it has none."""
     calls = [
         call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
-        if text
+        if as_text
         else call
         for call in turn["tool_calls"]
     ]
     return turn | {"tool_calls": calls, "content": turn["content"] or content}
 
 
-def _left_out(
-    write: Callable[..., str], turns: list[Turn], tools: Sequence[dict[str, Any]], whole: str
-) -> dict[str, str]:
-    """What of a conversation the template does not write, by name, with an example of each.
+def _missing(write: Writer, turns: list[Turn], tools: Sequence[dict[str, Any]], text: str) -> dict[str, str]:
+    """What the template does not write of a conversation: a name -> an example.
 
-    What belongs to a turn is looked for in the conversation up to it: templates may drop it again from earlier turns.
+    A key of a turn is looked for in the conversation up to that turn: templates may drop it from earlier turns.
     """
     missing: dict[str, str] = {}
     for index, turn in enumerate(turns):
-        for key in [key for key in SPOKEN if key in turn]:
-            upto = turns[: index + 1]
+        for key in [key for key in ANSWER_KEYS if key in turn]:
             bare = [*turns[:index], {name: value for name, value in turn.items() if name != key}]
-            if not _shows(write, upto, bare, tools, tools, turn[key]):
+            if not _writes(turn[key], write(turns[: index + 1], tools=tools), _try_write(write, bare, tools)):
                 missing.setdefault(key, short_repr(turn[key]))
-        said = turn["content"] or ""
-        if turn["role"] == "assistant":  # of earlier turns, templates drop what was thought
-            said = said.rpartition("</think>")[2]
-        if not _stands(said, whole):
-            missing.setdefault(f"what a turn of the role {turn['role']} says", short_repr(said))
-        for key in NAMES:
-            if turn.get(key) and turn[key] not in whole:
+        content = turn["content"] or ""
+        if turn["role"] == "assistant":  # templates drop the thoughts of earlier turns
+            content = content.rpartition("</think>")[2]
+        if not _contains(text, content):
+            missing.setdefault(f"what a turn of the role {turn['role']} says", short_repr(content))
+        for key in SPEAKER_KEYS:
+            if turn.get(key) and turn[key] not in text:
                 say_once(f"the chat template does not write {key!r} of a message: it is not read")
-    if tools and not _shows(write, turns, turns, tools, (), [tool["function"]["name"] for tool in tools]):
-        missing["tools"] = short_repr([tool["function"]["name"] for tool in tools])
+    if tools:
+        names = [tool["function"]["name"] for tool in tools]
+        if not _writes(names, text, _try_write(write, turns, ())):
+            missing["tools"] = short_repr(names)
     return missing
 
 
-def _shows(
-    write: Callable[..., str],
-    turns: list[Turn],
-    bare: list[Turn],
-    tools: Sequence[dict[str, Any]],
-    fewer: Sequence[dict[str, Any]],
-    value: Any,
-) -> bool:
-    """Whether the template writes `value`: its words are there, and the text is another without it."""
-    text = write(turns, tools=tools)
+def _try_write(write: Writer, turns: list[Turn], tools: Sequence[dict[str, Any]]) -> str:
     try:
-        without = write(bare, tools=fewer)
+        return write(turns, tools=tools)
     except DataError:
-        without = ""
-    return text != without and all(_stands(word, text) for word in _words(value)) and not _as_python(value, text)
+        return ""
+
+
+def _writes(value: Any, text: str, without: str) -> bool:
+    """Whether a template writes `value`: `text` holds its words, and differs from the text `without` it."""
+    return text != without and all(_contains(text, word) for word in _words(value)) and not _as_python(value, text)
 
 
 def _words(value: Any) -> Iterator[str]:
-    """The names and values in tool calls, tools or a text; of a call's other keys (its id, its type) nothing."""
+    """The names and values in tool calls, tools or a text; not a call's id or type."""
     if isinstance(value, list):
         for item in value:
             yield from _words(item["function"] if isinstance(item, dict) and "function" in item else item)
@@ -115,13 +139,13 @@ def _words(value: Any) -> Iterator[str]:
 
 
 def _as_python(value: Any, text: str) -> bool:
-    """Whether arguments are written as Python prints a dict: no model is to answer so."""
+    """Whether arguments are written as Python prints a dict: no model should learn to answer so."""
     calls = value if isinstance(value, list) else []
     given = [call["function"].get("arguments") for call in calls if isinstance(call, dict)]
     return any(isinstance(each, dict) and each and str(each) in text for each in given)
 
 
-def _stands(said: str, text: str) -> bool:
-    """Whether a text holds another one, apart from white space, as it is or as JSON writes it."""
+def _contains(text: str, part: str) -> bool:
+    """Whether a text holds another, ignoring white space, as it is or as JSON writes it."""
     squeezed = "".join(text.split())
-    return any("".join(form.split()) in squeezed for form in (said, json.dumps(said, ensure_ascii=False)[1:-1]))
+    return any("".join(form.split()) in squeezed for form in (part, json.dumps(part, ensure_ascii=False)[1:-1]))

@@ -1,6 +1,6 @@
-"""How many tokens rows make, by a base's tokenizer.json and chat template alone: no transformers, and so no torch.
+"""Estimates how many tokens rows have, from tokenizer.json and the chat template alone. Imports no torch.
 
-Of a few rows all tokens are counted; of more, an evenly spread sample, and the others by their letters.
+A few rows are tokenized completely; of more rows a sample is, and the others are estimated from their characters.
 """
 
 import json
@@ -18,21 +18,21 @@ from tokenizers import Tokenizer
 from hatrack.data.examples import PLAIN_KEYS, Example, Examples, map_parts
 from hatrack.data.limit import length_limit
 from hatrack.data.render import Encoded, RenderSettings, check_learnable, try_encode
-from hatrack.data.template import chat_template, check_deterministic, spoken
+from hatrack.data.template import chat_template, check_deterministic, write_conversation
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
 
 SAMPLE = 300
 CHECKED = 5000
-"""Conversations of which each is written, whether its tokens are counted or not."""
-LETTERS, FEW_LETTERS = 4, 2
-"""Letters a token, where a base brings no tokenizer.json; and so few that a row may well have more tokens."""
+"""Up to this many conversations are all written with the template, so that each one it refuses is found."""
+CHARACTERS_PER_TOKEN, FEWEST_PER_TOKEN = 4, 2
+"""The usual number, for bases without a tokenizer.json; and one that few rows fall below."""
 
 
 class LightTokenizer:
-    """What `render.encode` asks of transformers' tokenizer, from the files of a `folder`.
+    """The part of transformers' tokenizer that `render.encode` uses, made from the files of a `folder`.
 
-    Raises an OSError where it has no tokenizer.json, and whatever tokenizers raises where that is damaged.
+    Raises OSError if it has no tokenizer.json, or what tokenizers raises if that is damaged.
     """
 
     is_fast = True
@@ -43,21 +43,21 @@ class LightTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         settings = folder / "tokenizer_config.json"
-        kept = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        names = {name: value for name, value in kept.items() if name.endswith("_token")}
-        self._named = {
+        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        names = {name: value for name, value in config.items() if name.endswith("_token")}
+        self._special_tokens = {
             name: value["content"] if isinstance(value, dict) else value for name, value in names.items() if value
         }
-        self.chat_template = _templates(folder, kept.get("chat_template"))
-        described = folder / "config.json"
-        config = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else {}
-        self.model_max_length = length_limit(kept.get("model_max_length"), config) or 10**30
-        end = self._named.get("eos_token")
+        self.chat_template = _read_templates(folder, config.get("chat_template"))
+        path = folder / "config.json"
+        base_config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.model_max_length = length_limit(config.get("model_max_length"), base_config) or 10**30
+        end = self._special_tokens.get("eos_token")
         self.eos_token_id = self._tokenizer.token_to_id(end) if isinstance(end, str) else None
         self._compiled: dict[str, Any] = {}
 
     def __call__(self, text: str | list[str], add_special_tokens: bool = True, **options: Any) -> dict[str, Any]:
-        """`input_ids` and `offset_mapping` of a text, or of several."""
+        """`input_ids` and `offset_mapping` of a text or of several."""
         several = [text] if isinstance(text, str) else text
         found = self._tokenizer.encode_batch(several, add_special_tokens=add_special_tokens)
         ids, offsets = [each.ids for each in found], [each.offsets for each in found]
@@ -73,112 +73,120 @@ class LightTokenizer:
         tools: list[dict[str, Any]] | None = None,
         **options: Any,
     ) -> str:
-        """A conversation as its template writes it, by Jinja's sandbox as transformers sets it up."""
+        """A conversation as the template writes it, in Jinja's sandbox set up as in transformers."""
         if chat_template not in self._compiled:
-            self._compiled[chat_template] = _sandbox().from_string(GENERATION.sub("", chat_template))
+            self._compiled[chat_template] = _jinja_sandbox().from_string(GENERATION_TAG.sub("", chat_template))
         plain = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
         messages = [
             {"thinking": turn["reasoning_content"]} | turn if "reasoning_content" in turn else turn for turn in plain
         ]
-        known = self._named | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return str(self._compiled[chat_template].render(**known, tools=tools, documents=None))
+        context = self._special_tokens | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return str(self._compiled[chat_template].render(**context, tools=tools, documents=None))
 
 
-def _templates(folder: Path, in_settings: Any) -> Any:
-    """A base's chat template, or several by their names: files of their own go before tokenizer_config.json."""
+def _read_templates(folder: Path, in_config: Any) -> Any:
+    """A base's chat template, or several by name; template files win over tokenizer_config.json."""
     own, more = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files = (
         {"default": own, **{path.stem: path for path in more}} if own.is_file() else {path.stem: path for path in more}
     )
     found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    if not found and isinstance(in_settings, list):
-        return {each["name"]: each["template"] for each in in_settings}
-    return (found["default"] if found.keys() == {"default"} else found) if found else in_settings
+    if not found and isinstance(in_config, list):
+        return {each["name"]: each["template"] for each in in_config}
+    return (found["default"] if found.keys() == {"default"} else found) if found else in_config
 
 
-GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""transformers' own tags around what the assistant says: they write nothing."""
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""transformers' own tags around the assistant's text, which write nothing."""
 
 
-def _sandbox() -> Any:
+def _jinja_sandbox() -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
     found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    found.filters["tojson"] = _json  # Jinja's own escapes < and >, as for a web page
+    found.filters["tojson"] = _to_json  # Jinja's own escapes < and >
     found.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return found
 
 
-def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def row_sizes(recipe: Recipe, examples: Examples, folder: Path, most: int) -> tuple[Examples, np.ndarray, np.ndarray]:
-    """The examples that can be learned from; of each row to learn, (n, 2), the tokens, cut to `most`, and how many of
-    these are learned; and the same of the rows held out.
+def row_sizes(
+    recipe: Recipe, examples: Examples, folder: Path, max_length: int
+) -> tuple[Examples, np.ndarray, np.ndarray]:
+    """The examples that can be learned from, and the sizes of the training and of the held-out rows.
 
-    Raises BadRows with every row that `render` would refuse, unless `bad_rows` is skip. Of more than `CHECKED`
-    conversations only those whose tokens are counted are looked at.
+    Sizes are (n, 2): the tokens of a row, cut to `max_length`, and how many of these are learned. Raises BadRows with
+    every row that `render` would refuse, unless `bad_rows` is skip; of more than `CHECKED` conversations only the
+    sample is checked.
     """
     try:
         tokenizer = LightTokenizer(folder)
-    except Exception:  # none, or a damaged one: training says which
-        return examples, _estimated(examples.train, most), _estimated(examples.held_out, most)
+    except Exception:  # missing or damaged: training reports which
+        return examples, _estimated(examples.train, max_length), _estimated(examples.held_out, max_length)
     both = [*examples.train, *examples.held_out]
     tools = any(example.tools for example in both)
     template = chat_template(tokenizer, tools=tools)[0] if examples.task == "chat" else None
     if template:
         check_deterministic(both[0].messages, tokenizer, template)
-    return map_parts(recipe, examples, lambda part, source: _sizes(part, tokenizer, template, most, source))
+    return map_parts(recipe, examples, lambda part, source: _sizes(part, tokenizer, template, max_length, source))
 
 
-def _estimated(examples: Sequence[Example], most: int) -> np.ndarray:
-    """The sizes of rows by their letters alone."""
-    sizes = np.maximum(np.array([_letters(example) for example in examples]) / LETTERS, 1)
+def _estimated(examples: Sequence[Example], max_length: int) -> np.ndarray:
+    """The sizes of rows by their characters alone."""
+    sizes = np.maximum(np.array([_characters(example) for example in examples]) / CHARACTERS_PER_TOKEN, 1)
     learned = [example.label is None for example in examples]
-    return np.array(np.minimum(np.stack([sizes, sizes * learned], axis=1), most), np.int64)
+    return np.array(np.minimum(np.stack([sizes, sizes * learned], axis=1), max_length), np.int64)
 
 
-def _sizes(examples: Sequence[Example], tokenizer: Any, template: str | None, most: int, source: str) -> np.ndarray:
-    """The sizes of rows: of few as they are, of many a sample's, and the others' by their letters between these."""
-    letters = np.array([_letters(example) for example in examples])
-    order = np.argsort(letters, kind="stable")
+def _sizes(
+    examples: Sequence[Example], tokenizer: Any, template: str | None, max_length: int, source: str
+) -> np.ndarray:
+    """The sizes of a sample of the rows, or of all if they are few; the others interpolated by their characters."""
+    characters = np.array([_characters(example) for example in examples])
+    order = np.argsort(characters, kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SAMPLE, len(order))).astype(int))]
-    if examples[0].label is None and len(examples) <= CHECKED:  # their answers may begin after what is kept
-        chosen = np.union1d(chosen, np.flatnonzero(letters > FEW_LETTERS * most))
-    chosen = chosen[np.argsort(letters[chosen], kind="stable")]
+    if examples[0].label is None and len(examples) <= CHECKED:  # their answers may begin after the cut
+        chosen = np.union1d(chosen, np.flatnonzero(characters > FEWEST_PER_TOKEN * max_length))
+    chosen = chosen[np.argsort(characters[chosen], kind="stable")]
     others = np.setdiff1d(order, chosen)
-    tried = {index: try_encode(examples[index], tokenizer, template) for index in chosen}
+    encoded = {index: try_encode(examples[index], tokenizer, template) for index in chosen}
     if template and len(examples) <= CHECKED:
-        tried |= {index: error for index in others if (error := _refused(examples[index], tokenizer, template))}
-    looked = sorted(tried)
-    settings = RenderSettings("", most, limit=tokenizer.model_max_length)
-    check_learnable([examples[index] for index in looked], [tried[index] for index in looked], settings, source)
-    found = np.array([_size(tried[index], most) for index in chosen])
+        encoded |= {
+            index: error for index in others if (error := _template_error(examples[index], tokenizer, template))
+        }
+    checked = sorted(encoded)
+    settings = RenderSettings("", max_length, limit=tokenizer.model_max_length)
+    check_learnable([examples[index] for index in checked], [encoded[index] for index in checked], settings, source)
+    found = np.array([_size(encoded[index], max_length) for index in chosen])
     sizes = np.empty((len(examples), 2))
     sizes[chosen] = found
     for column in range(2):
-        sizes[others, column] = np.interp(letters[others], letters[chosen], found[:, column])
+        sizes[others, column] = np.interp(characters[others], characters[chosen], found[:, column])
     return np.array(np.rint(sizes), np.int64)
 
 
-def _refused(example: Example, tokenizer: Any, template: str) -> DataError | None:
-    """What the template has against a conversation; its tokens are not counted."""
+def _template_error(example: Example, tokenizer: Any, template: str) -> DataError | None:
+    """The template's error about a conversation, if any; counts no tokens."""
     try:
-        spoken(example.messages, tokenizer, template, tools=example.tools, context_only=example.context_only)
+        write_conversation(
+            example.messages, tokenizer, template, tools=example.tools, context_only=example.context_only
+        )
     except DataError as error:
         return error
     return None
 
 
-def _letters(example: Example) -> int:
+def _characters(example: Example) -> int:
     more = [{name: turn[name] for name in turn.keys() - PLAIN_KEYS} for turn in example.messages]
     beside = len(json.dumps([more, example.tools])) if any(more) or example.tools else 0
     return len(example.all_text) + beside
 
 
-def _size(encoded: Encoded | DataError, most: int) -> tuple[int, int]:
-    assert not isinstance(encoded, DataError), "what is refused is not counted"
-    ids, learn = encoded
-    return max(1, min(len(ids), most)), int(learn[:most].sum())
+def _size(encoded: Encoded | DataError, max_length: int) -> tuple[int, int]:
+    assert not isinstance(encoded, DataError), "refused rows are not counted"
+    ids, learned = encoded
+    return max(1, min(len(ids), max_length)), int(learned[:max_length].sum())

@@ -1,11 +1,11 @@
-"""Rows that were trained on, known again by what they say: 8 bytes each, which hold none of their words.
+"""Hashes of the rows that were trained on, 8 bytes each, to recognise them later by their text.
 
-A row to classify is its text, whatever its label. A conversation, or a prompt with its completion, is all that is said
-up to its last answer: a prompt with another answer is another row, and the beginning of a conversation that was trained
-on is one that was trained on too. System prompts, who speaks, the layout and the columns' names do not count, nor does
-case, white space, or how letters are composed.
+The key of a row to classify is its text, without the label. The key of a conversation, or of a prompt with its
+completion, is all of the text up to its last answer: a prompt with another answer is another row, and the beginning of
+a conversation that was trained on counts as trained on. System prompts, roles, layout and column names do not count,
+nor do case, white space or the way letters are composed.
 
-The file is not secret: it tells whether a row that somebody has was among them. Knows nothing of adapters.
+The file holds none of the text, but whoever has a row can tell whether it was among them. Knows nothing of adapters.
 """
 
 import hashlib
@@ -20,62 +20,64 @@ if TYPE_CHECKING:
     from hatrack.data.examples import Example
 
 FILE = "trained_on.bin"
-"""Beside an adapter: 8 bytes to check it by, then each row's key, in order."""
+"""The file beside an adapter: a checksum of 8 bytes, then the sorted keys."""
 FORMAT = b"hatrack rows 1"
 BYTES = 8
 
 
 def keys(examples: Iterable["Example"]) -> np.ndarray:
-    """(n,) uint64, in order, each once: what is learned from `examples`, for each answer with all that is before it."""
-    return np.unique(np.array([_hash(words) for each in examples for words in _answers(each)], dtype=np.uint64))
+    """(n,) uint64, sorted and unique: a key for each answer in `examples`, of all text up to it."""
+    return np.unique(
+        np.array([_hash(text) for each in examples for text in _texts_up_to_answers(each)], dtype=np.uint64)
+    )
 
 
 def row_keys(examples: Iterable["Example"]) -> np.ndarray:
-    """(rows,) uint64: the key of each whole row, which is among `keys` if it was trained on."""
-    return np.array([_hash(_answers(each)[-1]) for each in examples], dtype=np.uint64)
+    """(rows,) uint64: the key of each whole row; it is among `keys` if the row was trained on."""
+    return np.array([_hash(_texts_up_to_answers(each)[-1]) for each in examples], dtype=np.uint64)
 
 
 def seen_turns(example: "Example", known: np.ndarray) -> tuple[int, ...]:
-    """The turns of a conversation that were trained on: the answers that are among the `known` keys."""
+    """The indices of the turns that were trained on: the answers whose keys are in `known`."""
     turns = [index for index, turn in enumerate(example.messages) if turn["role"] == "assistant"]
-    found = np.isin(np.array([_hash(words) for words in _answers(example)], dtype=np.uint64), known)
+    found = np.isin(np.array([_hash(text) for text in _texts_up_to_answers(example)], dtype=np.uint64), known)
     return tuple(index for index, seen in zip(turns, found, strict=False) if seen)
 
 
 def to_bytes(keys: np.ndarray) -> bytes:
     """The content of the file."""
     content = keys.astype("<u8").tobytes()
-    return _digest(content) + content
+    return _checksum(content) + content
 
 
 def from_bytes(content: bytes) -> np.ndarray:
-    """The keys in a file's content. Raises ValueError where it is damaged."""
-    if len(content) < BYTES or len(content) % BYTES or content[:BYTES] != _digest(content[BYTES:]):
-        raise ValueError(f"{len(content):,} bytes that are not what was written")
+    """The keys in a file's content. Raises ValueError if it is damaged."""
+    if len(content) < BYTES or len(content) % BYTES or content[:BYTES] != _checksum(content[BYTES:]):
+        raise ValueError(f"{len(content):,} bytes that do not match their checksum")
     return np.frombuffer(content[BYTES:], dtype="<u8").astype(np.uint64)
 
 
-def _answers(example: "Example") -> list[str]:
-    """Everything that is said up to each answer, the last one being the whole row."""
+def _texts_up_to_answers(example: "Example") -> list[str]:
+    """The text up to each answer, normalised; the last is the whole row."""
     if not example.messages:
-        return [_plain(f"{example.text} {example.completion or ''}")]
-    found, said = [], ""
+        return [_normalised(f"{example.text} {example.completion or ''}")]
+    found, text = [], ""
     for turn in example.messages:
         if turn["role"] != "system":
             calls = json.dumps(turn["tool_calls"], sort_keys=True) if turn.get("tool_calls") else ""
-            said += f" {turn['content']} {calls}"
+            text += f" {turn['content']} {calls}"
         if turn["role"] == "assistant":
-            found.append(_plain(said))
-    return found or [_plain(said)]
+            found.append(_normalised(text))
+    return found or [_normalised(text)]
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(_digest(text.encode("utf-8", "surrogatepass")), "little")
+    return int.from_bytes(_checksum(text.encode("utf-8", "surrogatepass")), "little")
 
 
-def _digest(content: bytes) -> bytes:
+def _checksum(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=BYTES, person=FORMAT).digest()
