@@ -216,6 +216,16 @@ def test_a_quantised_base_learns_and_reproduces(
     assert hat.cards["hat"].recipe["quantize"] == quantize
 
 
+def test_a_saved_adapter_is_compared_in_the_arithmetic_of_training(
+    tmp_path: Path, tiny_decoder: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading rounds an adapter to bfloat16; DoRA is left to peft's layer, which computes in the adapter's dtype."""
+    compared: list[Any] = []
+    monkeypatch.setattr("hatrack.training.read_back.mean_max_difference", lambda *two: compared.extend(two) or 0.0)
+    _train(tmp_path, tiny_decoder, questions, steps=4, lr=0.01, variant="dora", dtype="bfloat16")
+    assert (compared[0] == compared[1]).all()
+
+
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_a_quantised_base_that_is_kept_trains_the_same_adapter_and_resumes(
     tmp_path: Path, tiny_decoder: Path, questions: Path, quantize: str
