@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--sides", default="float32,bfloat16,int16,int8")
     options = parser.parse_args()
-    if not int8.available():
+    if not int8.is_available():
         raise SystemExit("no kernels for integers here: they need a C++ compiler and a processor with AVX2")
     torch.set_num_threads(options.threads)
     sides = options.sides.split(",")
@@ -71,7 +71,7 @@ def _multiply(x: torch.Tensor, W: torch.Tensor, side: str, out: torch.Tensor | N
         dtype = getattr(torch, side)
         return torch.mm(x.to(dtype), W.to(dtype), out=out)
     out = torch.empty(len(x), W.shape[1]) if out is None else out
-    int8.product(x, W, out, side)
+    int8.int_matmul(x, W, out, side)
     return out
 
 

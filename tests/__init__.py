@@ -2,4 +2,4 @@
 
 from hatrack import cpu
 
-cpu.stand_in()
+cpu.limit_torch()

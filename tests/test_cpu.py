@@ -27,7 +27,7 @@ def _has(monkeypatch: pytest.MonkeyPatch, features: str, asked: str | None = Non
 )
 def test_features_decide_on_bfloat16(features: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     _has(monkeypatch, features)
-    assert cpu.fast_at_bfloat16() is fast
+    assert cpu.has_fast_bfloat16() is fast
     assert cpu.compiler_flags() == ("-march=native",)
 
 
@@ -45,7 +45,7 @@ def test_a_lesser_cpu_lacks_what_it_lacks(
     _has(monkeypatch, f"{ZEN4} amx_bf16", asked)
     assert set(left.split()) <= cpu.features() and not cpu.features() & set(gone.split())
     assert cpu.compiler_flags() == tuple(flags.split())
-    assert cpu.fast_at_bfloat16() is (asked == "avx512_bf16")
+    assert cpu.has_fast_bfloat16() is (asked == "avx512_bf16")
 
 
 @pytest.mark.parametrize(("features", "asked", "can"), [(MILAN, "avx512", "avx2"), (ZEN4, "sse9", "avx2, avx512")])
@@ -62,7 +62,7 @@ def test_torch_plays_along(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cpu.VARIABLE, raising=False)
     if not cpu.LEVELS[asked].needs <= cpu.features():
         pytest.skip("more than this CPU is")
-    code = "from hatrack import cpu; cpu.stand_in(); import torch; print(torch.backends.cpu.get_cpu_capability())"
+    code = "from hatrack import cpu; cpu.limit_torch(); import torch; print(torch.backends.cpu.get_cpu_capability())"
     monkeypatch.setenv(cpu.VARIABLE, asked)
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == asked.removesuffix("_bf16").upper()
@@ -74,7 +74,7 @@ def test_linux_tells_what_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
     if not Path("/proc/cpuinfo").exists() or "bf16" in cpu.features():
         pytest.skip("needs Linux on x86")
-    assert cpu.fast_at_bfloat16() is seen
+    assert cpu.has_fast_bfloat16() is seen
 
 
 @pytest.mark.parametrize("name", ["Hat", "get_peft_model"])

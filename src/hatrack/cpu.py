@@ -2,7 +2,7 @@
 
 `HATRACK_CPU` makes it a lesser one, for tests: `avx2`, `avx512` (Skylake's, without VNNI or bfloat16) or `avx512_bf16`
 (without AMX). It rules hatrack's choices and its compiled kernels; torch is told by variables of its own, which
-`stand_in` sets.
+`limit_torch` sets.
 """
 
 import functools
@@ -60,7 +60,7 @@ def features() -> frozenset[str]:
     return _features() if chosen is None else frozenset(f for f in _features() if not f.startswith(chosen.lacks))
 
 
-def fast_at_bfloat16() -> bool:
+def has_fast_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself: AMX, AVX512-BF16, or Arm's bf16 instructions."""
     return bool(features() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 
@@ -88,7 +88,7 @@ def level() -> Level | None:
     return LEVELS[asked]
 
 
-def stand_in() -> None:
+def limit_torch() -> None:
     """Has torch be what `HATRACK_CPU` asks for, in this process and those it starts. Before torch is imported."""
     chosen = level()
     if chosen is not None:

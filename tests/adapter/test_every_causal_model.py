@@ -23,7 +23,7 @@ from hatrack.base.header import ENCODERS, TensorInfo, task_shapes
 from hatrack.evaluate.loss import losses
 from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
-from hatrack.planning.model_shape import describe
+from hatrack.planning.model_shape import describe_model
 from hatrack.recipe import Recipe
 
 # fmt: off
@@ -185,7 +185,7 @@ def test_an_adapter_of_the_default_rank_learns_everywhere_it_is(kind: str, tmp_p
     speed_up(model, None, "auto")
     recipe = Recipe.make(targets="auto")
     placed = place(model, recipe, task="chat", layer_classes=LAYER_CLASSES)
-    counted = describe(describe_folder(tmp_path), recipe, task="chat", labels=0).counted
+    counted = describe_model(describe_folder(tmp_path), recipe, task="chat", labels=0).counts
     assert (counted.trainable, counted.total) == placed.get_nb_trainable_parameters()
     ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

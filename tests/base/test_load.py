@@ -309,7 +309,7 @@ def test_a_number_beyond_the_last_device_is_refused(monkeypatch: pytest.MonkeyPa
 def test_bfloat16_is_chosen_where_the_device_is_fast_at_it(
     fast: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "fast_at_bfloat16", lambda: fast)
+    monkeypatch.setattr(load, "has_fast_bfloat16", lambda: fast)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
     assert choose_dtype("auto", CPU)[0] == chosen
     assert choose_dtype("auto", torch.device("cuda"))[0] == chosen

@@ -56,7 +56,7 @@ def test_float16_is_doubted_for_a_base_of_another_format(facts: Make) -> None:
 def test_rounding_where_bfloat16_is_fast(
     facts: Make, monkeypatch: pytest.MonkeyPatch, compute: str, fast: bool, found: bool
 ) -> None:
-    monkeypatch.setattr("hatrack.cpu.fast_at_bfloat16", lambda: fast)
+    monkeypatch.setattr("hatrack.cpu.has_fast_bfloat16", lambda: fast)
     told = settings.rounding_slower(facts(compute=compute))
     assert (told is not None) is found
     assert told is None or "--compute int8, which computes all else in float32" in str(told)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hatrack.kernels import attention as room
 from hatrack.kernels.attention import attention
-from hatrack.kernels.dropout import Mask, dropped
+from hatrack.kernels.dropout import Mask, apply_mask
 
 pytestmark = pytest.mark.usefixtures("ways")
 
@@ -84,11 +84,11 @@ def test_a_row_does_not_see_its_neighbours() -> None:
 
 def test_dropout_is_the_same_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Mask(0.4, 77)
-    monkeypatch.setattr(room, "draw", lambda p: mask)
+    monkeypatch.setattr(room, "draw_mask", lambda p: mask)
     states = _states(2, 2, 32, torch.float32, rows=1)
     out = _ours(states, None, causal=False, scale=0.25, p=0.4)
     probabilities = (states[0] * 0.25 @ states[1].mT).softmax(-1)
-    kept = dropped(torch.ones(2, 32, 32), mask, mask.scale)
+    kept = apply_mask(torch.ones(2, 32, 32), mask, mask.scale)
     plain = (probabilities * kept @ states[2]).transpose(1, 2)
     torch.testing.assert_close(out, plain)
     g = torch.randn(out.shape)

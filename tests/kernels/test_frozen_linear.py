@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hatrack.errors import ModelError
 from hatrack.kernels import frozen_linear
-from hatrack.kernels.frozen_linear import FrozenLinear, back, keep_packed_as_is, linear, times
+from hatrack.kernels.frozen_linear import FrozenLinear, linear, matmul, matmul_backward, prevent_repacking
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_those_of_a_copy(
 def test_a_gradient_is_added_to_the_one_given() -> None:
     g, W, given = _random(5, 100), _random(100, 32, dtype=torch.bfloat16), _random(5, 32)
     kept = given.clone()
-    assert back(g, W, kept) is kept
+    assert matmul_backward(g, W, kept) is kept
     _near(kept, given + g @ W.float())
 
 
@@ -86,7 +86,7 @@ def test_rows_without_a_gradient_are_left_out(kept: torch.dtype, given: bool, mo
         plain(g, *others, **how)
 
     monkeypatch.setattr(frozen_linear, "_multiply", noted_part)
-    found = back(g, W, g_x if given else None)
+    found = matmul_backward(g, W, g_x if given else None)
     assert set(multiplied) == {10}
     _near(found, wanted)
 
@@ -94,17 +94,17 @@ def test_rows_without_a_gradient_are_left_out(kept: torch.dtype, given: bool, mo
 def test_nothing_is_left_out_of_a_gradient_that_is_not_a_number() -> None:
     g, W = torch.zeros(8, 64), _random(64, 32)
     g[5, 3] = torch.nan
-    found = back(g, W)
+    found = matmul_backward(g, W)
     assert found[5].isnan().all() and not found[:5].any()
 
 
 def test_a_gradient_without_any_rows_is_zero() -> None:
-    assert not back(torch.zeros(8, 64), _random(64, 32)).any()
+    assert not matmul_backward(torch.zeros(8, 64), _random(64, 32)).any()
 
 
 def test_rows_of_a_turned_matrix_are_taken() -> None:
     x, W = _random(3, 32), _random(32, 150, dtype=torch.bfloat16).t()
-    _near(times(x, W, None), x @ W.float().t())
+    _near(matmul(x, W, None), x @ W.float().t())
 
 
 def test_a_layer_takes_inputs_of_any_format() -> None:
@@ -156,27 +156,27 @@ def _repack(layer: Any, *, back_again: bool) -> None:
 def test_a_matrix_that_was_repacked_is_never_read(d_in: int, back_again: bool) -> None:
     layer = _in_four_bits(d_in, 64)
     x, g = _random(4, d_in), _random(4, 64)
-    keep_packed_as_is(layer)
+    prevent_repacking(layer)
     assert frozen_linear.can_unpack(layer.weight)
     layer.support_avx512bf16_for_cpu = True
     _repack(layer, back_again=back_again)
     assert not frozen_linear.can_unpack(layer.weight)
     with pytest.raises(ModelError, match=r"was repacked by bitsandbytes.*load the base again"):
-        times(x, layer.weight, None)
+        matmul(x, layer.weight, None)
     with pytest.raises(ModelError, match=r"was repacked by bitsandbytes"):
-        back(g, layer.weight)
+        matmul_backward(g, layer.weight)
     with pytest.raises(ModelError, match=r"was repacked.*got 1;"):
-        keep_packed_as_is(torch.nn.Sequential(torch.nn.ReLU(), layer))
+        prevent_repacking(torch.nn.Sequential(torch.nn.ReLU(), layer))
 
 
 def test_a_matrix_stays_as_it_is_from_then_on() -> None:
     layer = _in_four_bits(128, 64)
     kept, x = layer.weight.data.clone(), _random(4, 128)
-    keep_packed_as_is(layer)
-    wanted = times(x, layer.weight, None)
+    prevent_repacking(layer)
+    wanted = matmul(x, layer.weight, None)
     with torch.no_grad():
         found = layer.eval()(x)
     layer.state_dict()
     assert torch.equal(layer.weight.data, kept)
     _near(found, wanted)
-    _near(times(x, layer.weight, None), wanted)
+    _near(matmul(x, layer.weight, None), wanted)

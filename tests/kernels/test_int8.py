@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hatrack.kernels.int8 import BITS, BLOCK, available, plain_product, product, quantised
+from hatrack.kernels.int8 import BITS, BLOCK, int_matmul, is_available, quantize_block, reference_matmul
 
 SHAPES = [
     (1, 1, 1),
@@ -21,7 +21,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    if not available():
+    if not is_available():
         pytest.skip("no kernels for integers here")
     before = torch.get_num_threads()
     yield
@@ -42,7 +42,7 @@ def matrices(n: int, k: int, d: int, transposed: bool) -> tuple[torch.Tensor, to
 
 def computed(x: torch.Tensor, W: torch.Tensor, format: str) -> torch.Tensor:
     y = torch.full((len(x), W.shape[1]), torch.nan)
-    product(x, W, y, format)
+    int_matmul(x, W, y, format)
     return y
 
 
@@ -56,11 +56,11 @@ def norm(y: torch.Tensor) -> float:
 def test_the_kernel_computes_the_formulas(n: int, k: int, d: int, format: str, transposed: bool) -> None:
     x, W, y = matrices(n, k, d, transposed)
     size = x.double().abs() @ W.double().abs()
-    plain = plain_product(x, W, format)
+    plain = reference_matmul(x, W, format)
     added = y.double() + plain
-    product(x, W, y, format, add=True)
+    int_matmul(x, W, y, format, add=True)
     assert bool(((y - added).abs() <= 1e-6 * (size + added.abs())).all())
-    product(x, W, y, format)
+    int_matmul(x, W, y, format)
     assert bool(((y - plain).abs() <= 1e-6 * size).all())
     behind = torch.as_strided(y, (n, 3), (d + 3, 1), d)
     assert bool(behind.isnan().all())
@@ -127,7 +127,7 @@ def test_blocks_of_zeros_add_nothing(format: str, transposed: bool) -> None:
     x[5, 128:256] = 1e-42
     y = computed(x, W, format)
     assert not bool(y[3].any()) and not bool(y[:, 5].any()) and not bool(y[5].any())
-    assert norm(y - plain_product(x, W, format)) <= 1e-6 * norm(y)
+    assert norm(y - reference_matmul(x, W, format)) <= 1e-6 * norm(y)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["W", "W^T"])
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_seen(value: float, format: str, transposed: bool)
     x, W, y = matrices(20, 300, 40, transposed)
     x = x.clone()
     x[3, 150] = value
-    product(x, W, y, format, add=True)
+    int_matmul(x, W, y, format, add=True)
     rows = torch.arange(20) == 3
     assert torch.equal(y.isnan(), rows[:, None].expand(20, 40))
     x, W, _ = matrices(20, 300, 40, transposed)
@@ -153,7 +153,7 @@ def test_nothing_to_multiply() -> None:
 
 def test_integers_are_within_their_bits() -> None:
     for bits in BITS.values():
-        q, s = quantised(torch.tensor([[1e30, -1e30, 3e27], [1.0, -0.5, 0.0]]), 2 ** (bits - 1) - 1)
+        q, s = quantize_block(torch.tensor([[1e30, -1e30, 3e27], [1.0, -0.5, 0.0]]), 2 ** (bits - 1) - 1)
         assert float(q.abs().max()) == 2 ** (bits - 1) - 1
         assert torch.allclose(
             q * s, torch.tensor([[1e30, -1e30, 3e27], [1.0, -0.5, 0.0]]), rtol=0, atol=float(s[0]) / 2

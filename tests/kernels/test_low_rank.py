@@ -8,29 +8,29 @@ import pytest
 import torch
 
 from hatrack.kernels import low_rank, native
-from hatrack.kernels.dropout import KEEP, Mask, dropout_positions
-from hatrack.kernels.low_rank import down, outer, rows, up
+from hatrack.kernels.dropout import NO_DROPOUT, Mask, dropout_positions
+from hatrack.kernels.low_rank import down, outer, prepare_factor, up
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 
 
 def kept(n: int, d: int, mask: Mask, dtype: torch.dtype) -> torch.Tensor:
     """Which numbers of a matrix (n, d) `mask` keeps, as ones and zeros."""
-    if mask == KEEP:
+    if mask == NO_DROPOUT:
         return torch.ones(n, d, dtype=dtype)
     y = torch.zeros(n, d, dtype=dtype)
     up(y, torch.ones(n, 8), torch.full((8, d), 0.125, dtype=dtype), 1.0, mask)
     return y
 
 
-@pytest.mark.parametrize("mask", [KEEP, Mask(0.3, 5)], ids=["all kept", "dropout"])
+@pytest.mark.parametrize("mask", [NO_DROPOUT, Mask(0.3, 5)], ids=["all kept", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("n", "d", "r"), [(1, 32, 8), (7, 64, 3), (70, 96, 24), (33, 1536, 8), (5, 40, 8), (0, 32, 8)])
 def test_products_are_the_plain_ones(n: int, d: int, r: int, dtype: torch.dtype, mask: Mask, ways: str) -> None:
     generator = torch.Generator().manual_seed(n * d)
     x = torch.randn(n, d, generator=generator).to(dtype)
     y = torch.randn(n, d, generator=generator).to(dtype)
-    A = rows(torch.randn(r, d, generator=generator), dtype)
+    A = prepare_factor(torch.randn(r, d, generator=generator), dtype)
     h = torch.randn(n, len(A), generator=generator)
     D = kept(n, d, mask, dtype).double()
     expected = (
@@ -103,4 +103,4 @@ def test_a_compiler_that_fails_is_said_and_left_out(
 
 
 def test_the_largest_rank_goes_to_torch() -> None:
-    assert not low_rank._covered(torch.zeros(4, 32), low_rank.LARGEST_RANK + 8, (KEEP,))
+    assert not low_rank._covered(torch.zeros(4, 32), low_rank.LARGEST_RANK + 8, (NO_DROPOUT,))

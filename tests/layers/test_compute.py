@@ -28,7 +28,7 @@ ERRORS = {"int16": 5e-3, "int8": 0.4}
 
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
-needs_integers = pytest.mark.skipif(not int8.available(), reason="needs AVX2 and a compiler")
+needs_integers = pytest.mark.skipif(not int8.is_available(), reason="needs AVX2 and a compiler")
 
 
 def _llama() -> Any:
@@ -168,7 +168,7 @@ def test_a_base_in_another_format_is_refused() -> None:
 
 
 def test_without_the_kernels_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "available", lambda: False)
+    monkeypatch.setattr(int8, "is_available", lambda: False)
     with pytest.raises(RecipeError, match="--compute int8 is for processors with AVX2"):
         speed_up(_as_model(nn.Sequential()), compute="int8")
 
@@ -186,7 +186,7 @@ def test_a_run_without_the_kernels_is_refused_before_anything_is_loaded(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hatrack.cpu.features", lambda: frozenset({"avx2"}))
-    monkeypatch.setattr(int8, "available", lambda: False)
+    monkeypatch.setattr(int8, "is_available", lambda: False)
     monkeypatch.setattr("hatrack.training.load.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
     with pytest.raises(RecipeError, match="--compute int8 is for processors with AVX2 and hatrack's compiled kernels"):
         train("old", compute="int8")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import hatrack
-from hatrack.kernels.dropout import KEEP, Mask
+from hatrack.kernels.dropout import NO_DROPOUT, Mask
 from hatrack.layers import fast_lora
 from hatrack.layers.fast_lora import LAYER_CLASSES, FastLinear, Projection, fast_layer, project, reference
 from tests.kernels.test_low_rank import kept
@@ -49,7 +49,7 @@ def test_it_is_its_plain_twin(
     n: int, d_in: int, d_out: int, r: int, bias: bool, dropout: float, dtype: torch.dtype
 ) -> None:
     results: list[list[Any]] = []
-    mask = Mask(dropout, 11) if dropout else KEEP
+    mask = Mask(dropout, 11) if dropout else NO_DROPOUT
     for ours in (True, False):
         x, W, b, A, B = _inputs(n, d_in, d_out, r, dtype, bias)
         assert x is not None and W is not None and A is not None and B is not None
@@ -66,7 +66,7 @@ def test_it_is_its_plain_twin(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_several_projections_of_one_input_are_their_plain_twins(dropout: float, dtype: torch.dtype) -> None:
-    masks = [Mask(dropout, seed) if dropout else KEEP for seed in (3, 4, 5)]
+    masks = [Mask(dropout, seed) if dropout else NO_DROPOUT for seed in (3, 4, 5)]
     results: list[list[Any]] = []
     for ours in (True, False):
         x = _inputs(33, 64, 32, 3, dtype, True)[0]

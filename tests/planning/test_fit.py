@@ -14,20 +14,20 @@ from hatrack.errors import RecipeError
 from hatrack.planning.fit import (
     METHODS,
     PlanRequest,
-    Work,
-    change,
-    choose,
+    Workload,
+    choose_plan,
+    largest_micro_batch,
+    make_request,
     micro_batches,
-    most_rows,
+    plan_or_raise,
     plan_run,
-    refuse,
     scored_batches,
-    setting,
-    settle,
+    suggest_change,
+    too_large_error,
 )
-from hatrack.planning.machine import GIB, Machine, named
-from hatrack.planning.memory import Batch, Method
-from hatrack.planning.time import MachineSpeed, lower
+from hatrack.planning.machine import GIB, Machine, machine_named
+from hatrack.planning.memory import Method, MicroBatch
+from hatrack.planning.time import MachineSpeed, cached_counts
 from hatrack.recipe import Recipe
 
 LLAMA = {
@@ -38,7 +38,14 @@ LLAMA = {
     "num_attention_heads": 32,
     "vocab_size": 32000,
 }
-PRICES = MachineSpeed(operation=1e-12, number=1e-10, call=1e-6, disk=1e9, start=10.0, source="probe")
+SPEED = MachineSpeed(
+    seconds_per_operation=1e-12,
+    seconds_per_element=1e-10,
+    seconds_per_call=1e-6,
+    disk_bytes_per_second=1e9,
+    start_seconds=10.0,
+    source="probe",
+)
 
 
 def llama(layers: int = 32) -> BaseDescription:
@@ -59,8 +66,10 @@ def llama(layers: int = 32) -> BaseDescription:
 def where(there: int | str, lengths: Any = (256,) * 64, **options: Any) -> PlanRequest:
     recipe = Recipe.make(**({"base": "x", "data": "y", "dtype": "bfloat16", "batch_size": 8} | options))
     rows = np.array([(length, length) for length in lengths])
-    machine = named(there) if isinstance(there, str) else Machine("m", there, "as asked", "bfloat16", prices=PRICES)
-    return setting(recipe, llama(), Work("chat", 0, rows, rows[:8]), machine)
+    machine = (
+        machine_named(there) if isinstance(there, str) else Machine("m", there, "as asked", "bfloat16", speed=SPEED)
+    )
+    return make_request(recipe, llama(), Workload("chat", 0, rows, rows[:8]), machine)
 
 
 @pytest.mark.parametrize(("layers", "rounded_layers"), [("all", 32), ("top-8", 8)])
@@ -69,8 +78,8 @@ def test_rounded_products_are_priced_in_training_alone(layers: str, rounded_laye
     found = []
     for compute in ("auto", "int8"):
         at = where(60 * GIB, dtype="float32", layers=layers, compute=compute)
-        prices = dataclasses.replace(PRICES, rounded={"int8": 0.25e-12})
-        at = dataclasses.replace(at, machine=dataclasses.replace(at.machine, prices=prices))
+        speed = dataclasses.replace(SPEED, rounded={"int8": 0.25e-12})
+        at = dataclasses.replace(at, machine=dataclasses.replace(at.machine, speed=speed))
         plan = plan_run(at)
         assert plan.step_seconds is not None and plan.seconds is not None
         found.append((plan.step_seconds, plan.seconds, at.schedule(plan.micro_batch).steps))
@@ -84,7 +93,7 @@ def test_the_most_rows_that_fit_and_divide_the_batch() -> None:
     def memory(rows: int) -> dict[str, int]:
         return {"weights": 100, "activations": 30 * rows}
 
-    found = [most_rows(memory, 12, limit)[0] for limit in (10**9, 460, 459, 260, 130, 129)]
+    found = [largest_micro_batch(memory, 12, limit)[0] for limit in (10**9, 460, 459, 260, 130, 129)]
     assert found == [12, 12, 6, 4, 1, 1]
 
 
@@ -100,45 +109,45 @@ def test_rows_at_a_time_then_checkpointing_then_refusal() -> None:
 
 def test_a_run_that_cannot_fit_is_refused_with_the_change_that_helps() -> None:
     small = where(12 * GIB)
-    message = str(refuse(small, plan_run(small)))
+    message = str(too_large_error(small, plan_run(small)))
     assert "11.4 GiB of memory (as asked) is too little even for one row at a time" in message
     assert "of which weights 12.6 GiB; fix: --quantize 8bit (" in message and "or --force" in message
     tiny = where(GIB)
     with pytest.raises(RecipeError, match="is too little even for one row at a time"):
-        settle(tiny.recipe, llama(), tiny.work, tiny.machine)
-    forced = settle(tiny.recipe.changed(force=True), llama(), tiny.work, tiny.machine)[1]
+        plan_or_raise(tiny.recipe, llama(), tiny.work, tiny.machine)
+    forced = plan_or_raise(tiny.recipe.changed(force=True), llama(), tiny.work, tiny.machine)[1]
     assert not forced.fits and forced.micro_batch == 1
-    assert "--memory 9.0 GiB is too little" in str(refuse(where(64 * GIB, memory="9GiB"), plan_run(small)))
+    assert "--memory 9.0 GiB is too little" in str(too_large_error(where(64 * GIB, memory="9GiB"), plan_run(small)))
 
 
 def test_a_base_without_room_is_swept_unless_it_is_needed_as_a_whole() -> None:
     one = where(3 * GIB)
-    plan = settle(one.recipe, llama(), one.work, one.machine)[1]
-    assert plan.method.sweep and plan.fits and plan.micro_batch == 8
+    plan = plan_or_raise(one.recipe, llama(), one.work, one.machine)[1]
+    assert plan.method.streamed and plan.fits and plan.micro_batch == 8
     dora = where(3 * GIB, variant="dora")
     with pytest.raises(RecipeError, match="fix: --variant lora, and the base streamed layer by layer"):
-        settle(dora.recipe, llama(), dora.work, dora.machine)
-    mac = dataclasses.replace(one.machine, accelerator=True, sweeps=False)
-    assert not choose(dataclasses.replace(one, machine=mac)).method.sweep
+        plan_or_raise(dora.recipe, llama(), dora.work, dora.machine)
+    mac = dataclasses.replace(one.machine, accelerator=True, can_stream=False)
+    assert not choose_plan(dataclasses.replace(one, machine=mac)).method.streamed
 
 
 def test_an_accelerator_holds_two_layers_and_all_that_is_in_none() -> None:
     one = where(3 * GIB)
     gpu = dataclasses.replace(one, machine=dataclasses.replace(one.machine, accelerator=True))
-    plan = choose(gpu)
+    plan = choose_plan(gpu)
     layer, tables = (4 * 4096**2 + 3 * 4096 * 11008) * 2, (2 * 32000 * 4096 + 65 * 4096) * 2
-    assert plan.method.sweep and plan.memory["weights"] == 2 * layer + tables
+    assert plan.method.streamed and plan.memory["weights"] == 2 * layer + tables
 
 
 def test_layers_below_the_adapters_are_paid_for_once() -> None:
     """64 rows of 256 tokens to learn from, 8 of them scored too; 24 of 32 layers below; 4 epochs of 8 steps."""
     plain, kept, few = (where(60 * GIB, layers="top-8", epochs=4, cache_limit=limit) for limit in (0, None, "100MB"))
-    known = dataclasses.replace(kept, work=dataclasses.replace(kept.work, known=1.0))
+    known = dataclasses.replace(kept, work=dataclasses.replace(kept.work, cached_fraction=1.0))
     never, once, partly, read = (plan_run(setting) for setting in (plain, kept, few, known))
-    below = lower(kept.anatomy, Method(), Batch(8, 256, 2048))
+    below = cached_counts(kept.model, Method(), MicroBatch(8, 256, 2048))
     tokens, layer = 8 * 256, 4 * 4096**2 + 3 * 4096 * 11008
     assert below.operations == 24 * (2 * layer * tokens + 4 * 256 * 4096 * tokens)
-    each = below.seconds(PRICES)
+    each = below.seconds(SPEED)
     assert never.step_seconds is not None
     for plan, share in ((once, 3 / 4), (read, 1), (partly, 3 / 4 * 100e6 / (72 * 256 * 4096 * 2))):
         assert plan.step_seconds == pytest.approx(never.step_seconds - share * each)
@@ -161,9 +170,9 @@ def test_the_change_is_tried_and_fits() -> None:
         one = where(gib * GIB, (lengths,) * 8)
         plan = plan_run(one)
         assert not plan.fits
-        told = change(one, plan)
+        told = suggest_change(one, plan)
         assert told is not None and told.startswith(fix)
-    assert change(where(2 * GIB), plan_run(where(2 * GIB))) is None
+    assert suggest_change(where(2 * GIB), plan_run(where(2 * GIB))) is None
 
 
 def test_a_limit_is_never_more_than_there_is() -> None:
@@ -194,7 +203,7 @@ def test_time_grows_with_steps_and_the_ways_are_told_apart() -> None:
     # 4 operations for each of 6.5 billion weights and 2,048 tokens: at least 52 s a step at 1 TFLOP/s
     assert one.step_seconds is not None and 52 < one.step_seconds < 70
     assert two.seconds - one.seconds == pytest.approx(2 * one.step_seconds)
-    assert one.whole_seconds > one.seconds + PRICES.start
+    assert one.whole_seconds > one.seconds + SPEED.start_seconds
     ways = {name: plan_run(where(400 * GIB), method) for name, method in METHODS.items()}
     assert ways["full"].trainable == 6_738_415_616 and ways["LoRA"].trainable < 25_000_000
     assert ways["full"].step_seconds > 1.4 * one.step_seconds  # type: ignore[operator]
@@ -207,12 +216,12 @@ def test_time_grows_with_steps_and_the_ways_are_told_apart() -> None:
 def test_bytes_read_from_disk() -> None:
     """What fits is read once; what is streamed, twice a step; a mapped base that does not fit, twice a micro-batch."""
     base = 2 * 6_738_415_616
-    assert plan_run(where(64 * GIB)).read == 0
-    assert plan_run(where(6 * GIB), Method(sweep=True)).read == 2 * base
-    assert plan_run(where(6 * GIB)).read == 2 * 8 * base
+    assert plan_run(where(64 * GIB)).read_per_step == 0
+    assert plan_run(where(6 * GIB), Method(streamed=True)).read_per_step == 2 * base
+    assert plan_run(where(6 * GIB)).read_per_step == 2 * 8 * base
     top = where(6 * GIB, layers="top-8", epochs=4)  # layers below are read once in the first of four epochs
     below = 24 * 2 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert plan_run(top, Method(sweep=True)).read == pytest.approx(2 * base - below - 3 / 4 * below)
+    assert plan_run(top, Method(streamed=True)).read_per_step == pytest.approx(2 * base - below - 3 / 4 * below)
     assert plan_run(where(64 * GIB)).disk["base"] == base
 
 
@@ -220,7 +229,7 @@ def test_held_out_rows_that_are_longer_are_counted() -> None:
     """Two rows of 2,000 tokens are scored at a time: one layer's numbers of each token, and a block of logits."""
     short = where(64 * GIB, (40,) * 64, batch_size=1)
     long = dataclasses.replace(short, work=dataclasses.replace(short.work, held_out=np.full((8, 2), 2000)))
-    assert scored_batches(long, 1) == [Batch(2, 2000, 4000)] * 4
+    assert scored_batches(long, 1) == [MicroBatch(2, 2000, 4000)] * 4
     plans = plan_run(short), plan_run(long)
     more = plans[1].peak_memory_bytes - plans[0].peak_memory_bytes
     assert plans[0].memory["scoring"] == 0 < plans[1].memory["scoring"] == more

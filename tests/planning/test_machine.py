@@ -9,10 +9,26 @@ from hatrack import cpu
 from hatrack.base.free_memory import available_memory
 from hatrack.errors import RecipeError
 from hatrack.planning import machine
-from hatrack.planning.machine import ACCELERATORS, GIB, Probe, check_compute, here, keep_probe, named, read_probe
+from hatrack.planning.machine import (
+    ACCELERATORS,
+    GIB,
+    Probe,
+    check_compute,
+    load_probe,
+    machine_named,
+    save_probe,
+    this_machine,
+)
 from hatrack.planning.time import MachineSpeed
 
-PRICES = MachineSpeed(operation=1e-11, number=1e-9, call=1e-5, disk=1e9, start=5.0, source="probe")
+SPEED = MachineSpeed(
+    seconds_per_operation=1e-11,
+    seconds_per_element=1e-9,
+    seconds_per_call=1e-5,
+    disk_bytes_per_second=1e9,
+    start_seconds=5.0,
+    source="probe",
+)
 
 
 def group(root: Path, line: str, folder: str, **files: str) -> None:
@@ -47,14 +63,18 @@ def test_a_limit_of_version_1(tmp_path: Path) -> None:
 
 
 def test_machines_by_name() -> None:
-    assert named("T4").memory < 16 * GIB and named("T4").dtype == "float16"
-    assert named("NVIDIA A100").name == "a100" and named("h100").accelerator
-    assert named("16GiB").memory == 16 * GIB and named("16GiB").prices is None and not named("16GiB").accelerator
-    assert all(named(name).prices is not None for name in ACCELERATORS)
+    assert machine_named("T4").memory < 16 * GIB and machine_named("T4").dtype == "float16"
+    assert machine_named("NVIDIA A100").name == "a100" and machine_named("h100").accelerator
+    assert (
+        machine_named("16GiB").memory == 16 * GIB
+        and machine_named("16GiB").speed is None
+        and not machine_named("16GiB").accelerator
+    )
+    assert all(machine_named(name).speed is not None for name in ACCELERATORS)
     with pytest.raises(RecipeError, match=r"--on does not know a10O; fix: did you mean a10"):
-        named("a10O")
+        machine_named("a10O")
     with pytest.raises(RecipeError, match="or a size such as 16GiB"):
-        named("?")
+        machine_named("?")
 
 
 @pytest.mark.parametrize(("features", "there"), [("fma avx2", True), ("fma avx2 avx512f", False), ("sse4_2", False)])
@@ -63,10 +83,10 @@ def test_rounded_products_are_guessed_where_they_are_known(
 ) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu, "features", lambda: frozenset(features.split()))
-    prices = here("cpu").prices
-    assert prices is not None and (list(prices.rounded) == ["int16", "int8"]) is there
+    speed = this_machine("cpu").speed
+    assert speed is not None and (list(speed.rounded) == ["int16", "int8"]) is there
     if there:
-        assert prices.rounded["int8"] < prices.rounded["int16"] < prices.operation
+        assert speed.rounded["int8"] < speed.rounded["int16"] < speed.seconds_per_operation
 
 
 def test_a_processor_without_avx2_cannot_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +102,12 @@ def test_a_processor_without_avx2_cannot_round(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_probe_is_kept_for_this_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path))
-    assert read_probe() is None
-    guessed = here("cpu").prices
+    assert load_probe() is None
+    guessed = this_machine("cpu").speed
     assert guessed is not None and "not measured" in guessed.source
-    keep_probe(Probe(machine.processor(), {"float32": PRICES, "bfloat16": PRICES}, 600 * 2**20))
-    assert here("cpu").prices == PRICES and here("cpu").framework == 600 * 2**20
+    save_probe(Probe(machine.cpu_name(), {"float32": SPEED, "bfloat16": SPEED}, 600 * 2**20))
+    assert this_machine("cpu").speed == SPEED and this_machine("cpu").imported_bytes == 600 * 2**20
     (file,) = (tmp_path / "probe").iterdir()
-    for damaged in ("", "[]", '{"prices": {"float32": {}}}', '{"prices": 3}'):
+    for damaged in ("", "[]", '{"speed": {"float32": {}}}', '{"speed": 3}'):
         file.write_text(damaged)
-        assert read_probe() is None
+        assert load_probe() is None

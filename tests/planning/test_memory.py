@@ -21,11 +21,11 @@ from hatrack.planning.memory import (
     MATMUL,
     MATMULS,
     SCORES,
-    Batch,
     Method,
+    MicroBatch,
     training_bytes,
 )
-from hatrack.planning.model_shape import ModelShape, Shape, describe, shape_of
+from hatrack.planning.model_shape import Dimensions, ModelShape, describe_model, dimensions_of
 from hatrack.recipe import Recipe
 from tests.planning.test_fit import llama
 
@@ -47,44 +47,44 @@ MODELS: dict[str, Any] = {
     ],
 )
 def test_shapes_under_any_name(config: dict[str, Any], shape: tuple[int, ...]) -> None:
-    found = shape_of(config)
+    found = dimensions_of(config)
     assert (found.hidden, found.intermediate, found.layers) == shape
-    assert shape_of({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}).key == 16
+    assert dimensions_of({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}).key == 16
 
 
-def anatomy(**options: Any) -> ModelShape:
-    return describe(llama(), Recipe.make(base="x", data="y", **options), task="chat", labels=0)
+def model(**options: Any) -> ModelShape:
+    return describe_model(llama(), Recipe.make(base="x", data="y", **options), task="chat", labels=0)
 
 
 def terms(tokens: int = 512, method: Method | None = None, dtype: str = "bfloat16", **options: Any) -> dict[str, int]:
     return training_bytes(
-        anatomy(**options), method or Method(), Batch(4, tokens // 4, tokens), dtype=dtype, step_tokens=tokens
+        model(**options), method or Method(), MicroBatch(4, tokens // 4, tokens), dtype=dtype, step_tokens=tokens
     )
 
 
 def test_the_anatomy_of_a_7b() -> None:
-    found = anatomy(targets="q_proj,v_proj")
+    found = model(targets="q_proj,v_proj")
     layer = 4 * 4096**2 + 3 * 4096 * 11008
-    assert found.shape == Shape(4096, 11008, 32, 32000, 32, 4096, 4096, gated=True)
-    assert found.dense == 32 * layer and found.largest == 4096 * 11008 and found.linears == 7 * 32
-    assert found.outside == 2 * 32000 * 4096 + 65 * 4096 and found.frozen == 6_738_415_616
-    assert found.counted.trainable == 32 * 2 * 8 * (4096 + 4096) == 4_194_304
-    assert found.reach == 32 and anatomy(layers="top-10").reach == 10
-    assert found.disk == 2 * 6_738_415_616 and found.stored == "bfloat16"
+    assert found.dims == Dimensions(4096, 11008, 32, 32000, 32, 4096, 4096, gated=True)
+    assert found.matmul_weights == 32 * layer and found.largest_matrix == 4096 * 11008 and found.linear_layers == 7 * 32
+    assert found.other_weights == 2 * 32000 * 4096 + 65 * 4096 and found.frozen == 6_738_415_616
+    assert found.counts.trainable == 32 * 2 * 8 * (4096 + 4096) == 4_194_304
+    assert found.backward_layers == 32 and model(layers="top-10").backward_layers == 10
+    assert found.disk_bytes == 2 * 6_738_415_616 and found.stored_dtype == "bfloat16"
 
 
 def test_frozen_weights_cost_their_format_and_trained_ones_sixteen_bytes() -> None:
-    found = anatomy()
+    found = model()
     assert terms()["weights"] == 2 * found.frozen and terms(dtype="float32")["weights"] == 4 * found.frozen
     trained = terms()
-    assert trained["adapter"] + trained["gradients"] + trained["optimizer"] == 16 * found.counted.trainable
+    assert trained["adapter"] + trained["gradients"] + trained["optimizer"] == 16 * found.counts.trainable
     full = terms(method=Method(full=True))
     assert full["weights"] + full["gradients"] + full["optimizer"] == 16 * found.frozen
     four = terms(method=Method(quantize="4bit"))["weights"]
-    assert four == found.dense * 9 // 16 + 2 * found.outside
-    streamed = terms(method=Method(sweep=True))["weights"]
-    assert streamed == 2 * found.dense // 32  # one layer as it lies on the disk, larger than the head
-    assert terms(method=Method(sweep=True), dtype="float32")["weights"] == streamed  # and no copy in float32
+    assert four == found.matmul_weights * 9 // 16 + 2 * found.other_weights
+    streamed = terms(method=Method(streamed=True))["weights"]
+    assert streamed == 2 * found.matmul_weights // 32  # one layer as it lies on the disk, larger than the head
+    assert terms(method=Method(streamed=True), dtype="float32")["weights"] == streamed  # and no copy in float32
 
 
 def test_activations_grow_with_tokens_and_less_when_computed_again() -> None:
@@ -116,10 +116,10 @@ def test_what_is_kept_is_what_torch_keeps(kind: str, targets: str, layers: str) 
         name: TensorInfo(tuple(tensor.shape), "F32", Path(), 0, 4 * tensor.numel())
         for name, tensor in model.named_parameters()
     }
-    found = describe(BaseDescription("", Path(), config.to_dict(), tensors), recipe, task=task, labels=2)
+    found = describe_model(BaseDescription("", Path(), config.to_dict(), tensors), recipe, task=task, labels=2)
     speed_up(model)
     wrapped = place(model, recipe, task=task, layer_classes=LAYER_CLASSES).train()
-    assert (found.counted.trainable, found.counted.total) == wrapped.get_nb_trainable_parameters()
+    assert (found.counts.trainable, found.counts.total) == wrapped.get_nb_trainable_parameters()
     ids = torch.randint(3, 90, (16, 64))
     labels = ids if task == "chat" else torch.randint(2, (16,))
     weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -134,15 +134,17 @@ def test_what_is_kept_is_what_torch_keeps(kind: str, targets: str, layers: str) 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         values = losses(wrapped, batch, task)[0]
-    planned = training_bytes(found, Method(), Batch(16, 64, 1008), dtype="float32", step_tokens=1024)["activations"]
+    planned = training_bytes(found, Method(), MicroBatch(16, 64, 1008), dtype="float32", step_tokens=1024)[
+        "activations"
+    ]
     assert sum(kept.values()) == pytest.approx(planned, rel=0.05), values.shape
 
 
 def test_compiled_matmuls_are_counted_where_they_are_stored() -> None:
     def found(compiled: bool, accelerator: bool = False) -> dict[str, int]:
-        batch = Batch(4, 128, 512)
+        batch = MicroBatch(4, 128, 512)
         return training_bytes(
-            anatomy(),
+            model(),
             Method(),
             batch,
             dtype="bfloat16",

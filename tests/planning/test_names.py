@@ -5,7 +5,7 @@ import pytest
 from hatrack.base.free_memory import no_device
 from hatrack.errors import RecipeError
 from hatrack.planning import machine
-from hatrack.planning.machine import ACCELERATORS, GIB, LAPTOPS, check_device, named
+from hatrack.planning.machine import ACCELERATORS, GIB, LAPTOPS, check_device, machine_named
 
 
 @pytest.mark.parametrize(
@@ -26,22 +26,22 @@ from hatrack.planning.machine import ACCELERATORS, GIB, LAPTOPS, check_device, n
     ],
 )
 def test_a_name_in_any_spelling(told: str, key: str) -> None:
-    found = named(told)
-    assert found.name == key and found.accelerator and found.prices is not None
+    found = machine_named(told)
+    assert found.name == key and found.accelerator and found.speed is not None
 
 
 @pytest.mark.parametrize("name", [*ACCELERATORS, *LAPTOPS])
 def test_each_machine_has_memory_and_a_speed(name: str) -> None:
-    found = named(name)
+    found = machine_named(name)
     gib = (ACCELERATORS.get(name) or LAPTOPS[name])[0]
     assert 0.6 * gib * GIB < found.memory < gib * GIB
-    assert found.prices is not None and 1e-16 < found.prices.operation < 1e-12
+    assert found.speed is not None and 1e-16 < found.speed.seconds_per_operation < 1e-12
 
 
 def test_a_size_needs_its_unit() -> None:
     with pytest.raises(RecipeError, match="--on 16: a size has a unit; got 16; fix: --on 16GiB"):
-        named("16")
-    assert named("16GiB").name == "a CPU with 16.0 GiB free for the run"
+        machine_named("16")
+    assert machine_named("16GiB").name == "a CPU with 16.0 GiB free for the run"
 
 
 def test_a_device_that_is_not_there_is_refused_in_the_words_of_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.offload import open_layers, settle
 from hatrack.check.checks import check_recipe
 from hatrack.evaluate.loss import losses
-from hatrack.kernels.dropout import Mask, dropped
+from hatrack.kernels.dropout import Mask, apply_mask
 from hatrack.kernels.loss import next_token_losses
 from hatrack.layers.fast_base import FastRMSNorm, speed_up
 from hatrack.layers.fast_lora import FastLinear, Projection, project, reference
@@ -75,7 +75,7 @@ def test_the_fast_layer_is_its_plain_twin(p: float, dtype: torch.dtype) -> None:
             ys = project(x, [Projection(*part, 2.0, mask) for part, mask in zip(parts, masks, strict=True)])
         else:
             ones = torch.ones(70, 64, device=GPU, dtype=dtype)
-            kept = [dropped(ones, mask) * mask.scale for mask in masks]
+            kept = [apply_mask(ones, mask) * mask.scale for mask in masks]
             ys = tuple(reference(x, *part, 2.0, each) for part, each in zip(parts, kept, strict=True))
         sum((y.float() * torch.linspace(-1, 1, y.numel(), device=GPU).view_as(y)).sum() for y in ys).backward()  # type: ignore[union-attr]
         found.append([*ys, x.grad, *(tensor.grad for part in parts for tensor in part[2:])])
@@ -87,8 +87,8 @@ def test_the_fast_layer_is_its_plain_twin(p: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_is_drawn_on_the_device_and_the_same_for_a_seed(p: float) -> None:
     ones = torch.ones(1000, 1000, device=GPU, dtype=torch.bfloat16)
-    masks = [dropped(ones, Mask(p, seed)) == 0 for seed in (1, 2)]
-    assert torch.equal(masks[0], dropped(ones, Mask(p, 1)) == 0)
+    masks = [apply_mask(ones, Mask(p, seed)) == 0 for seed in (1, 2)]
+    assert torch.equal(masks[0], apply_mask(ones, Mask(p, 1)) == 0)
     for mask in masks:
         assert abs(float(mask.float().mean()) - p) < 5e-3
     assert abs(float((masks[0] & masks[1]).float().mean()) - p * p) < 5e-3
@@ -229,7 +229,7 @@ def test_a_streamed_base_is_checked_there(
     base, data = (tiny_encoder, reviews) if task == "classify" else (tiny_decoder, questions)
     with too_large():
         findings, facts = check_recipe(Recipe.make(base=str(base), data=str(data), device="cuda"))
-        assert facts is not None and facts.plan.method.sweep and not any(finding.refused for finding in findings)
+        assert facts is not None and facts.plan.method.streamed and not any(finding.refused for finding in findings)
         assert one_step(facts) == []
 
 

@@ -231,7 +231,7 @@ def too_large() -> Iterator[None]:
 
     def plan_run(where: Any, method: Any = None, rows: int | None = None) -> Any:
         plan = original(where, method, rows)
-        return dataclasses.replace(plan, limit=10**12 if plan.method.sweep else 0)
+        return dataclasses.replace(plan, limit=10**12 if plan.method.streamed else 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hatrack.planning.fit.plan_run", plan_run)

@@ -220,10 +220,15 @@ def test_a_saved_adapter_is_compared_in_the_arithmetic_of_training(
     tmp_path: Path, tiny_decoder: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading rounds an adapter to bfloat16; DoRA is left to peft's layer, which computes in the adapter's dtype."""
-    compared: list[Any] = []
-    monkeypatch.setattr("hatrack.training.read_back.mean_max_difference", lambda *two: compared.extend(two) or 0.0)
+    compared: list[tuple[Any, Any]] = []
+
+    def compare(*pair: Any) -> float:
+        compared.append(pair)
+        return 0.0
+
+    monkeypatch.setattr("hatrack.training.read_back.mean_max_difference", compare)
     _train(tmp_path, tiny_decoder, questions, steps=4, lr=0.01, variant="dora", dtype="bfloat16")
-    assert (compared[0] == compared[1]).all()
+    assert (compared[0][0] == compared[0][1]).all()
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])

@@ -36,9 +36,9 @@ from hatrack.base.header import (
 from hatrack.base.quantized_cache import whole_base
 from hatrack.base.quiet import quiet
 from hatrack.console import format_size, say, say_once
-from hatrack.cpu import fast_at_bfloat16
+from hatrack.cpu import has_fast_bfloat16
 from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
-from hatrack.kernels.frozen_linear import keep_packed_as_is
+from hatrack.kernels.frozen_linear import prevent_repacking
 from hatrack.recipe import Task
 from hatrack.storage import folder_size
 
@@ -96,7 +96,7 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        fast = fast_at_bfloat16()
+        fast = has_fast_bfloat16()
     else:
         fast = device.type == "xpu"
     if fast:
@@ -164,7 +164,7 @@ def load_base(
         part.pad_token_id = tokenizer.pad_token_id
     if task == "classify":  # as in training, whatever side it generates from: many models count positions from the left
         tokenizer.padding_side = "right"
-    keep_packed_as_is(model)
+    prevent_repacking(model)
     model.requires_grad_(False)
     model.eval()
     return Base(description, model, tokenizer, chosen, number_format, mapped)

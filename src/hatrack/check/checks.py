@@ -23,8 +23,8 @@ from hatrack.console import say
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import tokenize
 from hatrack.errors import RecipeError
-from hatrack.planning.fit import Work, settle
-from hatrack.planning.machine import check_compute, here
+from hatrack.planning.fit import Workload, plan_or_raise
+from hatrack.planning.machine import check_compute, this_machine
 from hatrack.recipe import Recipe, Task
 
 BEFORE_TRAINING = (
@@ -79,8 +79,8 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
     dtype = attempt("device-not-there", _dtype, recipe)
     if collector.found or not (examples and files and tokens and dtype and task):
         return collector.found, None
-    work = Work(task, len(examples.labels), tokens.train.sizes, tokens.held_out.sizes)
-    settled = attempt("does-not-fit", settle, recipe, files, work, here(recipe.device, dtype))
+    work = Workload(task, len(examples.labels), tokens.train.sizes, tokens.held_out.sizes)
+    settled = attempt("does-not-fit", plan_or_raise, recipe, files, work, this_machine(recipe.device, dtype))
     if settled is None:
         return collector.found, None
     where, plan = settled

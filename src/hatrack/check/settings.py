@@ -78,7 +78,7 @@ def rounding_slower(prepared: Prepared) -> Finding | None:
     """The run takes longer with `--compute` than without: a CPU that multiplies bfloat16 itself does that as fast as
     integers, and all else in half the bytes."""
     compute = prepared.recipe.compute
-    if compute == "auto" or not cpu.fast_at_bfloat16():
+    if compute == "auto" or not cpu.has_fast_bfloat16():
         return None
     return Finding(
         "rounding-slower",

@@ -42,21 +42,21 @@ def _measure() -> None:
     """Runs the probe and keeps its result for later plans on the same processor."""
     skip_unused_imports(Recipe.make())  # as a run does, whose imports are part of what is measured
     import hatrack.training.train  # noqa: F401
-    from hatrack.cpu import fast_at_bfloat16
-    from hatrack.planning.machine import keep_probe
+    from hatrack.cpu import has_fast_bfloat16
+    from hatrack.planning.machine import save_probe
     from hatrack.training.measure_machine import measure
 
     say("measuring this machine: some seconds")
     found = measure()
-    keep_probe(found)
-    speeds = ", ".join(f"{name} {1e-9 / prices.operation:,.0f}" for name, prices in found.prices.items())
-    prices = found.prices["bfloat16" if fast_at_bfloat16() else "float32"]
-    speeds += "".join(f", {name} {1e-9 / operation:,.0f}" for name, operation in prices.rounded.items())
+    save_probe(found)
+    speeds = ", ".join(f"{name} {1e-9 / speed.seconds_per_operation:,.0f}" for name, speed in found.speeds.items())
+    speed = found.speeds["bfloat16" if has_fast_bfloat16() else "float32"]
+    speeds += "".join(f", {name} {1e-9 / operation:,.0f}" for name, operation in speed.rounded.items())
     say(
-        f"products: {speeds} GFLOP/s; beside them {1e9 * prices.number:.2f} s for 10^9 numbers, "
-        f"{1e6 * prices.call:.0f} us a call; disk {prices.disk / 1e6:,.0f} MB/s"
+        f"products: {speeds} GFLOP/s; beside them {1e9 * speed.seconds_per_element:.2f} s for 10^9 numbers, "
+        f"{1e6 * speed.seconds_per_call:.0f} us a call; disk {speed.disk_bytes_per_second / 1e6:,.0f} MB/s"
     )
-    say(f"to start: {prices.start:.1f} s, {format_size(found.framework)}")
+    say(f"to start: {speed.start_seconds:.1f} s, {format_size(found.imported_bytes)}")
 
 
 def _show(found: "Forecast", *, here: bool) -> None:
@@ -69,14 +69,14 @@ def _show(found: "Forecast", *, here: bool) -> None:
     needed, there = format_size(chosen.peak_memory_bytes), format_size(where.limit)
     at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
     again = ", activations computed again" if chosen.method.checkpointing else ""
-    again = ", the base left on disk and streamed layer by layer" if chosen.method.sweep else again
+    again = ", the base left on disk and streamed layer by layer" if chosen.method.streamed else again
     if chosen.fits:
         print(f"fits: {needed} of {there} ({at_a_time}{again})")
         if chosen.peak_memory_bytes > where.limit:
-            pages = format_size(chosen.peak_memory_bytes - fit.needed(chosen.memory))
+            pages = format_size(chosen.peak_memory_bytes - fit.required_bytes(chosen.memory))
             print(f"           {pages} of it only while loading: pages of files that the system takes back at need")
     else:
-        print(f"does not fit: {needed} needed, {there} there ({machine.why})")
+        print(f"does not fit: {needed} needed, {there} there ({machine.reason})")
         print(f"to change: {cure}" if cure else "to change: a smaller base; no option makes it fit")
     rounded = "" if where.recipe.compute == "auto" else f", products in {where.recipe.compute}"
     print(f"machine    {machine.name}, base in {where.dtype}{rounded}")
@@ -85,8 +85,8 @@ def _show(found: "Forecast", *, here: bool) -> None:
         f"work       {len(where.work.rows):,} rows of up to {where.work.longest} tokens, "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows"
     )
-    if machine.prices is not None and chosen.seconds is not None and chosen.whole_seconds is not None:
-        source = machine.prices.source
+    if machine.speed is not None and chosen.seconds is not None and chosen.whole_seconds is not None:
+        source = machine.speed.source
         hint = "; --probe measures this machine" if here and source != "probe" else ""
         print(
             f"time       {_duration(chosen.seconds)} of training, {_duration(chosen.whole_seconds)} in all "
@@ -113,7 +113,7 @@ def _table(ways: dict[str, "Plan"]) -> None:
     rows += [["rows at a time", *(f"{way.micro_batch}" + ("*" * way.method.checkpointing) for way in ways.values())]]
     rows += [["memory", *(format_size(way.peak_memory_bytes) for way in ways.values())]]
     rows += [[f"  {term}", *(format_size(way.memory[term]) for way in ways.values())] for term in terms]
-    rows += [["read a step", *(format_size(way.read) for way in ways.values())]]
+    rows += [["read a step", *(format_size(way.read_per_step) for way in ways.values())]]
     rows += [["time a step", *(_duration(way.step_seconds) for way in ways.values())]]
     rows += [["time in all", *(_duration(way.whole_seconds) for way in ways.values())]]
     print_columns(rows)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hatrack.kernels.frozen_linear import FrozenLinear, rounding_of
+from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding
 from hatrack.kernels.loss import next_token_losses
 
 Batch = dict[str, torch.Tensor]
@@ -83,7 +83,7 @@ def _before_head(
     head = whole.get_output_embeddings()
     if not _is_plain(head) or not _ends_with_head(whole, head):
         return model(**inputs).logits, None, None, None
-    return _headless(model, whole, inputs)[0], head.weight, head.bias, rounding_of(head)
+    return _headless(model, whole, inputs)[0], head.weight, head.bias, active_rounding(head)
 
 
 def _headless(model: Any, whole: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:

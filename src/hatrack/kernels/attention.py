@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from hatrack.kernels import native
-from hatrack.kernels.dropout import Mask, draw, dropped
+from hatrack.kernels.dropout import Mask, apply_mask, draw_mask
 
 BLOCK = 2**22
 """Numbers of P held at one time: small enough to stay in the processor's cache."""
@@ -51,14 +51,14 @@ def attention(
     """
     padding = None if real is None else torch.zeros(real.shape).masked_fill_(~real, -1e30)  # added to keys' scores
     way = _Kernel if _covered(query, key, value) else _Products
-    return way.apply(query, key, value, padding, causal, scale, draw(p))  # type: ignore[no-any-return,no-untyped-call]
+    return way.apply(query, key, value, padding, causal, scale, draw_mask(p))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _covered(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the kernel does all of it: float32, heads of a width it takes, and equal ones for keys and values."""
     return (
         query.dtype == torch.float32
-        and native.covers(query, columns=16)
+        and native.supports(query, columns=16)
         and query.shape[-1] == value.shape[-1]
         and all(states.stride(-1) == 1 for states in (query, key, value))
     )
@@ -136,7 +136,7 @@ class _Products(torch.autograd.Function):
         for start, stop, keys in _blocks(query, causal):
             Q = _stacked(query, K, start, stop).mul_(scale)
             P = _probabilities(Q, K[:, :keys], padding, causal, start, stop, query.shape[2])
-            P = dropped(P, mask._replace(seed=mask.seed + start), mask.scale)
+            P = apply_mask(P, mask._replace(seed=mask.seed + start), mask.scale)
             _unstack(torch.bmm(P, V[:, :keys]), out, start, stop)
         ctx.save_for_backward(query, key, value, padding)
         ctx.settings = causal, scale, mask
@@ -157,8 +157,8 @@ class _Products(torch.autograd.Function):
             P = _probabilities(Q, K[:, :keys], padding, causal, start, stop, query.shape[2])
             G = _stacked(g, K, start, stop)
             here = mask._replace(seed=mask.seed + start)
-            dV[:, :keys] += torch.bmm(dropped(P, here, mask.scale).mT, G)
-            dP = dropped(torch.bmm(G, V[:, :keys].mT), here, mask.scale)
+            dV[:, :keys] += torch.bmm(apply_mask(P, here, mask.scale).mT, G)
+            dP = apply_mask(torch.bmm(G, V[:, :keys].mT), here, mask.scale)
             dS = _softmax_back(dP, P)
             dK[:, :keys] += torch.bmm(dS.mT, Q)
             _unstack(torch.bmm(dS, K[:, :keys]).mul_(scale), dQ, start, stop)
@@ -167,7 +167,7 @@ class _Products(torch.autograd.Function):
 
 def _softmax_back(g: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """The gradient of the scores, from that of the probabilities (..., keys), which it may overwrite."""
-    if not native.covers(P):
+    if not native.supports(P):
         return torch._softmax_backward_data(g, P, -1, P.dtype)
     native.call("softmax_back", P.dtype, P, g, P.numel() // P.shape[-1], P.shape[-1])
     return g
@@ -217,7 +217,7 @@ def _probabilities(
     """P of a block, (n, groups x block, keys), for scaled queries Q (n, groups x block, d) and keys K (n, keys, d)."""
     S = torch.bmm(Q, K.mT)
     block, keys = stop - start, S.shape[-1]
-    if native.covers(S):
+    if native.supports(S):
         space, batch = torch.empty(torch.get_num_threads(), keys), 1 if padding is None else len(padding)
         shape = S.numel() // keys, keys, block, start, length, int(causal), batch
         native.call("softmax", S.dtype, S, padding, space, *shape)

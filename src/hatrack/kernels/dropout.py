@@ -19,7 +19,7 @@ import torch
 
 from hatrack.kernels import native
 
-STEPS = 2**16
+THRESHOLD_STEPS = 2**16
 """The kernel draws 16 bits for a number: its chance to be dropped is a multiple of 1 / 65,536."""
 
 
@@ -32,36 +32,36 @@ class Mask(NamedTuple):
     @property
     def threshold(self) -> int:
         """p in steps of the kernel's draw."""
-        return round(self.p * STEPS)
+        return round(self.p * THRESHOLD_STEPS)
 
     @property
     def scale(self) -> float:
         """What the numbers that are kept are multiplied with, so that their mean stays."""
-        return 1 / (1 - self.threshold / STEPS)
+        return 1 / (1 - self.threshold / THRESHOLD_STEPS)
 
 
-KEEP = Mask(0.0, 0)
+NO_DROPOUT = Mask(0.0, 0)
 """Nothing is dropped."""
 
 
-def draw(p: float) -> Mask:
+def draw_mask(p: float) -> Mask:
     """A mask of its own for each call, by torch's random state."""
-    return Mask(p, int(torch.randint(2**62, (), device="cpu"))) if p else KEEP
+    return Mask(p, int(torch.randint(2**62, (), device="cpu"))) if p else NO_DROPOUT
 
 
-def dropped(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
+def apply_mask(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
     """A copy of contiguous x (..., d) times `scale`, with zeros where `mask` drops; x itself where it does nothing."""
     if not mask.p:
         return x if scale == 1 else x * scale
-    if native.covers(x) and mask.threshold < STEPS:
+    if native.supports(x) and mask.threshold < THRESHOLD_STEPS:
         out, width = torch.empty_like(x), x.shape[-1]
         native.call("drop", x.dtype, x, out, x.numel() // width, width, scale, mask.threshold, mask.seed)
         return out
     if x.device.type != "cpu":
         drawn = _generator(x.device).manual_seed(mask.seed)
-        kept = torch.empty_like(x).bernoulli_(1 - mask.threshold / STEPS, generator=drawn)
+        kept = torch.empty_like(x).bernoulli_(1 - mask.threshold / THRESHOLD_STEPS, generator=drawn)
         return kept.mul_(x if scale == 1 else x * scale)
-    positions = dropout_positions(x.numel(), min(mask.threshold / STEPS, 1 - 1 / STEPS), mask.seed)
+    positions = dropout_positions(x.numel(), min(mask.threshold / THRESHOLD_STEPS, 1 - 1 / THRESHOLD_STEPS), mask.seed)
     out = x * scale if scale != 1 else x.clone()
     out.view(-1).index_fill_(0, positions, 0)
     return out
@@ -85,14 +85,14 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mask: Mask) -> torch.Tensor:
         ctx.mask = mask
-        return dropped(x, mask, mask.scale)
+        return apply_mask(x, mask, mask.scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return dropped(g.contiguous(), ctx.mask, ctx.mask.scale), None
+        return apply_mask(g.contiguous(), ctx.mask, ctx.mask.scale), None
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """Dropout of x (..., d) with the mask drawn now; what is kept is divided by 1 - p. 0 <= p < 1."""
-    return _Dropout.apply(x.contiguous(), draw(p)) if p else x  # type: ignore[no-untyped-call]
+    return _Dropout.apply(x.contiguous(), draw_mask(p)) if p else x  # type: ignore[no-untyped-call]

@@ -42,10 +42,10 @@ class FrozenLinear(nn.Linear):
         trained = any(parameter.requires_grad for parameter in self._parameters.values() if parameter is not None)
         if trained or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        return linear(x, self.weight, self.bias, rounding_of(self))
+        return linear(x, self.weight, self.bias, active_rounding(self))
 
 
-def rounding_of(layer: nn.Module) -> str | None:
+def active_rounding(layer: nn.Module) -> str | None:
     """What a layer's products are rounded to as it stands: nothing while it is scored."""
     return getattr(layer, "rounding", None) if layer.training else None
 
@@ -62,27 +62,32 @@ class _Linear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.W = W  # as it is, with what tells how its bits are to be read
         ctx.rounding = rounding
-        return times(x.reshape(-1, x.shape[-1]), W, b, rounding).view(*x.shape[:-1], -1)
+        return matmul(x.reshape(-1, x.shape[-1]), W, b, rounding).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return back(g.reshape(-1, g.shape[-1]), ctx.W, None, ctx.rounding).view(*g.shape[:-1], -1), None, None, None
+        return (
+            matmul_backward(g.reshape(-1, g.shape[-1]), ctx.W, None, ctx.rounding).view(*g.shape[:-1], -1),
+            None,
+            None,
+            None,
+        )
 
 
-def times(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None = None) -> torch.Tensor:
+def matmul(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None = None) -> torch.Tensor:
     """y (n, d_out) in the format of x."""
     b = None if b is None else b.to(x.dtype)
     rounding = _worth_it(x, rounding)
     if rounding is None and _as_it_is(x, W):
         return F.linear(x, W.to(x.dtype), b)
-    y = x.new_empty(len(x), shape_of(W)[0])
+    y = x.new_empty(len(x), weight_shape(W)[0])
     for rows, part in _parts(x, W):
         _multiply(x, part.t(), y[:, rows], rounding)
     return y if b is None else y.add_(b)
 
 
-def back(
+def matmul_backward(
     g: torch.Tensor, W: torch.Tensor, g_x: torch.Tensor | None = None, rounding: str | None = None
 ) -> torch.Tensor:
     """g_x (n, d_in) in the format of g; added to the one that is given.
@@ -92,18 +97,18 @@ def back(
     """
     some = _rows_not_zero(g)
     if some is not None:
-        total = g.new_zeros(len(g), shape_of(W)[1]) if g_x is None else g_x
-        return total.index_add_(0, some, back(g[some], W, None, rounding)) if len(some) else total
+        total = g.new_zeros(len(g), weight_shape(W)[1]) if g_x is None else g_x
+        return total.index_add_(0, some, matmul_backward(g[some], W, None, rounding)) if len(some) else total
     rounding = _worth_it(g, rounding)
     if rounding is None and _as_it_is(g, W):
         return g @ W.to(g.dtype) if g_x is None else g_x.addmm_(g, W.to(g.dtype))
     if g.dtype != torch.float32:
-        total = torch.zeros(len(g), shape_of(W)[1])  # in float32, however many parts it is a sum of
+        total = torch.zeros(len(g), weight_shape(W)[1])  # in float32, however many parts it is a sum of
         for rows, part in _parts(g, W):
             total.add_(g[:, rows] @ part)
         return total.to(g.dtype) if g_x is None else g_x.add_(total)
     add = g_x is not None
-    total = g.new_empty(len(g), shape_of(W)[1]) if g_x is None else g_x
+    total = g.new_empty(len(g), weight_shape(W)[1]) if g_x is None else g_x
     for rows, part in _parts(g, W):
         _multiply(g[:, rows], part, total, rounding, add=add)
         add = True
@@ -119,7 +124,7 @@ def _worth_it(x: torch.Tensor, rounding: str | None) -> str | None:
 def _multiply(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, rounding: str | None, *, add: bool = False) -> None:
     """out (n, d) becomes x (n, k) W (k, d), or has it added."""
     if rounding is not None:
-        int8.product(x if x.stride(1) == 1 else x.contiguous(), W, out, rounding, add=add)
+        int8.int_matmul(x if x.stride(1) == 1 else x.contiguous(), W, out, rounding, add=add)
     elif add:
         out.addmm_(x, W)
     else:
@@ -135,7 +140,7 @@ def _rows_not_zero(g: torch.Tensor) -> torch.Tensor | None:
     return found if 4 * len(found) <= 3 * len(g) else None
 
 
-def shape_of(W: torch.Tensor) -> tuple[int, int]:
+def weight_shape(W: torch.Tensor) -> tuple[int, int]:
     """(d_out, d_in), of a matrix in four bits as well."""
     d_out, d_in = W.quant_state.shape if hasattr(W, "quant_state") else W.shape
     return d_out, d_in
@@ -159,7 +164,7 @@ def _repacked(state: Any) -> bool:
     return bool(getattr(state, "packing_format_for_cpu", False)) or (not state.nested and state.absmax.dim() != 1)
 
 
-def keep_packed_as_is(base: nn.Module) -> None:
+def prevent_repacking(base: nn.Module) -> None:
     """Has bitsandbytes leave matrices in four bits in the order they are in.
 
     On a CPU with AVX512-BF16 its layers repack theirs at the first evaluation. No gradient flows back through that
@@ -192,7 +197,7 @@ def _as_it_is(x: torch.Tensor, W: torch.Tensor) -> bool:
 def _parts(x: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """W's rows, a few at a time: which they are, and (rows, d_in) in the format of x, good until the next are asked
     for."""
-    d_out, d_in = shape_of(W)
+    d_out, d_in = weight_shape(W)
     if _as_it_is(x, W):
         yield slice(0, d_out), W
         return

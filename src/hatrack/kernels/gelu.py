@@ -17,7 +17,7 @@ from hatrack.kernels import native
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """x (...) -> (...) in its format."""
-    if native.covers(x) and x.is_contiguous():
+    if native.supports(x) and x.is_contiguous():
         return _GELU.apply(x)  # type: ignore[no-any-return,no-untyped-call]
     return F.gelu(x, approximate="tanh")
 

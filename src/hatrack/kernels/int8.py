@@ -12,7 +12,7 @@ changes a number of a block by, an output is off by at most
     sum over p, k in p of  u |W_kj| + v |x_ik| + u v
 
 besides what is lost to float32. M is 4,095 (`int16`, 13 bits: 128 M^2 < 2^31) or 63 (`int8`, 7 bits: two products and
-two more fit in 16 bits with x moved to 0..2 M). W is quantised as it is multiplied: no copy of it is kept. A block with
+two more fit in 16 bits with x moved to 0..2 M). W is quantized as it is multiplied: no copy of it is kept. A block with
 an infinity or a NaN has a scale of NaN, and so the whole row or column of y. Knows nothing of layers.
 """
 
@@ -27,15 +27,15 @@ TINY = 2.0**-100
 """A block with nothing larger counts as zeros."""
 
 
-def available() -> bool:
+def is_available() -> bool:
     """Whether the kernels are there, which need a processor with AVX2."""
     library = native.library()
     return library is not None and bool(library.integers_covered())
 
 
-def product(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, format: str, *, add: bool = False) -> None:
+def int_matmul(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, format: str, *, add: bool = False) -> None:
     """out (n, d) = x (n, k) W (k, d), or += where `add`; all float32 on a processor. x and out have rows without gaps
-    (stride(1) == 1), and so has W or its transpose. `format`: one of `BITS`. Only where `available()`."""
+    (stride(1) == 1), and so has W or its transpose. `format`: one of `BITS`. Only where `is_available()`."""
     (n, k), d = x.shape, W.shape[1]
     library = native.library()
     assert library is not None and x.dtype == W.dtype == out.dtype == torch.float32
@@ -50,17 +50,17 @@ def product(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, format: str, *,
     native.call("product", getattr(torch, format), x, W, out, space, n, k, d, *leads, transposed, add)
 
 
-def plain_product(x: torch.Tensor, W: torch.Tensor, format: str) -> torch.Tensor:
+def reference_matmul(x: torch.Tensor, W: torch.Tensor, format: str) -> torch.Tensor:
     """x (n, k) W (k, d) by the formulas, (n, d) float64: what the kernel is held to."""
     most = 2 ** (BITS[format] - 1) - 1
     y = torch.zeros(len(x), W.shape[1], dtype=torch.float64)
     for rows, columns in zip(torch.split(x, BLOCK, 1), torch.split(W, BLOCK), strict=True):
-        (q, s), (r, t) = quantised(rows, most), quantised(columns.t(), most)
+        (q, s), (r, t) = quantize_block(rows, most), quantize_block(columns.t(), most)
         y += s.double() * t.double().t() * (q.double() @ r.double().t())
     return y
 
 
-def quantised(x: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_block(x: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A block (n, 128 at most) as integers -most..most, float32, and the scale (n, 1) of each row."""
     largest = x.abs().amax(1, keepdim=True)
     some = (largest >= TINY) & largest.isfinite()

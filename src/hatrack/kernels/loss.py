@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hatrack.kernels import native
-from hatrack.kernels.frozen_linear import back, times
+from hatrack.kernels.frozen_linear import matmul, matmul_backward
 
 CHUNK, CHUNK_ON_ACCELERATOR = 2**23, 2**26
 """Logits held at one time: 16 and 128 MiB of them in bfloat16."""
@@ -57,7 +57,7 @@ class _NextToken(torch.autograd.Function):
             logits = states[part].clone() if W is None else _logits(states[part], W, b, rounding)
             values[part], slope = _softmax_loss(logits, wanted[part], gradient is not None)
             if slope is not None and gradient is not None:
-                gradient[part] = slope if W is None else back(slope, W, None, rounding)
+                gradient[part] = slope if W is None else matmul_backward(slope, W, None, rounding)
         ctx.save_for_backward(gradient)
         return values
 
@@ -74,14 +74,14 @@ def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, round
     plain = rounding is None and states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
     if plain and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return torch.ops.mkldnn._linear_pointwise(states, W, b, "none", [], "")  # type: ignore[no-any-return]
-    return times(states, W, b, rounding)
+    return matmul(states, W, b, rounding)
 
 
 def _softmax_loss(
     logits: torch.Tensor, wanted: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Losses (n,) float32 of logits (n, V), which it may overwrite, and their gradient (n, V) in the logits' format."""
-    if native.covers(logits, columns=1):
+    if native.supports(logits, columns=1):
         values = torch.empty(len(wanted))
         native.call("softmax_loss", logits.dtype, logits, wanted, values, *logits.shape)
         return values, logits

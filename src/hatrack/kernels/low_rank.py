@@ -19,13 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from hatrack.kernels import native
-from hatrack.kernels.dropout import KEEP, STEPS, Mask, dropped
+from hatrack.kernels.dropout import NO_DROPOUT, THRESHOLD_STEPS, Mask, apply_mask
 
 LARGEST_RANK, LARGEST_STACK = 64, 256
 """Above the first, for one adapter, a general matrix product does better; the second is the kernels' for a stack."""
 
 
-def rows(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def prepare_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A factor (r, d) in the products' format; for the kernels contiguous, its rank filled up with zeros to a multiple
     of 8."""
     factor = factor.to(dtype)
@@ -38,11 +38,11 @@ def rows(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.Tensor:
     """scale D(x) A^T, (n, r), for contiguous x (n, d) and A (r, d) of one dtype; in float32, but on an accelerator,
     where a cast costs a launch, in x's format."""
-    masks = masks or (KEEP,)
+    masks = masks or (NO_DROPOUT,)
     (n, width), rank = x.shape, A.shape[0]
     if not _covered(x, rank, masks):
-        parts = [_product(dropped(x, mask), part.t(), scale) for part, mask in _parts(A, masks)]
-        h = joined(parts, 1)
+        parts = [_product(apply_mask(x, mask), part.t(), scale) for part, mask in _parts(A, masks)]
+        h = concat(parts, 1)
         return h.float() if x.device.type == "cpu" else h
     h = torch.empty(n, rank)
     native.call("down", x.dtype, x, A, h, n, width, rank, rank, scale, masks[0].threshold, _seeds(masks, rank))
@@ -51,7 +51,7 @@ def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.
 
 def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> None:
     """y += scale D(h A) in place, for contiguous y (n, d), h (n, r) as `down` gives it and A (r, d) of y's dtype."""
-    masks = masks or (KEEP,)
+    masks = masks or (NO_DROPOUT,)
     (n, width), rank = y.shape, A.shape[0]
     if _covered(y, rank, masks):
         sizes = n, width, rank, h.stride(0)
@@ -60,23 +60,23 @@ def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: 
         y.addmm_(h.to(y.dtype), A, alpha=scale)
     else:
         for (part, mask), states in zip(_parts(A, masks), h.chunk(len(masks), 1), strict=True):
-            y.add_(dropped(states.to(y.dtype) @ part, mask, scale))
+            y.add_(apply_mask(states.to(y.dtype) @ part, mask, scale))
 
 
 def outer(x: torch.Tensor, h: torch.Tensor, scale: float, *masks: Mask) -> torch.Tensor:
     """scale h^T D(x), (r, d) float32, for contiguous x (n, d) and h (n, r) as `down` gives it."""
-    masks = masks or (KEEP,)
+    masks = masks or (NO_DROPOUT,)
     (n, width), rank = x.shape, h.shape[1]
     if not _covered(x, rank, masks):
-        parts = [_product(states.to(x.dtype), dropped(x, mask), scale) for states, mask in _parts(h.t(), masks)]
-        return joined(parts).float()
+        parts = [_product(states.to(x.dtype), apply_mask(x, mask), scale) for states, mask in _parts(h.t(), masks)]
+        return concat(parts).float()
     out, space = torch.empty(rank, width), torch.empty(torch.get_num_threads(), rank, width)
     sizes = n, width, rank, h.stride(0)
     native.call("outer", x.dtype, x, h, out, space, *sizes, masks[0].threshold, _seeds(masks, rank))
     return out if scale == 1 else out.mul_(scale)
 
 
-def joined(several: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
+def concat(several: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
     """All beside each other; one alone is not copied for it."""
     return torch.cat(several, dimension) if len(several) > 1 else several[0]
 
@@ -88,7 +88,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Ten
 
 def _covered(x: torch.Tensor, rank: int, masks: tuple[Mask, ...]) -> bool:
     fits = rank % (8 * len(masks)) == 0 and rank <= LARGEST_STACK and rank <= LARGEST_RANK * len(masks)
-    return native.covers(x) and fits and masks[0].threshold < STEPS
+    return native.supports(x) and fits and masks[0].threshold < THRESHOLD_STEPS
 
 
 def _parts(factors: torch.Tensor, masks: tuple[Mask, ...]) -> Iterator[tuple[torch.Tensor, Mask]]:

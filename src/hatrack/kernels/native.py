@@ -99,7 +99,7 @@ def _reason(error: Exception) -> str:
     return next((line for line in lines if "error" in line), str(error))
 
 
-def covers(x: torch.Tensor, columns: int = 32) -> bool:
+def supports(x: torch.Tensor, columns: int = 32) -> bool:
     """Whether the kernels take a matrix like x (..., d): on a processor, of their formats, d in blocks of `columns`."""
     return x.device.type == "cpu" and x.dtype in FORMATS and x.shape[-1] % columns == 0 and library() is not None
 

@@ -14,7 +14,7 @@ from hatrack.kernels import native
 def rms_norm(x: torch.Tensor, w: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x (..., d), w (d,) float32 without a gradient -> (..., d) of x's format, computed in float32. On an accelerator w
     may be of x's format: torch has a kernel for that."""
-    if native.covers(x):
+    if native.supports(x):
         return _RMSNorm.apply(x, w, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     if x.device.type != "cpu" and w.dtype == x.dtype:
         return F.rms_norm(x, w.shape, w, epsilon)

@@ -28,7 +28,7 @@ from hatrack.base.load import name_of
 from hatrack.errors import RecipeError
 from hatrack.kernels import dropout, int8
 from hatrack.kernels.attention import attention
-from hatrack.kernels.frozen_linear import FrozenLinear, can_unpack, keep_packed_as_is, linear, rounding_of
+from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, can_unpack, linear, prevent_repacking
 from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.norm import rms_norm
 from hatrack.planning.memory import MATMULS
@@ -54,7 +54,7 @@ def speed_up(base: PreTrainedModel, trunk: LayerStack | None = None, compute: st
     a processor; under autocast nothing is rounded. Raises RecipeError where that cannot be done.
     """
     on_processor = base.device.type == "cpu"
-    keep_packed_as_is(base)
+    prevent_repacking(base)
     if compute != "auto":
         if (
             trunk is None and base.dtype != torch.float32
@@ -102,10 +102,10 @@ def _keep_freed_memory(largest: int) -> None:
 
 def check_rounding(compute: str, device: str) -> None:
     """Raises RecipeError where a kind of device cannot round products as `compute` (int16, int8 or auto) asks."""
-    if compute != "auto" and (device != "cpu" or not int8.available()):
+    if compute != "auto" and (device != "cpu" or not int8.is_available()):
         raise RecipeError(
             f"--compute {compute} is for processors with AVX2 and hatrack's compiled kernels",
-            got=f"{device}{'' if int8.available() else ', without them'}",
+            got=f"{device}{'' if int8.is_available() else ', without them'}",
             fix="leave it out",
         )
 
@@ -128,7 +128,7 @@ def _round_products(base: PreTrainedModel, compute: str) -> None:
 
 def _unpacked(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """What bitsandbytes' layer in four bits gives for x (..., d_in), in the format of x."""
-    y = linear(x.to(layer.compute_dtype or x.dtype), layer.weight, None, rounding_of(layer))
+    y = linear(x.to(layer.compute_dtype or x.dtype), layer.weight, None, active_rounding(layer))
     return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(x.dtype)
 
 

@@ -42,9 +42,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from hatrack.kernels.dropout import Mask, draw
-from hatrack.kernels.frozen_linear import FrozenLinear, back, keep_packed_as_is, rounding_of, times
-from hatrack.kernels.low_rank import down, joined, outer, rows, up
+from hatrack.kernels.dropout import Mask, draw_mask
+from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, matmul, matmul_backward, prevent_repacking
+from hatrack.kernels.low_rank import concat, down, outer, prepare_factor, up
 from hatrack.layers.lossless_merge import LosslessMerge
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,8 +134,8 @@ class _Parts(NamedTuple):
             self.A,
             self.B,
             self.scaling,
-            draw(self.p),
-            rounding_of(self.base),
+            draw_mask(self.p),
+            active_rounding(self.base),
         )
 
     def state(self) -> tuple[object, ...]:
@@ -237,13 +237,13 @@ class LoraMatmuls(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, settings: list[tuple[float, Mask, str | None]], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         masks, weights = [mask for _, mask, _ in settings], tensors[::4]
-        A = joined([rows(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
-        several = [rows(B.t(), x.dtype) for B in tensors[3::4]]
+        A = concat([prepare_factor(A, x.dtype) for A in tensors[2::4]])  # each filled up to a multiple of 8 ranks
+        several = [prepare_factor(B.t(), x.dtype) for B in tensors[3::4]]
         h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
         outputs = []
         parts = zip(weights, tensors[1::4], several, h.chunk(len(masks), 1), settings, strict=True)
         for W, b, B, own, (scaling, _, rounding) in parts:
-            y = times(x, W, b, rounding)  # (n, d_out)
+            y = matmul(x, W, b, rounding)  # (n, d_out)
             up(y, own, B, scaling)
             outputs.append(y)
         ctx.save_for_backward(x, h, A, *weights, *several)
@@ -266,16 +266,16 @@ class LoraMatmuls(torch.autograd.Function):
                 found[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
                 found[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # (d_out, r)
-        g_h = joined(narrow, 1)  # (n, ranks of all)
+        g_h = concat(narrow, 1)  # (n, ranks of all)
         if any(needed[2::4]):
             for number, g_A in enumerate(outer(x, g_h, 1.0, *masks).chunk(len(masks))):
                 found[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
         g_x = None
         if ctx.needs_input_grad[0]:
             roundings = [rounding for *_, rounding in ctx.settings]
-            g_x = back(gradients[0], weights[0], None, roundings[0])  # (n, d_in)
+            g_x = matmul_backward(gradients[0], weights[0], None, roundings[0])  # (n, d_in)
             for g, W, rounding in zip(gradients[1:], weights[1:], roundings[1:], strict=True):
-                back(g, W, g_x, rounding)
+                matmul_backward(g, W, g_x, rounding)
             up(g_x, g_h, A, 1.0, *masks)
         return g_x, None, *found
 
@@ -320,7 +320,7 @@ def get_peft_model(base: nn.Module, config: PeftConfig, **options: Any) -> PeftM
 
     Raises ModelError where bitsandbytes has repacked the base for inference: it would not learn.
     """
-    keep_packed_as_is(base)
+    prevent_repacking(base)
     if isinstance(config, LoraConfig):
         config._register_custom_module(dict(LAYER_CLASSES))
     return peft_get_peft_model(base, config, **options)

@@ -21,16 +21,16 @@ from hatrack.planning.memory import (
     BITSANDBYTES_IMPORTED,
     FRAMEWORK,
     ITEM_BYTES,
-    STATES,
-    Batch,
+    STATES_IN_MEMORY,
     Method,
+    MicroBatch,
     state_bytes,
     training_bytes,
     weight_bytes,
 )
-from hatrack.planning.model_shape import ModelShape, describe
+from hatrack.planning.model_shape import ModelShape, describe_model
 from hatrack.planning.schedule import Schedule, batch_rows, derive
-from hatrack.planning.time import OpCounts, forward, lower, step
+from hatrack.planning.time import OpCounts, cached_counts, forward_counts, step_counts
 from hatrack.recipe import Recipe
 
 METHODS = {
@@ -38,12 +38,12 @@ METHODS = {
     "LoRA": Method(),
     "LoRA, 8-bit base": Method(quantize="8bit"),
     "LoRA, 4-bit base": Method(quantize="4bit"),
-    "LoRA, streamed": Method(sweep=True),
+    "LoRA, streamed": Method(streamed=True),
 }
 """The columns of a plan."""
 MOST_ROWS = 20_000
 """Of more rows, so many evenly chosen ones stand for all."""
-FEWEST_SCORED = 8
+MIN_SCORED_ROWS = 8
 """Rows that are scored at a time, where a micro-batch has fewer."""
 SET_UP, SAVE = 0.05, 0.02
 """Setting the trainer up and saving a checkpoint, as shares of the seconds that a start takes."""
@@ -55,7 +55,7 @@ MARGIN = 0.95
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What there is to learn: (n, 2) of each row to learn from, and of each held out, how many tokens it has and how
     many of them are supervised (0 to classify). `framework` is what the process holds already, None where it has yet to
     start; `known` the share of rows whose way through the layers below all adapters is kept; `packed` says that the
@@ -65,9 +65,9 @@ class Work:
     labels: int
     rows: np.ndarray
     held_out: np.ndarray
-    framework: int | None = None
-    known: float = 0.0
-    packed: bool = False
+    process_bytes: int | None = None
+    cached_fraction: float = 0.0
+    quantized_cached: bool = False
 
     @property
     def longest(self) -> int:
@@ -93,7 +93,7 @@ class Plan:
     seconds: float | None = None
     whole_seconds: float | None = None
     step_seconds: float | None = None
-    read: int = 0
+    read_per_step: int = 0
     disk: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -104,7 +104,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether what is needed stays below the limit."""
-        return self.limit is None or needed(self.memory) <= self.limit
+        return self.limit is None or required_bytes(self.memory) <= self.limit
 
     def as_json(self) -> dict[str, Any]:
         """The plan as `train --json` and `plan --json` show it."""
@@ -118,14 +118,14 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes,
             "memory": dict(self.memory),
             "disk": dict(self.disk),
-            "bytes_read_per_step": self.read,
+            "bytes_read_per_step": self.read_per_step,
             "seconds": _rounded(self.seconds),
             "seconds_per_step": _rounded(self.step_seconds),
             "whole_seconds": _rounded(self.whole_seconds),
         }
 
 
-def needed(memory: Mapping[str, int]) -> int:
+def required_bytes(memory: Mapping[str, int]) -> int:
     """All terms but the pages of files that are read once while loading, which the system drops where it is short."""
     return sum(memory.values()) - memory.get("loading", 0)
 
@@ -135,8 +135,8 @@ class PlanRequest:
     """All that a plan depends on: a base with its adapter, the work, the machine and the recipe."""
 
     recipe: Recipe
-    anatomy: ModelShape
-    work: Work
+    model: ModelShape
+    work: Workload
     machine: Machine
 
     @property
@@ -147,7 +147,7 @@ class PlanRequest:
     @property
     def limit(self) -> int:
         """Bytes the run may take: as asked, and never more than there are."""
-        there = int(self.machine.memory * MARGIN) + (self.work.framework or 0)
+        there = int(self.machine.memory * MARGIN) + (self.work.process_bytes or 0)
         return min(there, self.recipe.memory or there)
 
     @property
@@ -161,36 +161,36 @@ class PlanRequest:
             self.recipe,
             task=self.work.task,
             rows=len(self.work.rows),
-            hidden_size=self.anatomy.shape.hidden,
+            hidden_size=self.model.dims.hidden,
             micro_batch=micro_batch,
         )
 
 
-def setting(recipe: Recipe, peeked: BaseDescription, work: Work, machine: Machine) -> PlanRequest:
+def make_request(recipe: Recipe, peeked: BaseDescription, work: Workload, machine: Machine) -> PlanRequest:
     """Raises TargetError or RecipeError where the recipe does not fit the base."""
-    return PlanRequest(recipe, describe(peeked, recipe, task=work.task, labels=work.labels), work, machine)
+    return PlanRequest(recipe, describe_model(peeked, recipe, task=work.task, labels=work.labels), work, machine)
 
 
-def settle(
-    recipe: Recipe, peeked: BaseDescription, work: Work, machine: Machine, rows: int | None = None
+def plan_or_raise(
+    recipe: Recipe, peeked: BaseDescription, work: Workload, machine: Machine, rows: int | None = None
 ) -> tuple[PlanRequest, Plan]:
     """The plan that training follows, with `rows` at a time where an interrupted run had so many. Where the base has no
     room in memory it stays on disk, and each step sweeps over it.
 
     Raises RecipeError where it does not fit, unless the recipe says `force`; TargetError as `setting` does.
     """
-    where = setting(recipe, peeked, work, machine)
-    found = choose(where, rows)
+    where = make_request(recipe, peeked, work, machine)
+    found = choose_plan(where, rows)
     if not found.fits and not recipe.force:
-        raise refuse(where, found)
+        raise too_large_error(where, found)
     return where, found
 
 
-def choose(where: PlanRequest, rows: int | None = None) -> Plan:
+def choose_plan(where: PlanRequest, rows: int | None = None) -> Plan:
     """The recipe's own way where that fits, else a sweep where that does and can be."""
     found = plan_run(where, rows=rows)
     if not found.fits and not _needs_whole_base(where):
-        streamed = plan_run(where, Method(sweep=True), rows)
+        streamed = plan_run(where, Method(streamed=True), rows)
         found = streamed if streamed.fits else found
     return found
 
@@ -199,7 +199,7 @@ def _needs_whole_base(where: PlanRequest) -> str | None:
     """The option that a base cannot be streamed with, one layer after the other; None where it can."""
     recipe = where.recipe
     options = {"quantize": recipe.quantize != "none", "variant": recipe.variant in ("dora", "pissa")}
-    options |= {"lr": recipe.lr == "auto", "layers": recipe.layers == "auto", "device": not where.machine.sweeps}
+    options |= {"lr": recipe.lr == "auto", "layers": recipe.layers == "auto", "device": not where.machine.can_stream}
     return next((name for name, needs in options.items() if needs), None)
 
 
@@ -211,26 +211,30 @@ def plan_run(where: PlanRequest, method: Method | None = None, rows: int | None 
     the plan is the smallest there is, and `fits` is false.
     """
     method = method or Method(quantize=where.recipe.quantize)
-    tries = [method] if method.sweep else [method, dataclasses.replace(method, checkpointing=True)]
+    tries = [method] if method.streamed else [method, dataclasses.replace(method, checkpointing=True)]
     for tried in tries:
         memory_for = _memory_of(where, tried)
-        found, memory = (rows, memory_for(rows)) if rows else most_rows(memory_for, where.batch_size, where.limit)
-        if needed(memory) <= where.limit:
+        found, memory = (
+            (rows, memory_for(rows)) if rows else largest_micro_batch(memory_for, where.batch_size, where.limit)
+        )
+        if required_bytes(memory) <= where.limit:
             break
-    return _priced(where, Plan(_trained(where, tried), where.anatomy.counted.total, found, memory, tried, where.limit))
+    return _priced(where, Plan(_trained(where, tried), where.model.counts.total, found, memory, tried, where.limit))
 
 
-def most_rows(memory_for: Callable[[int], dict[str, int]], batch_size: int, limit: int) -> tuple[int, dict[str, int]]:
+def largest_micro_batch(
+    memory_for: Callable[[int], dict[str, int]], batch_size: int, limit: int
+) -> tuple[int, dict[str, int]]:
     """The most rows at a time that divide the batch and stay under `limit` bytes, else one; and their bytes by term."""
     for rows in range(batch_size, 0, -1):
         if batch_size % rows == 0:
             memory = memory_for(rows)
-            if needed(memory) <= limit or rows == 1:
+            if required_bytes(memory) <= limit or rows == 1:
                 return rows, memory
     raise ValueError("a batch has at least one row")
 
 
-def change(where: PlanRequest, plan: Plan) -> str | None:
+def suggest_change(where: PlanRequest, plan: Plan) -> str | None:
     """The one change that makes a run fit that does not, the one that alters the result least first; None if none."""
     for words, recipe, method in _changes(where, plan):
         most = recipe.max_length or np.iinfo(np.int64).max
@@ -238,21 +242,24 @@ def change(where: PlanRequest, plan: Plan) -> str | None:
         other = dataclasses.replace(where, recipe=recipe, work=dataclasses.replace(where.work, **cut))
         found = plan_run(other, method)
         if found.fits:
-            return f"{words} ({format_size(needed(found.memory))})"
+            return f"{words} ({format_size(required_bytes(found.memory))})"
     return None
 
 
-def refuse(where: PlanRequest, plan: Plan) -> RecipeError:
+def too_large_error(where: PlanRequest, plan: Plan) -> RecipeError:
     """The complaint about a run that does not fit: what it takes, what there is, and what to change."""
     largest = max(plan.memory, key=lambda term: plan.memory[term])
-    most = f"{format_size(needed(plan.memory))} needed, of which {largest} {format_size(plan.memory[largest])}"
+    most = f"{format_size(required_bytes(plan.memory))} needed, of which {largest} {format_size(plan.memory[largest])}"
     asked = where.recipe.memory is not None and where.recipe.memory <= where.limit
     limit = (
         f"--memory {format_size(where.limit)}"
         if asked
-        else f"{format_size(where.limit)} of memory ({where.machine.why})"
+        else f"{format_size(where.limit)} of memory ({where.machine.reason})"
     )
-    cure = change(where, plan) or f"a smaller base, or a machine with {format_size(needed(plan.memory) / MARGIN)}"
+    cure = (
+        suggest_change(where, plan)
+        or f"a smaller base, or a machine with {format_size(required_bytes(plan.memory) / MARGIN)}"
+    )
     return RecipeError(f"{limit} is too little even for one row at a time", got=most, fix=f"{cure}; or --force")
 
 
@@ -270,7 +277,7 @@ def _changes(where: PlanRequest, plan: Plan) -> list[tuple[str, Recipe, Method]]
         if method.quantize == "none"
     ]
     streamed = [
-        (f"{words}, and the base streamed layer by layer", where.recipe.changed(**{name: value}), Method(sweep=True))
+        (f"{words}, and the base streamed layer by layer", where.recipe.changed(**{name: value}), Method(streamed=True))
         for words, name, value in (
             ("--variant lora", "variant", "lora"),
             ("no --lr auto", "lr", None),
@@ -283,22 +290,22 @@ def _changes(where: PlanRequest, plan: Plan) -> list[tuple[str, Recipe, Method]]
 
 
 def _trained(where: PlanRequest, method: Method) -> int:
-    counted = where.anatomy.counted
+    counted = where.model.counts
     return counted.total - counted.lora - counted.head if method.full else counted.trainable
 
 
 def _memory_of(where: PlanRequest, method: Method) -> Callable[[int], dict[str, int]]:
     plain = method.quantize == "none" and where.recipe.variant != "dora"
-    unread = where.anatomy.below if where.work.known == 1 and _mapped(where, method) else 0
-    framework = where.machine.framework or FRAMEWORK
+    unread = where.model.cached_layers if where.work.cached_fraction == 1 and _mapped(where, method) else 0
+    framework = where.machine.imported_bytes or FRAMEWORK
     framework += BITSANDBYTES_IMPORTED if method.quantize != "none" else 0
-    if (where.work.framework or 0) > USUAL * framework:  # a process that does other things too
-        framework = where.work.framework or 0
+    if (where.work.process_bytes or 0) > USUAL * framework:  # a process that does other things too
+        framework = where.work.process_bytes or 0
 
     def memory_for(rows: int) -> dict[str, int]:
         batches = micro_batches(where, rows)
         return training_bytes(
-            where.anatomy,
+            where.model,
             method,
             max(batches, key=lambda batch: batch.tokens),
             dtype=where.dtype,
@@ -306,28 +313,28 @@ def _memory_of(where: PlanRequest, method: Method) -> Callable[[int], dict[str, 
             dropout=where.recipe.dropout,
             plain=plain,
             accelerator=where.machine.accelerator,
-            compiled=where.dtype == "bfloat16" and cpu.fast_at_bfloat16(),
+            compiled=where.dtype == "bfloat16" and cpu.has_fast_bfloat16(),
             framework=framework,
-            unread=0 if method.full or method.sweep else unread,
-            packed=where.work.packed,
+            unread=0 if method.full or method.streamed else unread,
+            packed=where.work.quantized_cached,
             scored=max(scored_batches(where, rows), key=lambda batch: batch.tokens, default=None),
         )
 
     return memory_for
 
 
-def scored_batches(where: PlanRequest, rows: int) -> list[Batch]:
+def scored_batches(where: PlanRequest, rows: int) -> list[MicroBatch]:
     """The batches in which held-out rows are scored, of a run with so many rows at a time."""
     thin = _thinned(where.work.held_out)
-    return _batches(thin, scoring_batches(thin[:, 0], max(rows, FEWEST_SCORED))) if len(thin) else []
+    return _batches(thin, scoring_batches(thin[:, 0], max(rows, MIN_SCORED_ROWS))) if len(thin) else []
 
 
-def micro_batches(where: PlanRequest, rows: int) -> list[Batch]:
+def micro_batches(where: PlanRequest, rows: int) -> list[MicroBatch]:
     """The very micro-batches that training with so many rows at a time will meet, of at most two epochs."""
     schedule, work = where.schedule(rows), where.work
     thin = _thinned(work.rows)
     wanted = schedule.steps * schedule.accumulation
-    found: list[Batch] = []
+    found: list[MicroBatch] = []
     for epoch in range(2):
         order = epoch_batches(thin[:, 0], rows, where.recipe.seed, epoch, by_tokens=work.task != "classify")
         found += _batches(thin, order)
@@ -336,8 +343,8 @@ def micro_batches(where: PlanRequest, rows: int) -> list[Batch]:
     return found[:wanted]
 
 
-def _batches(rows: np.ndarray, order: Sequence[np.ndarray]) -> list[Batch]:
-    return [Batch(len(b), int(rows[b, 0].max()), int(rows[b, 1].sum())) for b in order]
+def _batches(rows: np.ndarray, order: Sequence[np.ndarray]) -> list[MicroBatch]:
+    return [MicroBatch(len(b), int(rows[b, 0].max()), int(rows[b, 1].sum())) for b in order]
 
 
 def _thinned(rows: np.ndarray) -> np.ndarray:
@@ -346,53 +353,55 @@ def _thinned(rows: np.ndarray) -> np.ndarray:
 
 def _priced(where: PlanRequest, plan: Plan) -> Plan:
     """The plan with its seconds, bytes on disk and bytes read."""
-    anatomy, method = where.anatomy, plan.method
+    model, method = where.model, plan.method
     adapter = (4 if not method.full else ITEM_BYTES[where.dtype]) * plan.trainable
-    disk = {"base": anatomy.disk, "adapter": adapter, "checkpoints": 3 * 3 * adapter}
-    if method.sweep:
+    disk = {"base": model.disk_bytes, "adapter": adapter, "checkpoints": 3 * 3 * adapter}
+    if method.streamed:
         batches = micro_batches(where, plan.micro_batch)
         tokens = max(batch.tokens for batch in batches) * (where.batch_size // plan.micro_batch)
-        disk["states"] = max(0, state_bytes(anatomy, tokens, ITEM_BYTES[where.dtype]) - STATES)
-    kept = kept_bytes(where, method)
+        disk["states"] = max(0, state_bytes(model, tokens, ITEM_BYTES[where.dtype]) - STATES_IN_MEMORY)
+    kept = cached_bytes(where, method)
     if kept:
         disk["kept"] = kept
     if method.quantize != "none":
-        disk["packed"] = weight_bytes(anatomy, method, where.dtype)
+        disk["packed"] = weight_bytes(model, method, where.dtype)
     schedule = where.schedule(plan.micro_batch)
     spared = _spared(where, method, schedule.epochs)
-    read = _read(where, plan, disk.get("packed", anatomy.disk), spared)
-    plan = dataclasses.replace(plan, disk=disk, read=read)
-    prices = where.machine.prices
-    if prices is None:
+    read = _read(where, plan, disk.get("packed", model.disk_bytes), spared)
+    plan = dataclasses.replace(plan, disk=disk, read_per_step=read)
+    speed = where.machine.speed
+    if speed is None:
         return plan
     batches = micro_batches(where, plan.micro_batch)
-    steps = [step(anatomy, method, batch) + lower(anatomy, method, batch) * -spared for batch in batches]
+    steps = [step_counts(model, method, batch) + cached_counts(model, method, batch) * -spared for batch in batches]
     count = schedule.steps * schedule.accumulation
     training = sum(steps, OpCounts(0, 0, 0)) * (count / len(steps))
-    update = OpCounts(0, 8.0 * plan.trainable, anatomy.adapters)  # clipping and the optimizer, once a step
+    update = OpCounts(0, 8.0 * plan.trainable, model.adapted_layers)  # clipping and the optimizer, once a step
     training += update * schedule.steps
     scored = scored_batches(where, plan.micro_batch)
     again = _spared(where, method, math.inf)  # the first of all scores computes what the later ones read
-    scoring = sum((forward(anatomy, b) + lower(anatomy, method, b) * -again for b in scored), OpCounts(0, 0, 0))
+    scoring = sum(
+        (forward_counts(model, b) + cached_counts(model, method, b) * -again for b in scored), OpCounts(0, 0, 0)
+    )
     scoring = scoring * (len(where.work.held_out) / max(len(_thinned(where.work.held_out)), 1))
     evaluations = max(1, -int(-schedule.epochs // 1))
-    reading = read * schedule.steps / prices.disk
-    around = (SET_UP + SAVE * evaluations) * prices.start
+    reading = read * schedule.steps / speed.disk_bytes_per_second
+    around = (SET_UP + SAVE * evaluations) * speed.start_seconds
     scores = evaluations + 1  # the base's is taken with the first epoch's
     compute = where.recipe.compute
-    seconds = training.seconds(prices, compute) + scores * scoring.seconds(prices) + reading + around
-    whole = seconds + prices.start + 2 * anatomy.disk / prices.disk
-    per_step = training.seconds(prices, compute) / schedule.steps + read / prices.disk
+    seconds = training.seconds(speed, compute) + scores * scoring.seconds(speed) + reading + around
+    whole = seconds + speed.start_seconds + 2 * model.disk_bytes / speed.disk_bytes_per_second
+    per_step = training.seconds(speed, compute) / schedule.steps + read / speed.disk_bytes_per_second
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
 
 
 def _read(where: PlanRequest, plan: Plan, base: int, spared: float) -> int:
     """Bytes read from disk in a step, of a base of `base` bytes: none where it stays in memory. A sweep reads it twice,
     the layers below all adapters once, and these not at all for the share `spared` of rows whose results are kept."""
-    anatomy, method = where.anatomy, plan.method
-    if method.sweep:
-        below = anatomy.dense * anatomy.below / max(anatomy.shape.layers, 1)
-        share = below / (anatomy.dense + anatomy.outside)
+    model, method = where.model, plan.method
+    if method.streamed:
+        below = model.matmul_weights * model.cached_layers / max(model.dims.layers, 1)
+        share = below / (model.matmul_weights + model.other_weights)
         return round(base * (2 - share * (1 + spared)))
     accumulation = where.batch_size // plan.micro_batch
     return 2 * base * accumulation if _mapped(where, method) and not plan.fits else 0
@@ -400,13 +409,13 @@ def _read(where: PlanRequest, plan: Plan, base: int, spared: float) -> int:
 
 def _mapped(where: PlanRequest, method: Method) -> bool:
     """Whether the base's weights are the pages of a file: its own, or the one that quantised weights are kept in."""
-    same = where.anatomy.stored == where.dtype or method.quantize != "none"
+    same = where.model.stored_dtype == where.dtype or method.quantize != "none"
     return same and not where.machine.accelerator
 
 
-def kept_bytes(where: PlanRequest, method: Method) -> int:
+def cached_bytes(where: PlanRequest, method: Method) -> int:
     """Bytes on disk of what the layers below all adapters give: of each token a hidden state, up to --cache-limit."""
-    if method.full or not where.anatomy.below:
+    if method.full or not where.model.cached_layers:
         return 0
     whole = _state_bytes(where)
     return min(whole, where.recipe.cache_limit or whole)
@@ -415,13 +424,13 @@ def kept_bytes(where: PlanRequest, method: Method) -> int:
 def _state_bytes(where: PlanRequest) -> int:
     """Bytes of one hidden state for each token of all rows."""
     tokens = int(where.work.rows[:, 0].sum() + where.work.held_out[:, 0].sum())
-    return tokens * where.anatomy.shape.hidden * ITEM_BYTES[where.dtype]
+    return tokens * where.model.dims.hidden * ITEM_BYTES[where.dtype]
 
 
 def _spared(where: PlanRequest, method: Method, epochs: float) -> float:
     """The share of all rows' visits in which the layers below all adapters need not be computed."""
-    share = kept_bytes(where, method) / max(_state_bytes(where), 1)
-    return share * (1 - (1 - where.work.known) / max(epochs, 1))
+    share = cached_bytes(where, method) / max(_state_bytes(where), 1)
+    return share * (1 - (1 - where.work.cached_fraction) / max(epochs, 1))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -87,38 +87,48 @@ LAPTOPS = {
 }
 """Apple's processors with an accelerator (mps): the least memory (GiB) they are sold with, shared with the system, the
 16-bit products (TFLOP/s) and memory bandwidth (GB/s)."""
+SAVED_AS = {
+    "seconds_per_operation": "operation",
+    "seconds_per_element": "number",
+    "seconds_per_call": "call",
+    "disk_bytes_per_second": "disk",
+    "start_seconds": "start",
+    "source": "source",
+    "rounded": "rounded",
+}
+"""The fields of `MachineSpeed` and their names in a probe's file."""
 SHARED = 0.7
 """Share of a laptop's memory that its accelerator may take."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run is to take place. `memory` in bytes is what the run may take; `why` says what sets it.
+    """Where a run is to take place. `memory` in bytes is what the run may take; `reason` says what sets it.
 
-    `prices` is None where nothing is known of its speed; `framework` is what importing takes, where it was measured;
+    `speed` is None where it is unknown; `imported_bytes` is what imports take, None where not measured;
     `sweeps` says whether a base can be streamed there, one layer after the other.
     """
 
     name: str
     memory: int
-    why: str
+    reason: str
     dtype: str
     accelerator: bool = False
-    prices: MachineSpeed | None = None
-    framework: int | None = None
-    sweeps: bool = True
+    speed: MachineSpeed | None = None
+    imported_bytes: int | None = None
+    can_stream: bool = True
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of this machine: prices by number format, and bytes in memory once everything is imported."""
+    """What was measured of this machine: speed by number format, and bytes in memory once everything is imported."""
 
-    processor: str
-    prices: dict[str, MachineSpeed]
-    framework: int
+    cpu: str
+    speeds: dict[str, MachineSpeed]
+    imported_bytes: int
 
 
-def named(name: str) -> Machine:
+def machine_named(name: str) -> Machine:
     """A machine that is not this one: an accelerator or laptop by name, or a CPU with so much memory (`16GiB`).
 
     Raises RecipeError for a name that is neither.
@@ -127,13 +137,13 @@ def named(name: str) -> Machine:
     if key in ACCELERATORS:
         gib, teraflops, bandwidth, dtype = ACCELERATORS[key]
         memory = int(gib * GIB * (1 - DRIVER))
-        prices = _sheet(teraflops, bandwidth)
-        return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, prices=prices)
+        speed = _sheet(teraflops, bandwidth)
+        return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, speed=speed)
     if key in LAPTOPS:
-        gib, speed, bandwidth = LAPTOPS[key]
+        gib, speed_16bit, bandwidth = LAPTOPS[key]
         why = f"{SHARED:.0%} of {gib} GiB, the least there is of it"
-        prices = _sheet(speed, bandwidth)
-        return Machine(key, int(gib * GIB * SHARED), why, "bfloat16", accelerator=True, prices=prices, sweeps=False)
+        speed = _sheet(speed_16bit, bandwidth)
+        return Machine(key, int(gib * GIB * SHARED), why, "bfloat16", accelerator=True, speed=speed, can_stream=False)
     if key.isdigit():
         raise RecipeError(f"--on {name}: a size has a unit", got=name, fix=f"--on {name}GiB, or a GPU's name")
     try:
@@ -163,19 +173,19 @@ def _sheet(teraflops: float, bandwidth: float) -> MachineSpeed:
     )
 
 
-def here(device: str = "auto", dtype: str = "auto") -> Machine:
+def this_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     """This machine: its accelerator where it has one and `device` does not ask for the processor, else its processor.
 
-    `dtype`: the number format whose prices are wanted; auto is the one it is fast at.
+    `dtype`: the number format whose speed is wanted; auto is the one it is fast at.
     """
     if device in ("auto", "cuda") and (found := _accelerator()) is not None:
         return found
-    fast = "bfloat16" if cpu.fast_at_bfloat16() else "float32"
+    fast = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
     memory, why = available_memory()
-    probe = read_probe()
-    prices = probe.prices.get(fast if dtype == "auto" else dtype) if probe else None
+    probe = load_probe()
+    speed = probe.speeds.get(fast if dtype == "auto" else dtype) if probe else None
     return Machine(
-        processor(), memory, why, fast, prices=prices or _guess(), framework=probe.framework if probe else None
+        cpu_name(), memory, why, fast, speed=speed or _guess(), imported_bytes=probe.imported_bytes if probe else None
     )
 
 
@@ -196,50 +206,58 @@ def check_compute(compute: str, device: str) -> None:
     if compute != "auto" and (device != "cpu" or "avx2" not in cpu.features()):
         raise RecipeError(
             f"--compute {compute} is for processors that have AVX2",
-            got=device if device != "cpu" else processor(),
+            got=device if device != "cpu" else cpu_name(),
             fix="leave --compute out",
         )
 
 
 @functools.cache
-def processor() -> str:
+def cpu_name() -> str:
     """The processor's own name, and how many of them this process may use: `AMD EPYC x 2`."""
     models = cpu.cpuinfo("model name")
-    return f"{models[0] if models else platform.processor() or platform.machine()} x {processors()}"
+    return f"{models[0] if models else platform.processor() or platform.machine()} x {cpu_count()}"
 
 
-def processors() -> int:
+def cpu_count() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_probe() -> Probe | None:
+def load_probe() -> Probe | None:
     """What was measured of this processor with as many threads; None where nothing was, or the file is damaged."""
     try:
         content = json.loads(_probe_file().read_text())
-        prices = {dtype: MachineSpeed(**values) for dtype, values in content["prices"].items()}
-        return Probe(content["processor"], prices, int(content["framework"]))
+        speeds = {
+            dtype: MachineSpeed(**{field: values[saved] for field, saved in SAVED_AS.items()})
+            for dtype, values in content["prices"].items()
+        }
+        return Probe(content["processor"], speeds, int(content["framework"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep_probe(probe: Probe) -> None:
+def save_probe(probe: Probe) -> None:
     """Keeps a measurement for later plans on the same processor."""
-    write_file(_probe_file(), json.dumps(dataclasses.asdict(probe), indent=1))
+    speeds = {
+        dtype: {saved: getattr(speed, field) for field, saved in SAVED_AS.items()}
+        for dtype, speed in probe.speeds.items()
+    }
+    content = {"processor": probe.cpu, "prices": speeds, "framework": probe.imported_bytes}
+    write_file(_probe_file(), json.dumps(content, indent=1))
 
 
 def _probe_file() -> Path:
-    safe = "".join(letter if letter.isalnum() else "-" for letter in processor())
+    safe = "".join(letter if letter.isalnum() else "-" for letter in cpu_name())
     return cache_dir("probe") / f"{safe}-{os.environ.get('OMP_NUM_THREADS', 'all')}.json"
 
 
 def _guess() -> MachineSpeed:
     """The speed of a processor nobody measured: by its number of cores and its widest instructions."""
     lanes = 32 if "avx512f" in cpu.features() else 16 if "avx2" in cpu.features() else 8
-    operation = 1 / (processors() * 2.5e9 * lanes * 0.8)
+    operation = 1 / (cpu_count() * 2.5e9 * lanes * 0.8)
     rounded = {"int16": operation / 1.4, "int8": operation / 2} if lanes == 16 else {}
     return MachineSpeed(
-        operation, 1.2e-9 / processors(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured", rounded
+        operation, 1.2e-9 / cpu_count(), 3e-5, 5e8, 8.0, "a guess from the processor, not measured", rounded
     )
 
 
@@ -259,5 +277,5 @@ def _accelerator() -> Machine | None:
     known = next(
         (key for key in (_key(name), *ACCELERATORS) if key in ACCELERATORS and key in (*words, _key(name))), ""
     )
-    base = named(known) if known else Machine(name, memory, "", "bfloat16", accelerator=True)
-    return dataclasses.replace(base, name=name, memory=int(memory * 0.97), why="free on this accelerator")
+    base = machine_named(known) if known else Machine(name, memory, "", "bfloat16", accelerator=True)
+    return dataclasses.replace(base, name=name, memory=int(memory * 0.97), reason="free on this accelerator")

@@ -40,7 +40,7 @@ SCORES = 2**22
 """Attention probabilities held at one time in 16-bit formats (`kernels/attention.py`); in float32 none are."""
 PART = 2**21
 """Numbers of a matrix brought into the products' format at one time (`kernels/frozen_linear.py`)."""
-STATES = 2**27
+STATES_IN_MEMORY = 2**27
 """Bytes of hidden states that a sweep holds in memory (`training/layer_streaming.py`); those beyond go to a file."""
 PACKED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes a weight of a quantised layer: 4-bit numbers come with a float32 scale for each 64 of them."""
@@ -53,12 +53,12 @@ class Method:
 
     full: bool = False
     quantize: str = "none"
-    sweep: bool = False
+    streamed: bool = False
     checkpointing: bool = False
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """One micro-batch, padding included: `rows` of `longest` tokens; `learned` of them are supervised."""
 
     rows: int
@@ -72,9 +72,9 @@ class Batch:
 
 
 def training_bytes(
-    anatomy: ModelShape,
+    model: ModelShape,
     method: Method,
-    batch: Batch,
+    batch: MicroBatch,
     *,
     dtype: str,
     step_tokens: int,
@@ -85,7 +85,7 @@ def training_bytes(
     framework: int | None = None,
     unread: int = 0,
     packed: bool = False,
-    scored: Batch | None = None,
+    scored: MicroBatch | None = None,
 ) -> dict[str, int]:
     """Bytes of a run at its fullest, by term, for the largest micro-batch it meets, and the largest that it scores.
 
@@ -96,116 +96,117 @@ def training_bytes(
     is on disk as such already, and only has to be mapped.
     """
     item = ITEM_BYTES[dtype]
-    trained = anatomy.counted.total - anatomy.counted.lora - anatomy.counted.head if method.full else 0
-    trainable = trained or anatomy.counted.trainable
-    weights = 0 if method.full else weight_bytes(anatomy, method, dtype, accelerator)
-    layer = _kept_in_layer(anatomy, method, item, dropout, plain, accelerator)
-    depth, between = (anatomy.shape.layers if method.full else anatomy.reach), 0  # layers at a time, and at their doors
-    if method.sweep:
-        passed = step_tokens * anatomy.shape.hidden * item  # from one layer to the next, and their gradients
-        depth, between = 1, min(STATES, state_bytes(anatomy, step_tokens, item)) + 2 * passed
+    trained = model.counts.total - model.counts.lora - model.counts.head if method.full else 0
+    trainable = trained or model.counts.trainable
+    weights = 0 if method.full else weight_bytes(model, method, dtype, accelerator)
+    layer = _kept_in_layer(model, method, item, dropout, plain, accelerator)
+    depth, between = (
+        (model.dims.layers if method.full else model.backward_layers),
+        0,
+    )  # layers at a time, and at their doors
+    if method.streamed:
+        passed = step_tokens * model.dims.hidden * item  # from one layer to the next, and their gradients
+        depth, between = 1, min(STATES_IN_MEMORY, state_bytes(model, step_tokens, item)) + 2 * passed
     elif method.checkpointing:
-        depth, between = 1, batch.tokens * anatomy.shape.hidden * item * anatomy.reach
+        depth, between = 1, batch.tokens * model.dims.hidden * item * model.backward_layers
     activations = between + round(batch.tokens * layer * depth)
-    dropped = 0.0 if method.full else anatomy.dropped / max(anatomy.reach, 1) * item
+    dropped = 0.0 if method.full else model.other_inputs / max(model.backward_layers, 1) * item
     heap = 0 if accelerator else round(HEAP * (activations + batch.tokens * dropped * depth))
     at_once = LOGITS_ON_ACCELERATOR if accelerator else LOGITS
-    held = min(batch.learned * anatomy.shape.vocabulary, max(at_once, 16 * anatomy.shape.vocabulary))
-    left = round(anatomy.dense * PACKED.get(method.quantize, item) * unread / max(anatomy.shape.layers, 1))
+    held = min(batch.learned * model.dims.vocabulary, max(at_once, 16 * model.dims.vocabulary))
+    left = round(model.matmul_weights * PACKED.get(method.quantize, item) * unread / max(model.dims.layers, 1))
     terms = {
         "weights": 4 * trained if method.full else weights - left,
         "adapter": 0 if method.full else 4 * trainable,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "activations": activations,
-        "logits": held * (2 * item + (8 if accelerator else 0)) if anatomy.decoder else 0,
-        "workspace": _workspace(anatomy, batch, item) + item * _in_another_format(anatomy, method, dtype, accelerator),
+        "logits": held * (2 * item + (8 if accelerator else 0)) if model.decoder else 0,
+        "workspace": _workspace(model, batch, item) + item * _in_another_format(model, method, dtype, accelerator),
         "heap": heap,
         "matmuls": MATMULS * MATMUL if compiled and not accelerator else 0,
-        "framework": ACCELERATOR if accelerator else _before_anything(anatomy, framework or FRAMEWORK),
+        "framework": ACCELERATOR if accelerator else _before_anything(model, framework or FRAMEWORK),
     }
     beside = sum(terms[name] for name in ("weights", "adapter", "gradients", "optimizer", "matmuls", "framework"))
-    scoring = beside + (_while_scoring(anatomy, scored, item, at_once) if scored else 0)
+    scoring = beside + (_while_scoring(model, scored, item, at_once) if scored else 0)
     terms["scoring"] = max(0, scoring - sum(terms.values()))
-    loading = terms["framework"] + _while_loading(anatomy, method, dtype, weights, accelerator, packed)
+    loading = terms["framework"] + _while_loading(model, method, dtype, weights, accelerator, packed)
     return terms | {"loading": max(0, loading - sum(terms.values()))}
 
 
-def state_bytes(anatomy: ModelShape, step_tokens: int, item: int) -> int:
+def state_bytes(model: ModelShape, step_tokens: int, item: int) -> int:
     """Bytes of the hidden states that a sweep keeps of a step: of each token, what goes into each layer with a
     gradient."""
-    return step_tokens * anatomy.shape.hidden * item * anatomy.reach
+    return step_tokens * model.dims.hidden * item * model.backward_layers
 
 
-def _before_anything(anatomy: ModelShape, framework: int) -> int:
+def _before_anything(model: ModelShape, framework: int) -> int:
     """What is imported, and what comes with it while running."""
-    return framework + RUNTIME + TOKEN * anatomy.shape.vocabulary
+    return framework + RUNTIME + TOKEN * model.dims.vocabulary
 
 
-def weight_bytes(anatomy: ModelShape, method: Method, dtype: str, accelerator: bool = False) -> int:
+def weight_bytes(model: ModelShape, method: Method, dtype: str, accelerator: bool = False) -> int:
     """Bytes of the frozen base that are in memory at a time: all of it, or while sweeping the largest part as it lies
     in its file. On an accelerator, while sweeping: two layers so, a copy of one in `dtype` where that is another
     format, and all that is in no layer."""
     item = ITEM_BYTES[dtype]
-    if method.sweep and accelerator:
-        layer, stored = anatomy.dense // max(anatomy.shape.layers, 1), ITEM_BYTES.get(anatomy.stored, 4)
-        return layer * (2 * stored + (item if anatomy.stored != dtype else 0)) + anatomy.outside * item
-    if method.sweep:
-        part = max(anatomy.dense // max(anatomy.shape.layers, 1), anatomy.head)
-        return part * ITEM_BYTES.get(anatomy.stored, 4)
-    return round(anatomy.dense * PACKED.get(method.quantize, item) + anatomy.outside * item)
+    if method.streamed and accelerator:
+        layer, stored = model.matmul_weights // max(model.dims.layers, 1), ITEM_BYTES.get(model.stored_dtype, 4)
+        return layer * (2 * stored + (item if model.stored_dtype != dtype else 0)) + model.other_weights * item
+    if method.streamed:
+        part = max(model.matmul_weights // max(model.dims.layers, 1), model.head_weights)
+        return part * ITEM_BYTES.get(model.stored_dtype, 4)
+    return round(model.matmul_weights * PACKED.get(method.quantize, item) + model.other_weights * item)
 
 
-def _while_loading(
-    anatomy: ModelShape, method: Method, dtype: str, weights: int, accelerator: bool, packed: bool
-) -> int:
+def _while_loading(model: ModelShape, method: Method, dtype: str, weights: int, accelerator: bool, packed: bool) -> int:
     """While numbers are converted, the file's pages are in memory beside what is made of them."""
-    if accelerator or method.sweep:
+    if accelerator or method.streamed:
         return 0
-    made = 4 * anatomy.frozen if method.full else weights
-    converted = anatomy.stored != dtype if method.quantize == "none" else not packed
-    return made + (anatomy.disk if converted else 0)
+    made = 4 * model.frozen if method.full else weights
+    converted = model.stored_dtype != dtype if method.quantize == "none" else not packed
+    return made + (model.disk_bytes if converted else 0)
 
 
-def _while_scoring(anatomy: ModelShape, batch: Batch, item: int, at_once: int) -> int:
+def _while_scoring(model: ModelShape, batch: MicroBatch, item: int, at_once: int) -> int:
     """What one layer holds without keeping anything, as much again freed between (measured), and a block of logits: of
     held-out rows, which may be longer."""
-    shape = anatomy.shape
+    shape = model.dims
     numbers = batch.tokens * (4 * shape.hidden + shape.query + 2 * shape.key + 3 * shape.intermediate)
-    held = min(batch.learned * shape.vocabulary, max(at_once, 16 * shape.vocabulary)) if anatomy.decoder else 0
-    return round(2 * numbers + 2 * _scores(anatomy, batch, item) + 2 * held) * item
+    held = min(batch.learned * shape.vocabulary, max(at_once, 16 * shape.vocabulary)) if model.decoder else 0
+    return round(2 * numbers + 2 * _scores(model, batch, item) + 2 * held) * item
 
 
 def _kept_in_layer(
-    anatomy: ModelShape, method: Method, item: int, dropout: float, plain: bool, accelerator: bool
+    model: ModelShape, method: Method, item: int, dropout: float, plain: bool, accelerator: bool
 ) -> float:
     """Bytes a token that one layer keeps for its backward pass, in the mean over those a gradient passes through."""
-    shape, layers = anatomy.shape, max(anatomy.reach, 1)
+    shape, layers = model.dims, max(model.backward_layers, 1)
     mlp = shape.intermediate * (3 if shape.gated else 1)
     numbers = 2 * shape.hidden + shape.query + 2 * shape.key + mlp
     if method.full:
         inputs = float(2 * shape.hidden + shape.query + shape.intermediate)
         return (numbers + inputs) * item
-    kept = (numbers + anatomy.inputs / layers) * item
-    kept += anatomy.adapters / layers * 8 * 4  # the narrow side of each adapter, in float32
+    kept = (numbers + model.adapter_inputs / layers) * item
+    kept += model.adapted_layers / layers * 8 * 4  # the narrow side of each adapter, in float32
     if not plain:  # peft's own layers: a float32 copy of the input, and of it after dropout with its mask
         copies = (4 if item < 4 else 0) + (5 if dropout else 0)
-        kept += anatomy.own_copies / layers * copies + anatomy.scaled / layers * item
+        kept += model.peft_copies / layers * copies + model.dora_outputs / layers * item
     return kept + (shape.query * item if accelerator else 0)  # attention's output
 
 
-def _in_another_format(anatomy: ModelShape, method: Method, dtype: str, accelerator: bool) -> int:
+def _in_another_format(model: ModelShape, method: Method, dtype: str, accelerator: bool) -> int:
     """Numbers of the base that are brought into the products' format at a time, where they are kept in another."""
     if method.quantize == "8bit" or (method.quantize == "4bit" and accelerator):
-        return anatomy.largest
-    return PART if method.quantize == "4bit" or (method.sweep and anatomy.stored != dtype) else 0
+        return model.largest_matrix
+    return PART if method.quantize == "4bit" or (method.streamed and model.stored_dtype != dtype) else 0
 
 
-def _workspace(anatomy: ModelShape, batch: Batch, item: int) -> int:
+def _workspace(model: ModelShape, batch: MicroBatch, item: int) -> int:
     """What is held for a moment: attention probabilities with their gradients, and gradients of one MLP."""
-    return 3 * _scores(anatomy, batch, item) * item + 3 * batch.tokens * anatomy.shape.intermediate * item
+    return 3 * _scores(model, batch, item) * item + 3 * batch.tokens * model.dims.intermediate * item
 
 
-def _scores(anatomy: ModelShape, batch: Batch, item: int) -> int:
+def _scores(model: ModelShape, batch: MicroBatch, item: int) -> int:
     """Attention probabilities held at a time: in float32 none are."""
-    return min(SCORES, batch.rows * anatomy.shape.heads * batch.longest**2) if item < 4 else 0
+    return min(SCORES, batch.rows * model.dims.heads * batch.longest**2) if item < 4 else 0

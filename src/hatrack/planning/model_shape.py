@@ -19,7 +19,7 @@ STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
-class Shape:
+class Dimensions:
     """The few numbers of a model that its memory and time depend on.
 
     Widths are those of a token: `query` of all heads together, `key` of all key heads (values the same). `gated`: two
@@ -49,33 +49,33 @@ class ModelShape:
     format, `disk` its bytes.
     """
 
-    shape: Shape
-    counted: ParameterCount
+    dims: Dimensions
+    counts: ParameterCount
     decoder: bool
-    dense: int
-    linears: int
-    largest: int
-    head: int
-    outside: int
-    inputs: int
-    dropped: int
-    own_copies: int
-    adapted: int
-    adapters: int
-    again: int
-    scaled: int
-    reach: int
-    below: int
-    stored: str
-    disk: int
+    matmul_weights: int
+    linear_layers: int
+    largest_matrix: int
+    head_weights: int
+    other_weights: int
+    adapter_inputs: int
+    other_inputs: int
+    peft_copies: int
+    adapted_width: int
+    adapted_layers: int
+    dora_weights: int
+    dora_outputs: int
+    backward_layers: int
+    cached_layers: int
+    stored_dtype: str
+    disk_bytes: int
 
     @property
     def frozen(self) -> int:
         """Numbers of the base, its own head included."""
-        return self.dense + self.outside
+        return self.matmul_weights + self.other_weights
 
 
-def shape_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]] | None = None) -> Shape:
+def dimensions_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]] | None = None) -> Dimensions:
     """The numbers from a config.json, under whichever name its architecture has for them; 0 where it has none."""
     config = config.get("text_config", config)
 
@@ -89,7 +89,7 @@ def shape_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]] |
     into = [name for name, sides in (linears or {}).items() if sides == (hidden, intermediate)]
     fused = any(sides == (hidden, 2 * intermediate) for sides in (linears or {}).values())
     layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    return Shape(
+    return Dimensions(
         hidden=hidden,
         intermediate=intermediate,
         layers=layers,
@@ -101,7 +101,7 @@ def shape_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]] |
     )
 
 
-def describe(peeked: BaseDescription, recipe: Recipe, *, task: str, labels: int) -> ModelShape:
+def describe_model(peeked: BaseDescription, recipe: Recipe, *, task: str, labels: int) -> ModelShape:
     """The base behind `peeked` with the adapter that `recipe` puts on it.
 
     Raises TargetError or RecipeError where the recipe does not fit the base.
@@ -116,32 +116,32 @@ def describe(peeked: BaseDescription, recipe: Recipe, *, task: str, labels: int)
     )
     check_rank(recipe.r, choice, linears)
     adapted = [linears[name] for name in choice.names]
-    shape = shape_of(config, linears)
+    shape = dimensions_of(config, linears)
     inside = _inside(linears)
     dense = sum(d_in * d_out for d_in, d_out in inside.values())
     dora = recipe.variant == "dora"
     inputs, reach = _inputs(choice.names, linears, shape), _reach(choice, linears)
     all_inputs = _inputs(inside, linears, shape) * reach // max(shape.layers, 1)
     return ModelShape(
-        shape=shape,
-        counted=count_parameters(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
+        dims=shape,
+        counts=count_parameters(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
         decoder=task != "classify",
-        dense=dense,
-        linears=len(inside),
-        largest=max((d_in * d_out for d_in, d_out in inside.values()), default=0),
-        head=shape.vocabulary * shape.hidden if task != "classify" else 0,
-        outside=parameter_count(shapes) - dense,
-        inputs=inputs,
-        dropped=max(0, all_inputs - inputs),
-        own_copies=sum(d_in for d_in, _ in adapted),
-        adapted=sum(d_in + d_out for d_in, d_out in adapted),
-        adapters=len(adapted),
-        again=sum(d_in * d_out for d_in, d_out in adapted) if dora else 0,
-        scaled=2 * sum(d_out for _, d_out in adapted) if dora else 0,
-        reach=reach,
-        below=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
-        stored=STORED.get(stored_format(peeked.tensors), "other"),
-        disk=weight_bytes(peeked.tensors),
+        matmul_weights=dense,
+        linear_layers=len(inside),
+        largest_matrix=max((d_in * d_out for d_in, d_out in inside.values()), default=0),
+        head_weights=shape.vocabulary * shape.hidden if task != "classify" else 0,
+        other_weights=parameter_count(shapes) - dense,
+        adapter_inputs=inputs,
+        other_inputs=max(0, all_inputs - inputs),
+        peft_copies=sum(d_in for d_in, _ in adapted),
+        adapted_width=sum(d_in + d_out for d_in, d_out in adapted),
+        adapted_layers=len(adapted),
+        dora_weights=sum(d_in * d_out for d_in, d_out in adapted) if dora else 0,
+        dora_outputs=2 * sum(d_out for _, d_out in adapted) if dora else 0,
+        backward_layers=reach,
+        cached_layers=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
+        stored_dtype=STORED.get(stored_format(peeked.tensors), "other"),
+        disk_bytes=weight_bytes(peeked.tensors),
     )
 
 
@@ -162,7 +162,7 @@ def _reach(choice: TargetChoice, linears: Collection[str]) -> int:
     return max(depths, default=-1) + 1 - lowest
 
 
-def _inputs(names: Collection[str], linears: Mapping[str, tuple[int, int]], shape: Shape) -> int:
+def _inputs(names: Collection[str], linears: Mapping[str, tuple[int, int]], shape: Dimensions) -> int:
     """Numbers a token that the adapted layers keep: each distinct input once, however many layers read it."""
     distinct: dict[tuple[tuple[int, ...], str], int] = {}
     for name in names:

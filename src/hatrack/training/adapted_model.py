@@ -42,7 +42,7 @@ def load_adapted_model(facts: Prepared, *, is_all_cached: bool = False) -> Adapt
     ModelError where the base has to be streamed and has no single stack of layers.
     """
     recipe = facts.recipe
-    base = load_for(recipe, facts.files, facts.examples, mapped=facts.plan.method.sweep)
+    base = load_for(recipe, facts.files, facts.examples, mapped=facts.plan.method.streamed)
     set_seed(recipe.seed)
     stack = _find_stack(base, recipe.top_layers)
     if base.mapped and stack is not None:

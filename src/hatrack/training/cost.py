@@ -21,8 +21,8 @@ from hatrack.console import format_size, say
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
 from hatrack.planning import fit
-from hatrack.planning.fit import Plan, PlanRequest, Work
-from hatrack.planning.machine import Machine, here
+from hatrack.planning.fit import Plan, PlanRequest, Workload
+from hatrack.planning.machine import Machine, this_machine
 from hatrack.planning.schedule import Schedule
 from hatrack.recipe import Recipe
 
@@ -45,16 +45,16 @@ def plan(
     Raises RecipeError where the run does not fit this machine's memory, unless the recipe says `force`.
     """
     trim()  # what reading and tokenising took for a moment is not held
-    work = Work(
+    work = Workload(
         task=examples.task,
         labels=len(examples.labels),
         rows=tokens.train.sizes,
         held_out=tokens.held_out.sizes,
-        framework=None if device.type == "cuda" else resident(),
-        known=known,
-        packed=_is_packed(recipe, files, examples.task, device, dtype),
+        process_bytes=None if device.type == "cuda" else resident(),
+        cached_fraction=known,
+        quantized_cached=_is_packed(recipe, files, examples.task, device, dtype),
     )
-    where, found = fit.settle(recipe, files, work, _machine(device, dtype), micro_batch)
+    where, found = fit.plan_or_raise(recipe, files, work, _machine(device, dtype), micro_batch)
     if not found.fits:
         say(
             f"this does not fit: {format_size(found.peak_memory_bytes)} for {format_size(where.limit)}; "
@@ -86,7 +86,7 @@ def _tell(where: PlanRequest, found: Plan) -> Schedule:
     warmup = schedule.warmup_steps
     rise = f"up to {rate} in {warmup} step{'s' * (warmup > 1)}, then" if warmup else f"{rate}, then"
     say(f"learning rate: {rise} linear decay to 0")
-    price = where.machine.prices
+    price = where.machine.speed
     measured = found.seconds is not None and price is not None and price.source == "probe"
     time = f", about {found.seconds:,.0f} s of training" if measured else ""
     say(f"expected peak memory: {format_size(found.peak_memory_bytes)}{time}")
@@ -96,12 +96,12 @@ def _tell(where: PlanRequest, found: Plan) -> Schedule:
 def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """This machine, as its memory is at this moment."""
     name = name_of(dtype)
-    found = dataclasses.replace(here("auto" if device.type == "cuda" else "cpu", name), dtype=name)
+    found = dataclasses.replace(this_machine("auto" if device.type == "cuda" else "cpu", name), dtype=name)
     if device.type == "cuda":
         return dataclasses.replace(found, memory=free_memory(device), accelerator=True)
     if device.type == "cpu":
         return found
-    return dataclasses.replace(found, accelerator=True, prices=None, sweeps=device.type != "mps")
+    return dataclasses.replace(found, accelerator=True, speed=None, can_stream=device.type != "mps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from hatrack.data.limit import choose_max_length, length_limit
 from hatrack.data.token_lengths import row_sizes
 from hatrack.errors import RecipeError
 from hatrack.planning import fit
-from hatrack.planning.fit import Plan, PlanRequest, Work
-from hatrack.planning.machine import check_compute, check_device, here, named
+from hatrack.planning.fit import Plan, PlanRequest, Workload
+from hatrack.planning.machine import check_compute, check_device, machine_named, this_machine
 from hatrack.recipe import Recipe
 
 ASSUMED_ROWS, ASSUMED_LENGTH = 1000, 256
@@ -56,7 +56,7 @@ class Forecast:
             "steps": schedule.steps,
             "batch_size": schedule.batch_size,
             "to_download": self.base.to_download,
-            "time_from": machine.prices.source if machine.prices else None,
+            "time_from": machine.speed.source if machine.speed else None,
             "change": self.change,
             **self.plan.as_json(),
             "ways": {name: way.as_json() for name, way in self.ways.items()},
@@ -79,17 +79,19 @@ def plan(recipe: Recipe, on: str | None = None) -> Forecast:
     if not on:
         check_device(recipe.device)
         need_bitsandbytes(recipe.quantize)
-    machine = named(on) if on else here(recipe.device, recipe.dtype)
+    machine = machine_named(on) if on else this_machine(recipe.device, recipe.dtype)
     if on and not machine.accelerator:
         say(f"--on {on}: memory that is free on a CPU which multiplies {machine.dtype}; for a GPU or laptop, its name")
     check_compute(recipe.compute, "an accelerator" if machine.accelerator else "cpu")
     base = _peek(recipe)
-    where = fit.setting(recipe, base, _work(recipe, base), machine)
-    chosen = fit.choose(where)
+    where = fit.make_request(recipe, base, _work(recipe, base), machine)
+    chosen = fit.choose_plan(where)
     ways = {
-        name: fit.plan_run(where, method) for name, method in fit.METHODS.items() if machine.sweeps or not method.sweep
+        name: fit.plan_run(where, method)
+        for name, method in fit.METHODS.items()
+        if machine.can_stream or not method.streamed
     }
-    return Forecast(chosen, ways, None if chosen.fits else fit.change(where, chosen), where, base)
+    return Forecast(chosen, ways, None if chosen.fits else fit.suggest_change(where, chosen), where, base)
 
 
 def _later(module: str) -> Any:
@@ -116,7 +118,7 @@ def _weights(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
 
 
-def _work(recipe: Recipe, peeked: BaseDescription) -> Work:
+def _work(recipe: Recipe, peeked: BaseDescription) -> Workload:
     """The rows of the data and how long they are; without data, so many of a usual length."""
     if recipe.data is None:
         task = recipe.task or ("classify" if family(peeked.config) == "encoder" else "chat")
@@ -124,7 +126,7 @@ def _work(recipe: Recipe, peeked: BaseDescription) -> Work:
         length = min(recipe.max_length or ASSUMED_LENGTH, _max_length(recipe, peeked, task))
         say(f"no --data: {ASSUMED_ROWS:,} rows of {length} tokens are assumed, task {task}")
         rows = np.full((ASSUMED_ROWS, 2), (length, 0 if task == "classify" else length))
-        return Work(task, 2, rows, rows[: ASSUMED_ROWS // 10])
+        return Workload(task, 2, rows, rows[: ASSUMED_ROWS // 10])
 
     def sizes(examples: Examples) -> tuple[Examples, np.ndarray, np.ndarray]:
         check_task(peeked.source, peeked.config, examples.task)
@@ -137,7 +139,7 @@ def _work(recipe: Recipe, peeked: BaseDescription) -> Work:
     if not (peeked.folder / "tokenizer.json").is_file():
         say("no tokenizer.json there: the rows' lengths are estimated from their letters")
     examples, learn, held_out = sizes(examples)
-    return Work(examples.task, max(len(examples.labels), 1), learn, held_out)
+    return Workload(examples.task, max(len(examples.labels), 1), learn, held_out)
 
 
 def _max_length(recipe: Recipe, peeked: BaseDescription, task: str) -> int:

@@ -23,7 +23,7 @@ import torch
 from hatrack.base.layer_stack import Call
 from hatrack.base.mapped_layers import OUTSIDE, MappedLayers
 from hatrack.evaluate.loss import Batch, Losses, detect_output_head, losses
-from hatrack.planning.memory import STATES
+from hatrack.planning.memory import STATES_IN_MEMORY
 from hatrack.storage import machine_errors
 from hatrack.training.prefix_cache import FrozenPrefix, memory_of
 
@@ -56,7 +56,7 @@ class LayerStreaming:
         *,
         task: str,
         folder: Path,
-        budget: int = STATES,
+        budget: int = STATES_IN_MEMORY,
         prefix: FrozenPrefix | None = None,
     ) -> None:
         self.model, self.window, self.task, self.folder, self.budget = model, window, task, folder, budget

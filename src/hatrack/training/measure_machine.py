@@ -23,13 +23,13 @@ from hatrack.base.description import BaseDescription
 from hatrack.base.header import TensorInfo
 from hatrack.evaluate.loss import losses
 from hatrack.kernels import int8
-from hatrack.kernels.frozen_linear import times
+from hatrack.kernels.frozen_linear import matmul
 from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import get_peft_model
-from hatrack.planning.machine import Probe, processor
-from hatrack.planning.memory import Batch, Method
-from hatrack.planning.model_shape import ModelShape, describe
-from hatrack.planning.time import MachineSpeed, OpCounts, step
+from hatrack.planning.machine import Probe, cpu_name
+from hatrack.planning.memory import Method, MicroBatch
+from hatrack.planning.model_shape import ModelShape, describe_model
+from hatrack.planning.time import MachineSpeed, OpCounts, step_counts
 from hatrack.recipe import Recipe
 from hatrack.storage import cache_dir
 
@@ -47,13 +47,13 @@ def measure() -> Probe:
     disk = _disk_speed()
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     operation = {name: _seconds_per_operation(dtype) for name, dtype in dtypes.items()}
-    fast = "bfloat16" if cpu.fast_at_bfloat16() else "float32"
+    fast = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
     steps = _timed_steps(dtypes[fast])
     operation[fast] = min(operation[fast], _seconds_per_operation(dtypes[fast]))  # again: others may use the machine
     number, call = _beside_products(steps, operation[fast])
-    rounded = {name: _seconds_per_operation(torch.float32, name) for name in int8.BITS} if int8.available() else {}
+    rounded = {name: _seconds_per_operation(torch.float32, name) for name in int8.BITS} if int8.is_available() else {}
     prices = {name: MachineSpeed(operation[name], number, call, disk, start, "probe", rounded) for name in dtypes}
-    return Probe(processor(), prices, memory)
+    return Probe(cpu_name(), prices, memory)
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -70,23 +70,25 @@ def _seconds(run: Callable[[], Any]) -> float:
 def _seconds_per_operation(dtype: torch.dtype, rounding: str | None = None) -> float:
     """Of the products of a layer of middling size, there and back; `rounding` as in `kernels/frozen_linear.py`."""
     x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (2048, 768), (768, 2048)))
-    return _seconds(lambda: times(times(x, W, None, rounding), V, None, rounding)) / (2 * 2 * 512 * 768 * 2048)
+    return _seconds(lambda: matmul(matmul(x, W, None, rounding), V, None, rounding)) / (2 * 2 * 512 * 768 * 2048)
 
 
 def _timed_steps(dtype: torch.dtype) -> list[tuple[OpCounts, float]]:
     """What steps of several sizes consist of, and the seconds each took."""
     found = []
-    for model, anatomy, task in (_decoder(dtype), _encoder(dtype)):
+    for model, shape, task in (_decoder(dtype), _encoder(dtype)):
         for rows, tokens in SIZES:
             batch = _batch(rows, tokens, task)
-            effort = step(anatomy, Method(), Batch(rows, tokens, rows * (tokens - 1) if task == "chat" else 0))
+            effort = step_counts(
+                shape, Method(), MicroBatch(rows, tokens, rows * (tokens - 1) if task == "chat" else 0)
+            )
             found.append((effort, _seconds(functools.partial(_step, model, batch, task))))
     return found
 
 
 def _beside_products(steps: list[tuple[OpCounts, float]], operation: float) -> tuple[float, float]:
     """Seconds for a number passed over and for a call: what is left of the steps, by least squares."""
-    parts = [[effort.numbers / seconds, effort.calls / seconds] for effort, seconds in steps]  # relative errors
+    parts = [[effort.elements / seconds, effort.calls / seconds] for effort, seconds in steps]  # relative errors
     left = [1 - effort.operations * operation / seconds for effort, seconds in steps]
     return not_negative(np.array(parts), np.array(left))
 
@@ -134,11 +136,11 @@ def _adapted(model: Any, dtype: torch.dtype, task: str) -> tuple[Any, ModelShape
     }
     recipe = Recipe.make(dropout=0.05)
     peeked = BaseDescription("", Path(), model.config.to_dict(), shapes)
-    anatomy = describe(peeked, recipe, task=task, labels=2)
+    shape = describe_model(peeked, recipe, task=task, labels=2)
     speed_up(model)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layer" in name]
     adapted = get_peft_model(model, LoraConfig(r=recipe.r, lora_dropout=recipe.dropout, target_modules=names))
-    return adapted.train(), anatomy, task
+    return adapted.train(), shape, task
 
 
 def _batch(rows: int, tokens: int, task: str) -> dict[str, torch.Tensor]:

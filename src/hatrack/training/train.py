@@ -40,9 +40,9 @@ from hatrack.evaluate.score import Score
 from hatrack.inference.generate import all_end_tokens
 from hatrack.inference.hat import Hat
 from hatrack.layers.fast_base import check_rounding
-from hatrack.planning.fit import FEWEST_SCORED, Plan
+from hatrack.planning.fit import MIN_SCORED_ROWS, Plan
 from hatrack.planning.machine import check_compute
-from hatrack.planning.model_shape import shape_of
+from hatrack.planning.model_shape import dimensions_of
 from hatrack.planning.schedule import Schedule
 from hatrack.recipe import Recipe, Task, nearest
 from hatrack.storage import folder_size
@@ -169,7 +169,7 @@ def _states(
     recipe: Recipe, files: BaseDescription, made_on: dict[str, Any], tokenizer: Any, task: str, device: str, dtype: str
 ) -> HiddenStateCache | None:
     """What is kept of the layers below the adapters. All that it depends on, besides a row's tokens, is named."""
-    below = shape_of(files.config).layers - (recipe.top_layers or math.inf)
+    below = dimensions_of(files.config).layers - (recipe.top_layers or math.inf)
     if below <= 0 or recipe.cache_limit == 0:
         return None
     made_by = {
@@ -298,7 +298,7 @@ def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: l
     return TrainerArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=schedule.micro_batch,
-        per_device_eval_batch_size=max(schedule.micro_batch, FEWEST_SCORED),
+        per_device_eval_batch_size=max(schedule.micro_batch, MIN_SCORED_ROWS),
         gradient_accumulation_steps=schedule.accumulation,
         max_steps=schedule.steps,
         learning_rate=schedule.lr,
