@@ -195,7 +195,7 @@ def _kept_in_layer(
     return kept + (shape.query * item if accelerator else 0)  # attention's output
 
 
-def _in_another_format(model: ModelShape, method: Method, dtype: str, accelerator: bool) -> int:
+def _converted(model: ModelShape, method: Method, dtype: str, accelerator: bool) -> int:
     """Numbers of the base that are brought into the products' format at a time, where they are kept in another."""
     if method.quantize == "8bit" or (method.quantize == "4bit" and accelerator):
         return model.largest_matrix
