@@ -45,7 +45,7 @@ DECODERS = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hatrack.kernels.loss, "CHUNK", 17 * 301)
+    monkeypatch.setattr(hatrack.kernels.loss, "LOGITS_BLOCK", 17 * 301)
 
 
 def _batch(rows: int = 3, length: int = 23) -> dict[str, torch.Tensor]:

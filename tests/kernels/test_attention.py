@@ -41,7 +41,7 @@ def test_it_is_torchs_own(
     heads: int, kv_heads: int, length: int, causal: bool, padded: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if block:
-        monkeypatch.setattr(room, "BLOCK", block)
+        monkeypatch.setattr(room, "ATTENTION_BLOCK", block)
         monkeypatch.setattr(room, "_covered", lambda *states: False)
     real = torch.ones(3, length, dtype=torch.bool)
     if padded != "whole" and length > 5:

@@ -17,7 +17,7 @@ BOUND = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 @pytest.fixture(autouse=True)
 def several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 rows at a time, the fewest."""
-    monkeypatch.setattr(frozen_linear, "CHUNK", 1)
+    monkeypatch.setattr(frozen_linear, "WEIGHT_CHUNK", 1)
 
 
 def _near(found: torch.Tensor, wanted: torch.Tensor) -> None:

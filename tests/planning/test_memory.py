@@ -1,5 +1,6 @@
 """Bytes by term, in closed form; what a base keeps for its backward pass, against what torch keeps."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,12 @@ from hatrack.adapter.place import place
 from hatrack.base.description import BaseDescription
 from hatrack.base.header import TensorInfo
 from hatrack.evaluate.loss import losses
-from hatrack.kernels.attention import BLOCK
-from hatrack.kernels.loss import CHUNK, CHUNK_ON_ACCELERATOR
+from hatrack.kernels.limits import LOGITS_BLOCK, STORED_MATMULS
 from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.planning.memory import (
-    LOGITS,
-    LOGITS_ON_ACCELERATOR,
-    MATMUL,
-    MATMULS,
-    SCORES,
+    STORED_MATMUL,
+    MemoryRequest,
     Method,
     MicroBatch,
     training_bytes,
@@ -57,12 +54,11 @@ def model(**options: Any) -> ModelShape:
 
 
 def terms(tokens: int = 512, method: Method | None = None, dtype: str = "bfloat16", **options: Any) -> dict[str, int]:
-    return training_bytes(
-        model(**options), method or Method(), MicroBatch(4, tokens // 4, tokens), dtype=dtype, step_tokens=tokens
-    )
+    batch = MicroBatch(4, tokens // 4, tokens)
+    return training_bytes(MemoryRequest(model(**options), method or Method(), dtype, batch, tokens))
 
 
-def test_the_anatomy_of_a_7b() -> None:
+def test_the_shape_of_a_7b() -> None:
     found = model(targets="q_proj,v_proj")
     layer = 4 * 4096**2 + 3 * 4096 * 11008
     assert found.dims == Dimensions(4096, 11008, 32, 32000, 32, 4096, 4096, gated=True)
@@ -97,8 +93,7 @@ def test_activations_grow_with_tokens_and_less_when_computed_again() -> None:
 
 def test_logits_grow_until_a_chunk_is_full() -> None:
     assert terms(128)["logits"] == 2 * terms(64)["logits"] > 0
-    assert terms(4096)["logits"] == terms(2048)["logits"] == 2 * LOGITS * 2
-    assert (LOGITS, LOGITS_ON_ACCELERATOR, SCORES) == (CHUNK, CHUNK_ON_ACCELERATOR, BLOCK)
+    assert terms(4096)["logits"] == terms(2048)["logits"] == 2 * LOGITS_BLOCK * 2
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -134,26 +129,17 @@ def test_what_is_kept_is_what_torch_keeps(kind: str, targets: str, layers: str) 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         values = losses(wrapped, batch, task)[0]
-    planned = training_bytes(found, Method(), MicroBatch(16, 64, 1008), dtype="float32", step_tokens=1024)[
-        "activations"
-    ]
+    run = MemoryRequest(found, Method(), "float32", MicroBatch(16, 64, 1008), 1024)
+    planned = training_bytes(run)["activations"]
     assert sum(kept.values()) == pytest.approx(planned, rel=0.05), values.shape
 
 
 def test_compiled_matmuls_are_counted_where_they_are_stored() -> None:
     def found(compiled: bool, accelerator: bool = False) -> dict[str, int]:
         batch = MicroBatch(4, 128, 512)
-        return training_bytes(
-            model(),
-            Method(),
-            batch,
-            dtype="bfloat16",
-            step_tokens=512,
-            compiled=compiled,
-            accelerator=accelerator,
-            scored=batch,
-        )
+        run = MemoryRequest(model(), Method(), "bfloat16", batch, 512, scored=batch)
+        return training_bytes(dataclasses.replace(run, stored_matmuls=compiled, accelerator=accelerator))
 
-    assert found(True)["matmuls"] == MATMULS * MATMUL and found(False)["matmuls"] == 0
-    assert found(True) == found(False) | {"matmuls": MATMULS * MATMUL}
+    assert found(True)["matmuls"] == STORED_MATMULS * STORED_MATMUL and found(False)["matmuls"] == 0
+    assert found(True) == found(False) | {"matmuls": STORED_MATMULS * STORED_MATMUL}
     assert found(True, accelerator=True)["matmuls"] == 0

@@ -13,8 +13,8 @@ and for the gradient G of O, with P computed again rather than kept (as Dao et a
     dQ = s dS K,   dK = s dS^T Q
 
 D is dropout. Query heads that share keys and values (grouped-query attention) are stacked as rows of one product. A
-block holds at most `BLOCK` numbers of P; where attention is causal, keys after a block are not computed at all. No mask
-of t x t is made: rows filled up with padding are told by a (B, t) mask.
+block holds at most `ATTENTION_BLOCK` elements of P; where attention is causal, keys after a block are not computed at
+all. Padding is a (B, t) mask; no mask of t x t is made.
 
 In float32 a kernel does all of it (attention.cpp), elsewhere torch's products of all heads at once, with the passes
 between them by kernels where there are any. torch's own `scaled_dot_product_attention` computes the same; on a
@@ -27,9 +27,8 @@ import torch
 
 from hatrack.kernels import native
 from hatrack.kernels.dropout import Mask, apply_mask, draw_mask
+from hatrack.kernels.limits import ATTENTION_BLOCK
 
-BLOCK = 2**22
-"""Numbers of P held at one time: small enough to stay in the processor's cache."""
 EVEN = 32
 """Keys are filled up to a multiple of this: a softmax over 30 bfloat16 numbers takes five times as long as over 32."""
 
@@ -176,7 +175,7 @@ def _softmax_back(g: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
 def _blocks(query: torch.Tensor, causal: bool) -> list[tuple[int, int, int]]:
     """Blocks of queries as (first, one after the last, number of keys they may see)."""
     rows, heads, length, _ = query.shape
-    size = max(EVEN, BLOCK // (rows * heads * length) // EVEN * EVEN)
+    size = max(EVEN, ATTENTION_BLOCK // (rows * heads * length) // EVEN * EVEN)
     whole = -(-length // EVEN) * EVEN
     return [
         (start, min(start + size, length), start + min(size, whole - start) if causal else whole)

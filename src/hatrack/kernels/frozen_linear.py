@@ -23,9 +23,8 @@ from torch.nn import functional as F
 
 from hatrack.errors import ModelError
 from hatrack.kernels import int8
+from hatrack.kernels.limits import WEIGHT_CHUNK
 
-CHUNK = 2**21
-"""Numbers of W in the products' format at one time: 8 MiB of float32."""
 WORTH_ROUNDING = 64
 """Rows of an input from which on a product is faster with W rounded first."""
 
@@ -201,7 +200,7 @@ def _parts(x: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[slice, torch.Tens
     if _as_it_is(x, W):
         yield slice(0, d_out), W
         return
-    count = max(CHUNK // d_in // 128 * 128, 128)
+    count = max(WEIGHT_CHUNK // d_in // 128 * 128, 128)
     read = _unpack(W, x.dtype) if hasattr(W, "quant_state") else _cast(W, x.dtype, count)
     for start in range(0, d_out, count):
         rows = slice(start, min(start + count, d_out))

@@ -16,9 +16,7 @@ import torch
 
 from hatrack.kernels import native
 from hatrack.kernels.frozen_linear import matmul, matmul_backward
-
-CHUNK, CHUNK_ON_ACCELERATOR = 2**23, 2**26
-"""Logits held at one time: 16 and 128 MiB of them in bfloat16."""
+from hatrack.kernels.limits import LOGITS_BLOCK, LOGITS_BLOCK_ON_ACCELERATOR
 
 
 def next_token_losses(
@@ -50,7 +48,7 @@ class _NextToken(torch.autograd.Function):
     ) -> torch.Tensor:
         values = torch.empty(len(wanted), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        held = CHUNK if states.device.type == "cpu" else CHUNK_ON_ACCELERATOR
+        held = LOGITS_BLOCK if states.device.type == "cpu" else LOGITS_BLOCK_ON_ACCELERATOR
         rows = max(16, held // (states.shape[-1] if W is None else len(W)))
         for start in range(0, len(wanted), rows):
             part = slice(start, start + rows)

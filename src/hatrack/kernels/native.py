@@ -109,4 +109,9 @@ def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
     loaded = library()
     assert loaded is not None
     plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}")(*plain, torch.get_num_threads())
+    getattr(loaded, f"{name}_{dtype_name(dtype)}")(*plain, torch.get_num_threads())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -11,9 +11,9 @@ import ctypes
 import inspect
 import os
 import platform
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,27 +23,32 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from hatrack.base.layer_stack import LayerStack
-from hatrack.base.load import name_of
 from hatrack.errors import RecipeError
-from hatrack.kernels import dropout, int8
+from hatrack.kernels import dropout, int8, native
 from hatrack.kernels.attention import attention
 from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, can_unpack, linear, prevent_repacking
 from hatrack.kernels.gelu import gelu_tanh
+from hatrack.kernels.limits import STORED_MATMULS
 from hatrack.kernels.norm import rms_norm
-from hatrack.planning.memory import MATMULS
 
 NAME = "hatrack"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers (malloc.h) for: give memory back to the system above this; take single blocks from it above that."""
 
 
-PRIMITIVES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(MATMULS)}
+PRIMITIVES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(STORED_MATMULS)}
 """How many compiled matmuls torch keeps: one for each shape, and so for each length of rows. oneDNN, which multiplies
 bfloat16, keeps 1,024 by default and torch as many again, 0.4 MiB each, between the activations; a step has some 20."""
 
 
-def speed_up(base: PreTrainedModel, trunk: LayerStack | None = None, compute: str = "auto") -> None:
+class Shortenable(Protocol):
+    """The layers of a base, of which all but the last can be left out for a while (`base.layer_stack.LayerStack`)."""
+
+    def shortened(self) -> AbstractContextManager[Any]:
+        """Leaves them out while the block runs."""
+
+
+def speed_up(base: PreTrainedModel, trunk: Shortenable | None = None, compute: str = "auto") -> None:
     """Has a frozen base compute with hatrack's kernels wherever they give the same. Before or after it gets an adapter.
 
     Outputs and gradients stay as they were, but for rounding; the masks of dropout are drawn otherwise. Weights, their
@@ -60,7 +65,7 @@ def speed_up(base: PreTrainedModel, trunk: LayerStack | None = None, compute: st
             trunk is None and base.dtype != torch.float32
         ):  # streamed, a base is multiplied in another format than its own
             raise RecipeError(
-                f"--compute {compute} is for a base in float32", got=name_of(base.dtype), fix="load it so"
+                f"--compute {compute} is for a base in float32", got=native.dtype_name(base.dtype), fix="load it so"
             )
         _round_products(base, compute)
     if on_processor:

@@ -4,6 +4,7 @@ Knows no torch and reads no weights: a base's headers, the rows' lengths and wha
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from hatrack.planning.memory import (
     FRAMEWORK,
     ITEM_BYTES,
     STATES_IN_MEMORY,
+    MemoryRequest,
     Method,
     MicroBatch,
-    state_bytes,
+    base_bytes,
+    streamed_state_bytes,
     training_bytes,
-    weight_bytes,
 )
 from hatrack.planning.model_shape import ModelShape, describe_model
 from hatrack.planning.schedule import Schedule, batch_rows, derive
@@ -213,7 +215,7 @@ def plan_run(where: PlanRequest, method: Method | None = None, rows: int | None 
     method = method or Method(quantize=where.recipe.quantize)
     tries = [method] if method.streamed else [method, dataclasses.replace(method, checkpointing=True)]
     for tried in tries:
-        memory_for = _memory_of(where, tried)
+        memory_for = functools.partial(_memory_for, where, tried)
         found, memory = (
             (rows, memory_for(rows)) if rows else largest_micro_batch(memory_for, where.batch_size, where.limit)
         )
@@ -294,33 +296,31 @@ def _trained(where: PlanRequest, method: Method) -> int:
     return counted.total - counted.lora - counted.head if method.full else counted.trainable
 
 
-def _memory_of(where: PlanRequest, method: Method) -> Callable[[int], dict[str, int]]:
-    plain = method.quantize == "none" and where.recipe.variant != "dora"
-    unread = where.model.cached_layers if where.work.cached_fraction == 1 and _mapped(where, method) else 0
-    framework = where.machine.imported_bytes or FRAMEWORK
-    framework += BITSANDBYTES_IMPORTED if method.quantize != "none" else 0
-    if (where.work.process_bytes or 0) > USUAL * framework:  # a process that does other things too
-        framework = where.work.process_bytes or 0
-
-    def memory_for(rows: int) -> dict[str, int]:
-        batches = micro_batches(where, rows)
-        return training_bytes(
-            where.model,
-            method,
-            max(batches, key=lambda batch: batch.tokens),
-            dtype=where.dtype,
-            step_tokens=max(batch.tokens for batch in batches) * (where.batch_size // rows),
-            dropout=where.recipe.dropout,
-            plain=plain,
-            accelerator=where.machine.accelerator,
-            compiled=where.dtype == "bfloat16" and cpu.has_fast_bfloat16(),
-            framework=framework,
-            unread=0 if method.full or method.streamed else unread,
-            packed=where.work.quantized_cached,
-            scored=max(scored_batches(where, rows), key=lambda batch: batch.tokens, default=None),
-        )
-
-    return memory_for
+def _memory_for(where: PlanRequest, method: Method, rows: int) -> dict[str, int]:
+    """Bytes by term, with `rows` at a time."""
+    work, machine = where.work, where.machine
+    batches = micro_batches(where, rows)
+    largest = max(batches, key=lambda batch: batch.tokens)
+    process = (machine.imported_bytes or FRAMEWORK) + (BITSANDBYTES_IMPORTED if method.quantize != "none" else 0)
+    if (work.process_bytes or 0) > USUAL * process:  # a process that does other things too
+        process = work.process_bytes or 0
+    all_cached = work.cached_fraction == 1 and _mapped(where, method) and not method.full and not method.streamed
+    run = MemoryRequest(
+        where.model,
+        method,
+        where.dtype,
+        largest,
+        step_tokens=largest.tokens * (where.batch_size // rows),
+        scored=max(scored_batches(where, rows), key=lambda batch: batch.tokens, default=None),
+        dropout=where.recipe.dropout,
+        fast_layers=method.quantize == "none" and where.recipe.variant != "dora",
+        accelerator=machine.accelerator,
+        stored_matmuls=where.dtype == "bfloat16" and cpu.has_fast_bfloat16(),
+        process_bytes=process,
+        unread_layers=where.model.cached_layers if all_cached else 0,
+        quantized_cached=work.quantized_cached,
+    )
+    return training_bytes(run)
 
 
 def scored_batches(where: PlanRequest, rows: int) -> list[MicroBatch]:
@@ -359,12 +359,12 @@ def _priced(where: PlanRequest, plan: Plan) -> Plan:
     if method.streamed:
         batches = micro_batches(where, plan.micro_batch)
         tokens = max(batch.tokens for batch in batches) * (where.batch_size // plan.micro_batch)
-        disk["states"] = max(0, state_bytes(model, tokens, ITEM_BYTES[where.dtype]) - STATES_IN_MEMORY)
+        disk["states"] = max(0, streamed_state_bytes(model, tokens, ITEM_BYTES[where.dtype]) - STATES_IN_MEMORY)
     kept = cached_bytes(where, method)
     if kept:
         disk["kept"] = kept
     if method.quantize != "none":
-        disk["packed"] = weight_bytes(model, method, where.dtype)
+        disk["packed"] = base_bytes(model, method, where.dtype)
     schedule = where.schedule(plan.micro_batch)
     spared = _spared(where, method, schedule.epochs)
     read = _read(where, plan, disk.get("packed", model.disk_bytes), spared)
@@ -417,11 +417,11 @@ def cached_bytes(where: PlanRequest, method: Method) -> int:
     """Bytes on disk of what the layers below all adapters give: of each token a hidden state, up to --cache-limit."""
     if method.full or not where.model.cached_layers:
         return 0
-    whole = _state_bytes(where)
+    whole = _all_states_bytes(where)
     return min(whole, where.recipe.cache_limit or whole)
 
 
-def _state_bytes(where: PlanRequest) -> int:
+def _all_states_bytes(where: PlanRequest) -> int:
     """Bytes of one hidden state for each token of all rows."""
     tokens = int(where.work.rows[:, 0].sum() + where.work.held_out[:, 0].sum())
     return tokens * where.model.dims.hidden * ITEM_BYTES[where.dtype]
@@ -429,7 +429,7 @@ def _state_bytes(where: PlanRequest) -> int:
 
 def _spared(where: PlanRequest, method: Method, epochs: float) -> float:
     """The share of all rows' visits in which the layers below all adapters need not be computed."""
-    share = cached_bytes(where, method) / max(_state_bytes(where), 1)
+    share = cached_bytes(where, method) / max(_all_states_bytes(where), 1)
     return share * (1 - (1 - where.work.cached_fraction) / max(epochs, 1))
 
 

@@ -69,17 +69,17 @@ def forward_counts(model: ModelShape, batch: MicroBatch) -> OpCounts:
     attention = 4 * batch.longest * shape.query * shape.layers * tokens
     width = 4 * shape.hidden + shape.query + 2 * shape.key + (3 if shape.gated else 2) * shape.intermediate
     width += shape.heads * batch.longest  # the softmax
-    numbers = tokens * (width * shape.layers + model.adapted_width) + batch.learned * shape.vocabulary
+    numbers = tokens * (width * shape.layers + model.adapted_width) + batch.supervised * shape.vocabulary
     calls = 2 * model.linear_layers + 8 * shape.layers + 3 * model.adapted_layers
     return OpCounts(
-        2 * model.matmul_weights * tokens + attention + 2 * model.head_weights * batch.learned, numbers, calls
+        2 * model.matmul_weights * tokens + attention + 2 * model.head_weights * batch.supervised, numbers, calls
     )
 
 
 def cached_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
     """The part of the forward pass of a micro-batch that is computed once for each row: layers below all adapters."""
     share = 0.0 if method.full else model.cached_layers / max(model.dims.layers, 1)
-    head = OpCounts(2 * model.head_weights * batch.learned, batch.learned * model.dims.vocabulary, 0)
+    head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * model.dims.vocabulary, 0)
     effort = (forward_counts(model, batch) + head * -1) * share
     return effort + OpCounts(0, 3 * model.matmul_weights * share, 0) if method.quantize != "none" else effort
 
@@ -93,7 +93,7 @@ def step_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCount
     """
     shape, share = model.dims, model.backward_layers / max(model.dims.layers, 1)
     once = forward_counts(model, batch)
-    head = OpCounts(2 * model.head_weights * batch.learned, batch.learned * shape.vocabulary, 0)
+    head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * shape.vocabulary, 0)
     layers = once + head * -1
     attention = OpCounts(6 * batch.longest * shape.query * shape.layers * batch.tokens, 0, 0)
     effort = once + head + (layers + attention) * share
@@ -108,5 +108,5 @@ def step_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCount
         effort += layers * share
     below = model.cached_layers / max(model.dims.layers, 1)  # of which nothing is rounded
     passes = 1 - below + share * (2 if method.checkpointing or method.streamed else 1)
-    frozen = 2 * model.matmul_weights * batch.tokens * passes + 4 * model.head_weights * batch.learned
+    frozen = 2 * model.matmul_weights * batch.tokens * passes + 4 * model.head_weights * batch.supervised
     return effort + OpCounts(0, 0, 0, 0 if method.full else frozen)
