@@ -19,7 +19,7 @@ def _write(run: Path, step: int, best: int | None = None) -> Path:
     with checkpoint.write_checkpoint(run, step) as folder:
         (folder / "optimizer.pt").write_bytes(b"moments" * 100)
         (folder / checkpoint.STATE).write_text(json.dumps({"best_global_step": best}))
-    return checkpoint.checkpoint_folder(run, step)
+    return checkpoint.folder_of_step(run, step)
 
 
 def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:

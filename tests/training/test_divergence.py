@@ -55,7 +55,7 @@ def test_nan_stops_with_step_rows_cause_and_the_last_good_checkpoint(
     per_epoch = remembered["steps"] // 3
     assert per_epoch < 10  # in the second epoch, whose order is another one
     assert str(error.got).startswith("nan from rows ") and str(error.got).endswith(f" of {reviews}")
-    assert str(error.fix).startswith("likely one of these rows, or the learning rate: start anew with --lr 0.0007")
+    assert str(error.fix).startswith("likely one of these rows, or the learning rate: start again with --lr 0.0007")
     assert not (tmp_path / "hat").exists()
 
 
@@ -73,7 +73,8 @@ def test_the_rows_named_are_those_of_the_step(
         number = self.state.global_step + 1
         lengths = inputs["attention_mask"].sum(1).tolist()
         texts = [tuple(ids[:length]) for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
-        by_text = {tuple(self.rows.row(i)[0].tolist()): int(self.rows.rows[i]) for i in range(len(self.rows))}
+        learn = self.rows.learn
+        by_text = {tuple(learn.row(i)[0].tolist()): int(learn.rows[i]) for i in range(len(learn))}
         seen.setdefault(number, []).extend(by_text[text] for text in texts)
         return plain(self, model, inputs, *args, **kwargs)
 
@@ -97,7 +98,7 @@ def test_a_growing_loss_stops(
     monkeypatch.setattr(trainer, "losses", _losing(10, lambda values: values * 10))
     error = _run(tmp_path, tiny_encoder, reviews, epochs=3)
     assert error.what.startswith("the loss has grown far past where it began, by step 1")
-    assert "start anew with --lr" in str(error.fix) and "[loss-explodes]" in str(error.fix)
+    assert "start again with --lr" in str(error.fix) and "[loss-explodes]" in str(error.fix)
 
 
 def test_a_gradient_that_never_arrives_stops_at_the_first_step(
@@ -130,6 +131,9 @@ def test_single_wild_batches_are_no_explosion(tmp_path: Path) -> None:
     watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
     for number in range(1, 100):
         watch.step(number, 4.0 if number % 10 == 0 else 0.7, 1.0, lambda: [1])
+    with pytest.raises(Diverged, match=r"grown far past where it began, by step 10[0-9];"):  # many in a row are one
+        for number in range(100, 110):
+            watch.step(number, 4.0, 1.0, lambda: [1])
 
 
 def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
@@ -143,9 +147,19 @@ def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
 
 def test_a_run_that_goes_well_waits_for_no_other_rows(tmp_path: Path) -> None:
     watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
-    watch.few = lambda: pytest.fail("a few held-out rows were scored")
+    asked: list[str] = []
+    watch.few = lambda: asked.append("held-out rows") or 0.7  # type: ignore[func-returns-value]
+
+    def rows() -> list[int]:
+        asked.append("row numbers")
+        return [1]
+
     for number in range(1, 20):
-        watch.step(number, 0.7, 1.0, lambda: [1])
+        watch.step(number, 0.7, 1.0, rows)
+    assert asked == []
+    with pytest.raises(Diverged):
+        watch.step(20, float("nan"), 1.0, rows)
+    assert asked == ["row numbers"]
 
 
 HARD_AT_LAST = [1.2, 4.36, 4.87, 3.04, 3.68, 3.77, 4.26, 4.0, 3.45, 2.74, 2.85, 3.47, 2.76]

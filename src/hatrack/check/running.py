@@ -1,24 +1,26 @@
-"""Gotchas that only a running training shows, told from its losses. Knows nothing of models."""
+"""Gotchas that only show while a run trains, found in its losses and gradients."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hatrack.check.finding import Finding
 from hatrack.check.settings import WILD
 
-FIRST = 5
-"""Steps before which the running mean is of too few to tell that a loss has grown."""
-BARELY = 0.005
-"""Of the loss before: less than half a per cent is no movement."""
-KNOWN_ALREADY = 0.02
-FEWEST = 10
-"""Steps before which nobody can tell."""
-ROWS_NAMED = 8
+MIN_STEPS_GROWN = 5
+"""Steps that the running mean of the loss needs before it shows that the loss has grown."""
+MIN_STEPS_MOVED = 10
+"""Steps that a run needs before its held-out loss shows whether it learns."""
+MIN_CHANGE = 0.005
+"""A held-out loss has moved where it changed by this share of the loss before training."""
+ALREADY_LOW = 0.02
+"""A held-out loss below this leaves nothing to learn."""
+MAX_ROWS_NAMED = 8
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step (counted from 1): its loss, the norm of its gradient, and which rows of `source` it saw."""
+    """One optimizer step (`number` counts from 1): its loss, the norm of its gradient, and its rows of `source`."""
 
     number: int
     loss: float
@@ -28,27 +30,37 @@ class Step:
 
     @property
     def named_rows(self) -> str:
-        """The numbers of the first few rows."""
-        shown = ", ".join(str(row) for row in sorted(self.rows)[:ROWS_NAMED])
-        more = len(self.rows) - ROWS_NAMED
+        """The numbers of the first few rows, and the data they are from."""
+        shown = ", ".join(str(row) for row in sorted(self.rows)[:MAX_ROWS_NAMED])
+        more = len(self.rows) - MAX_ROWS_NAMED
         return f"rows {shown}{f' and {more} more' if more > 0 else ''} of {self.source}"
 
 
-def loss_not_a_number(step: Step, lr: float, usual_lr: float, dtype: str) -> Finding | None:
+@dataclass(frozen=True)
+class LearningSettings:
+    """The settings that a loss may be blamed on: `lr` is the peak learning rate (`is_lr_measured`: by --lr auto),
+    `usual_lr` the one that hatrack derives for the base, `dtype` the base's, `r` the rank."""
+
+    lr: float
+    usual_lr: float
+    dtype: str
+    r: int
+    is_lr_measured: bool = False
+
+
+def loss_not_a_number(step: Step, settings: LearningSettings) -> Finding | None:
     """The loss is nan or inf, and everything after it is too."""
-    finite = float("-inf") < step.loss < float("inf") and float("-inf") < step.norm < float("inf")
-    if finite:
+    if math.isfinite(step.loss) and math.isfinite(step.norm):
         return None
-    what = "gradient" if float("-inf") < step.loss < float("inf") else "loss"
-    value = step.norm if what == "gradient" else step.loss
-    if dtype == "float16":
-        cause = "likely float16, which ends at 65,504: start anew with --dtype bfloat16"
+    what, value = ("gradient", step.norm) if math.isfinite(step.loss) else ("loss", step.loss)
+    if settings.dtype == "float16":
+        cause = "likely float16, whose largest value is 65,504: start again with --dtype bfloat16"
     elif step.number == 1:
         cause = "nothing was learned yet, so likely the base itself: hatrack check looks at its weights"
-    elif lr > usual_lr * WILD:
-        cause = f"likely the learning rate: start anew with --lr {usual_lr:g}"
+    elif settings.lr > settings.usual_lr * WILD:
+        cause = f"likely the learning rate: start again with --lr {settings.usual_lr:g}"
     else:
-        cause = f"likely one of these rows, or the learning rate: start anew with --lr {lr / 3:.1g}"
+        cause = f"likely one of these rows, or the learning rate: start again with --lr {settings.lr / 3:.1g}"
     return Finding(
         "loss-not-a-number",
         f"the {what} is not a finite number at step {step.number:,}",
@@ -59,62 +71,65 @@ def loss_not_a_number(step: Step, lr: float, usual_lr: float, dtype: str) -> Fin
 
 
 def has_grown(first: float, recent: float) -> bool:
-    """Whether the loss is half as much again, and two nats more, than at the beginning.
+    """Whether the loss is above its first value by 50% and by two nats.
 
-    Means of few rows of like length move by a nat on sound runs (SmolLM2 on short questions: 0.9 to 1.9); a lost run's
-    go on to those of guessing and beyond.
+    On sound runs the mean over a few rows of similar length moves by a nat (SmolLM2 on short questions: 0.9 to 1.9). On
+    a diverged run it grows to that of random guesses and beyond.
     """
     return recent > first + max(2.0, 0.5 * first)
 
 
-def loss_explodes(first: float, recent: float, step: Step, lr: float, usual_lr: float) -> Finding | None:
-    """The loss grows past where it began and does not come back. `first` is of before the first step, `recent` a mean
-    over several steps."""
+def loss_explodes(first: float, recent: float, step: Step, settings: LearningSettings) -> Finding | None:
+    """The loss grows past where it began and does not come back. `first` is the loss before the first step, `recent`
+    the mean over the last few steps."""
     if not has_grown(first, recent):
         return None
-    slower = min(usual_lr, lr / 3)
+    slower = min(settings.usual_lr, settings.lr / 3)
     return Finding(
         "loss-explodes",
         f"the loss has grown far past where it began, by step {step.number:,}",
         f"{recent:.3g} after {first:.3g}, now at {step.named_rows}",
-        f"likely the learning rate {lr:g}: start anew with --lr {slower:.2g}",
+        f"likely the learning rate {settings.lr:g}: start again with --lr {slower:.2g}",
         refused=True,
     )
 
 
 def no_gradient(step: Step) -> Finding | None:
-    """torch: "None of the inputs have requires_grad=True", or no word at all: no gradient reaches the adapter."""
+    """No gradient reaches the adapter: torch says "None of the inputs have requires_grad=True", or nothing."""
     if step.norm != 0 or step.loss < 1e-6:
         return None
     return Finding(
         "no-gradient",
         f"no gradient reaches the adapter at step {step.number:,}",
         f"a gradient of exactly 0 at a loss of {step.loss:.3g}",
-        "another --targets: the adapted layers do not lead to the output, or something between them is cut off",
+        "another --targets: the adapted layers do not lead to the output, or something between them is detached",
         refused=True,
     )
 
 
-def loss_barely_moves(
-    before: float, now: float, step: int, lr: float, usual_lr: float, r: int, measured: bool = False
-) -> Finding | None:
-    """The held-out loss is where it was: nothing is learned. The rate is to be raised before the rank.
+def loss_barely_moves(before: float, now: float, step: int, settings: LearningSettings) -> Finding | None:
+    """The held-out loss is where it was: nothing is learned. The advice is to raise the learning rate before the rank.
 
-    `measured`: the rate is that of --lr auto, which is not to be advised again.
+    `before` and `now` are the held-out losses before training and after `step` steps.
     """
-    if step < FEWEST or before < KNOWN_ALREADY or before - now >= BARELY * before or now > before * (1 + BARELY):
+    if step < MIN_STEPS_MOVED or before < ALREADY_LOW or before - now >= MIN_CHANGE * before:
         return None
-    faster = usual_lr if lr < usual_lr else 3 * lr
+    if now > before * (1 + MIN_CHANGE):  # it moved, upwards
+        return None
+    lr = settings.lr
+    faster = settings.usual_lr if lr < settings.usual_lr else 3 * lr
+    measure = "" if settings.is_lr_measured else "; --lr auto measures"
     return Finding(
         "loss-barely-moves",
         f"the held-out loss has barely moved in {step:,} steps",
-        f"{before:.4f} before, {now:.4f} now, with --lr {lr:g} and --r {r}",
-        f"--lr {faster:.2g} before a larger --r, then more --epochs{'' if measured else '; --lr auto measures'}",
+        f"{before:.4f} before, {now:.4f} now, with --lr {lr:g} and --r {settings.r}",
+        f"--lr {faster:.2g} before a larger --r, then more --epochs{measure}",
     )
 
 
 def end_not_learned(row: int, end: str, likely: float, tokens: int) -> Finding:
-    """The tuned model goes on where the answers it learned from end."""
+    """The tuned model goes on where the answers in its data end. `end` is the end token, which is `likely` (0 to 1) at
+    the end of `row`'s answer; the model was given `tokens` tokens and did not end its own."""
     return Finding(
         "end-not-learned",
         "the answers do not end by themselves yet",

@@ -22,7 +22,7 @@ KEPT = 2
 """The newest two stay, and the best epoch's, whatever its age."""
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
+def folder_of_step(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return run / f"checkpoint-{step}"
 
@@ -39,7 +39,7 @@ def write_checkpoint(run: Path, step: int) -> Iterator[Path]:
 
     Raises MachineError where it could not be written; earlier checkpoints stay as they are.
     """
-    final = checkpoint_folder(run, step)
+    final = folder_of_step(run, step)
     try:
         with new_folder(final) as working:
             yield working
@@ -55,24 +55,24 @@ def prune(run: Path, best: int | None) -> None:
     """Removes the checkpoints that nothing needs any more."""
     for step in saved_steps(run)[KEPT:]:
         if step != best:
-            shutil.rmtree(checkpoint_folder(run, step), ignore_errors=True)
+            shutil.rmtree(folder_of_step(run, step), ignore_errors=True)
 
 
 def remove_damaged(run: Path) -> None:
     """Leaves only what can be gone on from: whole checkpoints, whose best epoch's is whole too. Says which went."""
     for path in run.glob(".*"):  # begun by a process that was killed
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    wrong = {step: problem for step in saved_steps(run) if (problem := _problem(checkpoint_folder(run, step)))}
+    wrong = {step: problem for step in saved_steps(run) if (problem := _problem(folder_of_step(run, step)))}
     for step in saved_steps(run):
-        problem = wrong.get(step) or _without_best(checkpoint_folder(run, step), wrong)
+        problem = wrong.get(step) or _without_best(folder_of_step(run, step), wrong)
         if problem:
-            say(f"{checkpoint_folder(run, step)} is not used: {problem}")
-            shutil.rmtree(checkpoint_folder(run, step))
+            say(f"{folder_of_step(run, step)} is not used: {problem}")
+            shutil.rmtree(folder_of_step(run, step))
 
 
 def _without_best(checkpoint: Path, wrong: dict[int, str]) -> str | None:
     best = json.loads((checkpoint / STATE).read_text())["best_global_step"]
-    gone = best is not None and (best in wrong or not checkpoint_folder(checkpoint.parent, best).exists())
+    gone = best is not None and (best in wrong or not folder_of_step(checkpoint.parent, best).exists())
     return f"the best epoch's, of step {best}, is gone" if gone else None
 
 

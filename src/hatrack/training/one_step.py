@@ -7,7 +7,7 @@ import torch
 
 from hatrack.check.finding import Finding
 from hatrack.check.prepared import Prepared
-from hatrack.check.running import Step, loss_not_a_number, no_gradient
+from hatrack.check.running import LearningSettings, Step, loss_not_a_number, no_gradient
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.training.adapted_model import AdaptedModel, load_adapted_model, open_layer_paths
@@ -34,7 +34,8 @@ def one_step(facts: Prepared) -> list[Finding]:
     adapted.model.zero_grad()
     rows = [int(learn.rows[index]) for index in chosen]
     step = Step(1, loss, norm, rows, str(facts.recipe.data))
-    findings = [loss_not_a_number(step, facts.schedule.lr, facts.usual_lr, facts.dtype), no_gradient(step)]
+    settings = LearningSettings(facts.schedule.lr, facts.usual_lr, facts.dtype, facts.recipe.r)
+    findings = [loss_not_a_number(step, settings), no_gradient(step)]
     if facts.recipe.lr == "auto" and not any(findings):
         measure_learning_rate(adapted.base, adapted.model, facts)
     return [finding for finding in findings if finding is not None]

@@ -55,7 +55,7 @@ class Run:
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint. All that are there are whole: they are looked through when a run is resumed."""
         return next(
-            (checkpoint.checkpoint_folder(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
+            (checkpoint.folder_of_step(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
         )
 
     def remember(self, facts: dict[str, Any]) -> None:

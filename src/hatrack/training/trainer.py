@@ -238,7 +238,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
 
     def load_best(self) -> None:
         """Loads the best epoch's adapter. It is found by its step, as the run's folder may have been moved."""
-        self.state.best_model_checkpoint = str(checkpoint.checkpoint_folder(self._run, self.state.best_global_step))
+        self.state.best_model_checkpoint = str(checkpoint.folder_of_step(self._run, self.state.best_global_step))
         self._load_best_model()
 
     @property
