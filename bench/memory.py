@@ -141,16 +141,16 @@ Made = tuple[Any, Callable[[], float]]
 def _streamed(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
     from hatrack.adapter.place import place
     from hatrack.base.layer_stack import find_layer_stack
-    from hatrack.base.offload import as_if_loaded, open_layers, settle
+    from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
     from hatrack.layers.fast_base import speed_up
     from hatrack.layers.fast_lora import LAYER_CLASSES
     from hatrack.training.layer_streaming import LayerStreaming
 
-    base = _loaded(asked, mapped=True)
+    base = _loaded(asked, streamed=True)
     trunk = find_layer_stack(base.model)
-    settle(base.model, trunk, base.dtype, base.device)
+    move_all_but_layers(base.model, trunk, base.dtype, base.device)
     speed_up(base.model, trunk)
-    with as_if_loaded(base):
+    with fake_loaded(base):
         model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
     folder = Path(asked["base"])
     window = open_layers(base.model, trunk, base.dtype, folder, base.device)
@@ -211,12 +211,12 @@ def _peft(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made
 RECIPE = Recipe.make(r=8, alpha=16.0, dropout=0.0, targets="q_proj,v_proj")
 
 
-def _loaded(asked: dict[str, Any], *, mapped: bool = False, quantize: str = "none") -> Any:
+def _loaded(asked: dict[str, Any], *, streamed: bool = False, quantize: str = "none") -> Any:
     from hatrack.base.load import load_base
     from hatrack.base.sources import find_base
 
     found, wanted = find_base(asked["base"]), {"device": asked["device"], "dtype": asked["dtype"]}
-    return load_base(found, task="complete", mapped=mapped, quantize=quantize, **wanted)
+    return load_base(found, task="complete", streamed=streamed, quantize=quantize, **wanted)
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], items: int) -> torch.Tensor:

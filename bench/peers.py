@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hatrack.base.load import choose_dtype, name_of
+from hatrack.base.load import choose_dtype, dtype_name
 from hatrack.storage import cache_dir
 from sides import ALL_LINEAR, WORKS
 from speed import HERE, Worker, machine
@@ -48,7 +48,7 @@ def measure(work: str, pythons: dict[str, str], rounds: int, threads: int) -> di
     """Median seconds a step, and peak bytes, of hatrack, peft and each peer."""
     made = WORKS[work]
     targets = "all-linear" if made["targets"] == ALL_LINEAR else "q,v"
-    dtype = name_of(choose_dtype("auto", torch.device("cpu"))[0])
+    dtype = dtype_name(choose_dtype("auto", torch.device("cpu"))[0])
     more = {"rows": made["rows"], "tokens": made["tokens"], "targets": targets, "dtype": dtype}
     workers = {side: Worker(work, side, threads) for side in ("hatrack", "peft")}
     for peer, python in pythons.items():

@@ -19,7 +19,7 @@ from hatrack.base.description import describe_local
 from hatrack.base.sources import find_base
 from hatrack.data.read import read_lines, read_rows
 from hatrack.errors import AdapterError, DataError, HatrackError, ModelError
-from hatrack.file_kind import look
+from hatrack.file_kind import identify
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab12\nsize 4821\n"
 PAGE = b"\xef\xbb\xbf\n<!-- moved -->\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"
@@ -65,13 +65,13 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_file_is(kind: str) -> None:
-    found = look(io.BytesIO(KINDS[kind]))
+    found = identify(io.BytesIO(KINDS[kind]))
     assert found is not None and found.kind == kind and found.fix
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_each_protocol(protocol: int) -> None:
-    found = look(io.BytesIO(pickle.dumps([{"text": "a"}], protocol)))
+    found = identify(io.BytesIO(pickle.dumps([{"text": "a"}], protocol)))
     assert found is not None and found.kind == "a pickle"
 
 
@@ -93,7 +93,7 @@ def test_pointers_and_pages_however_they_are_written(tmp_path: Path, content: by
     ["", "<header>,label\n", "text,label\na,b\n", '{"a": 1}', "<b>bold</b>,good\n", "BZ,1\n", "version,2\n", "€\x80"],
 )
 def test_plain_text_is_nothing_else(text: str) -> None:
-    assert look(io.BytesIO(text.encode())) is None
+    assert identify(io.BytesIO(text.encode())) is None
 
 
 FIX = {POINTER: "git lfs pull", PAGE: "download the file again", KINDS["a spreadsheet"]: "save it as CSV"}

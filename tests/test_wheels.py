@@ -12,7 +12,7 @@ import pytest
 
 from hatrack import wheels
 from hatrack.errors import HatrackError, MachineError, RecipeError
-from hatrack.wheels import extract, fetch_member, fetch_wheel, members, parse_pypi
+from hatrack.wheels import extract, fetch_member, fetch_wheel, list_members, parse_pypi
 
 ENGLISH = "pypi:chatterbot-corpus==1.3.3/chatterbot_corpus/data/english"
 MakeWheel = Callable[..., Path]
@@ -181,7 +181,7 @@ def test_one_name_twice_is_refused(make_wheel: MakeWheel) -> None:
     with pytest.warns(UserWarning, match=r"Duplicate name"):
         wheel = make_wheel({"thing/a.txt": b"x"}, infos=(info,))
     with pytest.raises(HatrackError, match=r"the same name twice"):
-        members(wheel)
+        list_members(wheel)
 
 
 def test_a_zip_bomb_is_refused_by_what_it_declares(make_wheel: MakeWheel, cache: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_member_that_lies_about_its_size_is_refused(make_wheel: MakeWheel, cac
 
 def test_copying_stops_at_the_declared_size() -> None:
     target = io.BytesIO()
-    assert wheels._copy(io.BytesIO(bytes(10 * 2**20)), target, limit=100) == len(target.getvalue()) == 2**20
+    assert wheels._copy_limited(io.BytesIO(bytes(10 * 2**20)), target, limit=100) == len(target.getvalue()) == 2**20
 
 
 def test_a_damaged_wheel_is_one_plain_line(make_wheel: MakeWheel, cache: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_damaged_wheel_is_one_plain_line(make_wheel: MakeWheel, cache: Path) -
         extract(wheel, "thing/a.txt")
     wheel.write_bytes(content[:3000])
     with pytest.raises(HatrackError, match=r"damaged or not a wheel; got .*; fix: delete it"):
-        members(wheel)
+        list_members(wheel)
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 
 from hatrack.errors import HatrackError
 
-LONGEST = 1024
+START_BYTES = 1024
 """Bytes that are looked at; of a zip archive the names in it too."""
 
 LARGEST_HEADER = 100 * 2**20
@@ -77,7 +77,7 @@ _ERROR = TypeVar("_ERROR", bound=HatrackError)
 
 
 @dataclass(frozen=True)
-class Found:
+class FileKind:
     """What a file is ("a zip archive"), how that was seen, and what to do with it where another kind was wanted."""
 
     kind: str
@@ -85,12 +85,12 @@ class Found:
     fix: str
 
 
-def look(file: BinaryIO) -> Found | None:
+def identify(file: BinaryIO) -> FileKind | None:
     """What an open file is; None for plain text, and for whatever else has no beginning of its own.
 
     Reads from where the file stands, and moves it.
     """
-    start = file.read(LONGEST)
+    start = file.read(START_BYTES)
     kind = next((kind for mark, kind in STARTS.items() if start.startswith(mark)), "")
     kind = kind or next((kind for kind, pattern in PATTERNS.items() if pattern.match(start)), "")
     got = f"it begins with {start[:4].hex(' ')}"
@@ -104,14 +104,14 @@ def look(file: BinaryIO) -> Found | None:
     if not kind:
         return None
     packed = "archive" in kind or kind.startswith("compressed")
-    return Found(kind, got, FIXES.get(kind, ARCHIVE_FIX if packed else OTHER_FIX))
+    return FileKind(kind, got, FIXES.get(kind, ARCHIVE_FIX if packed else OTHER_FIX))
 
 
-def other_kind(path: Path, wanted: str, error: type[_ERROR]) -> _ERROR | None:
+def wrong_kind_error(path: Path, wanted: str, error: type[_ERROR]) -> _ERROR | None:
     """The error that says what a file is in place of the kind `wanted` ("a safetensors file"); None where its first
     bytes do not tell, or where it cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        found = look(file)
+        found = identify(file)
         if found and found.kind != wanted and (found.kind, wanted) != (DAMAGED_ZIP, PICKLE):  # as torch.save makes
             what = f"{path} is {found.kind}, not {wanted}"
             return error(what, got=found.got, fix=found.fix, gotcha="another-kind-of-file")

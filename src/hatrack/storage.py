@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from hatrack.errors import HatrackError, MachineError
 
-SMALLEST_DISK = 2**20
+FULL_BELOW = 2**20
 """A disk with less than a MiB left is full."""
 
 ABANDONED_AFTER = 60
@@ -30,7 +30,7 @@ ABOUT = "about.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A folder of the cache: what made it (nothing where that is damaged), bytes on disk, when a run last used it
     (seconds since 1970)."""
 
@@ -124,7 +124,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         _remove_abandoned(final.parent, begun)
         working = Path(tempfile.mkdtemp(prefix=begun, dir=final.parent))
         try:
-            with held(working):
+            with in_use(working):
                 yield working
                 _sync(working)
                 working.chmod(0o755)
@@ -136,7 +136,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         except HatrackError:
             raise
         except Exception as error:
-            if shutil.disk_usage(final.parent).free < SMALLEST_DISK:  # torch does not say why it could not write
+            if shutil.disk_usage(final.parent).free < FULL_BELOW:  # torch does not say why it could not write
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
         finally:
@@ -144,8 +144,8 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps `remove_unheld` from a folder while the block runs, also in other processes."""
+def in_use(folder: Path) -> Iterator[None]:
+    """Keeps `remove_unused` from a folder while the block runs, also in other processes."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # a network's disk may lock no folders
@@ -155,7 +155,7 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def remove_unheld(folder: Path) -> bool:
+def remove_unused(folder: Path) -> bool:
     """Removes a folder, unless somebody holds it (or may: some disks lock nothing); says whether it did."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -175,7 +175,7 @@ def _remove_abandoned(parent: Path, begun: str) -> None:
         if path.name.startswith(begun):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-                    remove_unheld(path)
+                    remove_unused(path)
 
 
 def move(source: Path, target: Path) -> None:
@@ -209,14 +209,14 @@ def new_file(final: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def entries(root: Path) -> list[Entry]:
+def list_entries(root: Path) -> list[CacheEntry]:
     """Every folder under `root`, the one last used first; of unfinished and damaged ones nothing is told."""
     found = []
     for folder in root.iterdir():
         about = folder / ABOUT
         with contextlib.suppress(OSError):
             used = (about if about.exists() else folder).stat().st_mtime
-            found.append(Entry(folder, read_about(folder) or {}, folder_size(folder), used))
+            found.append(CacheEntry(folder, read_about(folder) or {}, folder_size(folder), used))
     return sorted(found, key=lambda entry: -entry.used)
 
 

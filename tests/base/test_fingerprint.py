@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hatrack.base.description import BaseDescription, describe_folder
-from hatrack.base.fingerprint import DIGITS, SAMPLE, check_base, fingerprint, lineage, samples
+from hatrack.base.fingerprint import DIGITS, SAMPLE, check_base, fingerprint, lineage, sample_ranges
 from hatrack.errors import WrongBase
 
 from . import tiny
@@ -92,7 +92,7 @@ def test_one_number_anywhere_changes_that_of_a_small_base(tmp_path: Path) -> Non
 @pytest.mark.parametrize("size", [1, 4096, 3 * SAMPLE, 46 * 2**20, 262 * 2**20])
 @pytest.mark.parametrize("share", [0.001, 0.04, 0.5, 1.0])
 def test_samples_lie_evenly_inside(size: int, share: float) -> None:
-    parts = samples(size, share)
+    parts = sample_ranges(size, share)
     assert parts[0][0] == 0 and sum(parts[-1]) == size
     ends = [start + length for start, length in parts]
     assert all(end <= start for end, (start, _) in zip(ends, parts[1:], strict=False))

@@ -17,7 +17,7 @@ from hatrack.base.header import (
     head_shapes,
     parameter_count,
     read_config,
-    read_header,
+    read_tensors,
     weight_bytes,
 )
 from hatrack.errors import ModelError
@@ -97,7 +97,7 @@ def test_the_family_of_each_architecture(kind: str) -> None:
 def test_a_header_tells_shape_type_and_place(tmp_path: Path) -> None:
     first, second = torch.arange(6, dtype=torch.float32).reshape(2, 3), torch.ones(4, dtype=torch.bfloat16)
     save_file({"a": first, "b": second}, tmp_path / "model.safetensors")
-    header = read_header(tmp_path)
+    header = read_tensors(tmp_path)
     assert (header["a"].shape, header["a"].dtype, header["a"].bytes) == ((2, 3), "F32", 24)
     assert (header["b"].shape, header["b"].dtype, header["b"].bytes) == ((4,), "BF16", 8)
     content = header["a"].file.read_bytes()[header["a"].offset :][: header["a"].bytes]
@@ -111,26 +111,26 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="4KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    one, many = read_header(tmp_path / "one"), read_header(tmp_path / "many")
+    one, many = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "many")
     assert {name: info.shape for name, info in one.items()} == {name: info.shape for name, info in many.items()}
 
     shard = sorted((tmp_path / "many").glob("*.safetensors"))[0]
     content = shard.read_bytes()
     save_file({"other": torch.ones(1)}, shard)
     with pytest.raises(ModelError, match=rf"{shard.name} lacks \d+ tensors of the index; got "):
-        read_header(tmp_path / "many")
+        read_tensors(tmp_path / "many")
     shard.write_bytes(content)
     shard.unlink()
     with pytest.raises(
         ModelError, match=rf"1 of the \d+ weight files of .*many are missing; got {shard.name}; fix: copy"
     ):
-        read_header(tmp_path / "many")
+        read_tensors(tmp_path / "many")
 
 
 def test_an_index_that_leads_outside_its_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../other.safetensors"}}')
     with pytest.raises(ModelError, match=r"outside its folder; got \.\./other\.safetensors; fix: "):
-        read_header(tmp_path)
+        read_tensors(tmp_path)
 
 
 def damaged_files() -> list[tuple[str, bytes, str]]:
@@ -164,7 +164,7 @@ def test_a_damaged_file_is_named(name: str, content: bytes, said: str, tmp_path:
     with pytest.raises(
         ModelError, match=rf"model\.safetensors is damaged or no safetensors file; got {said}.*; fix: copy"
     ) as caught:
-        read_header(tmp_path)
+        read_tensors(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -173,7 +173,7 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
         file.write((200 * 2**20).to_bytes(8, "little"))
         file.truncate(300 * 2**20)
     with pytest.raises(ModelError, match="a header of 209,715,200 bytes"):
-        read_header(tmp_path)
+        read_tensors(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,11 @@ def test_the_parts_give_what_the_whole_gives(kind: str, training: bool) -> None:
     wanted = {name: parameter.grad.clone() for name, parameter in made.named_parameters() if parameter.grad is not None}
     made.zero_grad()
 
-    hidden, calls = trunk.before(lambda: made(**batch))
+    hidden, calls = trunk.capture_inputs(lambda: made(**batch))
     assert len(calls) == 3
     for index, call in enumerate(calls):
-        hidden = trunk.layer(index, hidden, call)
-    with trunk.after(lambda: hidden):
+        hidden = trunk.run_layer(index, hidden, call)
+    with trunk.replace_layers(lambda: hidden):
         parts = made(**batch).logits
     assert torch.equal(parts, whole)
     parts.square().sum().backward()
@@ -67,10 +67,10 @@ def test_no_cache_of_keys_is_kept_and_the_setting_comes_back() -> None:
     made, batch = _tiny("Llama")
     assert made.config.use_cache
     trunk = find_layer_stack(made)
-    hidden, calls = trunk.before(lambda: made(**batch))
+    hidden, calls = trunk.capture_inputs(lambda: made(**batch))
     assert all(call.kwargs.get("past_key_values") is None for call in calls)
-    first = trunk.layer(0, hidden, calls[0])
-    assert torch.equal(first, trunk.layer(0, hidden, calls[0]))
+    first = trunk.run_layer(0, hidden, calls[0])
+    assert torch.equal(first, trunk.run_layer(0, hidden, calls[0]))
     assert made.config.use_cache
 
 

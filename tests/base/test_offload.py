@@ -70,10 +70,10 @@ def test_a_layer_that_is_shown_holds_its_own_weights(
     _, trunk, window = lent
     stored = [_weights(trunk, number) for number in range(LAYERS)]
     for number, then in zip(order, [*range(1, LAYERS), OUTSIDE, OUTSIDE], strict=False):
-        window.show(number, then=then)
+        window.load(number, next_part=then)
         for found, wanted in zip(_weights(trunk, number), stored[number], strict=True):
             assert found.dtype == torch.float32 and torch.equal(found, wanted.float())
-    window.close()
+    window.unload()
     for number in range(LAYERS):
         assert all(map(torch.equal, _weights(trunk, number), stored[number]))
 
@@ -82,7 +82,7 @@ def test_the_next_layer_never_goes_where_the_shown_one_is(lent: tuple[Any, Layer
     _, trunk, window = lent
     window.dtype = torch.bfloat16  # no copy is made, so that weights lie in their places
     for number in (0, 1, 2, 3, 2, 1, 0):
-        window.show(number, then=(number + 1) % LAYERS)
+        window.load(number, next_part=(number + 1) % LAYERS)
         before = _weights(trunk, number)
         for reading in window._ahead.values():
             reading.result()
@@ -97,8 +97,8 @@ def test_a_pass_through_the_model_lends_each_layer(
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     for weight in {id(weight): weight for weight in model.parameters() if weight.dtype != torch.float32}.values():
-        if not any(weight is each for layer in window.trunk.layers for each in layer.parameters()):
-            weight.data = weight.data.float()  # as `settle` leaves it on an accelerator
+        if not any(weight is each for layer in window.layer_stack.layers for each in layer.parameters()):
+            weight.data = weight.data.float()  # as `move_all_but_layers` leaves it on an accelerator
     window.stream()
     with torch.no_grad():
         for _ in range(2):

@@ -13,7 +13,7 @@ import torch
 from hatrack import storage
 from hatrack.base import load, quantized_cache
 from hatrack.base.description import describe_folder
-from hatrack.base.header import read_header
+from hatrack.base.header import read_tensors
 from hatrack.base.load import Base
 from hatrack.console import say_once
 from hatrack.errors import ModelError
@@ -41,7 +41,7 @@ def unkept(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Base]:
 
     def load_fresh(*given: Any, **options: Any) -> Base:
         with monkeypatch.context() as there:
-            there.setattr(load, "_kept", lambda *_: None)
+            there.setattr(load, "_quantized_folder", lambda *_: None)
             base: Base = load_tiny(*given, **options)
             return base
 
@@ -83,7 +83,7 @@ def test_what_is_kept_is_what_was_quantised(
 ) -> None:
     folder = tiny.save(tmp_path, kind, head)
     fresh, first, later = (make(folder, task, quantize=quantize, seed=5) for make in (unkept, load_tiny, load_tiny))
-    assert len(quantized_cache.entries()) == 1
+    assert len(quantized_cache.list_entries()) == 1
     wanted, plain = _answers(fresh), fresh.model.state_dict()
     for base in (first, later):
         assert _same(wanted, _answers(base), quantize)
@@ -101,7 +101,7 @@ def test_the_weights_are_pages_of_the_file(llama: Path, quantize: str) -> None:
         pytest.skip("needs Linux's /proc")
     load_tiny(llama, "chat", quantize=quantize)
     base = load_tiny(llama, "chat", quantize=quantize)
-    file = quantized_cache.entries()[0].folder / "model.safetensors"
+    file = quantized_cache.list_entries()[0].folder / "model.safetensors"
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
     spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in mapped]
     weights = [p for p in base.model.parameters() if p.ndim == 2]
@@ -125,15 +125,15 @@ def test_a_head_is_fresh_by_the_seed_and_its_own_where_it_fits(
         heads[labels, seed] = found
     assert not torch.equal(heads[2, 1], heads[2, 2])
     assert torch.equal(heads[3, 1], tiny.model("Bert", "classify", num_labels=3).classifier.weight)
-    kept = quantized_cache.entries()
+    kept = quantized_cache.list_entries()
     assert len(kept) == 1
-    assert "classifier.weight" in read_header(kept[0].folder)
+    assert "classifier.weight" in read_tensors(kept[0].folder)
 
 
 @BITS
 def test_nothing_fresh_is_kept(quantize: str, tmp_path: Path) -> None:
     load_tiny(tiny.save(tmp_path, "Bert", "masked"), "classify", quantize=quantize)
-    names = read_header(quantized_cache.entries()[0].folder)
+    names = read_tensors(quantized_cache.list_entries()[0].folder)
     assert names and not any(name.startswith(("classifier", "bert.pooler", "cls")) for name in names)
 
 
@@ -151,10 +151,12 @@ def test_each_thing_that_changes_the_weights_has_a_folder_of_its_own(tmp_path: P
         (folder, "chat", "4bit", "bfloat16"),
     ):
         load_tiny(base, task, quantize=quantize, dtype=dtype)
-    assert len(quantized_cache.entries()) == 5
-    made = quantized_cache.made_by(describe_folder(folder), task="chat", quantize="4bit", dtype="float32", device="cpu")
-    assert quantized_cache.find(made) and not quantized_cache.find(made | {"device": "cuda"})
-    assert not quantized_cache.find(made | {"versions": made["versions"] | {"bitsandbytes": "0"}})
+    assert len(quantized_cache.list_entries()) == 5
+    made = quantized_cache.cache_key(
+        describe_folder(folder), task="chat", quantize="4bit", dtype="float32", device="cpu"
+    )
+    assert quantized_cache.find_cached(made) and not quantized_cache.find_cached(made | {"device": "cuda"})
+    assert not quantized_cache.find_cached(made | {"versions": made["versions"] | {"bitsandbytes": "0"}})
 
 
 def _cut(folder: Path) -> None:
@@ -187,7 +189,7 @@ def test_a_damaged_one_is_said_and_made_again(
     llama: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = _answers(load_tiny(llama, "chat", quantize="4bit"))
-    folder = quantized_cache.entries()[0].folder
+    folder = quantized_cache.list_entries()[0].folder
     damage(folder)
     capsys.readouterr()
     found = _answers(load_tiny(llama, "chat", quantize="4bit"))
@@ -200,7 +202,7 @@ def test_a_damaged_one_is_said_and_made_again(
 
 def test_what_a_killed_process_began_is_not_looked_at(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load_tiny(llama, "chat", quantize="4bit")
-    folder = quantized_cache.entries()[0].folder
+    folder = quantized_cache.list_entries()[0].folder
     folder.rename(folder.with_name(f".{folder.name}.hatrack-1"))
     capsys.readouterr()
     load_tiny(llama, "chat", quantize="4bit")
@@ -254,16 +256,16 @@ def test_a_base_that_lacks_weights_is_refused_and_not_kept(tmp_path: Path) -> No
     (folder / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(ModelError, match="lacks 16 of the tensors"):
         load_tiny(folder, "classify", quantize="4bit")
-    assert quantized_cache.entries() == []
+    assert quantized_cache.list_entries() == []
 
 
 def test_one_that_is_being_opened_is_not_removed(llama: Path) -> None:
     load_tiny(llama, "chat", quantize="4bit")
-    entry = quantized_cache.entries()[0]
-    with quantized_cache.whole_base(entry.folder, llama) as whole:
-        assert not quantized_cache.remove(entry)
+    entry = quantized_cache.list_entries()[0]
+    with quantized_cache.folder_to_load(entry.folder, llama) as whole:
+        assert not quantized_cache.remove_entry(entry)
         assert {path.name for path in whole.iterdir()} == {path.name for path in llama.iterdir()}
-    assert quantized_cache.remove(entry) and quantized_cache.entries() == []
+    assert quantized_cache.remove_entry(entry) and quantized_cache.list_entries() == []
 
 
 @pytest.fixture(autouse=True)

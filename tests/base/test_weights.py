@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hatrack.base.description import describe_folder
 from hatrack.base.fingerprint import fingerprint
-from hatrack.base.header import quantisation, read_config, read_header
+from hatrack.base.header import quantization_in_config, read_config, read_tensors
 from hatrack.base.load import load_base
 from hatrack.errors import ModelError
 
@@ -127,9 +127,11 @@ def test_integer_buffers_are_no_packed_weights(tmp_path: Path) -> None:
 
 
 def test_quantisation_of_a_part_is_told(tmp_path: Path) -> None:
-    assert quantisation({"text_config": {"quantization_config": BNB}}) == "4 bits (bitsandbytes)"
-    assert quantisation({"compression_config": {"quant_method": "compressed-tensors"}}) == "compressed-tensors"
-    assert quantisation({"quantization_config": None}) is None
+    assert quantization_in_config({"text_config": {"quantization_config": BNB}}) == "4 bits (bitsandbytes)"
+    assert (
+        quantization_in_config({"compression_config": {"quant_method": "compressed-tensors"}}) == "compressed-tensors"
+    )
+    assert quantization_in_config({"quantization_config": None}) is None
 
 
 # --- empty tensors, and names that are not the model's --------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_names_that_a_wrapper_wrote_are_read(
 
 def test_names_are_read_without_wrappers_in_shards(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path, "Llama", "causal")
-    names, tensors = list(read_header(folder)), load_file(folder / "model.safetensors")
+    names, tensors = list(read_tensors(folder)), load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     index: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
@@ -184,7 +186,7 @@ def test_names_are_read_without_wrappers_in_shards(tmp_path: Path) -> None:
         save_file({f"module.{name}": tensors[name] for name in part}, folder / file, {"format": "pt"})
         index |= {f"module.{name}": file for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    assert set(read_header(folder)) == set(names)
+    assert set(read_tensors(folder)) == set(names)
     assert load(folder).model(IDS).logits.isfinite().all()
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match=r"1 of the 2 weight files of .* are missing; got model-00002-of-00002"):
@@ -235,7 +237,7 @@ def test_the_whole_file_counts_beside_older_shards(tmp_path: Path) -> None:
     _shards(folder, torch.clone)
     (folder / "model.safetensors").write_bytes(whole)
     assert fingerprint(describe_folder(folder)) == plain
-    assert read_header(folder)["model.norm.weight"].file.name == "model.safetensors"
+    assert read_tensors(folder)["model.norm.weight"].file.name == "model.safetensors"
 
 
 def test_a_name_in_front_of_all_tensors_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from hatrack.base.header import read_config, read_header, task_shapes
+from hatrack.base.header import read_config, read_tensors, task_shapes
 
 WORDS = ["[PAD]", "[UNK]", "</s>", "the", "cat", "sat", "on", "a", "mat", "good", "bad", "film"]
 SMALL = {"vocab_size": 32, "max_position_embeddings": 40}
@@ -104,4 +104,4 @@ def save(folder: Path, kind: str, head: str = "body", **more: Any) -> Path:
 
 def shapes_of(folder: Path, task: str, labels: int = 0) -> dict[str, tuple[int, ...]]:
     """The parameters of a task's model on the base in a folder."""
-    return task_shapes(read_config(folder), read_header(folder), task, labels)
+    return task_shapes(read_config(folder), read_tensors(folder), task, labels)

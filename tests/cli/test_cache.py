@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hatrack.base import quantized_cache
-from hatrack.storage import ABOUT, held
+from hatrack.storage import ABOUT, in_use
 from hatrack.training.hidden_states import HiddenStateCache, open_hidden_state_cache
 from tests.cli.conftest import Ran
 
@@ -77,7 +77,7 @@ def test_quantised_bases_stand_in_the_same_table(hatrack: Run, own_cache: Path) 
     assert ["big-base", "the base's weights", "float32, 4bit", "4.9 KiB"] in cells
     assert ["(unfinished)", "the base's weights", "4.9 KiB", "now"] in cells
     assert {entry["kind"] for entry in hatrack("cache", "--json").json["entries"]} == {"layers", "weights"}
-    with held(quantized_cache.root() / ".weights.hatrack-1"):  # somebody is writing it
+    with in_use(quantized_cache.root() / ".weights.hatrack-1"):  # somebody is writing it
         assert hatrack("cache", "clear", "--json").json["in_use"] == 1
     assert [path.name for path in quantized_cache.root().iterdir()] == [".weights.hatrack-1"]
     assert hatrack("cache", "clear", "--json").json["removed"] == 1 and not list(quantized_cache.root().iterdir())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hatrack.base.free_memory import no_device
+from hatrack.base.free_memory import missing_device_error
 from hatrack.errors import RecipeError
 from hatrack.planning import machine
 from hatrack.planning.machine import ACCELERATORS, GIB, LAPTOPS, check_device, machine_named
@@ -51,4 +51,4 @@ def test_a_device_that_is_not_there_is_refused_in_the_words_of_training(monkeypa
         check_device(there)
     with pytest.raises(RecipeError) as refused:
         check_device("cuda")
-    assert str(refused.value) == str(no_device("cuda", ["cpu"]))
+    assert str(refused.value) == str(missing_device_error("cuda", ["cpu"]))

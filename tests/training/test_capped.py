@@ -17,7 +17,7 @@ import hatrack
 base, data, output = sys.argv[1:]
 hat = hatrack.train(base=base, data=data, output=output, name="hat", steps=2, lr=0.01, batch_size=4,
                     targets="q_proj,v_proj", dtype="float32", device="cpu")
-print(json.dumps(hat.result | {"mapped": hat.base.mapped}))
+print(json.dumps(hat.result | {"mapped": hat.base.streamed}))
 """
 
 

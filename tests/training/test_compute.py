@@ -213,7 +213,7 @@ def test_a_swept_run_is_rounded_like_an_ordinary_one(tmp_path: Path, half_decode
     plain = hatrack.train(output=str(tmp_path / "plain"), name="plain", **run)
     with too_large():
         streamed = hatrack.train(output=str(tmp_path / "streamed"), name="streamed", **run)
-    assert streamed.base.mapped and not plain.base.mapped
+    assert streamed.base.streamed and not plain.base.streamed
     assert streamed.result["eval"] == pytest.approx(plain.result["eval"], rel=1e-3)
     exact = hatrack.train(output=str(tmp_path / "exact"), name="exact", **run | {"compute": "auto"})
     losses_of = [each.result["train_loss"] for each in (plain, streamed, exact)]

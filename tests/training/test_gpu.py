@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hatrack
 from hatrack.base.layer_stack import find_layer_stack
-from hatrack.base.offload import open_layers, settle
+from hatrack.base.offload import move_all_but_layers, open_layers
 from hatrack.check.checks import check_recipe
 from hatrack.evaluate.loss import losses
 from hatrack.kernels.dropout import Mask, apply_mask
@@ -148,7 +148,7 @@ def test_a_sweep_gives_the_gradients_of_the_ordinary_step(tmp_path: Path, stored
         )
         trunk = find_layer_stack(base)
         if streamed:
-            settle(base, trunk, torch.float32, GPU)
+            move_all_but_layers(base, trunk, torch.float32, GPU)
         else:
             base.to(GPU)
         speed_up(base)
@@ -210,7 +210,7 @@ def test_a_swept_run_makes_the_adapter_of_an_ordinary_one(tmp_path: Path, train:
     plain = train("plain", task, dtype="float32")
     with too_large():
         streamed = train("streamed", task, dtype="float32")
-    assert streamed.base.mapped and not plain.base.mapped and streamed.base.device.type == "cuda"
+    assert streamed.base.streamed and not plain.base.streamed and streamed.base.device.type == "cuda"
     assert streamed.result["eval"] == pytest.approx(plain.result["eval"], rel=1e-3)
     _same_adapter(tmp_path / "plain", tmp_path / "streamed")
     text = "it was good film ." if task == "classify" else "what film is red ?"
@@ -252,5 +252,5 @@ def test_the_plan_knows_what_the_gpu_will_hold(tmp_path: Path, tiny_decoder: Pat
     hat = hatrack.train(output=str(tmp_path / "hat"), name="hat", max_length=256, targets="all-linear", **given)
     planned, actual = hat.result["planned"]["peak_memory_bytes"], hat.result["peak_memory_bytes"]
     print(f"planned {planned:,} actual {actual:,} {dataclasses.asdict(hat.cards['hat'])['cost']}")
-    assert hat.base.mapped is bool(options)
+    assert hat.base.streamed is bool(options)
     assert actual == pytest.approx(planned, rel=0.15)

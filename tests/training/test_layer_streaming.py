@@ -235,7 +235,7 @@ def too_large() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hatrack.planning.fit.plan_run", plan_run)
-        patch.setattr("hatrack.inference.hat.holds", lambda *_: False)
+        patch.setattr("hatrack.inference.load.fits_in_memory", lambda *_: False)
         yield
 
 
@@ -255,7 +255,7 @@ def test_a_swept_run_makes_the_adapter_of_an_ordinary_one(
     plain = hatrack.train(output=str(tmp_path / "plain"), name="plain", **run)
     with too_large():
         streamed = hatrack.train(output=str(tmp_path / "streamed"), name="streamed", **run)
-    assert streamed.base.mapped and not plain.base.mapped
+    assert streamed.base.streamed and not plain.base.streamed
     assert streamed.result["eval"] == pytest.approx(plain.result["eval"], rel=1e-4)
     assert streamed.result["train_loss"] == pytest.approx(plain.result["train_loss"], rel=1e-4)
     _same_adapter(tmp_path / "plain", tmp_path / "streamed")
@@ -318,8 +318,8 @@ def test_the_system_is_told_to_forget_what_cannot_all_stay(tmp_path: Path, monke
     for free, forgotten in ((2**40, False), (0, True)):
         monkeypatch.setattr("hatrack.base.mapped_layers.available_memory", lambda free=free: (free, ""))
         window = MappedLayers(base, find_layer_stack(base), torch.float32, tmp_path / "base")
-        window.show(0, then=1)
-        window.show(1)
+        window.load(0, next_part=1)
+        window.load(1)
         assert (told == window.spans[0]) is forgotten
 
 

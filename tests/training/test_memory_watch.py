@@ -20,7 +20,7 @@ def test_fewer_rows_at_a_time_where_the_first_step_takes_too_much(
     """The run starts over with half of them, and gives the adapter that half of them give."""
     wanted = train("halved", batch_size=8, memory="8GiB")
     held = iter([9 * GIB, 9 * GIB])
-    monkeypatch.setattr(callbacks, "resident", lambda: next(held, GIB // 2))
+    monkeypatch.setattr(callbacks, "resident_bytes", lambda: next(held, GIB // 2))
     hat = train("fewer", batch_size=8, memory="8GiB")
     told = capsys.readouterr().err
     assert "8 rows at a time took 9.0 GiB of 8.0 GiB: now 4, of 8 a step" in told
@@ -39,8 +39,8 @@ def step(watch: MemoryWatch, number: int, rows: int = 8, cpu: bool = True) -> No
 def test_memory_is_given_back_only_above_plan_and_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     held = {"bytes": 1000}
-    monkeypatch.setattr(callbacks, "resident", lambda: held["bytes"])
-    monkeypatch.setattr(callbacks, "trim", lambda: given.append(held["bytes"]))
+    monkeypatch.setattr(callbacks, "resident_bytes", lambda: held["bytes"])
+    monkeypatch.setattr(callbacks, "trim_heap", lambda: given.append(held["bytes"]))
     watch = MemoryWatch(planned=980, limit=None)
     for number, now in enumerate((1000, 1029, 1031, 1035, 1045), start=1):
         held["bytes"] = now
@@ -51,7 +51,7 @@ def test_memory_is_given_back_only_above_plan_and_first_step(monkeypatch: pytest
 def test_a_single_row_or_a_run_that_goes_on_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(callbacks, "resident", lambda: 9 * GIB)
+    monkeypatch.setattr(callbacks, "resident_bytes", lambda: 9 * GIB)
     step(MemoryWatch(GIB, GIB), 1, rows=1)
     assert "took 9.0 GiB: more than the 1.0 GiB planned" in capsys.readouterr().err
     step(MemoryWatch(GIB, GIB), 7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hatrack.base.load import Base
-from hatrack.base.offload import settle
+from hatrack.base.offload import move_all_but_layers
 from hatrack.check.checks import check_recipe
 from hatrack.check.running import Step
 from hatrack.planning import fit
@@ -76,9 +76,9 @@ def test_a_base_that_is_streamed_to_an_accelerator_is_moved_there_as_for_trainin
 
     def move(*given: Any) -> None:
         moved.append(str(given[-1]))
-        settle(*given)
+        move_all_but_layers(*given)
 
-    monkeypatch.setattr(adapted_model, "settle", move)
+    monkeypatch.setattr(adapted_model, "move_all_but_layers", move)
     with too_large():
         _step(half_decoder, questions, monkeypatch)
     assert moved == ["cpu"]

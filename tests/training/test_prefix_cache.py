@@ -344,13 +344,13 @@ def test_a_sweep_leaves_out_layers_whose_results_are_kept(
 ) -> None:
     """The sweep's adapter is the ordinary run's, and it keeps for others what others keep for it."""
     shown: list[int] = []
-    show = MappedLayers.show
+    load = MappedLayers.load
 
-    def watched(window: MappedLayers, part: int, then: int | None = None) -> None:
-        shown.extend(number for number in (part, then) if number is not None)
-        show(window, part, then)
+    def watched(layers: MappedLayers, part: int, next_part: int | None = None) -> None:
+        shown.extend(number for number in (part, next_part) if number is not None)
+        load(layers, part, next_part)
 
-    monkeypatch.setattr(MappedLayers, "show", watched)
+    monkeypatch.setattr(MappedLayers, "load", watched)
     train("plain", "chat", base=str(half_decoder), cache_limit=0)
     with too_large():
         train("streamed", "chat", base=str(half_decoder))

@@ -238,11 +238,11 @@ def test_a_quantised_base_that_is_kept_trains_the_same_adapter_and_resumes(
     pytest.importorskip("bitsandbytes")
     run = {"epochs": 2, "quantize": quantize}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "_kept", lambda *_: None)  # quantised at each load
+        patch.setattr(load, "_quantized_folder", lambda *_: None)  # quantised at each load
         first = _train(tmp_path, tiny_decoder, questions, name="fresh", **run)
-    assert quantized_cache.entries() == [] and first.result["planned"]["disk"]["packed"] > 0
+    assert quantized_cache.list_entries() == [] and first.result["planned"]["disk"]["packed"] > 0
     _train(tmp_path, tiny_decoder, questions, name="kept", **run)
-    assert len(quantized_cache.entries()) == 1
+    assert len(quantized_cache.list_entries()) == 1
     with stopped_at_five():
         _train(tmp_path, tiny_decoder, questions, name="stopped", **run)
     hatrack.train(output=str(tmp_path / "stopped"), name="stopped", resume=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hatrack.errors import AdapterError, RecipeError
-from hatrack.file_kind import other_kind
+from hatrack.file_kind import wrong_kind_error
 from hatrack.recipe import Recipe, flag
 from hatrack.storage import write_file
 from hatrack.wheels import is_pypi
@@ -167,7 +167,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise other_kind(path, "a JSON file", AdapterError) or AdapterError(
+        raise wrong_kind_error(path, "a JSON file", AdapterError) or AdapterError(
             f"{path} is not valid JSON", got=error, fix="copy the adapter again"
         ) from error
     if not isinstance(content, dict):

@@ -28,7 +28,7 @@ from hatrack.base.header import read_file_header
 from hatrack.console import say_once
 from hatrack.errors import AdapterError, ModelError
 from hatrack.file_kind import PICKLE as PICKLED
-from hatrack.file_kind import SAFETENSORS, other_kind
+from hatrack.file_kind import SAFETENSORS, wrong_kind_error
 from hatrack.storage import new_folder, write_file
 
 WEIGHTS, PICKLE, CARD = "adapter_model.safetensors", "adapter_model.bin", "README.md"
@@ -118,7 +118,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     try:
         header = read_file_header(folder / WEIGHTS, LARGEST_HEADER)
     except ModelError as error:
-        raise other_kind(folder / WEIGHTS, SAFETENSORS, AdapterError) or AdapterError(
+        raise wrong_kind_error(folder / WEIGHTS, SAFETENSORS, AdapterError) or AdapterError(
             f"{folder / WEIGHTS} is damaged or no safetensors file", got=error.got, fix="copy the adapter again"
         ) from error
     if not header:
@@ -167,7 +167,7 @@ def _check_weights_file(folder: Path) -> None:
     if (folder / WEIGHTS).is_file():
         return
     if (folder / PICKLE).is_file():
-        raise other_kind(folder / PICKLE, PICKLED, AdapterError) or AdapterError(
+        raise wrong_kind_error(folder / PICKLE, PICKLED, AdapterError) or AdapterError(
             f"{folder / PICKLE} is a pickle, which can run code when it is opened",
             got=f"no {WEIGHTS}",
             fix="ask for safetensors, or convert it with torch.load(weights_only=True) and safetensors.torch.save_file",

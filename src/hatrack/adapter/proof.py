@@ -15,7 +15,7 @@ import torch
 from hatrack.adapter.card import HATRACK_JSON
 from hatrack.adapter.files import AdapterFiles
 from hatrack.base.header import read_file_header
-from hatrack.base.load import Base, name_of
+from hatrack.base.load import Base, dtype_name
 from hatrack.console import say_once
 from hatrack.errors import AdapterError
 
@@ -87,7 +87,7 @@ def record_proof(model: Any, files: AdapterFiles, base: Base, quantize: str) -> 
     _check_effect(files, bare, ours)
     without, with_it = probabilities(bare, several), probabilities(ours, several)
     chosen = with_it.topk(min(ANSWERS, with_it.shape[-1])).indices
-    dtype = name_of(base.dtype)
+    dtype = dtype_name(base.dtype)
     return Proof(
         probe=probe,
         answers=chosen.tolist(),

@@ -10,7 +10,7 @@ from hatrack.base.header import CONFIG, TOKENIZER_CONFIG, read_optional_json
 from hatrack.base.load import Base, has_tokenizer, load_tokenizer
 from hatrack.console import say_once
 from hatrack.errors import AdapterError, ModelError, short_repr
-from hatrack.file_kind import other_kind
+from hatrack.file_kind import wrong_kind_error
 
 FILES = ("*token*.json", "vocab.*", "*.model", "merges.txt", "*.jinja")
 PROBE = "One hat, two hats."
@@ -24,7 +24,9 @@ def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
     """
     if (folder / HATRACK_JSON).exists():
         return None
-    others = (other_kind(path, "a tokenizer's file", AdapterError) for name in FILES for path in folder.glob(name))
+    others = (
+        wrong_kind_error(path, "a tokenizer's file", AdapterError) for name in FILES for path in folder.glob(name)
+    )
     for other in filter(None, others):
         raise other
     try:

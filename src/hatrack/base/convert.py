@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hatrack.base.header import INDEX, WEIGHTS, read_json
-from hatrack.base.locate import PICKLE, PICKLE_INDEX, digest, gguf_folder
+from hatrack.base.locate import PICKLE, PICKLE_INDEX, files_digest, gguf_folder
 from hatrack.base.quiet import quiet
 from hatrack.console import format_size, say
 from hatrack.errors import HatrackError, MachineError, ModelError
-from hatrack.file_kind import GGUF, other_kind
+from hatrack.file_kind import GGUF, wrong_kind_error
 from hatrack.file_kind import PICKLE as PICKLED
 from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
 
@@ -68,7 +68,7 @@ def from_pickle(folder: Path) -> Path:
     small = sorted(
         path for pattern in (*SMALL_FILES, CODE) for path in folder.glob(pattern) if path.name != PICKLE_INDEX
     )
-    final = cache_dir("bases") / f"{folder.resolve().name}-{digest([*files, *small], 'pickle')[:16]}"
+    final = cache_dir("bases") / f"{folder.resolve().name}-{files_digest([*files, *small], 'pickle')[:16]}"
     if final.exists():
         return final
     say(f"converting {', '.join(file.name for file in files[:2])} in {folder} to safetensors, once")
@@ -109,7 +109,7 @@ def _check_magic(file: Path) -> None:
     with machine_errors(file), file.open("rb") as content:
         start = content.read(4)
     if start != b"GGUF":
-        raise other_kind(file, GGUF, ModelError) or ModelError(
+        raise wrong_kind_error(file, GGUF, ModelError) or ModelError(
             f"{file} is not a GGUF file", got=f"it starts with {start!r}", fix="check the path or download it again"
         )
 
@@ -146,7 +146,7 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise other_kind(file, PICKLED, ModelError) or ModelError(
+        raise wrong_kind_error(file, PICKLED, ModelError) or ModelError(
             f"{file} is damaged, or holds more than tensors",
             got=str(error).split("\n")[0][:120],
             fix="use a base with safetensors",

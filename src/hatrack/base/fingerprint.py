@@ -16,16 +16,16 @@ from hatrack.console import say_once
 from hatrack.errors import ModelError, WrongBase
 from hatrack.storage import cache_dir
 
-WHOLE = 512 * 2**20
+READ_WHOLE = 512 * 2**20
 """Bytes up to which a base is read whole."""
 BUDGET = 128 * 2**20
 """Bytes read of a larger one, the same share of each tensor: about a second where no part of it is in memory yet."""
 SAMPLE = 64 * 2**10
 """Bytes of one sample: so large that a disk reads them about as fast as in one piece."""
 DIGITS = 16
-KIND = 2
+FINGERPRINT_KIND = 2
 """Raised when the same weights would get another fingerprint; kept beside each: two kinds are never compared."""
-OUTPUTS = ("lm_head.weight", "embed_out.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
+EMBEDDING_COPIES = ("lm_head.weight", "embed_out.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
 """Names under which a checkpoint may hold its embedding a second time, or not at all."""
 
 
@@ -38,16 +38,18 @@ def fingerprint(base: BaseDescription) -> str:
     training makes, always shows; one of a few neighbouring rows shows with the probability of the share read (1% for
     13.5 GB). Raises ModelError where a file cannot be read.
     """
-    digests = dict(_digests(own_parameters(base.config, base.tensors)))
-    for name in OUTPUTS:
-        if name in digests and any(digests[other] == digests[name] for other in digests if other not in OUTPUTS):
+    digests = dict(_tensor_digests(own_parameters(base.config, base.tensors)))
+    for name in EMBEDDING_COPIES:
+        if name in digests and any(
+            digests[other] == digests[name] for other in digests if other not in EMBEDDING_COPIES
+        ):
             del digests[name]
-    return _of_all(digests)
+    return _combine(digests)
 
 
-def digest(tensors: Mapping[str, TensorInfo]) -> str:
+def tensors_digest(tensors: Mapping[str, TensorInfo]) -> str:
     """The same of any tensors, under the names they have. Raises ModelError where a file cannot be read."""
-    return _of_all(dict(_digests(tensors)))
+    return _combine(dict(_tensor_digests(tensors)))
 
 
 def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
@@ -56,7 +58,7 @@ def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
     The fingerprint is of the weights as they lie on disk. `form` tells of a base that was converted from a GGUF or
     pickled file, or held in fewer bits while training: of the full base it is a relative, not the same.
     """
-    source, revision = _portable(base)
+    source, revision = _portable_name(base)
     converted = base.folder.parent == cache_dir("bases")  # into a folder named after the file
     origin = base.folder.name.rpartition("-")[0] if converted else None
     forms = [f"converted from {origin}"] if origin else []
@@ -65,7 +67,7 @@ def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
         "source": source,
         "revision": revision,
         "fingerprint": fingerprint(base),
-        "fingerprint_kind": KIND,
+        "fingerprint_kind": FINGERPRINT_KIND,
         "model_type": base.config.get("model_type"),
         "form": ", ".join(forms) or None,
     }
@@ -87,7 +89,7 @@ def check_base(
     Raises WrongBase, naming both.
     """
     wanted, why = made_on.get("fingerprint"), "was not made by hatrack"
-    if wanted and made_on.get("fingerprint_kind") != KIND:
+    if wanted and made_on.get("fingerprint_kind") != FINGERPRINT_KIND:
         wanted, why = None, "has a fingerprint of another version of hatrack, which cannot be compared"
     there = f"{made_on['source']}" + (f" ({made_on['form']})" if made_on.get("form") else "")
     if wanted:
@@ -112,17 +114,17 @@ def check_base(
     say_once(f"{adapter} {what} ({there}): on {base.source} its scores and its proof say nothing")
 
 
-def _of_all(digests: Mapping[str, bytes]) -> str:
+def _combine(digests: Mapping[str, bytes]) -> str:
     total = hashlib.sha256()
     for name in sorted(digests):
         total.update(name.encode() + b"\0" + digests[name])
     return total.hexdigest()[:DIGITS]
 
 
-def _digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
+def _tensor_digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
     """Name and digest of type, shape and bytes, or samples of them; each file opened once and read front to back."""
     total_bytes = sum(info.bytes for info in tensors.values())
-    share = 1.0 if total_bytes <= WHOLE else BUDGET / total_bytes
+    share = 1.0 if total_bytes <= READ_WHOLE else BUDGET / total_bytes
     by_file: dict[Path, list[tuple[int, str]]] = {}
     for name, info in tensors.items():
         by_file.setdefault(info.file, []).append((info.offset, name))
@@ -131,16 +133,16 @@ def _digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
             with path.open("rb") as file:
                 for offset, name in sorted(places, key=itemgetter(0)):
                     info = tensors[name]
-                    digest = hashlib.sha256(f"{info.dtype}\0{info.shape}\0".encode())
-                    for start, length in samples(info.bytes, share):
+                    tensors_digest = hashlib.sha256(f"{info.dtype}\0{info.shape}\0".encode())
+                    for start, length in sample_ranges(info.bytes, share):
                         file.seek(offset + start)
-                        digest.update(file.read(length))
-                    yield name, digest.digest()
+                        tensors_digest.update(file.read(length))
+                    yield name, tensors_digest.digest()
         except OSError as error:
             raise ModelError(f"{path} cannot be read", got=error.strerror) from error
 
 
-def samples(size: int, share: float) -> list[tuple[int, int]]:
+def sample_ranges(size: int, share: float) -> list[tuple[int, int]]:
     """(start, length) of the parts of `size` bytes to read for about this `share` of them: first, last, and between.
 
     >>> samples(10, 1.0)
@@ -160,7 +162,7 @@ def _same_name(made_on: Mapping[str, Any], base: BaseDescription) -> bool:
     return names[0] == names[1] and (len(known) < 2 or known[0] == known[1])
 
 
-def _portable(base: BaseDescription) -> tuple[str, str | None]:
+def _portable_name(base: BaseDescription) -> tuple[str, str | None]:
     """The base's name and commit as they mean the same on another machine: its hub id, its name on a package index, or
     else its path. A folder in the hub's cache is the hub's."""
     path = Path(base.source).expanduser()

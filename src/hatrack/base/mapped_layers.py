@@ -1,14 +1,14 @@
-"""A frozen base larger than memory, one part of it at a time: read ahead, in the products' format, and let go again.
+"""Streams a frozen base larger than memory: one part at a time is read ahead, computed with, unmapped.
 
-The weights are where transformers left them: mapped from the safetensors files, so that the system reads a page when it
-is first touched. What is added here is when. While a part is shown the next one is read ahead by a thread, and the one
-before is unmapped; its pages stay in the system's cache where there is room for all of them. Where their format is not
-the products' (a bfloat16 base on a processor that is slow at it), linear layers bring it into theirs themselves, a few
-rows at a time (`kernels/frozen_linear.py`); the rest of a part is copied into one buffer, which all parts share.
+The weights stay where transformers left them: mapped from the safetensors files, so that the system reads a page when
+it is first touched. This module decides when. While one part is loaded, a thread reads the next one ahead, and the one
+before is unmapped; its pages stay in the system's cache where all of the base has room there. Where a weight has
+another dtype than the matmuls (a bfloat16 base on a CPU that is slow at it), linear layers cast it themselves, a few
+rows at a time (`kernels/frozen_linear.py`); the rest of a part is cast into one buffer that all parts share.
 
-Files are read ahead by calls that can fail, rather than by advice: where a disk gives an error, or a file was cut
-short, the run ends with a message; touching such a page would end the process without one. Reading ahead and unmapping
-need Linux; elsewhere the system does as it likes. Knows nothing of what the parts compute.
+Files are read ahead by calls that can fail, not by advice: where a disk gives an error, or a file was cut short, the
+run ends with a message; touching such a page would end the process without one. Reading ahead and unmapping need Linux;
+elsewhere the system decides by itself. Knows nothing of what the parts compute.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import errno
 import functools
 import mmap
 import os
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,35 +32,38 @@ from hatrack.errors import MachineError
 from hatrack.kernels.frozen_linear import FrozenLinear
 
 OUTSIDE = -1
-"""The part that is all but the layers; the others go by the number of their layer."""
-WILL_NEED, DO_NOT_NEED = 3, 4
+"""The part that is all but the layers; the others are layers, by their number."""
+MADV_WILLNEED, MADV_DONTNEED = 3, 4
 """Linux's advice on mapped memory (madvise(2))."""
 CHUNK = 2**24
 """Bytes read ahead at a time."""
-SMALL_TABLE = 2**22
-"""Numbers of an embedding; so small ones are multiplied with in some models (DeBERTa's of relative positions)."""
-PUT_BACK = "put the base back as it was; --resume goes on from the last checkpoint"
+SMALL_EMBEDDING = 2**22
+"""Elements of an embedding; some models use such small ones in matmuls (DeBERTa's of relative positions)."""
+RESTORE_HINT = "put the base back as it was; --resume goes on from the last checkpoint"
+SMAPS = Path("/proc/self/smaps")
 
 
 @dataclass(frozen=True)
 class MappedFile:
-    """Where a file is mapped: addresses from `start` up to `end`, beginning `offset` bytes into it."""
+    """A file in memory: addresses from `start` up to `end`, beginning `offset` bytes into the file."""
 
     path: Path
     start: int
     end: int
     offset: int
     stamp: tuple[int, int, int]
-    """Inode, size and time of change, when it was found."""
+    """Inode, size and time of change when it was mapped."""
 
     def check(self) -> None:
-        """Raises MachineError where it is another file by now, or none."""
+        """Raises MachineError where the file was replaced, changed or removed since."""
         try:
             now = _stamp(self.path)
         except OSError as error:
-            raise MachineError(f"{self.path} is gone from under the run", got=error.strerror, fix=PUT_BACK) from error
+            raise MachineError(
+                f"{self.path} was removed while the run reads it", got=error.strerror, fix=RESTORE_HINT
+            ) from error
         if now != self.stamp:
-            raise MachineError(f"{self.path} was changed while the run reads it", fix=PUT_BACK)
+            raise MachineError(f"{self.path} was changed while the run reads it", fix=RESTORE_HINT)
 
 
 class Span(NamedTuple):
@@ -73,137 +75,139 @@ class Span(NamedTuple):
 
 
 class MappedLayers:
-    """Shows one part of a frozen `model` from `folder` at a time: layer by its number, or OUTSIDE for everything else.
+    """Loads one part of a frozen `model` from `folder` at a time: a layer by its number, or OUTSIDE for all the rest.
 
-    While a part is shown its floating-point weights are in `dtype`; at other times they are as they lie in their files,
-    and touching them reads them from there. What is trained, and what is not mapped from a file, is left alone, but for
-    its format. Matrices of linear layers and large tables of embeddings stay as they are: what is made of them is cast.
+    While a part is loaded, its floating-point weights are in `dtype`; otherwise they are as in their files, from which
+    touching them reads them. Weights that are not mapped from a file are only cast. Matrices of linear layers and large
+    embeddings stay as they are: their outputs are cast. Trained weights are not touched.
     """
 
     device = torch.device("cpu")
-    """Where what is shown is computed with."""
+    """Where a loaded part is computed with."""
 
-    def __init__(self, model: Any, trunk: LayerStack, dtype: torch.dtype, folder: Path) -> None:
-        self.model, self.trunk, self.dtype = model, trunk, dtype
-        self.parts = dict(enumerate(_frozen(layer) for layer in trunk.layers)) | {OUTSIDE: _outside(model, trunk)}
+    def __init__(self, model: Any, layer_stack: LayerStack, dtype: torch.dtype, folder: Path) -> None:
+        self.model, self.layer_stack, self.dtype = model, layer_stack, dtype
+        self.parts = dict(enumerate(_frozen(layer) for layer in layer_stack.layers))
+        self.parts[OUTSIDE] = _outside_layers(model, layer_stack)
         self.files = unmap(folder)
         self.spans = {part: _spans(weights, self.files) for part, weights in self.parts.items()}
-        self.shown: int | None = None
-        every = sum(span.end - span.start for spans in self.spans.values() for span in spans)
-        self._crowded = every > available_memory()[0]
+        self.loaded: int | None = None
+        count = sum(span.end - span.start for spans in self.spans.values() for span in spans)
+        self._exceeds_page_cache = count > available_memory()[0]
         self._stored: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self._make_room()
+        self._allocate()
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: dict[int, Future[None]] = {}
         for module in model.modules():
             if type(module) is nn.Embedding and module.weight.dtype != dtype:
-                module.register_forward_hook(lambda _module, _ids, found: found.to(dtype))
+                module.register_forward_hook(lambda _module, _ids, output: output.to(dtype))
 
-    def show(self, part: int, then: int | None = None) -> None:
-        """Shows a part in place of the one before, and begins to read the one that comes `then`.
+    def load(self, part: int, next_part: int | None = None) -> None:
+        """Loads a part in place of the one before, and begins to read `next_part` ahead.
 
         Raises MachineError where a file of the base cannot be read, or is not the one that was mapped.
         """
-        if part != self.shown:
-            self.close()
+        if part != self.loaded:
+            self.unload()
             for file in {span.file for span in self.spans[part]} if part != OUTSIDE else self.files:
                 file.check()
-            self._take(part, self._ahead.pop(part, None))
-            self.shown = part
-        if then is not None and then != part and then not in self._ahead:
-            self._ahead = {then: self._read(then)}
+            self._use(part, self._ahead.pop(part, None))
+            self.loaded = part
+        if next_part is not None and next_part != part and next_part not in self._ahead:
+            self._ahead = {next_part: self._read(next_part)}
 
-    def close(self) -> None:
-        """Puts the weights of the part that is shown back as they lie in their files, and unmaps their pages."""
-        if self.shown is None:
+    def unload(self) -> None:
+        """Puts the weights of the loaded part back as they are in their files, and unmaps their pages."""
+        if self.loaded is None:
             return
         for weight, stored in self._stored:
             weight.data = stored
         self._stored.clear()
-        for span in self.spans[self.shown]:
-            _advise(span.start, span.end - span.start, DO_NOT_NEED)
-            if self._crowded:
+        for span in self.spans[self.loaded]:
+            _advise(span.start, span.end - span.start, MADV_DONTNEED)
+            if self._exceeds_page_cache:
                 drop_page_cache(span)
-        self.shown = None
+        self.loaded = None
 
-    def _cast_by_their_layers(self) -> Iterator[nn.Parameter]:
-        """Matrices of another format that need no copy, as their layers can do without one from now on."""
+    def stream(self) -> None:
+        """From now on any pass through the model, generation included, loads each part when it comes to it."""
+        last = len(self.layer_stack.layers) - 1
+        self.model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._load_outside())
+        for number, layer in enumerate(self.layer_stack.layers):
+            layer.forward = self._load_first(layer.forward, number, number + 1 if number < last else OUTSIDE)
+
+    def _load_outside(self) -> None:
+        if self.loaded != OUTSIDE:
+            self.load(OUTSIDE, next_part=0)
+
+    def _load_first(self, forward: Callable[..., Any], number: int, next_part: int) -> Callable[..., Any]:
+        """`forward` of layer `number`, with the layer loaded before it where it is not yet."""
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.loaded == number:
+                return forward(*args, **kwargs)
+            self.load(number, next_part=next_part)
+            output = forward(*args, **kwargs)
+            if next_part == OUTSIDE:
+                self.load(OUTSIDE, next_part=0)
+            return output
+
+        return run
+
+    def _allocate(self) -> None:
+        """Makes the buffer for weights of another dtype."""
+        cast_by_layer = {id(weight) for weight in self._weights_cast_by_layer()}
+        self._cast = {
+            part: [weight for weight in weights if self._needs_cast(weight) and id(weight) not in cast_by_layer]
+            for part, weights in self.parts.items()
+        }
+        count = max(sum(map(_padded_elements, weights)) for weights in self._cast.values())
+        self._buffer = torch.empty(count, dtype=self.dtype)
+
+    def _weights_cast_by_layer(self) -> Iterator[nn.Parameter]:
+        """Turns linear layers of another dtype into `FrozenLinear`s, which need no copy of their matrix; yields these
+        matrices."""
         kinds, modules = (nn.Linear, FrozenLinear), list(self.model.modules())
         others = [module for module in modules if type(module) not in (*kinds, nn.Embedding)]
         used = {id(weight) for module in others for weight in module.parameters(recurse=False)}
         for module in modules:
             if type(module) not in kinds or module.weight.requires_grad or id(module.weight) in used:
                 continue
-            if self._is_foreign(module.weight):
+            if self._needs_cast(module.weight):
                 module.__class__ = FrozenLinear
                 yield module.weight
-
-    def _make_room(self) -> None:
-        cast = {id(weight) for weight in self._cast_by_their_layers()}
-        self._copied = {
-            part: [w for w in weights if self._is_foreign(w) and id(w) not in cast]
-            for part, weights in self.parts.items()
-        }
-        wanted = max(sum(map(_padded, weights)) for weights in self._copied.values())
-        self._buffer = torch.empty(wanted, dtype=self.dtype)
 
     def _read(self, part: int) -> Future[Any]:
         """Begins to read a part ahead."""
         return self._reader.submit(read_ahead, self.spans[part])
 
-    def _take(self, part: int, reading: Future[Any] | None) -> None:
-        """Makes a part ready to compute with, which `reading` reads ahead: weights of another format are cast into the
-        buffer one behind the other."""
+    def _use(self, part: int, reading: Future[Any] | None) -> None:
+        """Waits until a part is read, and casts its weights of another dtype into the buffer, one after the other."""
         if reading is not None:
             reading.result()
         start = 0
-        for weight in self._copied[part]:
+        for weight in self._cast[part]:
             self._stored.append((weight, weight.data))
             weight.data = self._buffer[start : start + weight.numel()].view(weight.shape).copy_(weight.data)
-            start += _padded(weight)
+            start += _padded_elements(weight)
 
-    def _is_foreign(self, weight: nn.Parameter) -> bool:
+    def _needs_cast(self, weight: nn.Parameter) -> bool:
         return weight.is_floating_point() and weight.dtype != self.dtype
-
-    def stream(self) -> None:
-        """From now on any pass through the model, generation included, shows each part as it comes to it, unless it is
-        shown already."""
-        last = len(self.trunk.layers) - 1
-        self.model.get_input_embeddings().register_forward_pre_hook(lambda *_: self._begin())
-        for number, layer in enumerate(self.trunk.layers):
-            layer.forward = self._shown_first(layer.forward, number, number + 1 if number < last else OUTSIDE)
-
-    def _begin(self) -> None:
-        if self.shown != OUTSIDE:
-            self.show(OUTSIDE, then=0)
-
-    def _shown_first(self, forward: Callable[..., Any], number: int, after: int) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if self.shown == number:
-                return forward(*args, **kwargs)
-            self.show(number, then=after)
-            output = forward(*args, **kwargs)
-            if after == OUTSIDE:
-                self.show(OUTSIDE, then=0)
-            return output
-
-        return run
 
 
 def unmap(folder: Path) -> list[MappedFile]:
-    """Unmaps what was touched so far of the weights in `folder`, and returns where their files are mapped."""
+    """Unmaps the pages of the weights in `folder` that were touched so far, and returns where the files are mapped."""
     files = _mapped_files({file.resolve() for file in folder.glob("*.safetensors")})
     for file in files:
-        _advise(file.start, file.end - file.start, DO_NOT_NEED)
+        _advise(file.start, file.end - file.start, MADV_DONTNEED)
     return files
 
 
 @contextlib.contextmanager
 def fake_dtype(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[None]:
-    """While the block runs, the frozen weights in `model` look like zeros in `dtype` on `device`, and cost no memory:
-    what is made like them (an adapter's start) is made as for a base loaded so. What is copied whole is not to be in
-    it."""
+    """While the block runs, the frozen weights in `model` look like zeros in `dtype` on `device`, and take no memory:
+    adapters are initialised as for a base that is loaded so. Not for modules that are copied whole, such as heads."""
     before = [(weight, weight.data) for weight in _frozen(model) if weight.is_floating_point()]
     for weight, data in before:
         weight.data = torch.zeros((), dtype=dtype, device=device).expand(data.shape)
@@ -218,47 +222,46 @@ def _frozen(module: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in module.parameters() if not weight.requires_grad]
 
 
-def _outside(model: nn.Module, trunk: LayerStack) -> list[nn.Parameter]:
-    """The frozen weights that are in no layer, without large tables, which are only looked up in."""
-    inside = {id(module) for layer in trunk.layers for module in layer.modules()}
+def _outside_layers(model: nn.Module, layer_stack: LayerStack) -> list[nn.Parameter]:
+    """The frozen weights that are in no layer, without large embeddings, of which only single rows are read."""
+    inside = {id(module) for layer in layer_stack.layers for module in layer.modules()}
     found = {
         id(weight): weight
         for module in model.modules()
-        if id(module) not in inside and not (type(module) is nn.Embedding and module.weight.numel() > SMALL_TABLE)
+        if id(module) not in inside and not (type(module) is nn.Embedding and module.weight.numel() > SMALL_EMBEDDING)
         for weight in module.parameters(recurse=False)
         if not weight.requires_grad
     }
     return list(found.values())
 
 
-def _padded(weight: nn.Parameter) -> int:
-    """Its numbers, filled up so that the next one begins at a multiple of 64 bytes."""
+def _padded_elements(weight: nn.Parameter) -> int:
+    """The count of its elements, rounded up so that the next weight begins at a multiple of 64 bytes."""
     return -(-weight.numel() // 32) * 32
 
 
 def _mapped_files(files: Collection[Path]) -> list[MappedFile]:
-    """Where this process has `files` mapped of which nothing was written to: a page that was would be lost unmapped."""
-    if not sys.platform.startswith("linux"):
+    """Where this process has `files` mapped unmodified: a modified page would be lost by unmapping. Linux only."""
+    if not (SMAPS.exists() and hasattr(os, "sendfile")):
         return []
     found, file = [], None
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
+    with SMAPS.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             first, _, rest = line.partition(" ")
             if not first.endswith(":"):
-                file = _mapped_file(files, *line.rstrip("\n").split(maxsplit=5))
+                file = _parse_mapping(line, files)
             elif file is not None and first == "Anonymous:" and rest.split()[0] == "0":
                 found.append(file)
     return found
 
 
-def _mapped_file(
-    files: Collection[Path], span: str, _: str, offset: str, __: str, inode: str, path: str = ""
-) -> MappedFile | None:
-    """A line of /proc/PID/smaps (proc(5)), where it tells of one of `files` that still lies where it was mapped."""
-    file = Path(path)
-    if file not in files or file.stat().st_ino != int(inode):
+def _parse_mapping(line: str, files: Collection[Path]) -> MappedFile | None:
+    """A mapping in /proc/PID/smaps (proc(5)), where it is of one of `files`, and that file was not replaced since."""
+    addresses, _, offset, _, inode, *path = line.rstrip("\n").split(maxsplit=5)
+    file = Path(path[0]) if path else None
+    if file not in files or file is None or file.stat().st_ino != int(inode):
         return None
-    start, _, end = span.partition("-")
+    start, _, end = addresses.partition("-")
     return MappedFile(file, int(start, 16), int(end, 16), int(offset, 16), _stamp(file))
 
 
@@ -268,7 +271,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _spans(weights: Iterable[torch.Tensor], mapped: Sequence[MappedFile]) -> list[Span]:
-    """The whole pages that mapped weights lie in, neighbours joined."""
+    """The whole pages of mapped weights, neighbours joined."""
     found: list[Span] = []
     page = mmap.PAGESIZE
     for start, end in sorted((w.data_ptr(), w.data_ptr() + w.nbytes) for w in weights):
@@ -284,42 +287,42 @@ def _spans(weights: Iterable[torch.Tensor], mapped: Sequence[MappedFile]) -> lis
 
 
 def read_ahead(spans: Sequence[Span]) -> None:
-    """Has the system read what lies in `spans` into its cache; returns when it is there."""
+    """Reads `spans` into the system's page cache; returns when they are there."""
     with open(os.devnull, "wb") as nowhere:
         for start, end, file in spans:
-            with _readable(file), open(file.path, "rb") as source:
-                for place in range(start, end, CHUNK):
-                    _advise(place, min(2 * CHUNK, end - place), WILL_NEED)
-                    offset = file.offset + place - file.start
-                    prefetch(source.fileno(), nowhere.fileno(), offset, min(CHUNK, end - place))
+            with _read_errors(file), open(file.path, "rb") as source:
+                for address in range(start, end, CHUNK):
+                    _advise(address, min(2 * CHUNK, end - address), MADV_WILLNEED)
+                    offset = file.offset + address - file.start
+                    prefetch(source.fileno(), nowhere.fileno(), offset, min(CHUNK, end - address))
 
 
-def prefetch(source: int, nowhere: int, place: int, count: int) -> None:
-    """Reads `count` bytes of a file without copying them anywhere (sendfile(2)); the last page may be a part of one."""
+def prefetch(source: int, nowhere: int, offset: int, count: int) -> None:
+    """Reads `count` bytes of a file without copying them anywhere (sendfile(2)); the last page may be incomplete."""
     while count > 0:
-        done = os.sendfile(nowhere, source, place, count)
+        done = os.sendfile(nowhere, source, offset, count)
         if done == 0 and count >= mmap.PAGESIZE:
             raise OSError(errno.EIO, "it is shorter than it was")
-        place, count = place + done, count - (done or count)
+        offset, count = offset + done, count - (done or count)
 
 
 @contextlib.contextmanager
-def _readable(file: MappedFile) -> Iterator[None]:
+def _read_errors(file: MappedFile) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MachineError(f"{file.path} cannot be read", got=error.strerror, fix=PUT_BACK) from error
+        raise MachineError(f"{file.path} cannot be read", got=error.strerror, fix=RESTORE_HINT) from error
 
 
 def drop_page_cache(span: Span) -> None:
-    """Has the system's cache drop a span: left to itself it keeps what was used and drops what was read ahead."""
+    """Drops a span from the system's page cache, which would otherwise keep used pages and drop those read ahead."""
     start, end, file = span
     with contextlib.suppress(OSError), open(file.path, "rb") as source:
         os.posix_fadvise(source.fileno(), file.offset + start - file.start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def _advise(start: int, count: int, advice: int) -> None:
-    """Tells the system what is to come; what it makes of it changes no value."""
+    """Advises the system on mapped memory (madvise(2)); this changes no value."""
     _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(count), advice)
 
 

@@ -10,9 +10,9 @@ from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, is_hub_id
 from hatrack.errors import ModelError
 from hatrack.recipe import flag
 
-BELOW = ("*", "*/*", "models--*/snapshots/*", "*/models--*/snapshots/*")
+SUBFOLDERS = ("*", "*/*", "models--*/snapshots/*", "*/models--*/snapshots/*")
 """Where models lie in a folder of models, in the hub's cache, and in the folder around that."""
-WHOLE = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)
+WEIGHT_FILES = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.distcp")
 OTHER_FORMATS = (
     (
@@ -34,31 +34,28 @@ OTHER_FORMATS = (
 """What a folder may hold in place of a model that transformers reads: patterns of names, what it is, what helps."""
 
 
-def no_model_in(path: Path, names: Collection[str], source: str) -> ModelError:
+def no_model_error(path: Path, names: Collection[str], source: str) -> ModelError:
     """Why a folder with files of these `names`, given as `source`, is no base."""
     if ADAPTER_CONFIG in names:
-        return an_adapter(str(path), path)
+        return adapter_error(str(path), path)
     return (
-        _models_below(path)
-        or _other_format(path, names)
-        or _adapters_below(path)
-        or _nothing_whole(path, names, source)
+        _models_below(path) or _other_format(path, names) or _adapters_below(path) or _no_weights(path, names, source)
     )
 
 
-def an_adapter(source: str, folder: Path) -> ModelError:
+def adapter_error(source: str, folder: Path) -> ModelError:
     """Why an adapter's `folder`, given as `source`, is no base, and what its base is."""
-    return ModelError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_its_base(folder))
+    return ModelError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_base_of(folder))
 
 
-def _its_base(folder: Path, whose: str = "its") -> str:
+def _base_of(folder: Path, whose: str = "its") -> str:
     """What to do with an adapter's folder: use its base, which peft and mlx-lm name each in their way."""
     told = read_json(folder / ADAPTER_CONFIG)
     base = told.get("base_model_name_or_path") or told.get("model")
     return f"use {whose} base: {base}" if base else f"use {whose} base, which {ADAPTER_CONFIG} does not name"
 
 
-def no_such_path(source: str) -> ModelError:
+def missing_path_error(source: str) -> ModelError:
     """Why there is no base at a path that does not exist."""
     fix = "give its path on this machine with --base FOLDER, or its hub id"
     hub_id = _hub_id_in(source)
@@ -73,48 +70,48 @@ def no_such_path(source: str) -> ModelError:
         return ModelError(f"there is no base at {source}", got="a Windows path", fix=fix)
     missing = next((folder for folder in [*reversed(there.parents)] if not folder.exists()), None)
     if missing is None:
-        near = f"{there.parent} has {some(entry.name for entry in _entries(there.parent))}"
+        near = f"{there.parent} has {list_names(entry.name for entry in _entries(there.parent))}"
         return ModelError(f"there is no base at {source}", got=near, fix=fix if hub_id else "check the path")
     other = ": a path of another machine" if there.is_absolute() and len(missing.parts) == 2 else ""
     return ModelError(f"there is no base at {source}", got=f"no folder {missing} here{other}", fix=fix)
 
 
-def some(names: Iterable[str], most: int = 6) -> str:
+def list_names(names: Iterable[str], most: int = 6) -> str:
     """The first few names in order; `nothing in it` where there are none."""
-    ordered = sorted(names, key=_natural)
+    ordered = sorted(names, key=_natural_order)
     more = len(ordered) - most
     return ", ".join(ordered[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
 
 
 def _models_below(path: Path) -> ModelError | None:
     """Several models or one inside of a folder: checkpoints, a folder of models, the hub's cache."""
-    models = _below(path, CONFIG, WHOLE)
+    models = _find_below(path, CONFIG, WEIGHT_FILES)
     if not models:
         return None
-    chosen = _current(models)
+    chosen = _main_model(models)
     what = "the hub's cache, not a model" if "snapshots" in chosen.relative_to(path).parts else "a folder of models"
-    inside = some(str(model.relative_to(path)) for model in models)
+    inside = list_names(str(model.relative_to(path)) for model in models)
     fix = f"give {'' if len(models) == 1 else 'one of them: '}{flag('base', chosen)}"
     return ModelError(f"{path} is {what}", got=inside, fix=fix, gotcha="base-folder-around")
 
 
 def _adapters_below(path: Path) -> ModelError | None:
-    adapters = _below(path, ADAPTER_CONFIG, (ADAPTER_CONFIG,))
+    adapters = _find_below(path, ADAPTER_CONFIG, (ADAPTER_CONFIG,))
     if not adapters:
         return None
-    inside = some(str(adapter.relative_to(path)) for adapter in adapters)
-    return ModelError(f"{path} holds adapters, not a base", got=inside, fix=_its_base(adapters[0], "their"))
+    inside = list_names(str(adapter.relative_to(path)) for adapter in adapters)
+    return ModelError(f"{path} holds adapters, not a base", got=inside, fix=_base_of(adapters[0], "their"))
 
 
 def _other_format(path: Path, names: Collection[str]) -> ModelError | None:
     for patterns, what, fix in OTHER_FORMATS:
         found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
         if found:
-            return ModelError(f"{path} {what}", got=some(found), fix=fix, gotcha="base-saved-in-parts")
+            return ModelError(f"{path} {what}", got=list_names(found), fix=fix, gotcha="base-saved-in-parts")
     return None
 
 
-def _nothing_whole(path: Path, names: Collection[str], source: str) -> ModelError:
+def _no_weights(path: Path, names: Collection[str], source: str) -> ModelError:
     """No model, nor a sign of one elsewhere: no config, no weights, or a folder that only has a model's name."""
     weights = [name for name in names if any(fnmatch(name, pattern) for pattern in OTHER_WEIGHTS)]
     if CONFIG in names:
@@ -126,24 +123,24 @@ def _nothing_whole(path: Path, names: Collection[str], source: str) -> ModelErro
     if not weights and is_hub_id(source.rstrip("/")):
         return ModelError(
             f"the folder {source} here has no model in it, and hides the one of that name on the hub",
-            got=some(names),
+            got=list_names(names),
             fix="rename or remove the folder, or give another one with --base FOLDER",
             gotcha="base-hidden-by-a-folder",
         )
-    return ModelError(f"{path} has no {CONFIG}", got=some(names), fix="give the folder of a whole model")
+    return ModelError(f"{path} has no {CONFIG}", got=list_names(names), fix="give the folder of a whole model")
 
 
-def _below(path: Path, needed: str, any_of: tuple[str, ...]) -> list[Path]:
+def _find_below(path: Path, needed: str, any_of: tuple[str, ...]) -> list[Path]:
     """The folders that have the `needed` file and one of `any_of`, of the least depth there are any in."""
-    for pattern in BELOW:
+    for pattern in SUBFOLDERS:
         files = path.glob(f"{pattern}/{needed}")
         found = [file.parent for file in files if any((file.parent / name).exists() for name in any_of)]
         if found:
-            return sorted(found, key=lambda folder: _natural(str(folder)))
+            return sorted(found, key=lambda folder: _natural_order(str(folder)))
     return []
 
 
-def _current(models: list[Path]) -> Path:
+def _main_model(models: list[Path]) -> Path:
     """The one to name first: of snapshots the one that the hub's `main` was, of checkpoints the last."""
     for model in models:
         main = model.parent.parent / "refs" / "main"
@@ -168,6 +165,6 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def _natural_order(name: str) -> list[tuple[int, int, str]]:
     """`checkpoint-9` before `checkpoint-10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -21,16 +21,16 @@ from typing import Any
 
 from hatrack import storage
 from hatrack.base.description import BaseDescription
-from hatrack.base.fingerprint import digest, fingerprint
-from hatrack.base.free_memory import need_bitsandbytes
-from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_header
+from hatrack.base.fingerprint import fingerprint, tensors_digest
+from hatrack.base.free_memory import check_bitsandbytes
+from hatrack.base.header import INDEX, POOLERS, WEIGHTS, head_modules, parameter_count, read_tensors
 from hatrack.console import format_size, say, say_once
 from hatrack.errors import MachineError, ModelError
-from hatrack.storage import ABOUT, Entry, cache_dir, held, new_folder, read_about, remove_unheld
+from hatrack.storage import ABOUT, CacheEntry, cache_dir, in_use, new_folder, read_about, remove_unused
 
 FORMAT = 1
 DIGITS = 16
-FEWEST_BITS = {"4bit": 4, "8bit": 8}
+BITS = {"4bit": 4, "8bit": 8}
 """Bits of a weight, without its scale."""
 
 
@@ -39,14 +39,14 @@ def root() -> Path:
     return cache_dir("packed")
 
 
-def entries() -> list[Entry]:
+def list_entries() -> list[CacheEntry]:
     """Every base that is kept, the one last used first; damaged ones as well."""
-    return storage.entries(root())
+    return storage.list_entries(root())
 
 
-def remove(entry: Entry) -> bool:
+def remove_entry(entry: CacheEntry) -> bool:
     """Removes one, unless a run is just writing or opening it; one that has it mapped keeps what it mapped."""
-    return remove_unheld(entry.folder)
+    return remove_unused(entry.folder)
 
 
 def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
@@ -56,13 +56,13 @@ def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
     return [*head_modules(config), *([pooler] if pooler else [])] if task == "classify" else None
 
 
-def made_by(base: BaseDescription, *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
+def cache_key(base: BaseDescription, *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
     """All that the quantised weights of a base depend on. `dtype` is the format of the rest of them and of what is
     computed, `device` the kind of device (cpu, cuda) that quantised them.
 
     Raises RecipeError where bitsandbytes is not installed, ModelError where the base cannot be read.
     """
-    need_bitsandbytes(quantize)
+    check_bitsandbytes(quantize)
     return {
         "format": FORMAT,
         "fingerprint": fingerprint(base),
@@ -76,14 +76,14 @@ def made_by(base: BaseDescription, *, task: str, quantize: str, dtype: str, devi
     }
 
 
-def is_kept(about: Mapping[str, Any]) -> bool:
+def is_cached(about: Mapping[str, Any]) -> bool:
     """Whether there is such a base, damaged or not."""
     with contextlib.suppress(OSError, MachineError):
         return (_folder(about) / ABOUT).is_file()
     return False
 
 
-def find(about: Mapping[str, Any]) -> Path | None:
+def find_cached(about: Mapping[str, Any]) -> Path | None:
     """The folder of a base that `about` made. None where there is none; a damaged one is said, and removed."""
     try:
         folder = _folder(about)
@@ -100,21 +100,21 @@ def find(about: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def has_room(base: BaseDescription, quantize: str) -> bool:
+def has_disk_space(base: BaseDescription, quantize: str) -> bool:
     """Whether there may be room to keep the base so; where there cannot be, why is said once."""
-    least = parameter_count({n: info.shape for n, info in base.tensors.items()}) * FEWEST_BITS[quantize] // 8
+    least = parameter_count({n: info.shape for n, info in base.tensors.items()}) * BITS[quantize] // 8
     try:
         there, free = root(), shutil.disk_usage(root()).free
     except (OSError, MachineError) as error:
-        return _tell_unkept(str(error))
+        return _say_not_cached(str(error))
     if not os.access(there, os.W_OK):
-        return _tell_unkept(f"writing to {there} is not allowed")
-    return free > least or _tell_unkept(
+        return _say_not_cached(f"writing to {there} is not allowed")
+    return free > least or _say_not_cached(
         f"{there} has {format_size(free)} left, and more than {format_size(least)} are needed"
     )
 
 
-def keep(about: Mapping[str, Any], source: str, write: Callable[[Path], None]) -> Path | None:
+def write_cached(about: Mapping[str, Any], source: str, write: Callable[[Path], None]) -> Path | None:
     """Keeps what `write` writes to a safetensors file; `source` is what people call the base.
 
     None where that fails, which is said once.
@@ -122,18 +122,18 @@ def keep(about: Mapping[str, Any], source: str, write: Callable[[Path], None]) -
     try:
         with new_folder(_folder(about)) as working:
             write(working / WEIGHTS)
-            told = {**about, "base": source, "weights": digest(read_header(working))}
+            told = {**about, "base": source, "weights": tensors_digest(read_tensors(working))}
             (working / ABOUT).write_text(json.dumps(told, indent=2))
     except (OSError, MachineError) as error:
-        _tell_unkept(str(error))
+        _say_not_cached(str(error))
         return None
-    return find(about)
+    return find_cached(about)
 
 
 @contextlib.contextmanager
-def whole_base(kept: Path, base: Path) -> Iterator[Path]:
+def folder_to_load(kept: Path, base: Path) -> Iterator[Path]:
     """A folder for transformers to load from while the block runs: the weights in `kept`, all else from `base`."""
-    with tempfile.TemporaryDirectory(prefix="hatrack-") as name, held(kept):
+    with tempfile.TemporaryDirectory(prefix="hatrack-") as name, in_use(kept):
         folder = Path(name)
         for file in base.iterdir():
             if file.name not in (WEIGHTS, INDEX):
@@ -150,12 +150,14 @@ def _folder(about: Mapping[str, Any]) -> Path:
 def _is_whole(folder: Path, about: Mapping[str, Any]) -> bool:
     told = read_about(folder) or {}
     try:
-        return {name: told.get(name) for name in about} == about and told.get("weights") == digest(read_header(folder))
+        return {name: told.get(name) for name in about} == about and told.get("weights") == tensors_digest(
+            read_tensors(folder)
+        )
     except ModelError:
         return False
 
 
-def _tell_unkept(why: str) -> bool:
+def _say_not_cached(why: str) -> bool:
     """Says once why a base is not kept. Always False."""
     say_once(f"the quantised base is not kept on disk, and quantised anew at each load: {why}")
     return False

@@ -17,7 +17,7 @@ from hatrack.base.header import (
 )
 from hatrack.errors import ModelError
 
-STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def describe_shapes(folder: Path, source: str) -> BaseDescription:
@@ -39,7 +39,9 @@ def describe_shapes(folder: Path, source: str) -> BaseDescription:
         ) from None
     file = folder / CONFIG
     tensors = {
-        name: TensorInfo(tuple(each.shape), STORED.get(each.dtype, "F32"), file, 0, each.numel() * each.element_size())
+        name: TensorInfo(
+            tuple(each.shape), SAFETENSORS_DTYPES.get(each.dtype, "F32"), file, 0, each.numel() * each.element_size()
+        )
         for name, each in model.named_parameters()
     }
     settings = read_optional_json(folder / TOKENIZER_CONFIG)

@@ -12,11 +12,11 @@ from hatrack.base.convert import CODE, SMALL_FILES, from_gguf, from_pickle, has_
 from hatrack.base.description import BaseDescription, describe_folder
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS
 from hatrack.base.hub import hub_errors
-from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, in_wheel, looks_like_path
-from hatrack.base.not_a_base import no_model_in, no_such_path, some
+from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, find_in_wheel, looks_like_path
+from hatrack.base.not_a_base import list_names, missing_path_error, no_model_error
 from hatrack.errors import ModelError, RecipeError
 from hatrack.file_kind import PICKLE as PICKLED
-from hatrack.file_kind import SAFETENSORS, other_kind
+from hatrack.file_kind import SAFETENSORS, wrong_kind_error
 
 HUB_PICKLES = (PICKLE, "pytorch_model-*.bin", PICKLE_INDEX)
 
@@ -31,7 +31,7 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     full or no package index answers.
     """
     source = str(source).strip()
-    if trust is not None and not _same(trust, source):
+    if trust is not None and not _same_base(trust, source):
         raise RecipeError(
             "--trust-remote-code names another base than the one in use",
             got=f"{trust} and {source}",
@@ -40,35 +40,35 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     if not source:
         raise ModelError("no base was named", fix="give --base a hub id, a folder, a .gguf file or pypi:NAME==VERSION")
     path = Path(source).expanduser()
-    local = wheels.is_pypi(source) or _exists(path)
+    local = wheels.is_pypi(source) or _path_exists(path)
     if revision is not None and local:
         raise RecipeError("--revision is for bases on the hub", got=f"{revision} for {source}", fix="leave it out")
     if wheels.is_pypi(source):
-        return describe_folder(_usable(in_wheel(source), source), source, trusted=trust is not None)
+        return describe_folder(_as_safetensors(find_in_wheel(source), source), source, trusted=trust is not None)
     if local:
-        return describe_folder(_usable(path, source), source, trusted=trust is not None)
+        return describe_folder(_as_safetensors(path, source), source, trusted=trust is not None)
     if looks_like_path(source):
-        raise no_such_path(source)
+        raise missing_path_error(source)
     return _from_hub(source, revision, trusted=trust is not None)
 
 
-def _same(one: str, other: str) -> bool:
+def _same_base(one: str, other: str) -> bool:
     """Whether two names mean one base: letter for letter, or as folders."""
     return one.strip() == other or (Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
-def _usable(path: Path, source: str) -> Path:
+def _as_safetensors(path: Path, source: str) -> Path:
     """A folder with config.json and safetensors, out of a folder or file; converted where it has another format."""
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return from_gguf(path)
         fix = f"give its folder: {path.parent}" if path.suffix == ".safetensors" else "give a folder or a .gguf file"
         raise ModelError(f"{path} is a single file", fix=fix)
-    names = _names_in(path)
+    names = _list_files(path)
     if (WEIGHTS in names or INDEX in names) and CONFIG in names:
-        return _of_right_kinds(path, "model*.safetensors")
+        return _check_file_kinds(path, "model*.safetensors")
     if CONFIG in names and has_pickle(path):
-        return from_pickle(_of_right_kinds(path, "pytorch_model*.bin"))
+        return from_pickle(_check_file_kinds(path, "pytorch_model*.bin"))
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
     if len(ggufs) == 1:
         return from_gguf(path / ggufs[0])
@@ -76,30 +76,30 @@ def _usable(path: Path, source: str) -> Path:
         raise ModelError(
             f"{path} has several .gguf files", got=", ".join(ggufs[:6]), fix=f"name one: {path / ggufs[0]}"
         )
-    raise no_model_in(path, names, source)
+    raise no_model_error(path, names, source)
 
 
-def _of_right_kinds(folder: Path, weights: str) -> Path:
+def _check_file_kinds(folder: Path, weights: str) -> Path:
     """The same folder, once each of its files looks like what its name says: a tokenizer would take a pointer's lines
     for words."""
     kinds = {weights: SAFETENSORS if weights.endswith(".safetensors") else PICKLED}
     kinds |= {pattern: f"a {pattern.removeprefix('*')} file" for pattern in SMALL_FILES}
     for pattern, kind in kinds.items():
         for path in sorted(folder.glob(pattern)):
-            other = other_kind(path, kind, ModelError)
+            other = wrong_kind_error(path, kind, ModelError)
             if other:
                 raise other
     return folder
 
 
-def _exists(path: Path) -> bool:
+def _path_exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:
         raise ModelError(f"{path} cannot be read", got=error.strerror, fix="check its permissions") from error
 
 
-def _names_in(folder: Path) -> set[str]:
+def _list_files(folder: Path) -> set[str]:
     try:
         return {entry.name for entry in folder.iterdir()}
     except OSError as error:
@@ -110,17 +110,17 @@ def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseDescri
     """Downloads a base, or finds it in the hub's cache: its safetensors, else its pickled weights, converted."""
     small = (*SMALL_FILES, CODE) if trusted else SMALL_FILES
     folder = _snapshot(source, revision, ("*.safetensors", *small))
-    names = _names_in(folder)
+    names = _list_files(folder)
     commit = folder.name
     if WEIGHTS not in names and INDEX not in names and ADAPTER_CONFIG not in names:
         folder = _snapshot(source, revision, (*HUB_PICKLES, *small))
     if (WEIGHTS in names or INDEX in names or has_pickle(folder)) and CONFIG in names:
-        return describe_folder(_usable(folder, source), source, revision=commit, trusted=trusted)
+        return describe_folder(_as_safetensors(folder, source), source, revision=commit, trusted=trusted)
     if ADAPTER_CONFIG in names:
-        raise no_model_in(folder, names, source)
+        raise no_model_error(folder, names, source)
     raise ModelError(
         f"{source} on the hub has no {CONFIG} with safetensors weights",
-        got=some(names),
+        got=list_names(names),
         fix="use another repository; a .gguf file can be downloaded and given by its path",
     )
 

@@ -11,9 +11,9 @@ from hatrack.adapter.count import joined_experts, linear_layers_from_shapes
 from hatrack.adapter.targets import ModelLayers, TargetChoice, check_rank, choose_targets
 from hatrack.base.code import check_code
 from hatrack.base.description import BaseDescription
-from hatrack.base.free_memory import need_bitsandbytes
+from hatrack.base.free_memory import check_bitsandbytes
 from hatrack.base.header import head_shapes, task_shapes
-from hatrack.base.load import choose_device, choose_dtype, load_config, load_tokenizer, name_of
+from hatrack.base.load import choose_device, choose_dtype, dtype_name, load_config, load_tokenizer
 from hatrack.base.sources import find_base
 from hatrack.check import base, rows, settings
 from hatrack.check.finding import Finding, FindingCollector
@@ -132,5 +132,5 @@ def _dtype(recipe: Recipe) -> str:
     """The base's dtype on the device asked for, where this machine has all that the recipe asks of it."""
     device, _ = choose_device(recipe.device)
     check_compute(recipe.compute, device.type)
-    need_bitsandbytes(recipe.quantize)
-    return name_of(choose_dtype(recipe.dtype, device)[0])
+    check_bitsandbytes(recipe.quantize)
+    return dtype_name(choose_dtype(recipe.dtype, device)[0])

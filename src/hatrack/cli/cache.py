@@ -14,7 +14,7 @@ from hatrack.errors import RecipeError
 from hatrack.storage import cache_dir
 
 if TYPE_CHECKING:
-    from hatrack.storage import Entry
+    from hatrack.storage import CacheEntry
 
 
 def cache(
@@ -32,11 +32,11 @@ def cache(
         raise RecipeError("hatrack cache shows, hatrack cache clear removes", got=action, fix="use one of them")
     if action == "clear":
         gone = [(entry.bytes, hidden_states.remove(entry)) for entry in hidden_states.entries()]
-        gone += [(entry.bytes, quantized_cache.remove(entry)) for entry in quantized_cache.entries()]
+        gone += [(entry.bytes, quantized_cache.remove_entry(entry)) for entry in quantized_cache.list_entries()]
         _clear(gone, as_json)
         return
     found = [_layers(entry, hidden_states.count_rows(entry)) for entry in hidden_states.entries()]
-    found += [_weights(entry) for entry in quantized_cache.entries()]
+    found += [_weights(entry) for entry in quantized_cache.list_entries()]
     found.sort(key=lambda facts: facts["last_used"], reverse=True)
     if as_json:
         print(json.dumps({"folder": str(cache_dir()), "entries": found}))
@@ -71,17 +71,17 @@ def _clear(gone: list[tuple[int, bool]], as_json: bool) -> None:
     print(f"{format_size(freed)} freed" + (f"; {used} kept, which running commands use" if used else ""))
 
 
-def _layers(entry: "Entry", rows: int) -> dict[str, Any]:
+def _layers(entry: "CacheEntry", rows: int) -> dict[str, Any]:
     """Results of the layers below adapters, for so many rows."""
     return _facts(entry, "layers") | {"layers_below": entry.about.get("layers"), "rows": rows}
 
 
-def _weights(entry: "Entry") -> dict[str, Any]:
+def _weights(entry: "CacheEntry") -> dict[str, Any]:
     """A base in fewer bits."""
     return _facts(entry, "weights")
 
 
-def _facts(entry: "Entry", kind: str) -> dict[str, Any]:
+def _facts(entry: "CacheEntry", kind: str) -> dict[str, Any]:
     used = datetime.fromtimestamp(entry.used, UTC).isoformat(timespec="seconds")
     told = {name: entry.about.get(name) for name in ("base", "fingerprint", "dtype", "quantize")}
     return {"folder": str(entry.folder), "kind": kind, **told, "bytes": entry.bytes, "last_used": used}

@@ -17,7 +17,7 @@ from hatrack.data.table import Rows as Rows
 from hatrack.data.table import check_names, from_objects
 from hatrack.data.text import PACKED, decode, read_text
 from hatrack.errors import DataError
-from hatrack.file_kind import PARQUET, other_kind
+from hatrack.file_kind import PARQUET, wrong_kind_error
 from hatrack.recipe import flag, nearest
 from hatrack.wheels import fetch_member, is_pypi
 
@@ -44,7 +44,7 @@ def read_rows(source: str) -> Rows:
         return _whole(Rows(source, columns, values, list(range(1, len(values) + 1))))
     _check_file(source, path)
     if not kind:
-        raise other_kind(path, "a file of rows", DataError) or DataError(
+        raise wrong_kind_error(path, "a file of rows", DataError) or DataError(
             "hatrack cannot tell what kind of file this is",
             got=source,
             fix="name it .csv, .tsv, .jsonl, .json or .parquet, as what it is; of plain text make a .jsonl with a line "
@@ -155,7 +155,7 @@ def _whole(rows: Rows) -> Rows:
 def _parquet(source: str, path: Path) -> Rows:
     if path.suffix.lower() in PACKED:
         raise DataError(f"{source} is packed twice", got="Parquet, which packs by itself", fix="unpack it")
-    other = other_kind(path, PARQUET, DataError)
+    other = wrong_kind_error(path, PARQUET, DataError)
     if other:
         raise other
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hatrack.console import say_once
 from hatrack.errors import DataError
-from hatrack.file_kind import BZIP2, GZIP, LONGEST, PARQUET, Found, look
+from hatrack.file_kind import BZIP2, GZIP, PARQUET, START_BYTES, FileKind, identify
 
 PACKED = {".gz": GZIP, ".bz2": BZIP2}
 """The end of a file's name -> what such a file is."""
@@ -38,13 +38,13 @@ def read_text(source: str, path: Path) -> str:
     ending = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     try:
         content = path.read_bytes()
-        found = look(io.BytesIO(content))
+        found = identify(io.BytesIO(content))
         if ending and content and (found is None or found.kind != PACKED[ending]):
-            plain = Found("plain text, not what its name says", f"no bytes {PACKED[ending]}", f"name it {path.stem}")
+            plain = FileKind("plain text, not what its name says", f"no bytes {PACKED[ending]}", f"name it {path.stem}")
             raise _not_text(source, path, found or plain)
         if ending:
             content = (gzip if ending == ".gz" else bz2).decompress(content)
-            found = look(io.BytesIO(content))
+            found = identify(io.BytesIO(content))
             if found and found.kind in PACKED.values():
                 raise DataError(
                     f"{source} is packed twice", got=found.got, fix=f"unpack it once and name it {path.name}"
@@ -56,7 +56,7 @@ def read_text(source: str, path: Path) -> str:
     if found:
         raise _not_text(source, path, found)
     text = decode(source, content)
-    found = look(io.BytesIO(text[:LONGEST].encode("utf-8", "replace")))  # a pointer or a page, in UTF-16
+    found = identify(io.BytesIO(text[:START_BYTES].encode("utf-8", "replace")))  # a pointer or a page, in UTF-16
     if found:
         raise _not_text(source, path, found)
     return text
@@ -117,7 +117,7 @@ def _undecodable(source: str, got: str) -> DataError:
     return DataError(f"{source} is not UTF-8 text", got=got, fix="save it as UTF-8", gotcha="text-encoding")
 
 
-def _not_text(source: str, path: Path, found: Found) -> DataError:
+def _not_text(source: str, path: Path, found: FileKind) -> DataError:
     """That a file is of another kind than its name says, with the name that would be right where one would be."""
     fix = found.fix
     if found.kind in PACKED.values():

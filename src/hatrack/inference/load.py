@@ -14,11 +14,11 @@ from hatrack.adapter.registry import find_adapter, registered_name
 from hatrack.adapter.tokenizer import load_adapter_tokenizer
 from hatrack.base.description import BaseDescription
 from hatrack.base.fingerprint import check_base
-from hatrack.base.free_memory import holds
+from hatrack.base.free_memory import fits_in_memory
 from hatrack.base.layer_stack import find_layer_stack
-from hatrack.base.load import Base, choose_device, choose_dtype, free_memory, load_base, name_of
+from hatrack.base.load import Base, choose_device, choose_dtype, dtype_name, free_memory, load_base
 from hatrack.base.mapped_layers import MappedLayers
-from hatrack.base.offload import as_if_loaded, open_layers, settle
+from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
 from hatrack.console import say
 from hatrack.errors import AdapterError
 from hatrack.inference.hat import AttachedAdapter, Hat
@@ -94,9 +94,9 @@ def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
     check_base(folder, card.base, base_files, allow_other=options.allow_other_base)
     quantize = options.quantize or card.recipe.get("quantize", "none")
     base = _load_base(base_files, card, quantize, options)
-    mapped_layers = _stream_layers(base) if base.mapped else None
+    mapped_layers = _stream_layers(base) if base.streamed else None
     name = registered_name(adapter, folder)
-    with as_if_loaded(base):
+    with fake_loaded(base):
         model = attach(base.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)
     attached = AttachedAdapter(card, folder, load_adapter_tokenizer(folder, base))
     hat = Hat(base, model, {name: attached}, quantize=quantize, mapped_layers=mapped_layers)
@@ -108,7 +108,7 @@ def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
 def _load_base(files: BaseDescription, card: AdapterCard, quantize: str, options: _LoadOptions) -> Base:
     """The base as an adapter needs it; in memory where there is room for it."""
     device = choose_device(options.device)[0]
-    dtype = name_of(choose_dtype(options.dtype, device)[0])
+    dtype = dtype_name(choose_dtype(options.dtype, device)[0])
     return load_base(
         files,
         task=cast(Task, card.task),
@@ -117,7 +117,7 @@ def _load_base(files: BaseDescription, card: AdapterCard, quantize: str, options
         device=options.device,
         dtype=options.dtype,
         quantize=quantize,
-        mapped=quantize == "none" and not holds(files.tensors, dtype, free_memory(device), options.memory),
+        streamed=quantize == "none" and not fits_in_memory(files.tensors, dtype, free_memory(device), options.memory),
         seed=card.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
     )
 
@@ -126,7 +126,7 @@ def _stream_layers(base: Base) -> MappedLayers:
     """Has every forward pass read a base larger than memory from disk, layer by layer."""
     say("the base is larger than memory: it stays on disk, and every pass reads it once")
     layer_stack = find_layer_stack(base.model)
-    settle(base.model, layer_stack, base.dtype, base.device)
+    move_all_but_layers(base.model, layer_stack, base.dtype, base.device)
     mapped_layers = open_layers(base.model, layer_stack, base.dtype, base.description.folder, base.device)
     mapped_layers.stream()
     return mapped_layers

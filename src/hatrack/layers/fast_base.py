@@ -44,7 +44,7 @@ bfloat16, keeps 1,024 by default and torch as many again, 0.4 MiB each, between 
 class Shortenable(Protocol):
     """The layers of a base, of which all but the last can be left out for a while (`base.layer_stack.LayerStack`)."""
 
-    def shortened(self) -> AbstractContextManager[Any]:
+    def only_last_layers(self) -> AbstractContextManager[Any]:
         """Leaves them out while the block runs."""
 
 
@@ -71,7 +71,7 @@ def speed_up(base: PreTrainedModel, trunk: Shortenable | None = None, compute: s
     if on_processor:
         bound_primitives()
         _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)
-        with trunk.shortened() if trunk else nullcontext():
+        with trunk.only_last_layers() if trunk else nullcontext():
             _use_attention(base)
     for parent in list(base.modules()):
         for name, layer in list(parent.named_children()):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hatrack import cpu
-from hatrack.base.free_memory import available_memory, no_device
+from hatrack.base.free_memory import available_memory, missing_device_error
 from hatrack.console import format_size
 from hatrack.errors import RecipeError
 from hatrack.planning.time import MachineSpeed
@@ -194,7 +194,7 @@ def check_device(asked: str) -> None:
     torch."""
     there = [*(["cuda"] if _accelerator() else []), *(["mps"] if _is_apple() else []), "cpu"]
     if asked.partition(":")[0] not in ("auto", "xpu", *there):
-        raise no_device(asked, there)
+        raise missing_device_error(asked, there)
 
 
 def _is_apple() -> bool:

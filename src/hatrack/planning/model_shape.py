@@ -10,7 +10,7 @@ from typing import Any
 from hatrack.adapter.count import ParameterCount, count_parameters, joined_experts, linear_layers_from_shapes
 from hatrack.adapter.targets import ModelLayers, TargetChoice, check_rank, choose_targets
 from hatrack.base.description import BaseDescription
-from hatrack.base.header import head_shapes, parameter_count, stored_format, task_shapes, weight_bytes
+from hatrack.base.header import head_shapes, parameter_count, task_shapes, weight_bytes
 from hatrack.recipe import Recipe
 
 AFTER_ATTENTION = ("o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "Wo", "o", "proj")
@@ -140,7 +140,7 @@ def describe_model(peeked: BaseDescription, recipe: Recipe, *, task: str, labels
         dora_outputs=2 * sum(d_out for _, d_out in adapted) if dora else 0,
         backward_layers=reach,
         cached_layers=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
-        stored_dtype=STORED.get(stored_format(peeked.tensors), "other"),
+        stored_dtype=STORED.get(peeked.stored_dtype, "other"),
         disk_bytes=weight_bytes(peeked.tensors),
     )
 

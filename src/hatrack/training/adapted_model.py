@@ -10,7 +10,7 @@ from hatrack.adapter.place import place
 from hatrack.base.layer_stack import LayerStack, find_layer_stack
 from hatrack.base.load import Base
 from hatrack.base.mapped_layers import OUTSIDE, unmap
-from hatrack.base.offload import as_if_loaded, open_layers, settle
+from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
 from hatrack.check.prepared import Prepared
 from hatrack.console import say
 from hatrack.errors import ModelError
@@ -42,13 +42,13 @@ def load_adapted_model(facts: Prepared, *, is_all_cached: bool = False) -> Adapt
     ModelError where the base has to be streamed and has no single stack of layers.
     """
     recipe = facts.recipe
-    base = load_for(recipe, facts.files, facts.examples, mapped=facts.plan.method.streamed)
+    base = load_for(recipe, facts.files, facts.examples, streamed=facts.plan.method.streamed)
     set_seed(recipe.seed)
     stack = _find_stack(base, recipe.top_layers)
-    if base.mapped and stack is not None:
-        settle(base.model, stack, base.dtype, base.device)
-    speed_up(base.model, stack if base.mapped or is_all_cached else None, recipe.compute)
-    with as_if_loaded(base):
+    if base.streamed and stack is not None:
+        move_all_but_layers(base.model, stack, base.dtype, base.device)
+    speed_up(base.model, stack if base.streamed or is_all_cached else None, recipe.compute)
+    with fake_loaded(base):
         model = place(base.model, recipe, task=facts.task, layer_classes=LAYER_CLASSES)
     if facts.plan.method.checkpointing:
         base.model.config.use_cache = False
@@ -65,10 +65,10 @@ def open_layer_paths(
     `cached_fraction` is the share of the run's rows whose outputs of the layers below are in `states` already.
     """
     base, stack = adapted.base, adapted.stack
-    if stack is None or not base.mapped:
+    if stack is None or not base.streamed:
         return None, _open_prefix(adapted, facts, states, cached_fraction)
     window = open_layers(base.model, stack, base.dtype, base.description.folder, base.device)
-    window.show(OUTSIDE)
+    window.load(OUTSIDE)
     prefix = _open_prefix(adapted, facts, states, cached_fraction)
     streaming = LayerStreaming(adapted.model, window, task=facts.task, folder=folder, prefix=prefix)
     window.stream()
@@ -77,15 +77,15 @@ def open_layer_paths(
 
 def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
     """The stack of layers, where a run needs to know it."""
-    if not base.mapped and top_layers is None:
+    if not base.streamed and top_layers is None:
         return None
     try:
         stack = find_layer_stack(base.model)
-        if base.mapped:
+        if base.streamed:
             unmap(base.description.folder)
         return stack
     except ModelError as error:
-        if base.mapped:
+        if base.streamed:
             raise
         say(f"the layers below the adapters are computed anew in each epoch: {error}")
         return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from hatrack.base.free_memory import give_back
+from hatrack.base.free_memory import release_memory
 from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.load import Base
 from hatrack.check.prepared import Prepared
@@ -70,7 +70,7 @@ def _compared(facts: Prepared) -> str:
     chosen = choose(tried, before.metrics["loss"], facts.schedule.steps, seen)
     say(f"layers: {_verdict(tried, chosen, before, facts, seen)}")
     del adapted, base, model, trunk, trial
-    give_back()
+    release_memory()
     return chosen.name
 
 

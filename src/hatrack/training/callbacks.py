@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from hatrack.base.free_memory import resident, trim
+from hatrack.base.free_memory import resident_bytes, trim_heap
 from hatrack.console import console, format_size, say, say_in_signal
 from hatrack.storage import machine_errors, write_file
 from hatrack.training.trainer import BEST
@@ -183,13 +183,13 @@ class MemoryWatch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.use_cpu:
             return
-        held = resident()  # freed memory is kept, so it is what the step held at its fullest
+        held = resident_bytes()  # freed memory is kept, so it is what the step held at its fullest
         if self.most is None:
             if state.global_step == 1:
                 self._look(held, args.per_device_train_batch_size)
             self.most = max(self.planned, held * ABOVE_FIRST)
         elif held > self.most:
-            trim()
+            trim_heap()
             self.most *= MORE
 
     def _look(self, held: int, rows: int) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from hatrack.base.description import BaseDescription
-from hatrack.base.free_memory import resident, trim
-from hatrack.base.load import free_memory, name_of
-from hatrack.base.quantized_cache import is_kept, made_by
+from hatrack.base.free_memory import resident_bytes, trim_heap
+from hatrack.base.load import dtype_name, free_memory
+from hatrack.base.quantized_cache import cache_key, is_cached
 from hatrack.console import format_size, say
 from hatrack.data.examples import Examples
 from hatrack.data.tokens import Tokens
@@ -44,13 +44,13 @@ def plan(
 
     Raises RecipeError where the run does not fit this machine's memory, unless the recipe says `force`.
     """
-    trim()  # what reading and tokenising took for a moment is not held
+    trim_heap()  # what reading and tokenising took for a moment is not held
     work = Workload(
         task=examples.task,
         labels=len(examples.labels),
         rows=tokens.train.sizes,
         held_out=tokens.held_out.sizes,
-        process_bytes=None if device.type == "cuda" else resident(),
+        process_bytes=None if device.type == "cuda" else resident_bytes(),
         cached_fraction=known,
         quantized_cached=_is_packed(recipe, files, examples.task, device, dtype),
     )
@@ -67,7 +67,7 @@ def _is_packed(recipe: Recipe, files: BaseDescription, task: str, device: torch.
     """Whether the base was quantised by an earlier run, and kept."""
     if recipe.quantize == "none":
         return False
-    return is_kept(made_by(files, task=task, quantize=recipe.quantize, dtype=name_of(dtype), device=device.type))
+    return is_cached(cache_key(files, task=task, quantize=recipe.quantize, dtype=dtype_name(dtype), device=device.type))
 
 
 def _tell(where: PlanRequest, found: Plan) -> Schedule:
@@ -95,7 +95,7 @@ def _tell(where: PlanRequest, found: Plan) -> Schedule:
 
 def _machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """This machine, as its memory is at this moment."""
-    name = name_of(dtype)
+    name = dtype_name(dtype)
     found = dataclasses.replace(this_machine("auto" if device.type == "cuda" else "cpu", name), dtype=name)
     if device.type == "cuda":
         return dataclasses.replace(found, memory=free_memory(device), accelerator=True)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from hatrack.base.description import BaseDescription, describe_local, is_on_hub
-from hatrack.base.free_memory import need_bitsandbytes
+from hatrack.base.free_memory import check_bitsandbytes
 from hatrack.base.header import check_task, family
 from hatrack.base.hub import describe_on_hub
 from hatrack.console import format_size, say
@@ -78,7 +78,7 @@ def plan(recipe: Recipe, on: str | None = None) -> Forecast:
         raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
     if not on:
         check_device(recipe.device)
-        need_bitsandbytes(recipe.quantize)
+        check_bitsandbytes(recipe.quantize)
     machine = machine_named(on) if on else this_machine(recipe.device, recipe.dtype)
     if on and not machine.accelerator:
         say(f"--on {on}: memory that is free on a CPU which multiplies {machine.dtype}; for a GPU or laptop, its name")

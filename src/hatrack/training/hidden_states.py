@@ -30,7 +30,7 @@ import numpy as np
 from hatrack import storage
 from hatrack.console import say_once
 from hatrack.errors import HatrackError, MachineError
-from hatrack.storage import ABOUT, Entry, cache_dir, folder_size, read_about, write_file
+from hatrack.storage import ABOUT, CacheEntry, cache_dir, folder_size, read_about, write_file
 
 FORMAT = 1
 STATES, INDEX = ".states", ".index"
@@ -50,17 +50,17 @@ def root() -> Path:
     return cache_dir("states")
 
 
-def entries() -> list[Entry]:
+def entries() -> list[CacheEntry]:
     """Every entry, the one last used first; damaged ones as well."""
-    return storage.entries(root())
+    return storage.list_entries(root())
 
 
-def count_rows(entry: Entry) -> int:
+def count_rows(entry: CacheEntry) -> int:
     """How many rows an entry has; those that two runs at the same time both kept count twice."""
     return sum(len(_told(index)) for index in entry.folder.glob(f"*{INDEX}"))
 
 
-def remove(entry: Entry) -> bool:
+def remove(entry: CacheEntry) -> bool:
     """Removes an entry's files, unless a run is using them; says whether it did."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError):

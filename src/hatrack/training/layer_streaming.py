@@ -60,12 +60,12 @@ class LayerStreaming:
         prefix: FrozenPrefix | None = None,
     ) -> None:
         self.model, self.window, self.task, self.folder, self.budget = model, window, task, folder, budget
-        self.trunk, self.prefix = window.trunk, prefix
+        self.trunk, self.prefix = window.layer_stack, prefix
         self._accelerator = None if window.device.type == "cpu" else torch.get_device_module(window.device)
         self.entry = None if prefix else 0  # the layer that surely comes next
         if task != "classify":
-            window.show(OUTSIDE)
-            with torch.no_grad(), self.trunk.shortened(0):
+            window.load(OUTSIDE)
+            with torch.no_grad(), self.trunk.only_last_layers(0):
                 detect_output_head(model, task)  # it would ask all layers for it
         trained = (any(p.requires_grad for p in layer.parameters()) for layer in self.trunk.layers)
         self.first = next((number for number, adapted in enumerate(trained) if adapted), len(self.trunk.layers))
@@ -78,7 +78,7 @@ class LayerStreaming:
         `loss_of` must run the model once. Raises MachineError where the disk is full.
         """
         last = len(self.trunk.layers) - 1
-        self.window.show(OUTSIDE, then=self.entry)
+        self.window.load(OUTSIDE, next_part=self.entry)
         with torch.enable_grad():
             micros = [self._enter(batch, loss_of, seed) for batch, seed in zip(batches, seeds, strict=True)]
         trained_below = any(micro.hidden.requires_grad for micro in micros)
@@ -87,17 +87,17 @@ class LayerStreaming:
         first = 0 if trained_below else self.first
         with closing(LayerInputs(self.folder, self.budget)) as doors:
             self._up(micros, doors, first)
-            self.window.show(OUTSIDE, then=last)
+            self.window.load(OUTSIDE, next_part=last)
             total = torch.stack([self._top(micro, loss_of, first <= last) for micro in micros]).sum()
             for number in range(last, first - 1, -1):
-                self.window.show(number, then=number - 1 if number > first else OUTSIDE)
+                self.window.load(number, next_part=number - 1 if number > first else OUTSIDE)
                 for index, micro in enumerate(micros):
                     self._back(number, micro, doors.take((number, index)), number > first or trained_below)
         if trained_below:
-            self.window.show(OUTSIDE)
+            self.window.load(OUTSIDE)
             for micro, seed in zip(micros, seeds, strict=True):
                 torch.autograd.backward(self._enter(micro.batch, loss_of, seed).hidden, micro.hidden)
-        self.window.close()
+        self.window.unload()
         return total
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class LayerStreaming:
         waiting = iter(batches)
         more = True
         while more:
-            self.window.show(OUTSIDE, then=self.entry)
+            self.window.load(OUTSIDE, next_part=self.entry)
             group: list[_Micro] = []
             while more and (not group or sum(micro.hidden.nbytes for micro in group) < self.budget):
                 batch = next(waiting, None)
@@ -114,11 +114,11 @@ class LayerStreaming:
                 if batch is not None:
                     group.append(self._enter(batch, self._score, None))
             self._up(group, None, 0)
-            self.window.show(OUTSIDE, then=self.entry)
+            self.window.load(OUTSIDE, next_part=self.entry)
             for micro in group:
-                with self.trunk.after(partial(getattr, micro, "hidden")):
+                with self.trunk.replace_layers(partial(getattr, micro, "hidden")):
                     yield losses(self.model, micro.batch, self.task)
-        self.window.close()
+        self.window.unload()
 
     def _score(self, batch: Batch) -> Any:
         return losses(self.model, batch, self.task)
@@ -129,7 +129,7 @@ class LayerStreaming:
             torch.manual_seed(seed)
         if self.prefix:
             self.prefix.set_eval()
-        hidden, calls = self.trunk.before(lambda: run(batch))
+        hidden, calls = self.trunk.capture_inputs(lambda: run(batch))
         found = _Micro(batch, hidden, calls, self._random())
         if self.prefix and (kept := self.prefix.read(batch)) is not None:
             found.hidden, found.layer = kept, self.prefix.depth
@@ -140,14 +140,14 @@ class LayerStreaming:
         """All micro-batches through all layers; from layer `first` on, what goes in is kept in `doors`."""
         last = len(self.trunk.layers) - 1
         for number in range(min((micro.layer for micro in micros), default=0), last + 1):
-            self.window.show(number, then=number + 1 if number < last else OUTSIDE)
+            self.window.load(number, next_part=number + 1 if number < last else OUTSIDE)
             for index, micro in enumerate(micros):
                 if number < micro.layer:
                     continue
                 if doors is not None and number >= first:
                     doors.keep((number, index), micro.hidden, micro.random)
                 self._draw_from(micro.random)
-                micro.hidden = self.trunk.layer(number, micro.hidden, micro.calls[number])
+                micro.hidden = self.trunk.run_layer(number, micro.hidden, micro.calls[number])
                 micro.random = self._random()
                 if self.prefix and number == self.prefix.depth - 1:
                     micro.hidden = self.prefix.keep(micro.batch, micro.hidden)
@@ -160,7 +160,7 @@ class LayerStreaming:
             self._draw_from(micro.random)
             return hidden
 
-        with torch.enable_grad(), self.trunk.after(give):
+        with torch.enable_grad(), self.trunk.replace_layers(give):
             loss = loss_of(micro.batch)
         loss.backward()  # type: ignore[no-untyped-call]
         if goes_on:
@@ -174,7 +174,7 @@ class LayerStreaming:
         hidden.requires_grad_(goes_on)
         self._draw_from(random)
         with torch.enable_grad():
-            output = self.trunk.layer(number, hidden, micro.calls[number])
+            output = self.trunk.run_layer(number, hidden, micro.calls[number])
         torch.autograd.backward(output, micro.hidden)
         if goes_on:
             assert hidden.grad is not None

@@ -47,7 +47,7 @@ class FrozenPrefix:
     def __init__(self, model: Any, trunk: LayerStack, depth: int, *, task: str, states: Kept | None) -> None:
         self.model, self.trunk, self.depth, self.task, self.states = model, trunk, depth, task, states
         self.device = next(model.parameters()).device
-        with trunk.shortened(0):
+        with trunk.only_last_layers(0):
             detect_output_head(model, task)  # it would ask by a pass of its own while states are given
         self._still = [module for layer in trunk.layers[:depth] for module in layer.modules()]
         self._still += self._called_before()
@@ -67,7 +67,7 @@ class FrozenPrefix:
             hidden[rows] = self._compute(batch["input_ids"][missing], batch["attention_mask"][missing]).cpu()
             hidden = self.keep(batch, hidden)
         hidden = hidden.to(self.device)
-        with self.trunk.after(lambda: hidden, self.depth):
+        with self.trunk.replace_layers(lambda: hidden, self.depth):
             yield
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Losses]:
@@ -105,9 +105,9 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def _compute(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        hidden, calls = self.trunk.before(lambda: self.model(input_ids=ids, attention_mask=mask))
+        hidden, calls = self.trunk.capture_inputs(lambda: self.model(input_ids=ids, attention_mask=mask))
         for number in range(self.depth):
-            hidden = self.trunk.layer(number, hidden, calls[number])
+            hidden = self.trunk.run_layer(number, hidden, calls[number])
         return hidden
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor, list[int]]:
@@ -128,7 +128,7 @@ class FrozenPrefix:
         devices = [self.device] if self.device.type in ("cuda", "xpu") else []
         try:
             with torch.random.fork_rng(devices), torch.enable_grad():
-                return self.trunk.before(lambda: self.model(input_ids=ids, attention_mask=ids))[0]
+                return self.trunk.capture_inputs(lambda: self.model(input_ids=ids, attention_mask=ids))[0]
         finally:
             self.model.train(was_training)
 

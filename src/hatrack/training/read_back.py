@@ -57,7 +57,7 @@ def _compute_as_in_training(hat: Hat, output: Path) -> None:
     `load` rounds them to the base's dtype. peft's own layers (on quantized bases, for DoRA) compute in the dtype of the
     adapter: in bfloat16 the probabilities of a 4-bit base came out up to 3% apart.
     """
-    speed_up(hat.base.model, hat.mapped_layers.trunk if hat.mapped_layers else None)
+    speed_up(hat.base.model, hat.mapped_layers.layer_stack if hat.mapped_layers else None)
     name = hat.model.active_adapter
     cast_adapter_dtype(hat.model, name)
     weights = load_peft_weights(str(output), device=str(hat.base.device))

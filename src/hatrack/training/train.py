@@ -24,8 +24,8 @@ from hatrack.adapter.files import save_adapter
 from hatrack.adapter.proof import probe_logits, probe_tokens
 from hatrack.base.description import BaseDescription
 from hatrack.base.fingerprint import lineage
-from hatrack.base.free_memory import give_back
-from hatrack.base.load import Base, choose_device, choose_dtype, load_config, load_tokenizer, name_of
+from hatrack.base.free_memory import release_memory
+from hatrack.base.load import Base, choose_device, choose_dtype, dtype_name, load_config, load_tokenizer
 from hatrack.base.sources import find_base
 from hatrack.check.checks import advise
 from hatrack.check.prepared import Prepared
@@ -110,7 +110,7 @@ def _train(run: Run, meter: cost.Meter, opened: ExitStack) -> Hat:
     answers = probe_logits(model.eval(), probe_tokens(base), base)
     result = _result(run, schedule, plan, trained, model.get_nb_trainable_parameters())
     del model, base, adapted, trained, sweep, prefix
-    give_back()  # before the base is loaded a second time
+    release_memory()  # before the base is loaded a second time
     hat = read_back(run.adapter, answers, recipe)
     check_answers_end(hat, tokens.train, tokens.stops.tokens)
     run.finish()
@@ -156,13 +156,13 @@ def _prepare(
     check_compute(recipe.compute, device.type)
     check_rounding(recipe.compute, device.type)
     dtype = choose_dtype(recipe.dtype, device)[0]
-    states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, name_of(dtype))
+    states = _states(recipe, files, made_on, tokenizer, examples.task, device.type, dtype_name(dtype))
     if states is not None:
         opened.callback(states.close)
     known = _known(states, tokens)
     rows = (run.recall("schedule") or {}).get("micro_batch")
     plan, schedule = cost.plan(recipe, files, examples, tokens, device, dtype, known, rows)
-    return Prepared(recipe, examples, files, tokenizer, tokens, plan, schedule, name_of(dtype)), states, known
+    return Prepared(recipe, examples, files, tokenizer, tokens, plan, schedule, dtype_name(dtype)), states, known
 
 
 def _states(
@@ -226,7 +226,7 @@ def _with_rows_that_fit(
                 f"{before} rows at a time took {format_size(over.took)} of {format_size(over.limit)}: "
                 f"now {rows}, of {batch} a step"
             )
-        give_back()
+        release_memory()
 
 
 def _fit(
@@ -319,7 +319,7 @@ def _arguments(run: Run, base: Base, schedule: Schedule, plan: Plan, trackers: l
         use_cpu=base.device.type == "cpu",
         dataloader_pin_memory=base.device.type == "cuda",
         disable_tqdm=True,
-        streamed=base.mapped,
+        streamed=base.streamed,
     )
 
 
