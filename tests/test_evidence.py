@@ -111,7 +111,7 @@ def test_a_classifier_always_has_a_task_type(tmp_path: Path, tiny_encoder: Path,
     foreign = get_peft_model(tiny.model("Bert", "classify", num_labels=2), LoraConfig(r=2, target_modules=["query"]))
     foreign.save_pretrained(tmp_path / "adapter")
     found = {finding.gotcha: finding for finding in check_adapter(tmp_path / "adapter")}["head-not-saved"]
-    assert "does not tell what the adapter is for" in found.what and "task_type None" in found.got
+    assert "does not say what the adapter is for" in found.what and "task_type None" in found.got
     assert "SEQ_CLS" in found.fix and found.refused
 
 

@@ -143,7 +143,7 @@ def test_a_pickle(hat: Path) -> None:
 def test_a_cut_or_empty_weights_file(hat: Path, length: int) -> None:
     (hat / WEIGHTS).write_bytes((hat / WEIGHTS).read_bytes()[:length])
     error = _refused(hat)
-    assert error.what == f"{hat / WEIGHTS} is damaged or no safetensors file"
+    assert error.what == f"{hat / WEIGHTS} is damaged or not a safetensors file"
     assert "bytes" in str(error.got) and error.fix == "copy the adapter again"
 
 
@@ -195,7 +195,7 @@ def test_names_and_paths_that_lead_out_of_the_folder(hat: Path, name: str) -> No
     if name:
         with pytest.raises(AdapterError) as caught:
             ready.add(hat, name=name)
-        assert caught.value.what == "that is no name for an adapter" and caught.value.got == repr(name)
+        assert caught.value.what == "invalid adapter name" and caught.value.got == repr(name)
         assert caught.value.fix == "use letters, digits, '.', '_' and '-', at most 64"
 
 
@@ -211,7 +211,7 @@ def test_a_regular_expression_without_end(hat: Path) -> None:
     began = time.monotonic()
     error = _refused(hat)
     assert time.monotonic() - began < 20
-    assert error.what == f"{hat / CONFIG} has a regular expression that does not come to an end"
+    assert error.what == f"{hat / CONFIG} has a regular expression that takes too long"
     assert error.got == "'(([a-z._0-9]*)*)*X' after 2 s" and error.fix == "name the layers in full"
 
 
@@ -220,7 +220,7 @@ def test_a_regular_expression_without_end(hat: Path) -> None:
 def test_no_field_can_hold_one(hat: Path, monkeypatch: pytest.MonkeyPatch, field: str, pattern: str) -> None:
     monkeypatch.setattr(config, "PATTERN_SECONDS", 0.25)
     _set(hat, **{field: {pattern: 4} if field.endswith("pattern") else pattern})
-    assert "does not come to an end" in _refused(hat).what
+    assert "takes too long" in _refused(hat).what
 
 
 def test_a_harmless_regular_expression_is_followed(hat: Path) -> None:

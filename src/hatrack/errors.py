@@ -56,6 +56,16 @@ def truncate(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS // 2]} ... {text[-MAX_CHARACTERS // 2 :]}"
 
 
+def join_first(items: Sequence[object], count: int) -> str:
+    """The first `count` items with commas, and how many more there are.
+
+    >>> join_first(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    more = len(items) - count
+    return ", ".join(map(str, items[:count])) + (f" and {more:,} more" if more > 0 else "")
+
+
 class OptionStyle:
     """How messages name options: as flags (`--max-length 512`) or as Python arguments (`max_length=512`)."""
 

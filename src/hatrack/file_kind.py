@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from hatrack.errors import HatrackError
+from hatrack.errors import HatrackError, join_first
 
 START_BYTES = 1024
 """Bytes that are looked at; of a zip archive the names in it too."""
@@ -124,5 +124,5 @@ def _in_zip(file: BinaryIO) -> tuple[str, str]:
     with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         names = zipfile.ZipFile(file).namelist()
     kinds = (kind for pattern, kind in INSIDE_ZIP.items() if any(re.match(pattern, name) for name in names))
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    shown = join_first(names, 3)
     return (next(kinds, ZIP), f"it holds {shown}") if names else (DAMAGED_ZIP, "no names in it can be read")

@@ -174,7 +174,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a list": (
         lambda f: (f / "adapter_config.json").write_text("[]"),
-        "adapter_config.json must hold one object; got list",
+        "adapter_config.json must hold one JSON object; got list",
     ),
     "no peft_type": (
         lambda f: _change(f, peft_type="GONE"),
@@ -182,7 +182,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another kind": (
         lambda f: _change(f, peft_type="IA3"),
-        "is not of a LoRA adapter; got peft_type 'IA3'; fix: hatrack loads LoRA",
+        "is not the config of a LoRA adapter; got peft_type 'IA3'; fix: hatrack loads LoRA",
     ),
     "r as text": (
         lambda f: _change(f, r="4"),
@@ -192,7 +192,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha as text": (lambda f: _change(f, lora_alpha="x"), "is malformed; got lora_alpha 'x'"),
     "a changed base": (
         lambda f: _change(f, init_lora_weights="pissa"),
-        "belongs on a base whose weights were changed first",
+        "was trained on a base whose weights were changed first",
     ),
     "no weights": (
         lambda f: (f / "adapter_model.safetensors").unlink(),
@@ -208,7 +208,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "cut weights": (
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-9]),
-        "adapter_model.safetensors is damaged or no safetensors file; got .*; fix: copy the adapter again",
+        "adapter_model.safetensors is damaged or not a safetensors file; got .*; fix: copy the adapter again",
     ),
     "no tensors": (lambda f: _tensors(f, lambda t: {}), "adapter_model.safetensors holds no tensors"),
     "a bad hatrack.json": (
@@ -300,7 +300,7 @@ def test_saving_refuses_to_lose_a_tensor(tmp_path: Path, monkeypatch: pytest.Mon
         return dict(list(found.items())[1:])
 
     monkeypatch.setattr("peft.peft_model.get_peft_model_state_dict", forgets)
-    with pytest.raises(AdapterError, match=r"what would be saved is not what was placed; got .*lora_A.weight; fix"):
+    with pytest.raises(AdapterError, match=r"the tensors saved are not those placed; got .*lora_A.weight; fix"):
         _saved(tmp_path / "hat")
     assert list(tmp_path.iterdir()) == []
 

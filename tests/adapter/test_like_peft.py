@@ -256,7 +256,7 @@ def test_names_that_a_trainer_left(tmp_path: Path, change: Any, capsys: pytest.C
     path = folder / "adapter_model.safetensors"
     save_file({change(name): tensor for name, tensor in load_file(path).items()}, path)
     torch.testing.assert_close(_logits(attach(_base("Llama"), folder, "hat")), expected, rtol=0, atol=1e-4)
-    assert "names that a trainer left, such as" in capsys.readouterr().err
+    assert "names that a trainer changed, such as" in capsys.readouterr().err
 
 
 def test_a_tensor_that_is_there_twice(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_an_adapter_saved_under_a_name(tmp_path: Path) -> None:
     _adapter(tmp_path / "checkpoint", _base("Llama"), QV, name="helper")
     _check_same("Llama", tmp_path / "checkpoint/helper", torch.float32)
     with pytest.raises(
-        AdapterError, match=r"holds no adapter itself; got .*; fix: give one of the folders in it: .*checkpoint/helper"
+        AdapterError, match=r"is not an adapter's folder; got .*; fix: give one of the folders .*checkpoint/helper"
     ):
         attach(_base("Llama"), tmp_path / "checkpoint", "hat")
 

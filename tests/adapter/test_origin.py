@@ -55,7 +55,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "is a model's config.json, not an adapter's; got model_type 'llama'",
     ),
     "no kind": ({"r": 4, "lora_alpha": 8}, "does not say what kind of adapter it is; got no peft_type"),
-    "AdaLoRA": (GOOD | {"peft_type": "ADALORA"}, "is not of a LoRA adapter; got peft_type 'ADALORA'"),
+    "AdaLoRA": (GOOD | {"peft_type": "ADALORA"}, "is not the config of a LoRA adapter; got peft_type 'ADALORA'"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}, "got peft_type 'PROMPT_TUNING'"),
     "translation": (GOOD | {"task_type": "SEQ_2_SEQ_LM"}, "of an adapter for an encoder-decoder; got .*SEQ_2_SEQ_LM"),
     "embedding": (GOOD | {"task_type": "FEATURE_EXTRACTION"}, "a model that embeds texts; got .*FEATURE_EXTRACTION"),
@@ -64,7 +64,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a task nobody knows": (GOOD | {"task_type": "causal-lm"}, "has a task_type that peft does not know; got .*causal"),
     "no task": (
         GOOD | {"task_type": None, "base_model_name_or_path": "b"},
-        r'does not tell what the adapter is for; got task_type None; fix: set "task_type".*CAUSAL_LM.*SEQ_CLS',
+        r'does not say what the adapter is for; got task_type None; fix: set "task_type".*CAUSAL_LM.*SEQ_CLS',
     ),
     "neither task nor base": (
         {name: value for name, value in GOOD.items() if name != "task_type"},
@@ -123,7 +123,7 @@ def test_a_base_that_is_not_here(adapter: Path, source: str, told: str, monkeypa
     with pytest.raises(ModelError) as caught:
         find_base_of(read_adapter(adapter))
     error = str(caught.value)
-    assert error.startswith(f"the base of {adapter} cannot be had: ") and told in error
+    assert error.startswith(f"the base of {adapter} is not available: ") and told in error
     assert "--base" in str(caught.value.fix) and "--revision" not in error
     monkeypatch.setattr(OptionStyle, "flags", False)
     with pytest.raises(ModelError) as caught:
@@ -146,7 +146,7 @@ def test_a_revision_does_not_go_with_a_folder(
 ) -> None:
     _write(adapter, GOOD | {"base_model_name_or_path": str(tiny_decoder), "revision": "main"})
     assert find_base_of(read_adapter(adapter)).folder == tiny_decoder
-    assert "revision main is passed over" in capsys.readouterr().err
+    assert "revision main is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_a_router_that_is_named_is_refused(name: str) -> None:
 def test_experts_that_are_joined_are_refused_by_name_and_told_of() -> None:
     modules, experts = [*ATTENTION, "m.layers.0.mlp.experts"], Experts(("m.layers.0.mlp.experts",), ("w1", "w2", "w3"))
     for name in ("experts", "w1", "mlp.w1"):
-        with pytest.raises(TargetError, match=f"^{name}: the experts here are joined into one tensor"):
+        with pytest.raises(TargetError, match=f"^{name}: each layer joins its experts into one tensor"):
             choose_targets(ModelLayers(ATTENTION, modules=modules, experts=experts), name, None)
     with pytest.raises(TargetError, match="'fc' matches no layer; got a model with q_proj, whose experts are joined"):
         choose_targets(ModelLayers(ATTENTION, modules=modules, experts=experts), "fc", None)

@@ -60,7 +60,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "", ".hidden", "x" * 65, "a\0b"])
 def test_names_stay_names(tmp_path: Path, name: str) -> None:
-    with pytest.raises(AdapterError, match="that is no name"):
+    with pytest.raises(AdapterError, match="invalid adapter name"):
         registry.register(name, _adapter(tmp_path / "a"))
 
 
@@ -122,7 +122,7 @@ def test_of_many_renamers_of_one_adapter_one_does_it(tmp_path: Path) -> None:
 
 def test_a_killed_writer_blocks_nobody(tmp_path: Path) -> None:
     holding = "import time; from hatrack.adapter import registry\n"
-    holding += "with registry._writing(): print('held', flush=True); time.sleep(60)"
+    holding += "with registry._locked_rack(): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "held\n"
         writer.kill()

@@ -57,9 +57,7 @@ def test_it_answers_as_peft_with_its_own_tokenizer(base: Path, options: dict[str
     folder = _adapter(base, "own", _more, **options)
     hat = hatrack.load(folder, device="cpu", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (
-        "the tokenizer beside this adapter is used for it: 2 tokens more, such as '<tool>'" in capsys.readouterr().err
-    )
+    assert "its own tokenizer is used: 2 more tokens, such as '<tool>'" in capsys.readouterr().err
     turns = [{"role": "user", "content": "what is red"}]
     asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder)
@@ -84,13 +82,13 @@ def test_others_on_the_same_base_keep_theirs(base: Path) -> None:
 def test_the_same_tokenizer_is_no_news(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hat = hatrack.load(_adapter(base, "plain"), device="cpu", dtype="float32")
     assert hat.tokenizer is hat.base.tokenizer
-    assert "beside this adapter" not in capsys.readouterr().err
+    assert "its own tokenizer" not in capsys.readouterr().err
 
 
 def test_another_template_alone_is_used(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _adapter(base, "own", lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages[0].content }} :"))
     hat = hatrack.load(folder, device="cpu", dtype="float32")
-    assert "is used for it: another chat template" in capsys.readouterr().err
+    assert "is used: another chat template" in capsys.readouterr().err
     assert hat.tokenizer.decode(prompt_ids(hat.active_model, "what is red")) == "what is red :"
 
 

@@ -114,7 +114,7 @@ def test_an_older_adapter_is_asked_for_its_data(trained: Any, hatrack: Run, revi
     reviews.write_text(reviews.read_text() + "it was fine ,yes\n")
     found = hatrack("compare", "hat", "--data", mixed, "--json")
     assert found.json["rows"] == len(_learned(mixed))
-    assert "hat does not tell which rows it was trained on" in found.err
+    assert "hat does not record the rows it was trained on" in found.err
     changed = hatrack("compare", "hat")
     assert (
         changed.code == 2 and "is not what hat was trained on any more; fix: name rows with --data" in changed.complaint
@@ -174,7 +174,7 @@ def test_an_adapter_made_elsewhere_is_scored_on_what_it_is_given(trained: Any, h
     numbered = [{**row, "label": str(int(row["label"] == "yes"))} for row in _new(30)]
     found = hatrack("compare", "foreign", "--data", _written("numbered.csv", numbered), "--json")
     assert found.json["adapter"] == known["adapter"] and found.json["rows"] == 30
-    assert "foreign does not tell which rows it was trained on" in found.err
+    assert "foreign does not record the rows it was trained on" in found.err
     learned = [{**row, "label": str(int(row["label"] == "yes"))} for row in _learned(reviews)]
     assert hatrack("compare", "foreign", "--data", _written("l.csv", learned), "--json").json["rows"] == len(learned)
     words = hatrack("compare", "foreign", "--data", "new.csv")

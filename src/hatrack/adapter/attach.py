@@ -108,7 +108,7 @@ def detach(model: Any, name: str) -> Any:
 def _check_name(model: Any, name: str) -> None:
     """A name is a name, free, and no part of the base's own: peft finds an adapter's parameters by it."""
     if not NAME.fullmatch(name):
-        raise AdapterError("that is no name for an adapter", got=repr(name), fix="use letters, digits, '_' and '-'")
+        raise AdapterError("invalid adapter name", got=repr(name), fix="use letters, digits, '_' and '-'")
     if isinstance(model, PeftModel) and name in model.peft_config:
         raise AdapterError("an adapter of that name is attached already", got=name, fix="give it another name")
     if is_part_of(model, name):

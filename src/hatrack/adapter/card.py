@@ -1,4 +1,4 @@
-"""hatrack.json and the model card: what an adapter was made from and how well it does. Knows nothing of weights."""
+"""hatrack.json and the model card: what an adapter was made from and how well it does."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hatrack.errors import AdapterError, RecipeError
+from hatrack.errors import AdapterError, RecipeError, join_first
 from hatrack.file_kind import wrong_kind_error
 from hatrack.recipe import Recipe, flag
 from hatrack.storage import write_file
@@ -20,9 +20,8 @@ from hatrack.wheels import is_pypi
 HATRACK_JSON, CONFIG = "hatrack.json", "adapter_config.json"
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What an adapter may be called, on the rack and off it."""
-LARGEST = 16 * 2**20
-"""Bytes of JSON read of one file."""
+"""What an adapter may be called."""
+MAX_JSON_BYTES = 16 * 2**20
 
 
 def _now() -> str:
@@ -41,9 +40,11 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What peft's config has no place for. `base` has at least `source`; `metrics` has `before` and `after`;
-    `proof` is what `hatrack.adapter.proof` recorded; `cost` has `planned` and `actual`, what the run took. An answer
-    ends with one of `end_tokens`, or where there are none before one of `stop_strings`."""
+    """hatrack.json: what peft's config has no place for.
+
+    `base` has at least `source`; `metrics` has `before` and `after`; `proof` is a `proof.Proof` as JSON; `cost` has
+    `planned` and `actual`, what the run took. An answer ends after one of `end_tokens` or before one of `stop_strings`.
+    """
 
     name: str
     base: dict[str, Any]
@@ -68,7 +69,7 @@ class AdapterCard:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-KINDS: dict[str, type | tuple[type, ...]] = {
+FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "base": dict,
     "task": str,
@@ -89,12 +90,12 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def _text_or_none(value: Any) -> bool:
+def _is_text_or_none(value: Any) -> bool:
     return isinstance(value, str | None)
 
 
 def _is_recipe(value: dict[str, Any]) -> bool:
-    """Whether the options this version knows have values it knows."""
+    """Whether the options that this version has are valid; options of later versions are ignored."""
     try:
         Recipe.make(**{name: option for name, option in value.items() if name in Recipe.model_fields})
     except RecipeError:
@@ -102,13 +103,13 @@ def _is_recipe(value: dict[str, Any]) -> bool:
     return True
 
 
-_FITS: dict[str, Callable[[Any], bool]] = {
+_IS_VALID: dict[str, Callable[[Any], bool]] = {
     "name": lambda value: value == "" or NAME.fullmatch(value) is not None,
     "task": lambda value: value in ("classify", "chat", "complete"),
     "base": lambda value: (
         isinstance(value.get("source"), str)
         and value["source"] != ""
-        and all(_text_or_none(value.get(field)) for field in ("revision", "fingerprint", "model_type", "form"))
+        and all(_is_text_or_none(value.get(field)) for field in ("revision", "fingerprint", "model_type", "form"))
         and type(value.get("fingerprint_kind", 0)) is int
     ),
     "labels": lambda value: all(isinstance(label, str) for label in value) and len(set(value)) == len(value),
@@ -116,35 +117,35 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "stop_strings": lambda value: all(isinstance(text, str) and text for text in value),
     "max_length": lambda value: value is None or (type(value) is int and value > 0),
     "recipe": _is_recipe,
-    "data": lambda value: _text_or_none(value.get("source")),
+    "data": lambda value: _is_text_or_none(value.get("source")),
     "metrics": lambda value: all(
         isinstance(scores, dict | None) and all(type(number) in (int, float) for number in (scores or {}).values())
         for scores in (value.get("before"), value.get("after"))
     ),
 }
-"""What a field must hold beyond its kind: whatever is later used as a name, a path, an option or a number."""
+"""What a field must hold beyond its type, where it is later used as a name, a path, an option or a number."""
 
 
 def read_card(folder: Path) -> AdapterCard | None:
-    """hatrack.json of an adapter, or None where it was made elsewhere. Keys of later versions are passed over.
+    """Reads an adapter's hatrack.json; None where there is none. Keys of later versions are ignored.
 
-    Raises AdapterError naming the file where it is malformed.
+    Raises AdapterError where the file is malformed.
     """
     path = folder / HATRACK_JSON
     if not path.exists() and not path.is_symlink():
         return None
     content = read_json_object(path)
-    wrong = [name for name, kind in KINDS.items() if name in content and not isinstance(content[name], kind)]
+    wrong = [name for name, kind in FIELD_TYPES.items() if name in content and not isinstance(content[name], kind)]
     wrong += [name for name in ("name", "base", "task") if name not in content]
     if not wrong:
-        wrong = [name for name, fits in _FITS.items() if name in content and not fits(content[name])]
+        wrong = [name for name, fits in _IS_VALID.items() if name in content and not fits(content[name])]
     if wrong:
         raise AdapterError(f"{path} is malformed", got=f"no valid {', '.join(wrong)}", fix="copy the adapter again")
-    return AdapterCard(**{name: value for name, value in content.items() if name in KINDS})
+    return AdapterCard(**{name: value for name, value in content.items() if name in FIELD_TYPES})
 
 
 def valid_name(text: str) -> str:
-    """A name like `text` that an adapter may have.
+    """Turns any text into a valid adapter name.
 
     >>> valid_name("my adapter (2)")
     'my-adapter--2-'
@@ -153,11 +154,11 @@ def valid_name(text: str) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises AdapterError naming it."""
+    """Reads a file that holds one JSON object. Raises AdapterError where it does not."""
     try:
-        if path.exists() and not path.is_file():  # opening a pipe or a device could wait for ever
-            raise AdapterError(f"{path} is no file", fix="copy the adapter again")
-        if path.exists() and path.stat().st_size > LARGEST:
+        if path.exists() and not path.is_file():  # opening a pipe or a device could block
+            raise AdapterError(f"{path} is not a regular file", fix="copy the adapter again")
+        if path.exists() and path.stat().st_size > MAX_JSON_BYTES:
             raise AdapterError(f"{path} is too large", got=f"{path.stat().st_size:,} bytes", fix="copy it again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -171,12 +172,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
             f"{path} is not valid JSON", got=error, fix="copy the adapter again"
         ) from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{path} must hold one object", got=type(content).__name__, fix="copy the adapter again")
+        got = type(content).__name__
+        raise AdapterError(f"{path} must hold one JSON object", got=got, fix="copy the adapter again")
     return content
 
 
 def not_an_adapter(folder: Path) -> AdapterError:
-    """Why this path is not an adapter's folder: what lies there instead, and which folders in it are adapters'."""
+    """The error for a path that is not an adapter's folder: what is there, and which folders in it are adapters'."""
     if folder.is_file():
         around = f": {folder.parent}" if (folder.parent / CONFIG).is_file() else ""
         return AdapterError(f"{folder} is a file", fix=f"give the adapter's folder{around}")
@@ -184,20 +186,20 @@ def not_an_adapter(folder: Path) -> AdapterError:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         return AdapterError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions")
-    got = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing in it"
+    got = join_first(names, 6) or "nothing in it"
     below = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}")})
     if below:
-        shown = ", ".join(str(path) for path in below[:5]) + (f" and {len(below) - 5} more" if len(below) > 5 else "")
-        return AdapterError(f"{folder} holds no adapter itself", got=got, fix=f"give one of the folders in it: {shown}")
+        fix = f"give one of the folders in it: {join_first(below, 5)}"
+        return AdapterError(f"{folder} is not an adapter's folder", got=got, fix=fix)
     if "config.json" in names:
         return AdapterError(f"{folder} is a model, not an adapter", got=got, fix=f"use it with {flag('base')}")
     return AdapterError(f"{folder} has no {CONFIG}", got=got, fix="give the folder of an adapter")
 
 
 def rename_in_files(folder: Path, new: str) -> None:
-    """Writes an adapter's new name into its hatrack.json and into its card, whatever else stands there.
+    """Writes an adapter's new name into its hatrack.json and model card; does nothing where there is no hatrack.json.
 
-    Raises AdapterError or MachineError where they cannot be read or written. Does nothing to adapters made elsewhere.
+    Raises AdapterError or MachineError where they cannot be read or written.
     """
     if not (folder / HATRACK_JSON).is_file():
         return
@@ -206,17 +208,17 @@ def rename_in_files(folder: Path, new: str) -> None:
     if isinstance(recipe, dict) and "name" in recipe:
         recipe["name"] = new
     write_file(folder / HATRACK_JSON, json.dumps(content | {"name": new}, indent=2, ensure_ascii=False) + "\n")
-    card = folder / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="surrogateescape")
+    readme = folder / "README.md"
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8", errors="surrogateescape")
         text = text.replace(f"\n# {old}\n", f"\n# {new}\n", 1).replace(
             f'hatrack.load("{old}")', f'hatrack.load("{new}")'
         )
-        write_file(card, text.encode("utf-8", errors="surrogateescape"))
+        write_file(readme, text.encode("utf-8", errors="surrogateescape"))
 
 
-def _for_transformers(source: str) -> str:
-    """A base's name as the arguments that transformers loads it by."""
+def _from_pretrained_arguments(source: str) -> str:
+    """The arguments of `from_pretrained` that load this base."""
     path = Path(source)
     folder = "path/of/the/base" if is_pypi(source) else str(path.parent)
     if path.suffix.lower() == ".gguf":
@@ -224,41 +226,41 @@ def _for_transformers(source: str) -> str:
     return json.dumps(folder if is_pypi(source) else source)
 
 
-def model_card(hat: AdapterCard, config: Mapping[str, Any]) -> str:
-    """README.md of an adapter: what it is, how well it does, how to use it with and without hatrack."""
-    source = hat.base["source"]
+def model_card(card: AdapterCard, config: Mapping[str, Any]) -> str:
+    """An adapter's README.md: what it is, its scores, and how to use it with and without hatrack."""
+    source = card.base["source"]
     head = ["---", f"base_model: {json.dumps(source)}", "library_name: peft", "tags:", "- lora", "- hatrack", "---", ""]
-    lines = [f"# {hat.name}", "", f"A LoRA adapter for `{source}`, made with hatrack. Task: {hat.task}.", ""]
-    if hat.labels:
-        lines += [f"Labels: {', '.join(hat.labels)}" + (" (several at once)." if hat.multi_label else "."), ""]
-    before, after = hat.metrics.get("before") or {}, hat.metrics.get("after") or {}
+    lines = [f"# {card.name}", "", f"A LoRA adapter for `{source}`, made with hatrack. Task: {card.task}.", ""]
+    if card.labels:
+        lines += [f"Labels: {', '.join(card.labels)}" + (" (several at once)." if card.multi_label else "."), ""]
+    before, after = card.metrics.get("before") or {}, card.metrics.get("after") or {}
     if after:
-        rows = hat.data.get("held_out")
+        rows = card.data.get("held_out")
         lines += [f"On {rows} held-out rows:", "", "| metric | base | with the adapter |", "| --- | --- | --- |"]
         lines += [f"| {name} | {before.get(name, float('nan')):.4f} | {value:.4f} |" for name, value in after.items()]
         lines += [""]
     lines += [
-        f"r {config.get('r')}, alpha {config.get('lora_alpha')}, made {hat.created}.",
+        f"r {config.get('r')}, alpha {config.get('lora_alpha')}, made {card.created}.",
         "",
         "```python",
         "import hatrack",
     ]
-    lines += ["", f'hat = hatrack.load("{hat.name}")  # or the path of this folder', 'hat.predict(["..."])', "```", ""]
-    kind = "SequenceClassification" if hat.task == "classify" else "CausalLM"
-    classes = {"id2label": dict(enumerate(hat.labels)), "label2id": {label: n for n, label in enumerate(hat.labels)}}
-    labels = "".join(f", {name}={table!r}" for name, table in classes.items()) if hat.labels else ""
+    lines += ["", f'hat = hatrack.load("{card.name}")  # or the path of this folder', 'hat.predict(["..."])', "```", ""]
+    kind = "SequenceClassification" if card.task == "classify" else "CausalLM"
+    classes = {"id2label": dict(enumerate(card.labels)), "label2id": {label: n for n, label in enumerate(card.labels)}}
+    labels = "".join(f", {name}={table!r}" for name, table in classes.items()) if card.labels else ""
     lines += [
         "Without hatrack:",
         "",
         "```python",
         "from peft import PeftModel",
-        f"from transformers import AutoModelFor{kind}" + ("" if hat.task == "classify" else ", GenerationConfig"),
+        f"from transformers import AutoModelFor{kind}" + ("" if card.task == "classify" else ", GenerationConfig"),
         "",
     ]
     lines += [f"# path/of/the/base: unpacked from {source}"] if is_pypi(source) else []
-    lines += [f"base = AutoModelFor{kind}.from_pretrained({_for_transformers(source)}{labels})"]
+    lines += [f"base = AutoModelFor{kind}.from_pretrained({_from_pretrained_arguments(source)}{labels})"]
     lines += ['model = PeftModel.from_pretrained(base, "path/of/this/folder")']
-    if hat.task != "classify":
+    if card.task != "classify":
         lines += [
             'model.generation_config = GenerationConfig.from_pretrained("path/of/this/folder")  # where answers end'
         ]

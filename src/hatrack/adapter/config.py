@@ -1,7 +1,6 @@
-"""adapter_config.json of whoever wrote it -> peft's LoraConfig for one base, with nothing in it that can do harm.
+"""Checks any adapter_config.json and makes peft's LoraConfig of it for one base.
 
-Fields are let through by name: no field can name code to run, a path, a pattern that hangs, or a change to the base.
-Knows nothing of tensors.
+Only known fields pass: none can name code to run, a path, a slow regular expression, or a change to the base.
 """
 
 import json
@@ -20,22 +19,22 @@ from hatrack.adapter.targets import matches
 from hatrack.errors import AdapterError, short_repr
 from hatrack.recipe import flag
 
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""`init_lora_weights` of adapters that belong on the base as it is; others changed the base's weights first."""
+UNCHANGED_BASE_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""`init_lora_weights` of adapters trained on the base as it is; other values changed the base's weights first."""
 PATTERN_SECONDS = 2.0
-"""How long all regular expressions of an adapter together may take."""
-LONGEST_PATTERN = 2000
-CORRECT = "correct these fields in the file"
+"""The most that all regular expressions of one adapter may take."""
+MAX_PATTERN_LENGTH = 2000
+CORRECT_FIELDS = "correct these fields in the file"
 PEFT_ITSELF = "use it with peft itself"
 
-TASKS = {
+UNSUPPORTED_TASKS = {
     "SEQ_2_SEQ_LM": "an encoder-decoder",
     "FEATURE_EXTRACTION": "a model that embeds texts",
     "TOKEN_CLS": "a tagger of words",
     "QUESTION_ANS": "a model that finds answers in a text",
 }
-"""peft's kinds of task that hatrack does not do."""
-OURS = ("CAUSAL_LM", "SEQ_CLS")
+"""Values of task_type that hatrack does not support."""
+SUPPORTED_TASKS = ("CAUSAL_LM", "SEQ_CLS")
 
 
 def _whole(value: Any) -> bool:
@@ -55,13 +54,13 @@ def _layers(value: Any) -> bool:
 
 
 def _token_ids(value: Any) -> bool:
-    """Ids of an embedding's rows, or a table of such by the embedding's name."""
+    """Row ids of an embedding, or such lists by the embedding's name."""
     several = value.values() if isinstance(value, dict) else [value]
     return all(isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids) for ids in several)
 
 
 def _plain_name(value: Any) -> bool:
-    """peft builds a regular expression around it: it must be none itself."""
+    """peft puts it into a regular expression, so it may hold letters, digits, `_` and dots only."""
     several = [value] if isinstance(value, str) else value
     return _names(several) and all(name.replace("_", "").replace(".", "").isalnum() for name in several)
 
@@ -90,24 +89,24 @@ USED: dict[str, Callable[[Any], bool]] = {
     "alpha_pattern": _table(_number),
     "task_type": lambda value: isinstance(value, str),
 }
-"""The fields that decide what an adapter computes, each with what it must hold. The first three must be there, but
-`target_parameters` may stand for the third."""
+"""The fields that decide what an adapter computes, each with the check of its value. The first three are required,
+or `target_parameters` in place of `target_modules`."""
 
-PASSED_OVER = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "bias"}
-PASSED_OVER |= {"init_lora_weights", "runtime_config", "ephemeral_gpu_offload", "qalora_group_size"}
-PASSED_OVER |= {"auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"}
-PASSED_OVER |= {"lora_ga_config", "merge_weights"}
-"""Fields that say how it was made or where it came from, or name code and files; those peft never gets to see. Biases
-of the base that an adapter brings (`bias`) are known by the tensors in its file."""
+IGNORED = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "bias"}
+IGNORED |= {"init_lora_weights", "runtime_config", "ephemeral_gpu_offload", "qalora_group_size"}
+IGNORED |= {"auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"}
+IGNORED |= {"lora_ga_config", "merge_weights"}
+"""Fields about how and where an adapter was made, and fields that name code or files: never passed on to peft. Trained
+biases of the base (`bias`) are found by the tensors in the file."""
 NEUTRAL = {option.name: option.default for option in fields(LoraConfig) if option.default is not MISSING}
-"""The values of peft's own fields that change nothing."""
+"""The defaults of peft's fields, which change nothing."""
 
 
 MAY_BE_EMPTY = ("exclude_modules", "layers_pattern", "modules_to_save", "target_parameters", "trainable_token_indices")
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with whole numbers written as whole numbers, and nothing in place of empty texts and lists."""
+    """The same config with 8.0 as 8, and None for empty texts and lists."""
     plain = {field: _whole_numbers(value) if field in USED else value for field, value in config.items()}
     for field in ("target_modules", *MAY_BE_EMPTY):
         if field in plain and plain[field] in ("", [], {}):
@@ -125,34 +124,35 @@ def _whole_numbers(value: Any) -> Any:
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises AdapterError, naming `path`, for a config that is malformed, of another tool or kind, or needs what is not
-    loaded here."""
+    """Raises AdapterError, naming `path`, for a config that is malformed, of another tool or adapter type, or needs
+    features that hatrack does not load."""
     _check_format(path, config)
-    must = ["r", "lora_alpha"] if config.get("target_parameters") else ["r", "lora_alpha", "target_modules"]
+    required = ["r", "lora_alpha"] if config.get("target_parameters") else ["r", "lora_alpha", "target_modules"]
     wrong = [
         f"{field} {short_repr(config.get(field))}"
-        for field, fits in USED.items()
-        if (field in must or config.get(field) is not None) and not fits(config.get(field))
+        for field, is_valid in USED.items()
+        if (field in required or config.get(field) is not None) and not is_valid(config.get(field))
     ]
     if wrong:
-        raise AdapterError(f"{path} is malformed", got=", ".join(wrong), fix=CORRECT)
+        raise AdapterError(f"{path} is malformed", got=", ".join(wrong), fix=CORRECT_FIELDS)
     if config["lora_alpha"] == 0:
         raise AdapterError(f"{path} turns its adapter off", got="lora_alpha 0", fix="train it with another --alpha")
-    start = config.get("init_lora_weights")
-    if not any(start is plain or (isinstance(plain, str) and start == plain) for plain in PLAIN_STARTS):
+    init = config.get("init_lora_weights")
+    if not any(init is plain or (isinstance(plain, str) and init == plain) for plain in UNCHANGED_BASE_INITS):
         raise AdapterError(
-            f"{path} belongs on a base whose weights were changed first",
-            got=f"init_lora_weights {short_repr(start)}",
+            f"{path} was trained on a base whose weights were changed first",
+            got=f"init_lora_weights {short_repr(init)}",
             fix="convert it with peft's path_initial_model_for_weight_conversion",
         )
-    more = [f"{field} {short_repr(value)}" for field, value in config.items() if _unknown(field, value)]
-    if more:
-        raise AdapterError(f"{path} needs what hatrack does not load", got=", ".join(sorted(more)[:5]), fix=PEFT_ITSELF)
+    unknown = [f"{field} {short_repr(value)}" for field, value in config.items() if _is_unknown(field, value)]
+    if unknown:
+        got = ", ".join(sorted(unknown)[:5])
+        raise AdapterError(f"{path} needs what hatrack does not load", got=got, fix=PEFT_ITSELF)
     _check_task(path, config)
 
 
 def _check_format(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a file that does not hold a LoraConfig of peft, and says what it is."""
+    """Raises AdapterError for a file that does not hold peft's LoraConfig, and says what it holds."""
     kind = config.get("peft_type")
     if kind == "LORA":
         return
@@ -175,19 +175,19 @@ def _check_format(path: Path, config: Mapping[str, Any]) -> None:
             fix='if it is a LoRA adapter, set "peft_type": "LORA" in it',
         )
     raise AdapterError(
-        f"{path} is not of a LoRA adapter",
+        f"{path} is not the config of a LoRA adapter",
         got=f"peft_type {kind!r}",
         fix=f"hatrack loads LoRA and its variants; {PEFT_ITSELF}",
     )
 
 
 def _check_task(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses an adapter whose task hatrack does not do, or that does not tell it."""
+    """Raises AdapterError where hatrack does not support the task, or the config has none."""
     task, base = config.get("task_type"), config.get("base_model_name_or_path")
-    if task in OURS:
+    if task in SUPPORTED_TASKS:
         return
-    if task in TASKS:
-        raise AdapterError(f"{path} is of an adapter for {TASKS[task]}", got=f"task_type {task}", fix=PEFT_ITSELF)
+    if task in UNSUPPORTED_TASKS:
+        raise AdapterError(f"{path} is for {UNSUPPORTED_TASKS[task]}", got=f"task_type {task}", fix=PEFT_ITSELF)
     fix = 'set "task_type" in it: "CAUSAL_LM" for a generator, "SEQ_CLS" for a classifier'
     got = f"task_type {short_repr(task)}"
     if not base:
@@ -195,20 +195,20 @@ def _check_task(path: Path, config: Mapping[str, Any]) -> None:
         fix += f'; and "base_model_name_or_path", or give {flag("base")}'
     if task is not None:
         raise AdapterError(f"{path} has a task_type that peft does not know", got=got, fix=fix)
-    raise AdapterError(f"{path} does not tell what the adapter is for", got=got, fix=fix, gotcha="head-not-saved")
+    raise AdapterError(f"{path} does not say what the adapter is for", got=got, fix=fix, gotcha="head-not-saved")
 
 
 def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) -> LoraConfig:
-    """peft's config for a base with these names of modules and parameters; every pattern in it replaced by the names it
-    matches.
+    """Makes peft's config for a base whose modules and parameters are called `layers`; each regular expression in it is
+    replaced by the names it matches.
 
-    Raises AdapterError, naming `path`, where a pattern is no pattern, takes too long, or matches nothing.
+    Raises AdapterError, naming `path`, where a regular expression is malformed or takes too long, or no layer matches.
     """
     given = {field: config[field] for field in USED if config.get(field) is not None}
     patterns = {field: given[field] for field in ("target_modules", "exclude_modules") if _is_pattern(given.get(field))}
-    tables = [(field, key) for field in ("rank_pattern", "alpha_pattern") for key in given.get(field, {})]
-    whole = [*patterns.values(), *(rf"(.*\.)?({key})" for _, key in tables)]  # peft's own reading of such a key
-    found = matching(path, whole, layers) if whole else []
+    pattern_keys = [(field, key) for field in ("rank_pattern", "alpha_pattern") for key in given.get(field, {})]
+    regexes = [*patterns.values(), *(rf"(.*\.)?({key})" for _, key in pattern_keys)]  # as peft reads such a key
+    found = match_patterns(path, regexes, layers) if regexes else []
     for field, names in zip(patterns, found, strict=False):
         given[field] = names
     targets = given.get("target_modules")
@@ -223,8 +223,8 @@ def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) ->
         )
     for table in ("rank_pattern", "alpha_pattern"):
         given.pop(table, None)
-    for (table, key), names in zip(tables, found[len(patterns) :], strict=True):
-        for name in names:  # the first key that matches a layer counts
+    for (table, key), names in zip(pattern_keys, found[len(patterns) :], strict=True):
+        for name in names:  # of several keys that match, the first counts
             given.setdefault(table, {}).setdefault(name, config[table][key])
     if "modules_to_save" in given:
         given["modules_to_save"] = sorted(set(given["modules_to_save"])) or None
@@ -233,7 +233,8 @@ def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) ->
             warnings.simplefilter("ignore")
             return LoraConfig(**given, inference_mode=True)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"{path} is malformed", got=" ".join(str(error).split())[:200], fix=CORRECT) from error
+        got = " ".join(str(error).split())[:200]
+        raise AdapterError(f"{path} is malformed", got=got, fix=CORRECT_FIELDS) from error
 
 
 _MATCHER = """
@@ -243,13 +244,13 @@ print(json.dumps([[name for name in names if re.fullmatch(pattern, name)] for pa
 """
 
 
-def matching(path: Path, patterns: Sequence[str], names: Iterable[str]) -> list[list[str]]:
-    """For each regular expression the names it matches, found by a process that is ended when it takes too long.
+def match_patterns(path: Path, patterns: Sequence[str], names: Iterable[str]) -> list[list[str]]:
+    """The names that each regular expression matches, found in a child process with a time limit.
 
-    Raises AdapterError, naming `path`, where it does, or where one is no regular expression.
+    Raises AdapterError, naming `path`, where a regular expression is malformed, too long or takes too long.
     """
     longest = max(patterns, key=len)
-    if len(longest) > LONGEST_PATTERN:
+    if len(longest) > MAX_PATTERN_LENGTH:
         raise AdapterError(f"{path} has a pattern of {len(longest):,} characters", fix="name the layers in full")
     try:
         done = subprocess.run(
@@ -262,7 +263,7 @@ def matching(path: Path, patterns: Sequence[str], names: Iterable[str]) -> list[
         )
     except subprocess.TimeoutExpired as error:
         raise AdapterError(
-            f"{path} has a regular expression that does not come to an end",
+            f"{path} has a regular expression that takes too long",
             got=f"{short_repr(longest)} after {PATTERN_SECONDS:g} s",
             fix="name the layers in full",
         ) from error
@@ -279,7 +280,7 @@ def _is_pattern(value: Any) -> bool:
     return isinstance(value, str) and value != "" and value != "all-linear"
 
 
-def _unknown(field: str, value: Any) -> bool:
-    """Whether a field is none of those above and is not at rest."""
+def _is_unknown(field: str, value: Any) -> bool:
+    """Whether a field is neither used nor ignored here, and is set."""
     empty: Collection[Any] = (None, False, 0, "", [], {}, NEUTRAL.get(field))
-    return field not in USED and field not in PASSED_OVER and value not in empty
+    return field not in USED and field not in IGNORED and value not in empty

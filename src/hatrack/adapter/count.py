@@ -1,4 +1,4 @@
-"""How many parameters an adapter trains, from shapes alone. Knows no torch and reads no weights."""
+"""Counts the parameters an adapter trains, from shapes alone; imports no torch."""
 
 import math
 import re
@@ -6,13 +6,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 CONV1D_MODELS = ("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer")
-"""Models whose projections are transformers' Conv1D: the weight is (d_in, d_out), the other way round."""
+"""Models whose projections are transformers' Conv1D, with weights of (d_in, d_out), not (d_out, d_in)."""
 
 NOT_LINEAR = ("embed", "wte", "wpe", "relative_attention_bias", "norm", "position")
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
-"""In the names of a checkpoint's experts, which transformers joins into one tensor of each layer when it loads them."""
+"""In the tensor names of a checkpoint's experts, which transformers joins into one tensor per layer on loading."""
 EXPERTS = re.compile(r"(.*\.(?:experts|input_linear|output_linear))\.")
-"""Modules whose tensors of three dimensions hold a matrix for each expert."""
+"""Modules whose three-dimensional tensors hold one matrix per expert."""
 # fmt: off
 _LIKE_QWEN = (
     "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
@@ -23,13 +23,12 @@ _LIKE_QWEN = (
 # fmt: on
 EXPERT_NAMES = dict.fromkeys(_LIKE_QWEN, ("gate_proj", "up_proj", "down_proj"))
 EXPERT_NAMES |= dict.fromkeys(("mixtral", "minimax", "minimax_m2"), ("w1", "w2", "w3"))
-"""Model type -> names that peft takes for its experts' (`_convert_peft_config_moe`), those of dense layers as well."""
+"""Model type -> names that peft takes for experts (`_convert_peft_config_moe`), also where dense layers have them."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """`trainable` = `lora` + `head`; `total` counts the base, the adapter, and the head a second time, since peft
-    trains a copy of it."""
+    """`trainable` = `lora` + `head`; `total` = base + adapter + head again, since peft trains a copy of the head."""
 
     trainable: int
     total: int
@@ -57,26 +56,26 @@ def count_parameters(
 
 
 def linear_layers_from_shapes(shapes: Mapping[str, tuple[int, ...]], model_type: str) -> dict[str, tuple[int, int]]:
-    """Full name -> (d_in, d_out) of every linear layer: two-dimensional weights except embeddings and experts."""
+    """Full name -> (d_in, d_out) of each linear layer: two-dimensional weights except embeddings and experts."""
     linears = {}
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
-        called = module.rpartition(".")[2].lower()
+        own_name = module.rpartition(".")[2].lower()
         if leaf != "weight" or len(shape) != 2 or ONE_EXPERT.search(name):
             continue
-        if called == "shared" or any(part in called for part in NOT_LINEAR):
+        if own_name == "shared" or any(part in own_name for part in NOT_LINEAR):
             continue
-        turned = model_type in CONV1D_MODELS and any(part.isdigit() for part in module.split("."))
-        linears[module] = (shape[0], shape[1]) if turned else (shape[1], shape[0])
+        is_conv1d = model_type in CONV1D_MODELS and any(part.isdigit() for part in module.split("."))
+        linears[module] = (shape[0], shape[1]) if is_conv1d else (shape[1], shape[0])
     return linears
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A model's experts that are one tensor in each layer once it is loaded.
+    """A model's experts, where loading joins them into one tensor per layer.
 
-    `modules` hold them, by full name: `model.layers.0.mlp.experts`. `names` are the last names by which peft means
-    them, wherever in the model a layer is called so.
+    `modules`: full names of the modules that hold them, such as `model.layers.0.mlp.experts`. `names`: last parts of
+    names that peft takes for experts, wherever in the model they are.
     """
 
     modules: tuple[str, ...] = ()
@@ -84,7 +83,7 @@ class Experts:
 
 
 def joined_experts(shapes: Mapping[str, tuple[int, ...]], model_type: str) -> Experts:
-    """The experts of a model, from the shapes of its own tensors or of its checkpoint's."""
+    """Finds a model's experts by the shapes of its parameters or of its checkpoint's tensors."""
     found = {
         match[1]: None
         for name, shape in shapes.items()

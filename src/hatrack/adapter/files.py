@@ -1,7 +1,4 @@
-"""Saves and loads adapters: plain peft folders with hatrack.json beside them, checked both ways.
-
-Knows nothing of training.
-"""
+"""Saves adapters as plain peft folders with a hatrack.json, and reads and checks such folders."""
 
 import json
 import re
@@ -32,15 +29,15 @@ from hatrack.file_kind import SAFETENSORS, wrong_kind_error
 from hatrack.storage import new_folder, write_file
 
 WEIGHTS, PICKLE, CARD = "adapter_model.safetensors", "adapter_model.bin", "README.md"
-LARGEST_HEADER = 16 * 2**20
-"""Bytes: room for 100,000 tensors."""
+MAX_HEADER_BYTES = 16 * 2**20
+"""Room for 100,000 tensors."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """A checked adapter folder: peft's config, hatrack.json if there is one, each tensor's shape by the name that peft
-    gives it, and the name it has in the file."""
+    """A checked adapter folder. `config`: peft's; `card`: hatrack.json, if there is one; `shapes`: tensor shapes by
+    peft's names; `names`: peft's name -> name in the file."""
 
     folder: Path
     config: dict[str, Any]
@@ -55,12 +52,12 @@ class AdapterFiles:
 
 
 def save_adapter(
-    model: Any, folder: Path, hat: AdapterCard, *, base: str, extra_files: Mapping[str, bytes | str] | None = None
+    model: Any, folder: Path, card: AdapterCard, *, base: str, extra_files: Mapping[str, bytes | str] | None = None
 ) -> None:
-    """Writes the adapter in use as a folder: peft's two files, hatrack.json and a model card, all or nothing.
+    """Writes the adapter in use as a folder, all or nothing: peft's two files, hatrack.json, a model card.
 
-    `base` is the base's name as it means the same elsewhere: a hub id, a `pypi:` name, or a path. Raises AdapterError
-    where `folder` exists, or where a tensor that was placed would not be saved.
+    `base`: the base's name for other machines: a hub id, a `pypi:` name, or a path. `extra_files`: name -> content.
+    Raises AdapterError where `folder` is not empty, or where a tensor that was placed would not be saved.
     """
     if folder.exists() and any(folder.iterdir()):
         raise AdapterError("the adapter's folder exists already", got=folder, fix="choose another one")
@@ -72,33 +69,34 @@ def save_adapter(
             for path in (working / name).iterdir():
                 path.rename(working / path.name)
             (working / name).rmdir()
-        config = _tidy_config(working / CONFIG, base)
+        config = _normalize_config(working / CONFIG, base)
         if hasattr(model, PISSA_START):
-            config = _as_plain_lora(working, config, getattr(model, PISSA_START))
+            config = _pissa_to_lora(working, config, getattr(model, PISSA_START))
         saved = read_file_header(working / WEIGHTS)
         if set(saved) != placed:
             wrong = sorted(set(saved) ^ placed)
             raise AdapterError(
-                "what would be saved is not what was placed", got=", ".join(wrong[:5]), fix="please report it"
+                "the tensors saved are not those placed", got=", ".join(wrong[:5]), fix="please report it"
             )
-        write_file(working / HATRACK_JSON, hat.to_json())
-        write_file(working / CARD, model_card(hat, config))
+        write_file(working / HATRACK_JSON, card.to_json())
+        write_file(working / CARD, model_card(card, config))
         for file, content in (extra_files or {}).items():
             write_file(working / file, content)
 
 
 def placed_tensors(model: Any, name: str) -> set[str]:
-    """The names in a file of everything an adapter put into a model, by the model's own parameters, not by peft."""
+    """File names of an adapter's tensors in a model, found by the model's parameters, independently of peft."""
     parameters = (full for full, _ in model.named_parameters() if f".{name}." in f"{full}.")
-    ours = (full for full in parameters if ".lora_" in full or f".modules_to_save.{name}." in full)
-    names = (full.replace(f".modules_to_save.{name}.", ".").replace(f".{name}", "") for full in ours)
+    saved = (full for full in parameters if ".lora_" in full or f".modules_to_save.{name}." in full)
+    names = (full.replace(f".modules_to_save.{name}.", ".").replace(f".{name}", "") for full in saved)
     return {full.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector") for full in names}
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
-    """Reads and checks everything but the numbers. Nothing is allocated for a file that lies about itself.
+    """Reads and checks an adapter's folder: config, hatrack.json, and names, dtypes and shapes of the tensors, but no
+    weights.
 
-    Raises AdapterError, naming the file, for whatever is missing, damaged or not LoRA.
+    Raises AdapterError, naming the file, for what is missing, damaged or not LoRA.
     """
     if not folder.exists():
         raise AdapterError(
@@ -106,57 +104,59 @@ def read_adapter(folder: Path) -> AdapterFiles:
         )
     if not folder.is_dir() or not (folder / CONFIG).exists():
         raise not_an_adapter(folder)
-    config, hat = plain_config(read_json_object(folder / CONFIG)), read_card(folder)
+    config, card = plain_config(read_json_object(folder / CONFIG)), read_card(folder)
     check_config(folder / CONFIG, config)
-    if hat is not None and (hat.task == "classify") != (config.get("task_type") == "SEQ_CLS"):
+    if card is not None and (card.task == "classify") != (config.get("task_type") == "SEQ_CLS"):
         raise AdapterError(
             f"{folder / CONFIG} and {HATRACK_JSON} contradict each other",
-            got=f"task_type {config.get('task_type')!r} and task {hat.task}",
+            got=f"task_type {config.get('task_type')!r} and task {card.task}",
             fix="copy the adapter again",
         )
     _check_weights_file(folder)
     try:
-        header = read_file_header(folder / WEIGHTS, LARGEST_HEADER)
+        header = read_file_header(folder / WEIGHTS, MAX_HEADER_BYTES)
     except ModelError as error:
         raise wrong_kind_error(folder / WEIGHTS, SAFETENSORS, AdapterError) or AdapterError(
-            f"{folder / WEIGHTS} is damaged or no safetensors file", got=error.got, fix="copy the adapter again"
+            f"{folder / WEIGHTS} is damaged or not a safetensors file", got=error.got, fix="copy the adapter again"
         ) from error
     if not header:
         raise AdapterError(f"{folder / WEIGHTS} holds no tensors", got="0 tensors", fix="train it again")
-    other = [f"{name} {info.dtype}" for name, info in header.items() if info.dtype not in FLOATS]
-    if other:
+    not_float = [f"{name} {info.dtype}" for name, info in header.items() if info.dtype not in FLOATS]
+    if not_float:
         raise AdapterError(
-            f"{folder / WEIGHTS} holds tensors that are no weights", got=", ".join(other[:5]), fix="copy it again"
+            f"{folder / WEIGHTS} holds tensors that are not floating-point",
+            got=", ".join(not_float[:5]),
+            fix="copy the adapter again",
         )
-    names = _pefts_names(folder / WEIGHTS, header)
+    names = _names_by_peft(folder / WEIGHTS, header)
     shapes = {name: header[stored].shape for name, stored in names.items()}
-    return AdapterFiles(folder, config, hat, shapes, names)
+    return AdapterFiles(folder, config, card, shapes, names)
 
 
-WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module\.)+")
-"""What torch.compile, FSDP, checkpointing and DDP put into names while they train."""
+WRAPPER_NAMES = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module\.)+")
+"""What torch.compile, FSDP, checkpointing and DDP add to parameter names."""
 
 
-def _pefts_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
-    """Name as peft gives it -> name in the file, which may have kept what a trainer puts into names."""
-    plain = {name: WRAPPERS.sub("", name) for name in stored}
+def _names_by_peft(path: Path, stored: Iterable[str]) -> dict[str, str]:
+    """peft's name -> name in the file, which may hold what a trainer added."""
+    by_stored = {name: WRAPPER_NAMES.sub("", name) for name in stored}
     prefix = "base_model.model."
-    if not any(name.startswith(prefix) for name in plain.values()):
-        plain = {name: prefix + rest for name, rest in plain.items()}
-    plain = {name: re.sub(r"^(base_model\.model\.){2,}", prefix, rest) for name, rest in plain.items()}
-    plain = {name: _without_adapter_name(rest) for name, rest in plain.items()}
-    found = {rest: name for name, rest in plain.items()}
-    changed = [name for name, rest in plain.items() if name != rest]
-    if len(found) < len(plain):
-        double = next(name for name, rest in plain.items() if found[rest] != name)
+    if not any(name.startswith(prefix) for name in by_stored.values()):
+        by_stored = {name: prefix + rest for name, rest in by_stored.items()}
+    by_stored = {name: re.sub(r"^(base_model\.model\.){2,}", prefix, rest) for name, rest in by_stored.items()}
+    by_stored = {name: _without_adapter_name(rest) for name, rest in by_stored.items()}
+    found = {rest: name for name, rest in by_stored.items()}
+    changed = [name for name, rest in by_stored.items() if name != rest]
+    if len(found) < len(by_stored):
+        double = next(name for name, rest in by_stored.items() if found[rest] != name)
         raise AdapterError(f"{path} holds a tensor twice", got=double, fix="save the adapter again with peft")
     if changed:
-        say_once(f"{path}: names that a trainer left, such as {changed[0]}, are read as {plain[changed[0]]}")
+        say_once(f"{path}: names that a trainer changed, such as {changed[0]}, are read as {by_stored[changed[0]]}")
     return found
 
 
 def _without_adapter_name(name: str) -> str:
-    """peft leaves an adapter's name out of its files; a model's own state has it."""
+    """Removes the adapter's name, which peft leaves out of its files and a model's state_dict has."""
     name = re.sub(r"(\.lora_[AB])\.[^.]+\.(weight|bias)$", r"\1.\2", name)
     name = re.sub(r"(\.lora_embedding_[AB]|\.trainable_tokens_delta)\.[^.]+$", r"\1", name)
     name = re.sub(r"(\.lora_magnitude_vector)(\.[^.]+){1,2}$", r"\1", name)
@@ -186,26 +186,26 @@ def _check_weights_file(folder: Path) -> None:
     )
 
 
-def _as_plain_lora(folder: Path, config: dict[str, Any], start: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _pissa_to_lora(folder: Path, config: dict[str, Any], initial: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Turns a saved PiSSA adapter into plain LoRA for the original base.
 
-    PiSSA (Meng et al. 2024, section 3) took s B0 A0 out of each weight before training. What it learned is therefore
-    s (B A - B0 A0) = s [B, -B0] [A; A0]: LoRA of twice the rank, with twice the alpha so that s stays the same.
+    PiSSA (Meng et al. 2024, section 3) subtracts s B0 A0 from each weight before training. What it learns is therefore
+    s (B A - B0 A0) = s [B, -B0] [A; A0]: LoRA of twice the rank, and of twice the alpha so that s stays the same.
     """
     tensors = load_file(folder / WEIGHTS)
-    for key, first in start.items():
+    for key, tensor in initial.items():
         if ".lora_A." in key:
-            tensors[key] = torch.cat([tensors[key], first.to(tensors[key])], dim=0)  # (2r, d_in)
+            tensors[key] = torch.cat([tensors[key], tensor.to(tensors[key])], dim=0)  # (2r, d_in)
         elif ".lora_B." in key:
-            tensors[key] = torch.cat([tensors[key], -first.to(tensors[key])], dim=1)  # (d_out, 2r)
+            tensors[key] = torch.cat([tensors[key], -tensor.to(tensors[key])], dim=1)  # (d_out, 2r)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"], "init_lora_weights": True}
     write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return config
 
 
-def _tidy_config(path: Path, base: str) -> dict[str, Any]:
-    """A config that says the same on every run: sorted names, a base that plain peft can load."""
+def _normalize_config(path: Path, base: str) -> dict[str, Any]:
+    """Makes the saved config the same on every run: sorted names, and a base that plain peft can load."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
     for field in ("target_modules", "modules_to_save"):

@@ -1,4 +1,4 @@
-"""What an adapter says of its task and its base, and where that base lies now. Knows nothing of tensors."""
+"""Finds an adapter's task and base, also for adapters without a hatrack.json."""
 
 import re
 from pathlib import Path
@@ -17,13 +17,13 @@ HEADS = (".score.", ".classifier.", ".classification_head.")
 
 
 def card_of(files: AdapterFiles, base: str | None = None) -> AdapterCard:
-    """hatrack.json, or for an adapter made elsewhere what its own config tells; `base` is its base where it names none.
+    """The adapter's hatrack.json, or a card made from peft's config where it has none.
 
-    Raises AdapterError where neither names one.
+    `base`: its base, where the config does not name one. Raises AdapterError where neither does.
     """
     if files.card is not None:
         return files.card
-    task = TASKS[files.config["task_type"]]  # no other is read
+    task = TASKS[files.config["task_type"]]  # read_adapter refuses others
     source, revision = files.config.get("base_model_name_or_path"), files.config.get("revision")
     named = isinstance(source, str) and source.strip() != ""
     if not named and base is None:
@@ -32,39 +32,38 @@ def card_of(files: AdapterFiles, base: str | None = None) -> AdapterCard:
             got=f"base_model_name_or_path {source!r} in {CONFIG}",
             fix=f"name it with {flag('base')}",
         )
-    labels = [f"LABEL_{index}" for index in range(_outputs(files))] if task == "classify" else []
-    told = {"source": source if named else base, "revision": revision if isinstance(revision, str) else None}
-    return AdapterCard(name="", base=told | {"named": named}, task=task, labels=labels)
+    labels = [f"LABEL_{index}" for index in range(_label_count(files))] if task == "classify" else []
+    base_entry = {"source": source if named else base, "revision": revision if isinstance(revision, str) else None}
+    return AdapterCard(name="", base=base_entry | {"named": named}, task=task, labels=labels)
 
 
 def find_base_of(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseDescription:
-    """An adapter's base: of `base` where that names where it lies now, else of the one it was made from.
+    """Finds an adapter's base: `base` where given, else the base it was trained on.
 
-    Raises AdapterError where it names none; ModelError or MachineError, with `--base` as a way on, where that one
-    cannot be had.
+    `trust`: the base whose own code may run. Raises AdapterError where the adapter names no base; ModelError or
+    MachineError, which suggest `--base`, where that base is not available.
     """
     if base is not None:
         return find_base(base, trust=trust)
-    made = card_of(files)
-    source, revision = str(made.base["source"]), made.base.get("revision") or None
-    snapshot = Path(str(made.recipe.get("base", ""))).expanduser()
-    if revision is not None and snapshot.name == revision and snapshot.is_dir():  # in a hub's cache, given as a folder
+    card = card_of(files)
+    source, revision = str(card.base["source"]), card.base.get("revision") or None
+    snapshot = Path(str(card.recipe.get("base", ""))).expanduser()
+    if revision is not None and snapshot.name == revision and snapshot.is_dir():  # a folder of the hub's cache
         return find_base(str(snapshot), trust=trust)
     if revision is not None and (wheels.is_pypi(source) or Path(source).expanduser().exists()):
-        say_once(f"{files.folder / CONFIG}: revision {revision} is passed over, as {source} is not on the hub")
+        say_once(f"{files.folder / CONFIG}: revision {revision} is ignored: {source} is not on the hub")
         revision = None
     try:
         return find_base(source, revision, trust=trust)
     except (ModelError, MachineError) as error:
-        offered = re.search(r"--base\b|\bwith base\b|\bbase=", error.fix or "")  # as it is typed, or in Python's words
-        way_on = "" if offered else f"name where it lies now with {flag('base')}"
-        fix = "; or ".join(part for part in (error.fix, way_on) if part)
-        what = f"the base of {files.folder} cannot be had: {error.what}"
+        suggests_base = re.search(r"--base\b|\bwith base\b|\bbase=", error.fix or "")  # as a flag, or as in Python
+        fix = "; or ".join(filter(None, (error.fix, "" if suggests_base else f"say where it is with {flag('base')}")))
+        what = f"the base of {files.folder} is not available: {error.what}"
         raise type(error)(what, got=error.got, fix=fix, gotcha=error.gotcha) from error
 
 
-def _outputs(files: AdapterFiles) -> int:
-    """How many labels a classifier's adapter tells apart, by the shapes of its head."""
-    whole = {name: shape for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name}
-    heads = [shape[0] for name, shape in whole.items() if any(head in name for head in HEADS)]
-    return min(heads or [shape[0] for shape in whole.values()], default=0)
+def _label_count(files: AdapterFiles) -> int:
+    """A classifier's number of labels, by the shapes of its head."""
+    matrices = {name: shape for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name}
+    heads = [shape[0] for name, shape in matrices.items() if any(head in name for head in HEADS)]
+    return min(heads or [shape[0] for shape in matrices.values()], default=0)

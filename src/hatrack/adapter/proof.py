@@ -1,8 +1,8 @@
-"""Proof of effect: what an adapter does to a fixed probe, recorded when it is made and checked again when it is used.
+"""Proof of effect: records an adapter's outputs for a fixed probe, and compares them at each load.
 
-The record, in hatrack.json, holds the probe's tokens, the probabilities of the likeliest answers with and without the
-adapter, and a digest of every tensor. It finds an adapter that does nothing, one that was changed or damaged, and a
-base that answers differently. It is no signature: whoever writes the adapter can write the record.
+The record, in hatrack.json, holds the probe's tokens, the probabilities of the likeliest outputs with and without the
+adapter, and a digest of each tensor. The check finds an adapter that does nothing, one that was changed or damaged, and
+a base with other outputs. It is no signature: whoever writes the adapter can write the record.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from hatrack.adapter.files import AdapterFiles
 from hatrack.base.header import read_file_header
 from hatrack.base.load import Base, dtype_name
 from hatrack.console import say_once
-from hatrack.errors import AdapterError
+from hatrack.errors import AdapterError, join_first
 
 PROBE = (
     "The hat on the left is not the hat that I was looking for yesterday.",
@@ -25,18 +25,18 @@ PROBE = (
     "One, two, three: red, green and blue. Is it very fine or very poor?",
     "This was the first scene, and nothing in it was what it seemed to be.",
 )
-LONGEST, MOST_ROWS, ANSWERS = 32, 16, 16
-TOLERANCE, ROUGH = 1e-3, 0.05
-"""How far a probability may be from the recorded one: in float32, and in or between formats of fewer bits."""
+MAX_TOKENS, MAX_ROWS, TOP_ANSWERS = 32, 16, 16
+TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.05
+"""How far a probability may be from the recorded one: in float32, and in or between dtypes of fewer bits."""
 INERT = 1e-5
-"""Logits that move by no more than this share of their size do not move: rounding moves them as much."""
+"""Relative change of the logits that rounding alone can cause: an adapter that changes no more does nothing."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """`probe` (rows, tokens): ids; `answers` (rows, n): ids of the outputs looked at; `base` and `adapter` (rows, n):
-    their probabilities without and with the adapter; `moved`: the largest difference of the two in any row, averaged
-    over rows; `dtype` and `quantize`: how the base was held; `tensors`: name -> digest."""
+    """`probe` (rows, tokens): token ids; `answers` (rows, n): ids of the likeliest outputs; `base` and `adapter`
+    (rows, n): their probabilities without and with the adapter; `moved`: the largest change of a probability in a row,
+    mean over rows; `dtype` and `quantize`: of the base; `tensors`: name -> digest."""
 
     probe: list[list[int]]
     answers: list[list[int]]
@@ -55,38 +55,38 @@ class Proof:
 
 @torch.no_grad()
 def probe_logits(model: Any, probe: list[list[int]], base: Base) -> torch.Tensor:
-    """What comes out for the probe, float32 on the CPU: (rows, labels), or (rows, vocabulary) at the last position."""
+    """Runs the probe; float32 logits on the CPU: (rows, labels), or (rows, vocabulary) at the last position."""
     ids = torch.tensor(probe, device=base.device)
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
     return out if out.dim() == 2 else out[:, -1]  # type: ignore[no-any-return]
 
 
 def probe_tokens(base: Base) -> list[list[int]]:
-    """The probe in a base's tokens: rows of one length, so that no padding decides anything."""
+    """The probe in a base's tokens: rows of one length, so that no padding is needed."""
     ends = [base.tokenizer.eos_token_id] if getattr(base.model.config, "is_encoder_decoder", False) else []
     rows = [base.tokenizer(text)["input_ids"] for text in PROBE]
     rows = [row if row[-1:] == ends or not ends else row + ends for row in rows]
-    length = min(LONGEST, *(len(row) for row in rows))
+    length = min(MAX_TOKENS, *(len(row) for row in rows))
     return [[*row[: length - 1], row[-1]] for row in rows]
 
 
 def mean_max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of any answer's probability, mean over rows."""
+    """The largest difference of two probabilities in each row, mean over rows."""
     return float((one - other).abs().amax(-1).mean())
 
 
-def probabilities(out: torch.Tensor, several: bool) -> torch.Tensor:
-    """Of labels that exclude each other, or, with `several`, of each label by itself."""
-    return out.sigmoid() if several else out.softmax(-1)
+def probabilities(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
+    """Softmax over the outputs, or with `multi_label` the sigmoid of each."""
+    return logits.sigmoid() if multi_label else logits.softmax(-1)
 
 
 def record_proof(model: Any, files: AdapterFiles, base: Base, quantize: str) -> Proof:
-    """The proof of the adapter in use, as it was read back from `files`. Raises AdapterError where it is inert."""
-    probe, several = probe_tokens(base), bool(files.card and files.card.multi_label)
-    bare, ours = _both(model, probe, base)
-    _check_effect(files, bare, ours)
-    without, with_it = probabilities(bare, several), probabilities(ours, several)
-    chosen = with_it.topk(min(ANSWERS, with_it.shape[-1])).indices
+    """Makes the proof of the adapter in use, which was loaded from `files`. Raises AdapterError where it is inert."""
+    probe, multi_label = probe_tokens(base), _is_multi_label(files)
+    bare, adapted = _run_both(model, probe, base)
+    _check_effect(files, bare, adapted)
+    without, with_it = probabilities(bare, multi_label), probabilities(adapted, multi_label)
+    chosen = with_it.topk(min(TOP_ANSWERS, with_it.shape[-1])).indices
     dtype = dtype_name(base.dtype)
     return Proof(
         probe=probe,
@@ -94,7 +94,7 @@ def record_proof(model: Any, files: AdapterFiles, base: Base, quantize: str) -> 
         base=[[round(p, 6) for p in row] for row in without.gather(1, chosen).tolist()],
         adapter=[[round(p, 6) for p in row] for row in with_it.gather(1, chosen).tolist()],
         moved=mean_max_difference(without, with_it),
-        tolerance=TOLERANCE if dtype == "float32" and quantize == "none" else ROUGH,
+        tolerance=TOLERANCE if dtype == "float32" and quantize == "none" else LOW_PRECISION_TOLERANCE,
         dtype=dtype,
         quantize=quantize,
         tensors=digests(files),
@@ -102,31 +102,35 @@ def record_proof(model: Any, files: AdapterFiles, base: Base, quantize: str) -> 
 
 
 def check_proof(model: Any, files: AdapterFiles, base: Base, quantize: str, *, same_base: bool = True) -> None:
-    """Runs the probe through the adapter in use and holds it to its record; without one, it must at least do something.
+    """Runs the probe through the adapter in use and compares tensors and outputs with its record; without a record it
+    only checks that the adapter changes something. `same_base`: whether the base is meant to be the recorded one.
 
-    Raises AdapterError, naming the tensors, where the adapter is inert, or is not or does not answer as recorded.
+    Raises AdapterError where the adapter is inert, or where its tensors or outputs are not the recorded ones.
     """
     proof = read_proof(files)
     if proof is None:
-        bare, ours = _both(model, probe_tokens(base), base)
-        _check_effect(files, bare, ours)
+        bare, adapted = _run_both(model, probe_tokens(base), base)
+        _check_effect(files, bare, adapted)
         return
     _check_tensors(files, proof)
     width = model.get_input_embeddings().weight.shape[0]
     if max(token for row in proof.probe for token in row) >= width:
-        raise _malformed(files, f"a token of {width} and more")
-    bare, ours = _both(model, proof.probe, base)
-    _check_effect(files, bare, ours)
+        raise _malformed(files, f"a token id of {width} or more")
+    bare, adapted = _run_both(model, proof.probe, base)
+    _check_effect(files, bare, adapted)
     if not same_base:
         return
     if quantize != proof.quantize:
-        say_once(f"{files.folder} was trained on a base held in {proof.quantize}: its answers are not compared")
+        say_once(
+            f"{files.folder}: trained with --quantize {proof.quantize}, loaded with {quantize}: "
+            "its answers are not compared"
+        )
         return
-    _check_answers(files, proof, base, bare, ours)
+    _check_answers(files, proof, base, bare, adapted)
 
 
 def digests(files: AdapterFiles) -> dict[str, str]:
-    """Tensor name -> 16 digits of the sha256 of its type, shape and bytes in the file."""
+    """Tensor name -> 16 hex digits of the sha256 of its dtype, shape and bytes in the file."""
     found = {}
     with files.weights.open("rb") as file:
         for name, info in read_file_header(files.weights).items():
@@ -137,37 +141,37 @@ def digests(files: AdapterFiles) -> dict[str, str]:
 
 
 def read_proof(files: AdapterFiles) -> Proof | None:
-    """The record in hatrack.json, checked; None where there is none. Raises AdapterError where it is malformed."""
+    """Reads and checks the proof in hatrack.json; None without one. Raises AdapterError where it is malformed."""
     content = files.card.proof if files.card else None
     if content is None:
         return None
     try:
         proof = Proof(**{name: content[name] for name in Proof.__dataclass_fields__})
         rows, width = len(proof.probe), len(proof.answers[0])
-        fits = (
-            0 < rows <= MOST_ROWS
-            and 0 < len(proof.probe[0]) <= LONGEST
-            and _table(proof.probe, rows, len(proof.probe[0]), int)
-            and _table(proof.answers, rows, width, int)
-            and all(_table(table, rows, width, float) for table in (proof.base, proof.adapter))
+        is_valid = (
+            0 < rows <= MAX_ROWS
+            and 0 < len(proof.probe[0]) <= MAX_TOKENS
+            and _is_table(proof.probe, rows, len(proof.probe[0]), int)
+            and _is_table(proof.answers, rows, width, int)
+            and all(_is_table(table, rows, width, float) for table in (proof.base, proof.adapter))
             and all(type(value) is float and math.isfinite(value) for value in (proof.moved, proof.tolerance))
-            and 0 < proof.tolerance <= ROUGH
+            and 0 < proof.tolerance <= LOW_PRECISION_TOLERANCE
             and all(isinstance(value, str) for value in (proof.dtype, proof.quantize))
             and all(isinstance(value, str) for value in proof.tensors.values())
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise _malformed(files, type(error).__name__) from error
-    if not fits:
-        raise _malformed(files, "values that are none")
+    if not is_valid:
+        raise _malformed(files, "invalid values")
     return proof
 
 
-def _both(model: Any, probe: list[list[int]], base: Base) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probe's logits without and with the adapter in use, which stays in use and frozen."""
+def _run_both(model: Any, probe: list[list[int]], base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probe's logits without and with the adapter in use, which stays in use."""
     name = model.active_adapter
     model.eval()
     try:
-        ours = probe_logits(model, probe, base)
+        adapted = probe_logits(model, probe, base)
         model.base_model.disable_adapter_layers()
         bare = probe_logits(model, probe, base)
     except (ValueError, IndexError, RuntimeError) as error:
@@ -177,40 +181,43 @@ def _both(model: Any, probe: list[list[int]], base: Base) -> tuple[torch.Tensor,
     finally:
         model.base_model.enable_adapter_layers()
         model.set_adapter(name, inference_mode=True)
-    return bare, ours
+    return bare, adapted
 
 
-def _check_effect(files: AdapterFiles, bare: torch.Tensor, ours: torch.Tensor) -> None:
-    """Refuses an adapter with which nothing changes, or nothing is a number any more."""
-    if not ours.isfinite().all():
+def _check_effect(files: AdapterFiles, bare: torch.Tensor, adapted: torch.Tensor) -> None:
+    """Raises AdapterError where the adapter changes nothing, or its logits are not finite."""
+    if not adapted.isfinite().all():
         raise AdapterError(
             f"with {files.folder} the model's output is not a number", got="inf or nan", fix="train with a lower --lr"
         )
-    zero, of = zero_tensors(files)
-    if bare.shape == ours.shape and (bare - ours).abs().max() <= INERT * (1 + bare.abs().max()):
+    zero, count = zero_tensors(files)
+    if bare.shape == adapted.shape and (bare - adapted).abs().max() <= INERT * (1 + bare.abs().max()):
         raise AdapterError(
             f"{files.folder} changes nothing: with it the base answers as without it",
-            got=f"{len(zero)} of {of} lora_B all zero" + (f" ({', '.join(zero[:3])})" if zero else ""),
+            got=f"{len(zero)} of {count} lora_B all zero" + (f" ({', '.join(zero[:3])})" if zero else ""),
             fix="train longer, or with a higher --lr",
         )
     if zero:
-        say_once(f"{files.folder}: {len(zero)} of {of} layers do nothing, their lora_B is zero: {', '.join(zero[:3])}")
+        say_once(
+            f"{files.folder}: {len(zero)} of {count} layers do nothing, their lora_B is zero: {', '.join(zero[:3])}"
+        )
 
 
 def zero_tensors(files: AdapterFiles) -> tuple[list[str], int]:
-    """Names of the second LoRA matrices that are all zero, and how many there are in all."""
-    zero, seconds = [], 0
+    """Names of the LoRA B matrices that are all zero, and how many B matrices there are."""
+    zero, count = [], 0
     with files.weights.open("rb") as file:
         for name, info in read_file_header(files.weights).items():
             if ".lora_B" in name or ".lora_embedding_B" in name:
-                seconds += 1
+                count += 1
                 file.seek(info.offset)
                 if not any(file.read(info.bytes)):
                     zero.append(name)
-    return zero, seconds
+    return zero, count
 
 
 def _check_tensors(files: AdapterFiles, proof: Proof) -> None:
+    """Raises AdapterError where the tensors in the file are not the recorded ones."""
     now = digests(files)
     wrong = [f"{name} is different" for name in now if name in proof.tensors and now[name] != proof.tensors[name]]
     wrong += [f"{name} is missing" for name in proof.tensors if name not in now]
@@ -218,24 +225,24 @@ def _check_tensors(files: AdapterFiles, proof: Proof) -> None:
     if wrong:
         raise AdapterError(
             f"{files.weights} is not what {HATRACK_JSON} says was trained",
-            got=", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            got=join_first(wrong, 5),
             fix=f"copy the adapter again; if you changed it yourself, remove 'proof' from {HATRACK_JSON}",
         )
 
 
-def _check_answers(files: AdapterFiles, proof: Proof, base: Base, bare: torch.Tensor, ours: torch.Tensor) -> None:
-    """Holds the answers to the recorded ones: the base's first, since an adapter is nothing without its base."""
-    several = bool(files.card and files.card.multi_label)
+def _check_answers(files: AdapterFiles, proof: Proof, base: Base, bare: torch.Tensor, adapted: torch.Tensor) -> None:
+    """Compares the probabilities with the recorded ones: those of the base first, on which the adapter depends."""
+    multi_label = _is_multi_label(files)
     chosen = torch.tensor(proof.answers)
     same = str(base.dtype) == f"torch.{proof.dtype}"
-    tolerance = proof.tolerance if same else ROUGH
-    if chosen.max() >= ours.shape[-1] or chosen.min() < 0:
-        raise _malformed(files, "an answer the model cannot give")
-    compared = [(f"{files.folder}", ours, proof.adapter)]
-    if files.config.get("task_type") != "SEQ_CLS":  # a bare classifier's head is whatever it was loaded with
+    tolerance = proof.tolerance if same else LOW_PRECISION_TOLERANCE
+    if chosen.max() >= adapted.shape[-1] or chosen.min() < 0:
+        raise _malformed(files, "an output id that the model does not have")
+    compared = [(str(files.folder), adapted, proof.adapter)]
+    if files.config.get("task_type") != "SEQ_CLS":  # the head of a bare classifier is not the trained one
         compared.insert(0, ("the base", bare, proof.base))
-    for what, out, table in compared:
-        apart = mean_max_difference(probabilities(out, several).gather(1, chosen), torch.tensor(table))
+    for what, logits, table in compared:
+        apart = mean_max_difference(probabilities(logits, multi_label).gather(1, chosen), torch.tensor(table))
         if not apart <= tolerance:
             raise AdapterError(
                 f"{what} does not give the answers recorded when {files.folder} was made",
@@ -244,8 +251,8 @@ def _check_answers(files: AdapterFiles, proof: Proof, base: Base, bare: torch.Te
             )
 
 
-def _table(value: Any, rows: int, width: int, kind: type) -> bool:
-    """Whether `value` is `rows` lists of `width` numbers: ids (int, none negative), or probabilities (float)."""
+def _is_table(value: Any, rows: int, width: int, kind: type) -> bool:
+    """Whether `value` is `rows` lists of `width` ids (int, at least 0) or probabilities (float)."""
     return (
         isinstance(value, list)
         and len(value) == rows
@@ -256,6 +263,10 @@ def _table(value: Any, rows: int, width: int, kind: type) -> bool:
             for row in value
         )
     )
+
+
+def _is_multi_label(files: AdapterFiles) -> bool:
+    return files.card is not None and files.card.multi_label
 
 
 def _malformed(files: AdapterFiles, got: str) -> AdapterError:

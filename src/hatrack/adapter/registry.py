@@ -1,6 +1,6 @@
-"""The rack: names for the adapters on this machine. One small file a name, and one writer at a time.
+"""The rack: registers names for adapter folders on this machine.
 
-It lies in `$HATRACK_HOME/rack` (default `~/.hatrack/rack`). Knows nothing of weights.
+It is a folder, `$HATRACK_HOME/rack` (default `~/.hatrack/rack`), with one small file per name and a lock for writers.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from hatrack.storage import folder_size, locked, machine_errors, write_file
 
 @dataclass(frozen=True)
 class RegisteredAdapter:
-    """One adapter on the rack. `size` in bytes; `missing` where its folder is gone or damaged."""
+    """An adapter on the rack. `size` in bytes; `missing`: its folder is gone or damaged."""
 
     name: str
     folder: Path
@@ -42,26 +42,29 @@ class RegisteredAdapter:
 
 
 def register(name: str, folder: Path, *, replace: bool = False) -> None:
-    """Puts an adapter's folder on the rack. Raises AdapterError where another folder has the name, unless `replace`."""
-    with _writing():
+    """Registers an adapter's folder under a name.
+
+    Raises AdapterError where the name is invalid, or taken by another adapter (unless `replace`).
+    """
+    with _locked_rack():
         _register(name, folder, replace=replace)
 
 
 def check_free(name: str, folder: Path, *, replace: bool = False) -> None:
-    """Raises AdapterError where the name is no name, or another adapter has it (unless `replace`); MachineError where
-    nothing could be hung up."""
-    with _writing():
+    """Raises AdapterError where the name is invalid, or taken by another adapter (unless `replace`); MachineError where
+    the rack cannot be written."""
+    with _locked_rack():
         _check_free(name, folder, replace=replace)
 
 
 def find_adapter(adapter: str | Path) -> Path:
-    """The folder of an adapter: a path to one, or a name on the rack. Raises AdapterError where it is neither."""
+    """Returns an adapter's folder, given its path or its name on the rack. Raises AdapterError where it is neither."""
     path = Path(adapter).expanduser()
     if (path / CONFIG).is_file():
         return path
     name = str(adapter)
-    if NAME.fullmatch(name) and _pointer(name).exists():
-        folder = Path(str(read_json_object(_pointer(name)).get("folder")))
+    if NAME.fullmatch(name) and _entry(name).exists():
+        folder = Path(str(read_json_object(_entry(name)).get("folder")))
         if not (folder / CONFIG).is_file():
             raise AdapterError(
                 f"{name} is on the rack, but its folder is gone", got=folder, fix=f"hatrack remove {name}"
@@ -76,66 +79,69 @@ def find_adapter(adapter: str | Path) -> Path:
 
 
 def list_adapters() -> list[RegisteredAdapter]:
-    """Everything on the rack, by name."""
+    """All adapters on the rack, sorted by name."""
     return [_describe(name) for name in names()]
 
 
 def registered_name(adapter: str | Path, folder: Path) -> str:
-    """An adapter's name, the same everywhere: on the rack the one it was asked for by, or the one its `folder` hangs
-    under; else the one in its hatrack.json, else its folder's."""
-    if NAME.fullmatch(str(adapter)) and _target(str(adapter)) == folder.resolve():
+    """An adapter's name: `adapter` where that is its name on the rack, else the name its `folder` is registered under,
+    else the one in its hatrack.json, else its folder's."""
+    if NAME.fullmatch(str(adapter)) and _registered_folder(str(adapter)) == folder.resolve():
         return str(adapter)
-    hat = read_card(folder)
-    own = valid_name(hat.name if hat and hat.name else folder.resolve().name)
-    on_rack = [name for name in names() if _target(name) == folder.resolve()]
+    card = read_card(folder)
+    own = valid_name(card.name if card and card.name else folder.resolve().name)
+    on_rack = [name for name in names() if _registered_folder(name) == folder.resolve()]
     return own if own in on_rack or not on_rack else on_rack[0]
 
 
 def rename(old: str, new: str) -> None:
-    """Gives an adapter another name, on the rack and in its hatrack.json and card; its folder stays.
+    """Renames an adapter on the rack, in its hatrack.json and in its model card; its folder keeps its name.
 
-    Raises AdapterError where `new` is taken.
+    Raises AdapterError where `new` is taken or invalid, or `old` is not on the rack.
     """
-    with _writing():
+    with _locked_rack():
         folder = _folder(old)
-        if _pointer(new).exists():
+        if _entry(new).exists():
             raise AdapterError(f"the name {new} is taken on the rack", got=_folder(new), fix="choose another one")
         _register(new, folder)
-        _pointer(old).unlink(missing_ok=True)
+        _entry(old).unlink(missing_ok=True)
     try:
         rename_in_files(folder, new)
     except HatrackError as error:
-        say(f"the name in its files stays: {error}")
+        say(f"the name in its files could not be changed: {error}")
 
 
 def unregister(name: str, *, delete_files: bool = False) -> None:
-    """Takes a name off the rack; with `delete_files` its folder goes as well, if it is an adapter's."""
-    with _writing():
+    """Removes a name from the rack; with `delete_files` also the folder, if it is an adapter's.
+
+    Raises AdapterError where the name is not on the rack.
+    """
+    with _locked_rack():
         folder = _folder(name)
         if delete_files and (folder / CONFIG).is_file():
             with machine_errors(folder):
                 shutil.rmtree(folder)
-        _pointer(name).unlink(missing_ok=True)
+        _entry(name).unlink(missing_ok=True)
 
 
 def _rack() -> Path:
     return Path(os.environ.get("HATRACK_HOME") or Path.home() / ".hatrack").expanduser() / "rack"
 
 
-def _writing() -> contextlib.AbstractContextManager[None]:
-    """One writer at a time: between a look at who has a name and taking it, nobody else may take it."""
+def _locked_rack() -> contextlib.AbstractContextManager[None]:
+    """Lets one process write at a time, so that nobody takes a name between the check and the write."""
     return locked(_rack() / ".lock")
 
 
 def _register(name: str, folder: Path, *, replace: bool = False) -> None:
     _check_free(name, folder, replace=replace)
-    write_file(_pointer(name), json.dumps({"folder": str(folder.resolve())}) + "\n")
+    write_file(_entry(name), json.dumps({"folder": str(folder.resolve())}) + "\n")
 
 
 def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
-    pointer = _pointer(name)
-    if pointer.exists() and not replace:
-        other = Path(str(read_json_object(pointer).get("folder")))
+    entry = _entry(name)
+    if entry.exists() and not replace:
+        other = Path(str(read_json_object(entry).get("folder")))
         if other != folder.resolve() and (other / CONFIG).exists():
             raise AdapterError(
                 f"the name {name} is taken on the rack",
@@ -145,55 +151,55 @@ def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises AdapterError where an adapter may not be called that."""
+    """Raises AdapterError where an adapter cannot have this name."""
     if not NAME.fullmatch(name):
         raise AdapterError(
-            "that is no name for an adapter", got=repr(name), fix="use letters, digits, '.', '_' and '-', at most 64"
+            "invalid adapter name", got=repr(name), fix="use letters, digits, '.', '_' and '-', at most 64"
         )
 
 
-def _pointer(name: str) -> Path:
+def _entry(name: str) -> Path:
     check_name(name)
     return _rack() / f"{name}.json"
 
 
-def _target(name: str) -> Path | None:
-    """The folder that a name on the rack points to, there or not; None where nothing hangs under it."""
+def _registered_folder(name: str) -> Path | None:
+    """The folder registered under a name, whether it exists or not; None where the name is not registered."""
     try:
-        return Path(str(read_json_object(_pointer(name)).get("folder"))).resolve()
+        return Path(str(read_json_object(_entry(name)).get("folder"))).resolve()
     except AdapterError:
         return None
 
 
 def names() -> list[str]:
-    """Every name on the rack, in order."""
+    """All names on the rack, sorted."""
     return sorted(path.stem for path in _rack().glob("*.json")) if _rack().is_dir() else []
 
 
 def _folder(name: str) -> Path:
-    if not _pointer(name).exists():
-        find_adapter(name)  # says what is nearest
+    """The folder registered under a name. Raises AdapterError where there is none."""
+    if not _entry(name).exists():
+        find_adapter(name)  # raises with the nearest name
         raise AdapterError("that is a folder, not a name on the rack", got=name, fix="hatrack list shows the names")
-    return Path(str(read_json_object(_pointer(name)).get("folder")))
+    return Path(str(read_json_object(_entry(name)).get("folder")))
 
 
 def _describe(name: str) -> RegisteredAdapter:
-    folder, config, hat = Path("?"), None, None
+    folder, config, card = Path("?"), None, None
     try:
         folder = _folder(name)
         config = read_json_object(folder / CONFIG)
-        hat = read_card(folder)
+        card = read_card(folder)
     except AdapterError:
         return RegisteredAdapter(name, folder, "", "", 0, "", "", missing=True)
-    base = hat.base["source"] if hat else str(config.get("base_model_name_or_path") or "?")
-    task = hat.task if hat else str(config.get("task_type"))
-    return RegisteredAdapter(
-        name, folder, base, task, folder_size(folder), _metric(hat), hat.created if hat else "", missing=False
-    )
+    base = card.base["source"] if card else str(config.get("base_model_name_or_path") or "?")
+    task = card.task if card else str(config.get("task_type"))
+    created = card.created if card else ""
+    return RegisteredAdapter(name, folder, base, task, folder_size(folder), _metric(card), created, missing=False)
 
 
-def _metric(hat: AdapterCard | None) -> str:
-    """The figure that says how good it is: `accuracy 0.795`, `perplexity 12.3`."""
-    after: dict[str, Any] = (hat.metrics.get("after") or {}) if hat else {}
+def _metric(card: AdapterCard | None) -> str:
+    """The score to list: `accuracy 0.795`, `perplexity 12.300`."""
+    after: dict[str, Any] = (card.metrics.get("after") or {}) if card else {}
     name = next((name for name in ("accuracy", "perplexity") if isinstance(after.get(name), int | float)), None)
     return f"{name} {after[name]:.3f}" if name else ""

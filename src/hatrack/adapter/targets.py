@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hatrack.adapter.count import Experts
-from hatrack.errors import RecipeError, TargetError
+from hatrack.errors import RecipeError, TargetError, join_first
 from hatrack.recipe import flag, nearest
 
 NEVER_ADAPTED = {
@@ -93,7 +93,7 @@ def choose_targets(layers: ModelLayers, targets: str, top_layers: int | None, r:
         narrow = _narrow_layers(names, linears, r)
         names -= narrow
         if narrow:
-            shown = join_first(last_parts(narrow))
+            shown = join_first(last_parts(narrow), 12)
             notes.append(f"no adapter on {_count(narrow)} narrower than {flag('r')} {r} ({shown})")
         why = f"{_kinds(names)} projections" if targets == "auto" else "every linear layer but the output's"
     else:
@@ -104,7 +104,9 @@ def choose_targets(layers: ModelLayers, targets: str, top_layers: int | None, r:
         why = f"{why}, in the last {top_layers} layers"
     if not names:
         raise TargetError(
-            f"no layer to adapt: {why}", got=join_first(last_parts(allowed)), fix="name layers with --targets NAME,NAME"
+            f"no layer to adapt: {why}",
+            got=join_first(last_parts(allowed), 12),
+            fix="name layers with --targets NAME,NAME",
         )
     ordered = tuple(name for name in linears if name in names)
     every_name = {*layers.modules, *linears}
@@ -154,7 +156,7 @@ def _expert_notes(experts: Experts, taken_for_experts: Collection[str]) -> list[
     joined = "no adapter on the experts: each layer joins them into one tensor, which takes none"
     notes = [joined] if experts.modules else []
     if taken_for_experts:
-        shown = join_first(last_parts(taken_for_experts))
+        shown = join_first(last_parts(taken_for_experts), 12)
         notes.append(
             f"no adapter on {_count(taken_for_experts)} beside them, which peft takes for experts by name ({shown})"
         )
@@ -178,7 +180,7 @@ def _kinds(names: Iterable[str]) -> str:
 
 def _match_targets(targets: Sequence[str], allowed: set[str], layers: ModelLayers) -> set[str]:
     """Every allowed layer that one of the targets names. Raises TargetError where a target names none."""
-    experts, found = layers.experts, join_first(last_parts(allowed))
+    experts, found = layers.experts, join_first(last_parts(allowed), 12)
     fused = [t for t in targets if _last_part(t) in experts.names or any(matches(name, t) for name in experts.modules)]
     if fused:
         raise TargetError(
@@ -251,8 +253,3 @@ def _last_part(name: str) -> str:
 def last_parts(names: Iterable[str]) -> list[str]:
     """The last parts of full names, each once: `["down_proj", "q_proj"]`."""
     return sorted(set(map(_last_part, names)))
-
-
-def join_first(names: Sequence[str], count: int = 12) -> str:
-    """The first names with commas, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

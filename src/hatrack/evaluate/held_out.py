@@ -112,7 +112,7 @@ def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Example
     for name, made in hat.cards.items():
         known = _trained_on(hat, name, made, earlier.get(name))
         if known is None:
-            say(f"{name} does not tell which rows it was trained on: whether these are among them is not known")
+            say(f"{name} does not record the rows it was trained on: some of these may be among them")
         else:
             keys.append(known)
     every = np.concatenate(keys)
