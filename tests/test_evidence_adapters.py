@@ -105,8 +105,10 @@ def test_a_classifiers_adapter_on_a_causal_base_and_the_other_way_round(
     classifier = _make(tmp_path / "classifier", tiny_encoder, "classify")
     with pytest.raises(AdapterError) as caught:
         hatrack.load(hat, dtype="float32").add(classifier)
-    assert caught.value.what.startswith("classifier cannot share this base in memory, whose output is made for chat")
-    assert caught.value.got == "task classify" and caught.value.fix == "open it by itself"
+    assert caught.value.what.startswith(
+        "classifier cannot share this base in memory, which was loaded for the task chat"
+    )
+    assert caught.value.got == "task classify" and caught.value.fix == "load it by itself"
     _set(hat, task_type="SEQ_CLS")
     error = _refused(hat)
     assert error.what == f"{hat / CONFIG} and hatrack.json contradict each other"

@@ -57,7 +57,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no kind": ({"r": 4, "lora_alpha": 8}, "does not say what kind of adapter it is; got no peft_type"),
     "AdaLoRA": (GOOD | {"peft_type": "ADALORA"}, "is not the config of a LoRA adapter; got peft_type 'ADALORA'"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM"}, "got peft_type 'PROMPT_TUNING'"),
-    "translation": (GOOD | {"task_type": "SEQ_2_SEQ_LM"}, "of an adapter for an encoder-decoder; got .*SEQ_2_SEQ_LM"),
+    "translation": (GOOD | {"task_type": "SEQ_2_SEQ_LM"}, "is for an encoder-decoder; got .*SEQ_2_SEQ_LM"),
     "embedding": (GOOD | {"task_type": "FEATURE_EXTRACTION"}, "a model that embeds texts; got .*FEATURE_EXTRACTION"),
     "tagging": (GOOD | {"task_type": "TOKEN_CLS"}, "a tagger of words; got task_type TOKEN_CLS"),
     "answering": (GOOD | {"task_type": "QUESTION_ANS"}, "finds answers in a text; got task_type QUESTION_ANS"),

@@ -122,7 +122,7 @@ def test_one_that_needs_code_is_not_used(base: Path, capsys: pytest.CaptureFixtu
     (folder / "own.py").write_text("raise SystemExit('it ran')")
     hat = hatrack.load(folder, device="cpu", dtype="float32")
     assert hat.tokenizer is hat.base.tokenizer
-    assert "needs code of its own, which is not run; the base's is used" in capsys.readouterr().err
+    assert "needs code of its own, which is not run: the base's tokenizer is used" in capsys.readouterr().err
 
 
 def test_a_classifier_with_a_padding_token_of_its_own(base: Path) -> None:

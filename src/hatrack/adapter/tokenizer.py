@@ -25,7 +25,9 @@ def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
     if (folder / HATRACK_JSON).exists():
         return None
     others = (
-        wrong_kind_error(path, "a tokenizer's file", AdapterError) for name in TOKENIZER_FILES for path in folder.glob(name)
+        wrong_kind_error(path, "a tokenizer's file", AdapterError)
+        for name in TOKENIZER_FILES
+        for path in folder.glob(name)
     )
     for other in filter(None, others):
         raise other

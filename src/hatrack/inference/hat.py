@@ -104,8 +104,9 @@ class Hat:
         return self.tokenizer_of(self.active)
 
     def tokenizer_of(self, name: str | None) -> Any:
-        """The tokenizer of an attached adapter, or with None of the bare base."""
-        return (self.adapters[name].tokenizer if name else None) or self.base.tokenizer
+        """The tokenizer of an attached adapter; the base's with None, or where the adapter brought none."""
+        adapter = self.adapters.get(name) if name else None
+        return (adapter and adapter.tokenizer) or self.base.tokenizer
 
     @property
     def pad_id(self) -> int:
