@@ -34,7 +34,7 @@ from transformers import (
 
 import hatrack
 from hatrack.errors import ModelError
-from hatrack.layers.fast_base import NAME, FastDropout, FastGELU, FastRMSNorm, speed_up
+from hatrack.layers.fast_base import ATTENTION_NAME, FastDropout, FastGELU, FastRMSNorm, speed_up
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**SIZES, "vocab_size": 97}
@@ -117,7 +117,7 @@ def test_outputs_and_gradients_stay(name: str, length: int) -> None:
     model = _random(make)
     wanted = _outputs(model, length)
     speed_up(model)
-    assert (model.config._attn_implementation == NAME) is changes
+    assert (model.config._attn_implementation == ATTENTION_NAME) is changes
     assert sum(isinstance(layer, FastRMSNorm) for layer in model.modules()) == norms
     assert not any(type(layer) is nn.Dropout and layer.p for layer in model.modules())
     for ours, stock in zip(_outputs(model, length), wanted, strict=True):
@@ -149,7 +149,7 @@ def test_where_torchs_attention_steps_in_padding_is_not_seen(name: str) -> None:
             found.append(model(input_ids=ids, attention_mask=real).logits.float())
         speed_up(model)
     chosen = real.bool() if name == "llama" else slice(None)
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == ATTENTION_NAME
     torch.testing.assert_close(found[1][chosen], found[0][chosen], rtol=0.05, atol=0.05)
 
 

@@ -57,7 +57,7 @@ def test_it_is_its_plain_twin(
         if ours:
             y = project(x, [Projection(W, b, A, B, 2.0, mask)])[0]
         else:
-            y = reference(x, W, b, A, B, 2.0, kept(n, d_in, mask, dtype) * mask.scale)
+            y = reference(x, Projection(W, b, A, B, 2.0, mask), kept(n, d_in, mask, dtype) * mask.scale)
         (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()  # type: ignore[no-untyped-call]
         results.append([y.detach(), *(leaf.grad for leaf in leaves)])
     _close(results[0], results[1], TOLERANCE[dtype])
@@ -73,13 +73,12 @@ def test_several_projections_of_one_input_are_their_plain_twins(dropout: float, 
         assert x is not None
         parts: list[Any] = [_inputs(33, 64, width, 3, dtype, width == 32)[1:] for width in (32, 96, 40)]
         leaves = [tensor.requires_grad_() for tensor in (x, *(A for _, _, A, _ in parts), *(B for *_, B in parts))]
+        projections = [Projection(W, b, A, B, 0.5, mask) for (W, b, A, B), mask in zip(parts, masks, strict=True)]
         if ours:
-            ys = project(
-                x, [Projection(W, b, A, B, 0.5, mask) for (W, b, A, B), mask in zip(parts, masks, strict=True)]
-            )
+            ys = project(x, projections)
         else:
             kepts = [kept(33, 64, mask, dtype) * mask.scale for mask in masks]
-            ys = tuple(reference(x, W, b, A, B, 0.5, each) for (W, b, A, B), each in zip(parts, kepts, strict=True))
+            ys = tuple(reference(x, each, scales) for each, scales in zip(projections, kepts, strict=True))
         sum((y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in ys).backward()  # type: ignore[union-attr]
         results.append([*(y.detach() for y in ys), *(leaf.grad for leaf in leaves)])
     _close(results[0], results[1], TOLERANCE[dtype])
@@ -146,14 +145,14 @@ def _same(ours: PeftModel, stock: PeftModel, **forward: Any) -> None:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each forward pass of a fast layer, whether it took the fast path."""
     answers: list[bool] = []
-    judge = FastLinear._parts
+    judge = FastLinear._plain_parts
 
     def note(layer: FastLinear, dtype: torch.dtype) -> Any:
         parts = judge(layer, dtype)
         answers.append(parts is not None)
         return parts
 
-    monkeypatch.setattr(FastLinear, "_parts", note)
+    monkeypatch.setattr(FastLinear, "_plain_parts", note)
     return answers
 
 

@@ -92,7 +92,7 @@ def test_rounded_products_are_guessed_where_they_are_known(
 def test_a_processor_without_avx2_cannot_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "features", lambda: frozenset({"sse4_2"}))
     check_compute("auto", "cpu")
-    with pytest.raises(RecipeError, match="--compute int8 is for processors that have AVX2"):
+    with pytest.raises(RecipeError, match="--compute int8 is for CPUs with AVX2"):
         check_compute("int8", "cpu")
     monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2"}))
     check_compute("int8", "cpu")

@@ -19,7 +19,7 @@ from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.offload import move_all_but_layers, open_layers
 from hatrack.check.checks import check_recipe
 from hatrack.evaluate.loss import losses
-from hatrack.kernels.dropout import Mask, apply_mask
+from hatrack.kernels.dropout import NO_DROPOUT, Mask, apply_mask
 from hatrack.kernels.loss import next_token_losses
 from hatrack.layers.fast_base import FastRMSNorm, speed_up
 from hatrack.layers.fast_lora import FastLinear, Projection, project, reference
@@ -76,7 +76,9 @@ def test_the_fast_layer_is_its_plain_twin(p: float, dtype: torch.dtype) -> None:
         else:
             ones = torch.ones(70, 64, device=GPU, dtype=dtype)
             kept = [apply_mask(ones, mask) * mask.scale for mask in masks]
-            ys = tuple(reference(x, *part, 2.0, each) for part, each in zip(parts, kept, strict=True))
+            ys = tuple(
+                reference(x, Projection(*part, 2.0, NO_DROPOUT), each) for part, each in zip(parts, kept, strict=True)
+            )
         sum((y.float() * torch.linspace(-1, 1, y.numel(), device=GPU).view_as(y)).sum() for y in ys).backward()  # type: ignore[union-attr]
         found.append([*ys, x.grad, *(tensor.grad for part in parts for tensor in part[2:])])
     for one, other in zip(*found, strict=True):

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainingArgumen
 from hatrack.adapter.place import place
 from hatrack.data.batch import collate
 from hatrack.data.render import TokenRows
-from hatrack.layers.fast_base import NAME, FastDropout, speed_up
+from hatrack.layers.fast_base import ATTENTION_NAME, FastDropout, speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.recipe import Recipe
 from hatrack.training.trainer import HatTrainer, TrainerRows
@@ -101,7 +101,7 @@ def test_a_run_takes_the_steps_of_transformers_and_peft(tmp_path: Path, pair: tu
 def test_dropout_spreads_gradients_as_torchs_does(pair: tuple[PeftModel, PeftModel]) -> None:
     """Over many masks of the base's and the adapters' dropout, gradients have the same mean and the same variance."""
     assert any(isinstance(layer, FastDropout) for layer in pair[0].modules())
-    assert pair[0].config._attn_implementation == NAME
+    assert pair[0].config._attn_implementation == ATTENTION_NAME
     rows, draws = _rows(8), 200
     batch = collate([rows.row(index) for index in range(len(rows))], 0, "classify")
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -205,7 +205,7 @@ def check_compute(compute: str, device: str) -> None:
     """Raises RecipeError where products cannot be rounded to integers, as `--compute` asks."""
     if compute != "auto" and (device != "cpu" or "avx2" not in cpu.features()):
         raise RecipeError(
-            f"--compute {compute} is for processors that have AVX2",
+            f"--compute {compute} is for CPUs with AVX2",
             got=device if device != "cpu" else cpu_name(),
             fix="leave --compute out",
         )

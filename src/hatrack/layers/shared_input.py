@@ -1,0 +1,74 @@
+"""Computes adapted layers that get the same input tensor together.
+
+The projections of attention to queries, keys and values read one tensor. Computed together, they need one pass over it.
+Which layers share an input is learned from the tensors they get, not from their names:
+
+1. The first layer that gets a tensor is its leader. Another layer that gets the same tensor, unchanged, becomes one of
+   the leader's `followers`.
+2. From the next input on, the leader computes the outputs of its followers with its own and stores them here.
+3. A follower that gets the tensor of its leader pops its output, if nothing else that it depends on has changed.
+4. A follower that did not pop its output before the leader's next input is no follower any more.
+
+An output is handed out once. Input and leader are held by weak references, so nothing is kept alive. Each thread has a
+`SharedInput` of its own.
+
+Layers are computed one by one in inference mode, whose tensors do not tell whether they were changed, and while
+saved-tensor hooks are set, as gradient checkpointing does: each of its passes has to save the same tensors. The same
+holds for a layer that leaves its forward pass to peft (`FastLinear`), and for one whose adapter has another shape or
+dropout than the leader's.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from hatrack.layers.hooks import has_saved_tensor_hooks
+
+
+class SharingLayer(Protocol):
+    """A layer that can lead others."""
+
+    followers: tuple[Any, ...]
+
+
+class SharedInput(threading.local):
+    """The last input of this thread, its leader, and the outputs that wait for the followers."""
+
+    def __init__(self) -> None:
+        self._input: Callable[[], torch.Tensor | None] = lambda: None
+        self._version = 0
+        self._leader: Callable[[], SharingLayer | None] = lambda: None
+        self._results: dict[SharingLayer, tuple[tuple[object, ...], torch.Tensor]] = {}
+
+    def register(self, x: torch.Tensor, layer: SharingLayer) -> bool:
+        """Notes that `layer` is called with x. Returns whether it is the leader, which computes its followers too."""
+        if x.is_inference() or has_saved_tensor_hooks():
+            return False
+        leader = self._leader()
+        if self._is_input(x):
+            if leader is not None and leader is not layer and layer not in leader.followers:
+                leader.followers = (*leader.followers, layer)
+            return False
+        if leader is not None and self._results:
+            leader.followers = tuple(follower for follower in leader.followers if follower not in self._results)
+        self._input, self._version, self._leader, self._results = weakref.ref(x), x._version, weakref.ref(layer), {}
+        return True
+
+    def store_result(self, layer: SharingLayer, state: tuple[object, ...], y: torch.Tensor) -> None:
+        """Stores the output of a follower. `state` is what it depends on besides the input."""
+        self._results[layer] = state, y
+
+    def pop_result(
+        self, x: torch.Tensor, layer: SharingLayer, state: Callable[[], tuple[object, ...]]
+    ) -> torch.Tensor | None:
+        """The stored output of `layer` for x; None if there is none, or if its state has changed since."""
+        if not self._is_input(x):
+            return None
+        stored, y = self._results.pop(layer, (None, None))
+        return y if y is not None and stored == state() else None
+
+    def _is_input(self, x: torch.Tensor) -> bool:
+        return self._input() is x and not x.is_inference() and self._version == x._version
