@@ -1,6 +1,6 @@
-"""What a model's memory and time depend on: its widths, its products, and what an adapter makes it keep. No torch.
+"""The sizes of a model and its adapter that memory and time depend on. Imports no torch.
 
-Everything comes from config.json and the tensors' shapes, under whichever names an architecture has for them.
+They come from config.json and the tensors' shapes, under whichever names an architecture has for them.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,16 +14,14 @@ from hatrack.base.header import head_shapes, parameter_count, task_shapes, weigh
 from hatrack.recipe import Recipe
 
 AFTER_ATTENTION = ("o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "Wo", "o", "proj")
-"""Last names of the projection that follows attention; the other projections of attention come before it."""
+"""Last names of the projection after attention; attention's other projections come before it."""
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The few numbers of a model that its memory and time depend on.
-
-    Widths are those of a token: `query` of all heads together, `key` of all key heads (values the same). `gated`: two
-    projections into the MLP rather than one.
+    """Elements of a token: in its hidden state, in the MLP, in the queries of all heads, in the keys of all key heads
+    (and as many in the values). `gated`: two projections lead into the MLP, not one.
     """
 
     hidden: int
@@ -38,15 +36,19 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A base with the adapter of a recipe. Counts are numbers, not bytes.
+    """A base with the adapter of a recipe. Weights, inputs and outputs are counted in elements, not bytes.
 
-    `dense` are the weights multiplied with every token, `largest` the most of them in one layer; `head` is the output
-    head's, `outside` all that is in no product within the layers (embeddings, norms, heads). `inputs` is what is kept
-    of each token for the adapted layers, `dropped` the inputs of the other products in the layers that a gradient
-    passes through (`reach` of them), `own_copies` what peft's own layers would keep besides; `adapted` sums d_in and
-    d_out of the adapted layers, `again` the weights that DoRA multiplies with twice and `scaled` the outputs it scales
-    by what it learns, `below` the layers below all adapters whose results are kept. `stored` is the checkpoint's number
-    format, `disk` its bytes.
+    Weights: `matmul_weights` of all linear layers inside the model's layers, `largest_matrix` the most in one of them,
+    `head_weights` of the output head, `other_weights` of all else (embeddings, norms, heads); `linear_layers` counts
+    them.
+
+    Of each token: `adapter_inputs` are the inputs of adapted layers, kept for the backward pass; `other_inputs` those
+    of the other linear layers that a gradient passes through; `peft_copies` what peft's own layers would keep besides;
+    `adapted_width` is the sum of d_in and d_out of the adapted layers. DoRA multiplies with `dora_weights` twice and
+    scales `dora_outputs`.
+
+    Of the layers: a gradient passes through `backward_layers`; the hidden states of the lowest `cached_layers`, below
+    all adapters, are cached. The checkpoint has `disk_bytes` bytes in `stored_dtype`.
     """
 
     dims: Dimensions
@@ -71,12 +73,12 @@ class ModelShape:
 
     @property
     def frozen(self) -> int:
-        """Numbers of the base, its own head included."""
+        """Weights of the base, its own head included."""
         return self.matmul_weights + self.other_weights
 
 
 def dimensions_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]] | None = None) -> Dimensions:
-    """The numbers from a config.json, under whichever name its architecture has for them; 0 where it has none."""
+    """The dimensions in a config.json, under whichever names its architecture has for them; 0 where it has none."""
     config = config.get("text_config", config)
 
     def number(*names: str) -> int:
@@ -101,13 +103,13 @@ def dimensions_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, in
     )
 
 
-def describe_model(peeked: BaseDescription, recipe: Recipe, *, task: str, labels: int) -> ModelShape:
-    """The base behind `peeked` with the adapter that `recipe` puts on it.
+def describe_model(base: BaseDescription, recipe: Recipe, *, task: str, labels: int) -> ModelShape:
+    """The shape of a base with the adapter that `recipe` puts on it, to do `task`, with `labels` labels to classify.
 
-    Raises TargetError or RecipeError where the recipe does not fit the base.
+    Raises TargetError or RecipeError if the recipe does not fit the base.
     """
-    config = peeked.config
-    shapes = task_shapes(config, peeked.tensors, task, labels)
+    config = base.config
+    shapes = task_shapes(config, base.tensors, task, labels)
     linears = linear_layers_from_shapes(shapes, str(config.get("model_type")))
     heads = sorted({name.rpartition(".")[0] for name in head_shapes(config, labels)}) if task == "classify" else []
     experts = joined_experts(shapes, str(config.get("model_type")))
@@ -117,11 +119,11 @@ def describe_model(peeked: BaseDescription, recipe: Recipe, *, task: str, labels
     check_rank(recipe.r, choice, linears)
     adapted = [linears[name] for name in choice.names]
     shape = dimensions_of(config, linears)
-    inside = _inside(linears)
+    inside = _inside_layers(linears)
     dense = sum(d_in * d_out for d_in, d_out in inside.values())
     dora = recipe.variant == "dora"
-    inputs, reach = _inputs(choice.names, linears, shape), _reach(choice, linears)
-    all_inputs = _inputs(inside, linears, shape) * reach // max(shape.layers, 1)
+    inputs, reach = _input_elements(choice.names, linears, shape), _backward_layers(choice, linears)
+    all_inputs = _input_elements(inside, linears, shape) * reach // max(shape.layers, 1)
     return ModelShape(
         dims=shape,
         counts=count_parameters(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
@@ -140,30 +142,30 @@ def describe_model(peeked: BaseDescription, recipe: Recipe, *, task: str, labels
         dora_outputs=2 * sum(d_out for _, d_out in adapted) if dora else 0,
         backward_layers=reach,
         cached_layers=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
-        stored_dtype=STORED.get(peeked.stored_dtype, "other"),
-        disk_bytes=weight_bytes(peeked.tensors),
+        stored_dtype=STORED.get(base.stored_dtype, "other"),
+        disk_bytes=weight_bytes(base.tensors),
     )
 
 
-def _place(name: str) -> tuple[int, ...]:
-    """The numbers in a module's name: the index of its layer first."""
+def _layer_numbers(name: str) -> tuple[int, ...]:
+    """The numbers in a module's name: first the index of its layer."""
     return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 
-def _inside(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The linear layers of the repeated stack."""
-    return {name: sides for name, sides in linears.items() if _place(name)}
+def _inside_layers(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The linear layers inside the model's layers."""
+    return {name: sides for name, sides in linears.items() if _layer_numbers(name)}
 
 
-def _reach(choice: TargetChoice, linears: Collection[str]) -> int:
-    """How many layers a gradient passes through: those from the lowest adapted one up."""
-    depths = [place[0] for place in map(_place, linears) if place]
-    lowest = min((place[0] for place in map(_place, choice.names) if place), default=0)
+def _backward_layers(choice: TargetChoice, linears: Collection[str]) -> int:
+    """How many layers a gradient passes through: from the lowest adapted one up."""
+    depths = [place[0] for place in map(_layer_numbers, linears) if place]
+    lowest = min((place[0] for place in map(_layer_numbers, choice.names) if place), default=0)
     return max(depths, default=-1) + 1 - lowest
 
 
-def _inputs(names: Collection[str], linears: Mapping[str, tuple[int, int]], shape: Dimensions) -> int:
-    """Numbers a token that the adapted layers keep: each distinct input once, however many layers read it."""
+def _input_elements(names: Collection[str], linears: Mapping[str, tuple[int, int]], shape: Dimensions) -> int:
+    """Elements a token in the inputs of the named layers: each distinct input once, however many layers read it."""
     distinct: dict[tuple[tuple[int, ...], str], int] = {}
     for name in names:
         d_in, d_out = linears[name]
@@ -175,5 +177,5 @@ def _inputs(names: Collection[str], linears: Mapping[str, tuple[int, int]], shap
             kind = "out of attention"
         else:
             kind = "into attention"
-        distinct[_place(name), kind] = d_in
+        distinct[_layer_numbers(name), kind] = d_in
     return sum(distinct.values())

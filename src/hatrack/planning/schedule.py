@@ -1,8 +1,7 @@
-"""Settings a person did not choose, derived from the size of the model and of the data. Knows no torch.
+"""Derives batch size, epochs and learning rate from the size of the model and of the data.
 
-Each comes with its reason, which is said aloud. Sources: low-rank adapters want a learning rate about ten times that
-of full fine-tuning, falling with the width of the model, and do worse with large batches (Schulman et al., "LoRA
-Without Regret", 2025).
+Each comes with its reason, which is printed. LoRA needs a learning rate about ten times that of full fine-tuning, lower
+for wider models, and does worse with large batches (Schulman et al., "LoRA Without Regret", 2025). Imports no torch.
 """
 
 import math
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 from hatrack.recipe import Recipe
 
 FEWEST_STEPS = 100
-"""A few dozen rows want more passes, up to ten, so that the adapter moves at all."""
+"""A few dozen rows need more epochs, up to ten, for the adapter to learn anything."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a run learns. `steps` in all; `batch_size` rows each, `micro_batch` of them at a time."""
+    """How long and how fast a run learns: `steps` of `batch_size` rows each, `micro_batch` of them at a time."""
 
     lr: float
     batch_size: int
@@ -33,17 +32,17 @@ class Schedule:
 
 
 def batch_rows(recipe: Recipe, *, task: str, rows: int) -> int:
-    """Rows a step: as asked, or a power of two that leaves some forty steps an epoch, from 4 to 32 (16 to generate)."""
+    """Rows a step: the recipe's, else a power of two for about 40 steps an epoch, from 4 to 32 (16 to generate)."""
     largest = 32 if task == "classify" else 16
     derived = min(largest, max(4, 2 ** round(math.log2(max(rows / 40, 1)))))
     return min(recipe.batch_size or derived, rows)
 
 
 def derive(recipe: Recipe, *, task: str, rows: int, hidden_size: int, micro_batch: int) -> Schedule:
-    """The schedule of a run over `rows` training rows, for a model `hidden_size` wide.
+    """The schedule of a run over `rows` training rows, for a model with hidden states of `hidden_size`.
 
-    `micro_batch`, a divisor of the batch, is how many rows fit in memory at a time. Where the learning rate is to be
-    measured (`auto`), the usual one stands in for it.
+    `micro_batch`, a divisor of the batch size, is how many rows fit in memory at a time. If the learning rate is to be
+    measured (`auto`), the schedule has the usual one until then.
     """
     reasons = []
     batch_size = batch_rows(recipe, task=task, rows=rows)
@@ -69,7 +68,7 @@ def derive(recipe: Recipe, *, task: str, rows: int, hidden_size: int, micro_batc
 
 
 def learning_rate(hidden_size: int) -> float:
-    """5e-4 at a width of 2,000, growing as the model gets narrower with the power 0.78 (the fit of the source above
-    for Llama models), between 1e-4 and 1.5e-3, to two digits."""
+    """The usual learning rate: 5e-4 (2,000 / hidden_size)^0.78, the fit for Llama models of the source above, between
+    1e-4 and 1.5e-3, to two digits."""
     value = min(max(5e-4 * (2000 / hidden_size) ** 0.781, 1e-4), 1.5e-3)
     return float(f"{value:.1e}")
