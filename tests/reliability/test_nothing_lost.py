@@ -126,12 +126,12 @@ def _stop_in(module: str, function: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("module", "function", "number", "saved"),
     [
-        ("hatrack.training.train", "read_recipe_examples", signal.SIGTERM, False),
+        ("hatrack.training.prepare", "read_recipe_examples", signal.SIGTERM, False),
         ("hatrack.training.load", "load_base", signal.SIGHUP, False),
         ("hatrack.data.tokens", "render_cached", signal.SIGINT, False),
-        ("hatrack.training.train", "HatTrainer.score_held_out", signal.SIGTERM, False),
-        ("hatrack.training.train", "HatTrainer.training_step", signal.SIGHUP, True),
-        ("hatrack.training.train", "HatTrainer.save_model", signal.SIGTERM, True),
+        ("hatrack.training.trainer", "HatTrainer.score_held_out", signal.SIGTERM, False),
+        ("hatrack.training.trainer", "HatTrainer.training_step", signal.SIGHUP, True),
+        ("hatrack.training.trainer", "HatTrainer.save_model", signal.SIGTERM, True),
         ("hatrack.training.train", "save_adapter", signal.SIGINT, True),
         ("hatrack.training.train", "read_back", signal.SIGTERM, True),
     ],
@@ -268,7 +268,7 @@ def stopped(straight: Any, tmp_path: Path) -> tuple[Path, Path]:
         [*given, "--output", tmp_path / "hat"],
         tmp_path / "said",
         _stop_in,
-        ("hatrack.training.train", "HatTrainer.training_step", signal.SIGTERM),
+        ("hatrack.training.trainer", "HatTrainer.training_step", signal.SIGTERM),
     )
     assert child.end() == 130, child.said
     return tmp_path / "hat", data

@@ -16,7 +16,6 @@ from hatrack.planning import fit
 from hatrack.recipe import Recipe
 from hatrack.training import trainer
 from hatrack.training.divergence import DivergenceWatch
-from hatrack.training.run import Run
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "lr": 0.002}
 
@@ -73,7 +72,7 @@ def test_the_rows_named_are_those_of_the_step(
         number = self.state.global_step + 1
         lengths = inputs["attention_mask"].sum(1).tolist()
         texts = [tuple(ids[:length]) for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
-        learn = self.rows.learn
+        learn = self.rows.train
         by_text = {tuple(learn.row(i)[0].tolist()): int(learn.rows[i]) for i in range(len(learn))}
         seen.setdefault(number, []).extend(by_text[text] for text in texts)
         return plain(self, model, inputs, *args, **kwargs)
@@ -113,7 +112,7 @@ def test_a_gradient_that_never_arrives_stops_at_the_first_step(
 
 
 def test_a_loss_that_stays_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-8, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-8, usual_lr=1e-3, dtype="float32")
     watch.before = 0.7
 
     class State:
@@ -128,7 +127,7 @@ def test_a_loss_that_stays_is_told_once(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_single_wild_batches_are_no_explosion(tmp_path: Path) -> None:
-    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-3, usual_lr=1e-3, dtype="float32")
     for number in range(1, 100):
         watch.step(number, 4.0 if number % 10 == 0 else 0.7, 1.0, lambda: [1])
     with pytest.raises(Diverged, match=r"grown far past where it began, by step 10[0-9];"):  # many in a row are one
@@ -146,7 +145,7 @@ def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
 
 
 def test_a_run_that_goes_well_waits_for_no_other_rows(tmp_path: Path) -> None:
-    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-3, usual_lr=1e-3, dtype="float32")
     asked: list[str] = []
     watch.few = lambda: asked.append("held-out rows") or 0.7  # type: ignore[func-returns-value]
 
@@ -167,7 +166,7 @@ HARD_AT_LAST = [1.2, 4.36, 4.87, 3.04, 3.68, 3.77, 4.26, 4.0, 3.45, 2.74, 2.85, 
 
 def test_what_a_hard_batch_is_held_against_is_measured_once(tmp_path: Path) -> None:
     """The first batch is easier than all later ones; the rows that are scored then show that nothing was lost."""
-    watch = DivergenceWatch(Run(tmp_path, tmp_path, "x", Recipe.make()), lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-3, usual_lr=1e-3, dtype="float32")
     asked: list[int] = []
 
     def few() -> float:
@@ -186,8 +185,7 @@ BATCHES = [5.43, 4.36, 4.87, 1.04, 3.68, 3.77, 4.26, 1.0, 3.45, 2.74, 2.85, 3.47
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_batches_that_are_hard_from_the_start_are_no_lost_run(tmp_path: Path, lost: bool) -> None:
-    run = Run(tmp_path, tmp_path, "x", Recipe.make())
-    watch = DivergenceWatch(run, lr=1e-3, usual_lr=1e-3, dtype="float32")
+    watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-3, usual_lr=1e-3, dtype="float32")
     watch.few = lambda: 2.01
     for number, loss in enumerate(BATCHES, 1):
         watch.step(number, loss, 1.0, lambda: [1])

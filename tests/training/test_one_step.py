@@ -17,7 +17,7 @@ from hatrack.planning.memory import Method
 from hatrack.recipe import Recipe
 from hatrack.training import adapted_model, one_step
 from hatrack.training.layer_streaming import LayerStreaming
-from hatrack.training.load import load_for
+from hatrack.training.load import load_run_base
 from tests.training.test_layer_streaming import too_large
 
 
@@ -90,12 +90,12 @@ def test_planned_checkpointing_is_part_of_the_step(
     ran: list[int] = []
 
     def watched(*given: Any, **options: Any) -> Base:
-        base = load_for(*given, **options)
+        base = load_run_base(*given, **options)
         for number, layer in enumerate(base.model.model.layers):
             layer.mlp.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
         return base
 
-    monkeypatch.setattr(adapted_model, "load_for", watched)
+    monkeypatch.setattr(adapted_model, "load_run_base", watched)
     plain = _step(tiny_decoder, questions, monkeypatch, dtype="float32")
     once = ran.copy()
     ran.clear()
@@ -107,11 +107,11 @@ def test_planned_checkpointing_is_part_of_the_step(
 
 def test_a_gradient_that_is_lost_is_found(tiny_decoder: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(*given: Any, **options: Any) -> Base:
-        base = load_for(*given, **options)
+        base = load_run_base(*given, **options)
         base.model.model.layers[1].register_forward_hook(lambda _layer, _inputs, output: output.detach() + 0 * output)
         return base
 
-    monkeypatch.setattr(adapted_model, "load_for", cut_off)
+    monkeypatch.setattr(adapted_model, "load_run_base", cut_off)
     recipe = Recipe.make(base=str(tiny_decoder), data=str(questions), device="cpu")
     facts = check_recipe(recipe)[1]
     assert facts is not None

@@ -33,14 +33,14 @@ def _adapter(folder: Path, weights: bytes = b"w") -> None:
 
 
 def _finish(recipe: Recipe, weights: bytes = b"w") -> Run:
-    with open_run(recipe) as run:
+    with open_run(recipe) as (run, _):
         _adapter(run.adapter, weights)
         run.finish()
     return run
 
 
 def _interrupt(recipe: Recipe) -> Run:
-    with pytest.raises(Interrupted), open_run(recipe) as run:
+    with pytest.raises(Interrupted), open_run(recipe) as (run, _):
         (run.folder / "checkpoint-4").mkdir()
         (run.folder / "checkpoint-4/trainer_state.json").write_text('{"best_global_step": null}')
         raise KeyboardInterrupt
@@ -85,7 +85,7 @@ def test_a_derived_name_steps_aside_for_the_rack_and_a_typed_folder_stays() -> N
 
 def test_a_derived_name_steps_aside_for_runs_interrupted_or_going_on(capsys: pytest.CaptureFixture[str]) -> None:
     _interrupt(_recipe())
-    with open_run(_recipe()) as second, open_run(_recipe()) as third:
+    with open_run(_recipe()) as (second, _), open_run(_recipe()) as (third, _):
         assert (second.name, third.name) == ("reviews-2", "reviews-3")
     assert "an interrupted run is in the way (reviews.run): this run makes reviews-2" in capsys.readouterr().err
     assert Path("reviews.run/checkpoint-4").is_dir()
@@ -106,7 +106,7 @@ def test_what_the_user_typed_is_refused_where_it_is_taken(typed: dict[str, str])
 
 def test_overwrite_replaces_the_adapter_when_the_new_one_is_finished() -> None:
     _finish(_recipe(), b"old")
-    with open_run(_recipe(overwrite=True)) as run:
+    with open_run(_recipe(overwrite=True)) as (run, _):
         _adapter(run.adapter, b"new")
         assert Path("reviews/adapter_model.safetensors").read_bytes() == b"old"
         run.finish()
@@ -123,7 +123,7 @@ def test_overwrite_gives_the_name_to_the_new_folder_and_leaves_the_old_one() -> 
 
 def test_overwrite_begins_anew_where_a_run_was_interrupted() -> None:
     _interrupt(_recipe())
-    with open_run(_recipe(overwrite=True)) as run:
+    with open_run(_recipe(overwrite=True)) as (run, _):
         assert run.name == "reviews"
         assert run.last_checkpoint() is None
 
@@ -140,8 +140,8 @@ def test_resume_alone_finds_the_only_interrupted_run() -> None:
     _finish(_recipe())
     run = _interrupt(_recipe(r=4))
     assert str(run.output) == "reviews-2"
-    with open_run(Recipe.make(resume=True)) as resumed:
-        assert (resumed.name, resumed.recipe.r, str(resumed.output)) == ("reviews-2", 4, "reviews-2")
+    with open_run(Recipe.make(resume=True)) as (resumed, recipe):
+        assert (resumed.name, recipe.r, str(resumed.output)) == ("reviews-2", 4, "reviews-2")
 
 
 def test_resume_of_several_asks_which() -> None:

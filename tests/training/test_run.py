@@ -26,7 +26,7 @@ def _checkpoint(run: Run, step: int) -> None:
 
 
 def test_a_finished_run_leaves_its_adapter_and_nothing_else(tmp_path: Path) -> None:
-    with open_run(_recipe(tmp_path / "hat")) as run:
+    with open_run(_recipe(tmp_path / "hat")) as (run, _):
         _checkpoint(run, 4)
         _saved(run, b"w")
         run.finish()
@@ -40,7 +40,7 @@ def test_a_name_taken_meanwhile_costs_no_adapter(tmp_path: Path) -> None:
     (other / "adapter_config.json").write_text("{}")
     with (
         pytest.raises(AdapterError, match="the name reviews was taken meanwhile") as caught,
-        open_run(_recipe(tmp_path / "hat")) as run,
+        open_run(_recipe(tmp_path / "hat")) as (run, _),
     ):
         _saved(run, b"w")
         registry.register("reviews", other)
@@ -50,7 +50,7 @@ def test_a_name_taken_meanwhile_costs_no_adapter(tmp_path: Path) -> None:
 
 
 def test_what_came_to_lie_in_its_place_stays(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="the output exists already"), open_run(_recipe(tmp_path / "hat")) as run:
+    with pytest.raises(RecipeError, match="the output exists already"), open_run(_recipe(tmp_path / "hat")) as (run, _):
         _checkpoint(run, 4)
         _saved(run, b"mine")
         (tmp_path / "hat").mkdir()
@@ -64,7 +64,7 @@ def test_what_came_to_lie_in_its_place_stays(tmp_path: Path) -> None:
     ("steps", "says"), [([], "stopped before anything was learned"), ([4, 12], "stopped; step 12 is")]
 )
 def test_an_interrupted_run_says_what_is_left(tmp_path: Path, steps: list[int], says: str) -> None:
-    with pytest.raises(Interrupted, match=says), open_run(_recipe(tmp_path / "deep/hat")) as run:
+    with pytest.raises(Interrupted, match=says), open_run(_recipe(tmp_path / "deep/hat")) as (run, _):
         for step in steps:
             _checkpoint(run, step)
         raise KeyboardInterrupt
@@ -72,17 +72,17 @@ def test_an_interrupted_run_says_what_is_left(tmp_path: Path, steps: list[int], 
 
 
 def test_a_resumed_run_keeps_its_name(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted), open_run(_recipe(tmp_path / "hat", r=4)) as run:
+    with pytest.raises(Interrupted), open_run(_recipe(tmp_path / "hat", r=4)) as (run, recipe):
         _checkpoint(run, 4)
-        run.remember({"rows": "x"})
+        run.remember(recipe, {"rows": "x"})
         raise KeyboardInterrupt
     (tmp_path / "hat.run/checkpoint-4/trainer_state.json").write_text('{"best_global_step": null}')
     with (
         pytest.raises(RecipeError, match="another rows"),
-        open_run(Recipe.make(output=str(tmp_path / "hat"), resume=True)) as run,
+        open_run(Recipe.make(output=str(tmp_path / "hat"), resume=True)) as (run, recipe),
     ):
-        assert (run.name, run.recipe.r, run.recipe.resume) == ("reviews", 4, True)
-        run.remember({"rows": "y"})
+        assert (run.name, recipe.r, run.resumed) == ("reviews", 4, True)
+        run.remember(recipe, {"rows": "y"})
     assert json.loads((tmp_path / "hat.run/run.json").read_text())["facts"] == {"rows": "x"}
 
 
@@ -96,7 +96,7 @@ def test_what_an_ended_run_left_is_not_taken_for_a_run(tmp_path: Path) -> None:
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "hat.run/checkpoint-4").mkdir(parents=True)
-    with open_run(_recipe(tmp_path / "hat")) as run:
+    with open_run(_recipe(tmp_path / "hat")) as (run, _):
         assert run.last_checkpoint() is None
 
 

@@ -15,7 +15,7 @@ def no_chat_template(prepared: Prepared) -> Finding | None:
     return Finding(
         "no-chat-template",
         "the base has no chat template: conversations are written as 'User: ...' and 'Assistant: ...'",
-        f"none in {prepared.files.source}",
+        f"none in {prepared.base.source}",
         "an instruct version of the base, or go on: the adapter remembers how its conversations were written",
     )
 
@@ -63,7 +63,7 @@ def base_already_tuned(prepared: Prepared) -> Finding | None:
         return Finding(
             "base-already-tuned",
             "the base was tuned to hold conversations, and plain text makes it forget how",
-            f"a chat template in {prepared.files.source}",
+            f"a chat template in {prepared.base.source}",
             "--task chat, or the base it was tuned from",
         )
     return None

@@ -85,7 +85,7 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
         return collector.found, None
     where, plan = settled
     schedule = where.schedule(plan.micro_batch)
-    prepared = Prepared(recipe, examples, files, tokenizer, tokens, plan, schedule, dtype)
+    prepared = Prepared(recipe, files, dtype, tokenizer, examples, tokens, plan, schedule)
     return [found for gotcha in (*BEFORE_TRAINING, *ON_DEMAND) if (found := gotcha(prepared)) is not None], prepared
 
 

@@ -1,7 +1,10 @@
-"""What is known of a run before its first step. Reads headers and rows, never a weight."""
+"""`Prepared`: a run before its first step, complete when made, and handed on whole.
+
+The checks and training both read it. It is defined here because check/ may not import training/, which makes it.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hatrack.base.description import BaseDescription
@@ -14,16 +17,25 @@ from hatrack.recipe import Recipe
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that could begin: its recipe and all that follows from it. `dtype` is that of the frozen base."""
+    """A run that can begin: its recipe, and all that was read and derived for it. No weight has been loaded.
+
+    `base` is the frozen base as described by its small files, `dtype` what its weights will be loaded in. `examples`
+    are the rows as read, `tokens` the same rows as token ids. `schedule.lr` is the usual learning rate where the recipe
+    leaves it to be measured. `cached_fraction`: the share of rows for which an earlier run cached the outputs of the
+    layers below the adapters. `lineage`: what hatrack.json says of the base. It needs the weights to be read, which
+    `hatrack check` does not do: there it is empty.
+    """
 
     recipe: Recipe
-    examples: Examples
-    files: BaseDescription
+    base: BaseDescription
+    dtype: str
     tokenizer: Any
+    examples: Examples
     tokens: Tokens
     plan: Plan
     schedule: Schedule
-    dtype: str
+    cached_fraction: float = 0.0
+    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -32,15 +44,15 @@ class Prepared:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The base's own config.json."""
-        return self.files.config
+        """The base's config.json."""
+        return self.base.config
 
     @property
     def usual_lr(self) -> float:
-        """The learning rate hatrack would take for a base of this width."""
-        return learning_rate(self.files.hidden_size)
+        """The learning rate that hatrack derives for a base of this width."""
+        return learning_rate(self.base.hidden_size)
 
     @property
     def stored_dtype(self) -> str:
         """The dtype of most of the base's bytes on disk, as safetensors writes it: "BF16"."""
-        return self.files.stored_dtype
+        return self.base.stored_dtype

@@ -32,7 +32,7 @@ def train(
 
         recipe = recipe_of_adapter(like, **recipe.explicit_options(), trust_remote_code=recipe.trust_remote_code)
     skip_unused_imports(recipe)
-    from hatrack.training.train import shown
+    from hatrack.training.callbacks import format_metrics
     from hatrack.training.train import train as run
 
     gc.freeze()  # a search for garbage, one before the first step, looked through all that was imported: half a second
@@ -42,8 +42,8 @@ def train(
         print(json.dumps(result))
         return
     print(f"adapter    {result['adapter']}  (name: {result['name']})")
-    print(f"before     {shown(result['before'])}")
-    print(f"after      {shown(result['eval'])}")
+    print(f"before     {format_metrics(result['before'])}")
+    print(f"after      {format_metrics(result['eval'])}")
     print(
         f"took       {result['seconds']:.1f} s for {result['steps']:,} steps, {result['tokens']:,} tokens "
         f"({result['tokens_per_second']:,.0f} a second)"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import set_seed
 
@@ -18,11 +18,21 @@ from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.training.hidden_states import HiddenStateCache
 from hatrack.training.layer_streaming import LayerStreaming
-from hatrack.training.load import load_for
+from hatrack.training.load import load_run_base
 from hatrack.training.prefix_cache import FrozenPrefix
 
 CHECKPOINTING = {"use_reentrant": False}
 """Torch's reentrant form loses the gradients of adapters over frozen inputs."""
+
+
+class LayerPaths(NamedTuple):
+    """What computes layers in place of the model's own forward pass; None where the model does it itself.
+
+    `streaming` takes whole steps over a base on disk, `prefix` the frozen layers below the adapters.
+    """
+
+    streaming: LayerStreaming | None
+    prefix: FrozenPrefix | None
 
 
 @dataclass(frozen=True)
@@ -35,44 +45,40 @@ class AdaptedModel:
     stack: LayerStack | None
 
 
-def load_adapted_model(facts: Prepared, *, is_all_cached: bool = False) -> AdaptedModel:
+def load_adapted_model(prepared: Prepared) -> AdaptedModel:
     """Loads the base, speeds it up and places a fresh adapter, as the recipe and the plan say.
 
-    `is_all_cached`: the outputs of the layers below the adapters are in the cache for every row of the run. Raises
-    ModelError where the base has to be streamed and has no single stack of layers.
+    Raises ModelError where the base has to be streamed and has no single stack of layers.
     """
-    recipe = facts.recipe
-    base = load_for(recipe, facts.files, facts.examples, streamed=facts.plan.method.streamed)
+    recipe = prepared.recipe
+    base = load_run_base(prepared)
     set_seed(recipe.seed)
     stack = _find_stack(base, recipe.top_layers)
     if base.streamed and stack is not None:
         move_all_but_layers(base.model, stack, base.dtype, base.device)
-    speed_up(base.model, stack if base.streamed or is_all_cached else None, recipe.compute)
+    speed_up(base.model, stack if base.streamed or prepared.cached_fraction == 1 else None, recipe.compute)
     with fake_loaded(base):
-        model = place(base.model, recipe, task=facts.task, layer_classes=LAYER_CLASSES)
-    if facts.plan.method.checkpointing:
+        model = place(base.model, recipe, task=prepared.task, layer_classes=LAYER_CLASSES)
+    if prepared.plan.method.checkpointing:
         base.model.config.use_cache = False
         base.model.activation_checkpointing_enable(CHECKPOINTING)
     return AdaptedModel(base, model, stack)
 
 
 def open_layer_paths(
-    adapted: AdaptedModel, facts: Prepared, states: HiddenStateCache | None, cached_fraction: float, folder: Path
-) -> tuple[LayerStreaming | None, FrozenPrefix | None]:
-    """The ways through the layers that are not the model's own: layer streaming, where the base is on disk (`folder` is
-    where hidden states go that do not fit in memory), and the frozen layers below the adapters, where there are any.
-
-    `cached_fraction` is the share of the run's rows whose outputs of the layers below are in `states` already.
-    """
+    adapted: AdaptedModel, prepared: Prepared, cache: HiddenStateCache | None, folder: Path
+) -> LayerPaths:
+    """Opens layer streaming where the base is on disk (`folder` takes the hidden states that do not fit in memory), and
+    the frozen layers below the adapters where there are any, with the `cache` of what they give."""
     base, stack = adapted.base, adapted.stack
     if stack is None or not base.streamed:
-        return None, _open_prefix(adapted, facts, states, cached_fraction)
+        return LayerPaths(None, _open_prefix(adapted, prepared, cache))
     window = open_layers(base.model, stack, base.dtype, base.description.folder, base.device)
     window.load(OUTSIDE)
-    prefix = _open_prefix(adapted, facts, states, cached_fraction)
-    streaming = LayerStreaming(adapted.model, window, task=facts.task, folder=folder, prefix=prefix)
+    prefix = _open_prefix(adapted, prepared, cache)
+    streaming = LayerStreaming(adapted.model, window, task=prepared.task, folder=folder, prefix=prefix)
     window.stream()
-    return streaming, prefix
+    return LayerPaths(streaming, prefix)
 
 
 def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
@@ -91,19 +97,18 @@ def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
         return None
 
 
-def _open_prefix(
-    adapted: AdaptedModel, facts: Prepared, states: HiddenStateCache | None, cached: float
-) -> FrozenPrefix | None:
+def _open_prefix(adapted: AdaptedModel, prepared: Prepared, cache: HiddenStateCache | None) -> FrozenPrefix | None:
     """The layers below the adapters, where there are any and what they give is the same each time."""
-    top, stack = facts.recipe.top_layers, adapted.stack
+    top, stack = prepared.recipe.top_layers, adapted.stack
     if stack is None or top is None or len(stack.layers) == top:
         return None
     try:
-        prefix = FrozenPrefix(adapted.model, stack, len(stack.layers) - top, task=facts.task, states=states)
+        prefix = FrozenPrefix(adapted.model, stack, len(stack.layers) - top, task=prepared.task, states=cache)
     except ValueError as error:
         say(f"the layers below the adapters are computed anew in each epoch: {error}")
         return None
-    once = "" if states is None else " and are computed once for each row"
+    cached = prepared.cached_fraction
+    once = "" if cache is None else " and are computed once for each row"
     earlier = f" ({cached:.0%} of the rows were, by earlier runs)" if cached else ""
     say(f"the first {prefix.depth} of {len(stack.layers)} layers stay as they are, run without dropout{once}{earlier}")
     return prefix

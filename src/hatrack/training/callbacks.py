@@ -1,6 +1,6 @@
-"""What happens beside the training loop: the progress bar, metrics.jsonl, and stopping without losing anything.
+"""Callbacks of the Trainer: progress bar, metrics.jsonl, stopping with a checkpoint, and the memory limit.
 
-Knows nothing of models or data; it is told by the Trainer what step it is.
+Know nothing of models or data.
 """
 
 import json
@@ -24,15 +24,23 @@ from hatrack.training.trainer import BEST
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE_EVERY_SECONDS = 600
 SAY_EVERY_SECONDS = 15
-ABOVE_FIRST, FAR_ABOVE = 1.03, 1.1
-MORE = 1.01
-"""Each time memory is given back, so much more is allowed: a plan that is too low does not slow every step."""
+ABOVE_FIRST_STEP = 1.03
+"""Freed memory is returned to the system once the process holds this many times what it held after the first step."""
+FAR_ABOVE_PLAN = 1.1
+"""The first step's memory is reported if it is more than this many times what was planned."""
+RAISE_BY = 1.01
+"""The threshold is raised by this factor each time, so that a plan that is too low does not slow every step."""
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Metrics for people: `accuracy 0.795, loss 0.441`."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """A bar with the loss and the time left; where there is no terminal, a line now and then.
+    """A bar with the loss and the time left; without a terminal, a line every 15 seconds.
 
-    `loss` gives what is to be shown of it: single steps jump too much to be read.
+    `loss` returns the loss to show: a smoothed one, since the losses of single steps jump too much.
     """
 
     def __init__(self) -> None:
@@ -67,14 +75,12 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
             self.said = now
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        shown = ", ".join(
-            f"{name.removeprefix('eval_')} {value:.3f}" for name, value in metrics.items() if not name.endswith(BEST)
-        )
-        say(f"epoch {state.epoch:.2f}: held-out {shown}")
+        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(BEST)}
+        say(f"epoch {state.epoch:.2f}: held-out {format_metrics(shown)}")
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """However the block ends, the terminal is as it was: the bar gone, the cursor back."""
+        """Removes the bar and shows the cursor again when the block ends, however it ends."""
         try:
             yield
         finally:
@@ -82,13 +88,13 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
 
 class MetricsFile(TrainerCallback):  # type: ignore[misc]
-    """Appends everything that is logged to a JSON-lines file; after a resume, lines past the checkpoint are dropped."""
+    """Appends all logged metrics to a JSON-lines file. A resumed run drops the lines after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = []
+        lines_before = []
         if state.global_step and self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
@@ -96,23 +102,24 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
                 except (ValueError, KeyError):  # a line cut short when the run was stopped
                     continue
                 if earlier:
-                    kept.append(line + "\n")
-        write_file(self.path, "".join(kept))
+                    lines_before.append(line + "\n")
+        write_file(self.path, "".join(lines_before))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         self.write(state, logs or {})
 
-    def write(self, state: Any, what: dict[str, Any]) -> None:
-        """Appends a line about the step that the run is at."""
-        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **what}
+    def write(self, state: Any, values: dict[str, Any]) -> None:
+        """Appends a line with the current step and `values`."""
+        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **values}
         with machine_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 class GracefulStop(TrainerCallback):  # type: ignore[misc]
-    """Turns Ctrl-C, SIGTERM and a closed terminal into a checkpoint at the end of the step, and saves one now and then.
+    """On Ctrl-C, SIGTERM or a closed terminal, finishes the step, saves a checkpoint and stops. Without one, saves a
+    checkpoint every 10 minutes.
 
-    `stopped` says whether the run was stopped. A second Ctrl-C stops at once, with the checkpoint before.
+    `stopped` says whether the run was stopped. A second Ctrl-C stops at once; the last checkpoint stays.
     """
 
     def __init__(self) -> None:
@@ -121,9 +128,9 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals over while the block runs, but for those that whoever started us chose to ignore (nohup).
+        """Handles the signals while the block runs, except those that the parent process set to be ignored (nohup).
 
-        Outside the main thread nothing can be taken over.
+        Does nothing outside the main thread, where Python cannot handle signals.
         """
         before = {}
         if threading.current_thread() is threading.main_thread():
@@ -149,11 +156,11 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
             control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped and not self._at_epoch_end(state):  # no score in the middle of an epoch: a resumed run has none
+        if self.stopped and not self._at_epoch_end(state):  # a run that is not stopped has no score in mid-epoch
             control.should_evaluate = control.should_save = control.should_log = False
 
     def _at_epoch_end(self, state: Any) -> bool:
-        """At an epoch's end the Trainer scores and then saves; a checkpoint before that would lose the score."""
+        """Whether the Trainer is about to score and then save; a checkpoint before that would lack the score."""
         return bool(state.epoch == int(state.epoch) or state.global_step >= state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -161,42 +168,41 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
 
 
 class TooMuchMemory(Exception):
-    """The first step took more than the run may: `took` of `limit` bytes."""
+    """The first step used more memory than the run may: `used` of `limit` bytes."""
 
-    def __init__(self, took: int, limit: int) -> None:
-        super().__init__(took, limit)
-        self.took, self.limit = took, limit
+    def __init__(self, used: int, limit: int) -> None:
+        super().__init__(used, limit)
+        self.used, self.limit = used, limit
 
 
 class MemoryWatch(TrainerCallback):  # type: ignore[misc]
-    """Holds a run on a processor to its memory, from its first step on, whose first micro-batch is the largest.
+    """Keeps a run on a CPU below its memory limit. `planned` and `limit` in bytes; None for no limit.
 
-    What that took is said where it is far from what was `planned`; TooMuchMemory is raised where it is above `limit`
-    and fewer rows at a time are possible. Afterwards freed memory is handed back to the system when the process holds
-    more between two steps: holes between blocks grow with every new shape of batch.
+    After the first step, whose first micro-batch is the largest, raises TooMuchMemory if the process holds more than
+    `limit` and the micro-batch can be smaller, and reports memory far above `planned`. From then on, returns freed
+    memory to the system whenever the process holds more than after the first step: every new shape of batch leaves new
+    holes between blocks.
     """
 
     def __init__(self, planned: int, limit: int | None) -> None:
         self.planned, self.limit = planned, limit
-        self.most: float | None = None
+        self.threshold: float | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.use_cpu:
             return
-        held = resident_bytes()  # freed memory is kept, so it is what the step held at its fullest
-        if self.most is None:
+        held = resident_bytes()  # freed memory stays with the process: this is the most that the step held
+        if self.threshold is None:
             if state.global_step == 1:
-                self._look(held, args.per_device_train_batch_size)
-            self.most = max(self.planned, held * ABOVE_FIRST)
-        elif held > self.most:
+                self._check_first_step(held, args.per_device_train_batch_size)
+            self.threshold = max(self.planned, held * ABOVE_FIRST_STEP)
+        elif held > self.threshold:
             trim_heap()
-            self.most *= MORE
+            self.threshold *= RAISE_BY
 
-    def _look(self, held: int, rows: int) -> None:
-        if self.limit is not None and held > self.limit and rows > 1:
+    def _check_first_step(self, held: int, micro_batch: int) -> None:
+        if self.limit is not None and held > self.limit and micro_batch > 1:
             raise TooMuchMemory(held, self.limit)
-        if held > self.planned * FAR_ABOVE:
-            say(
-                f"the first step, the largest, took {format_size(held)}: "
-                f"more than the {format_size(self.planned)} planned"
-            )
+        if held > self.planned * FAR_ABOVE_PLAN:
+            planned = format_size(self.planned)
+            say(f"the first step, the largest, took {format_size(held)}: more than the {planned} planned")

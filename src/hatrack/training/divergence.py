@@ -5,6 +5,7 @@ Knows nothing of models: the Trainer gives it losses, gradient norms and rows.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -22,8 +23,8 @@ from hatrack.check.running import (
 )
 from hatrack.console import say
 from hatrack.errors import Diverged
+from hatrack.recipe import Recipe
 from hatrack.training import checkpoint
-from hatrack.training.run import Run
 
 SMOOTHING = 0.8
 """Weight of the earlier steps in the running mean of the loss, which so reaches back about five steps."""
@@ -32,14 +33,14 @@ SMOOTHING = 0.8
 class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
     """Looks at each step before the optimizer takes it, so that a diverged step never changes the adapter.
 
-    `lr` is the peak learning rate, `usual_lr` the one that hatrack derives for the base, `dtype` the base's. The
-    Trainer sets `before`, the held-out loss before training, at the first evaluation. `few` measures it on a few
-    rows; that takes time, and is only called where the run looks diverged.
+    `folder` is the run's. `lr` is the peak learning rate, `usual_lr` the one that hatrack derives for the base, and
+    `dtype` the base's. The Trainer sets `before`, the held-out loss before training, at the first evaluation. `few`
+    measures it on a few rows; that takes time, and is only called where the run looks diverged.
     """
 
-    def __init__(self, run: Run, *, lr: float, usual_lr: float, dtype: str) -> None:
-        self.run = run
-        self.settings = LearningSettings(lr, usual_lr, dtype, run.recipe.r, run.recipe.lr == "auto")
+    def __init__(self, recipe: Recipe, folder: Path, *, lr: float, usual_lr: float, dtype: str) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.settings = LearningSettings(lr, usual_lr, dtype, recipe.r, recipe.lr == "auto")
         self.before: float | None = None
         self.few: Callable[[], float] = lambda: 0.0
         self.first_loss = 0.0
@@ -64,7 +65,7 @@ class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
             self.last_good = number - 1
         if not is_broken and not (enough and has_grown(start, self.mean)):
             return
-        step = Step(number, loss, norm, rows(), str(self.run.recipe.data))
+        step = Step(number, loss, norm, rows(), str(self.recipe.data))
         found = loss_not_a_number(step, self.settings)
         found = found or (no_gradient(step) if not enough else None)
         found = found or (loss_explodes(start, self.mean, step, self.settings) if enough else None)
@@ -87,8 +88,8 @@ class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
             say(f"advice: {found}")
 
     def _diverged(self, found: Finding) -> Diverged:
-        steps = (step for step in checkpoint.saved_steps(self.run.folder) if step <= self.last_good)
+        steps = (step for step in checkpoint.saved_steps(self.folder) if step <= self.last_good)
         saved = "no checkpoint had been saved before it"
         if (step := next(steps, None)) is not None:
-            saved = f"the last good checkpoint is {checkpoint.folder_of_step(self.run.folder, step)}"
+            saved = f"the last good checkpoint is {checkpoint.folder_of_step(self.folder, step)}"
         return Diverged(f"{found.what}; {saved}", got=found.got, fix=f"{found.fix} [{found.gotcha}]")

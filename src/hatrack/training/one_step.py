@@ -17,36 +17,36 @@ from hatrack.training.undone_steps import add_gradients
 ROWS = 4
 
 
-def one_step(facts: Prepared) -> list[Finding]:
+def one_step(prepared: Prepared) -> list[Finding]:
     """Loads the base and places the adapter as `train` does, and computes the gradients of a few rows. Measures the
     learning rate where the recipe says `--lr auto`. Saves nothing.
 
     Raises HatrackError where the base cannot be loaded.
     """
-    adapted = load_adapted_model(facts)
-    learn = facts.tokens.train
-    chosen = next(iter(LengthBatches(learn.lengths, min(ROWS, len(learn)), facts.recipe.seed)))
-    batch = collate([learn.row(index) for index in chosen], adapted.base.tokenizer.pad_token_id, facts.task)
-    loss = _add_gradients(adapted, facts, {name: tensor.to(adapted.base.device) for name, tensor in batch.items()})
+    adapted = load_adapted_model(prepared)
+    learn = prepared.tokens.train
+    chosen = next(iter(LengthBatches(learn.lengths, min(ROWS, len(learn)), prepared.recipe.seed)))
+    batch = collate([learn.row(index) for index in chosen], adapted.base.tokenizer.pad_token_id, prepared.task)
+    loss = _add_gradients(adapted, prepared, {name: tensor.to(adapted.base.device) for name, tensor in batch.items()})
     trained = [parameter for parameter in adapted.model.parameters() if parameter.requires_grad]
     found = [parameter.grad for parameter in trained if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
     adapted.model.zero_grad()
     rows = [int(learn.rows[index]) for index in chosen]
-    step = Step(1, loss, norm, rows, str(facts.recipe.data))
-    settings = LearningSettings(facts.schedule.lr, facts.usual_lr, facts.dtype, facts.recipe.r)
+    step = Step(1, loss, norm, rows, str(prepared.recipe.data))
+    settings = LearningSettings(prepared.schedule.lr, prepared.usual_lr, prepared.dtype, prepared.recipe.r)
     findings = [loss_not_a_number(step, settings), no_gradient(step)]
-    if facts.recipe.lr == "auto" and not any(findings):
-        measure_learning_rate(adapted.base, adapted.model, facts)
+    if prepared.recipe.lr == "auto" and not any(findings):
+        measure_learning_rate(adapted.base, adapted.model, prepared)
     return [finding for finding in findings if finding is not None]
 
 
-def _add_gradients(adapted: AdaptedModel, facts: Prepared, batch: Batch) -> float:
+def _add_gradients(adapted: AdaptedModel, prepared: Prepared, batch: Batch) -> float:
     """Adds the gradients of a batch's mean loss, which it returns, by the way that training takes."""
-    model, seed = adapted.model.train(), facts.recipe.seed
+    model, seed = adapted.model.train(), prepared.recipe.seed
     with tempfile.TemporaryDirectory() as folder:
-        streaming, prefix = open_layer_paths(adapted, facts, None, 0.0, Path(folder))
+        streaming, prefix = open_layer_paths(adapted, prepared, None, Path(folder))
         if streaming is None:
             torch.manual_seed(seed)
-            return add_gradients(model, [batch], facts.task, prefix)
-        return float(streaming.step([batch], [seed], lambda batch: losses(model, batch, facts.task)[0].mean()))
+            return add_gradients(model, [batch], prepared.task, prefix)
+        return float(streaming.step([batch], [seed], lambda batch: losses(model, batch, prepared.task)[0].mean()))

@@ -35,12 +35,16 @@ OURS = re.compile(r"lock$|\.?(run\.json|metrics\.jsonl|adapter|replaced|checkpoi
 
 @dataclass(frozen=True)
 class Run:
-    """The folders of one run, the name its adapter gets, and the recipe it follows."""
+    """The folders of one run and the name of its adapter.
+
+    `resumed`: it goes on from its last checkpoint. `overwrite`: it may replace an adapter in `output`.
+    """
 
     output: Path
     folder: Path
     name: str
-    recipe: Recipe
+    resumed: bool = False
+    overwrite: bool = False
 
     @property
     def metrics(self) -> Path:
@@ -58,14 +62,14 @@ class Run:
             (checkpoint.folder_of_step(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
         )
 
-    def remember(self, facts: dict[str, Any]) -> None:
+    def remember(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         """Keeps the recipe and what it was applied to; a resumed run must find the same facts.
 
         Raises RecipeError where they differ from what the interrupted run saw.
         """
         path = self.folder / RUN
-        then = json.loads(path.read_text()) if self.recipe.resume else {"recipe": {}, "facts": {}}
-        options, before, facts = self.recipe.explicit_options(), then["facts"], json.loads(json.dumps(facts))
+        then = json.loads(path.read_text()) if self.resumed else {"recipe": {}, "facts": {}}
+        options, before, facts = recipe.explicit_options(), then["facts"], json.loads(json.dumps(facts))
         changed = sorted(name for name in before if facts.get(name) != before[name])
         if changed:
             raise RecipeError(
@@ -100,14 +104,14 @@ class Run:
     def recall(self, fact: str) -> Any:
         """What the interrupted run remembered under this name; None where none is resumed."""
         path = self.folder / RUN
-        return json.loads(path.read_text())["facts"].get(fact) if self.recipe.resume and path.exists() else None
+        return json.loads(path.read_text())["facts"].get(fact) if self.resumed and path.exists() else None
 
     def finish(self) -> None:
         """Moves the proven adapter to its place, hangs it on the rack and removes the checkpoints.
 
         Raises RecipeError where something else came to lie in its place, AdapterError where its name was taken.
         """
-        if self.output.exists() and self.recipe.overwrite:
+        if self.output.exists() and self.overwrite:
             _check_replaceable(self.output)
             with machine_errors(self.output):
                 move(self.output, self.folder / REPLACED)
@@ -117,7 +121,7 @@ class Run:
         elif not filecmp.cmp(self.adapter / WEIGHTS, self.output / WEIGHTS, shallow=False):
             raise RecipeError("the output exists already", got=self.output, fix="move it away, and --resume")
         try:
-            registry.register(self.name, self.output, replace=self.recipe.overwrite)
+            registry.register(self.name, self.output, replace=self.overwrite)
         except AdapterError as error:
             self._remove()
             raise AdapterError(
@@ -139,7 +143,7 @@ def _told(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe) -> Iterator[Run]:
+def open_run(recipe: Recipe) -> Iterator[tuple[Run, Recipe]]:
     """Yields a new run, or with `resume` the interrupted one, whose recipe goes on; no other process may have it.
 
     A folder or name that is derived steps aside for what is there, which is said. Whatever stops the block, the newest
@@ -148,9 +152,9 @@ def open_run(recipe: Recipe) -> Iterator[Run]:
     or there is nothing to resume; Interrupted for Ctrl-C.
     """
     with contextlib.ExitStack() as claimed:
-        run = _resume(recipe, claimed) if recipe.resume else _begin(recipe, claimed)
+        run, recipe = _resume(recipe, claimed) if recipe.resume else (_begin(recipe, claimed), recipe)
         try:
-            yield run
+            yield run, recipe
         except KeyboardInterrupt:
             raise run.interrupted() from None
         except (Interrupted, Diverged):  # these say themselves what is kept
@@ -183,8 +187,8 @@ def _begin(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
     if first is not None:
         say(f"{first.what} ({first.got}): this run makes {output.name}")
     _clear(output.run_folder)
-    run = Run(output.folder, output.run_folder, output.name, recipe)
-    run.remember({})  # from here on --resume finds it
+    run = Run(output.folder, output.run_folder, output.name, overwrite=recipe.overwrite)
+    run.remember(recipe, {})  # from here on --resume finds it
     return run
 
 
@@ -229,7 +233,7 @@ def _check_replaceable(output: Path) -> None:
         )
 
 
-def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
+def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> tuple[Run, Recipe]:
     """The interrupted run that is meant, in a folder that `claimed` keeps others out of."""
     output = find_interrupted(recipe)
     folder = run_folder(output)
@@ -239,7 +243,7 @@ def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not yet proven
     name = recipe.name or name_from_data(recipe.data)
     registry.check_free(name, output, replace=recipe.overwrite)
-    return Run(output, folder, name, recipe)
+    return Run(output, folder, name, resumed=True, overwrite=recipe.overwrite), recipe
 
 
 @contextlib.contextmanager

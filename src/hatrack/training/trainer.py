@@ -59,12 +59,12 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class TrainerRows:
-    """The rows to learn from and the held-out rows of a task (classify, chat or complete), as tokens.
+    """The training rows and the held-out rows of a task (classify, chat or complete), as tokens.
 
     `pad_id` is the token that fills short rows up.
     """
 
-    learn: TokenRows
+    train: TokenRows
     held_out: TokenRows
     task: str
     pad_id: int
@@ -89,7 +89,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         prefix: FrozenPrefix | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(train_dataset=RowsDataset(rows.learn), eval_dataset=RowsDataset(rows.held_out), **options)
+        super().__init__(train_dataset=RowsDataset(rows.train), eval_dataset=RowsDataset(rows.held_out), **options)
         self.accelerator.device_placement = streaming is None
         self.rows, self.watch, self.on_start_score = rows, watch, on_start_score
         self.streaming, self.prefix = streaming, prefix
@@ -100,7 +100,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step, not of a micro-batch
         self._micro_batches: list[Batch] = []  # of this step, so far
         self._step_length = 0.0  # tokens of a row in this step, padding included
-        self.smoothed = SmoothedLoss(rows.learn)
+        self.smoothed = SmoothedLoss(rows.train)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(self.train_dataset, batch_sampler=self._batches(), collate_fn=self._collate)
@@ -108,7 +108,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
 
     def _batches(self) -> LengthBatches:
         size, by_tokens = self.args.per_device_train_batch_size, self.rows.task != "classify"
-        return LengthBatches(self.rows.learn.lengths, size, self.args.seed, by_tokens=by_tokens)
+        return LengthBatches(self.rows.train.lengths, size, self.args.seed, by_tokens=by_tokens)
 
     def rows_of_step(self, number: int) -> list[int]:
         """The numbers of the rows that optimizer step `number` (from 1) learns from, on all processes together."""
@@ -117,7 +117,7 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         epoch, index = divmod(number - 1, -(-len(batches) // per_step))
         batches.set_epoch(epoch)
         chosen = list(batches)[index * per_step : (index + 1) * per_step]
-        return [int(self.rows.learn.rows[row]) for batch in chosen for row in batch]
+        return [int(self.rows.train.rows[row]) for batch in chosen for row in batch]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
