@@ -124,7 +124,7 @@ def test_data_of_another_kind(tmp_path: Path, name: str, content: str) -> None:
         (
             "rows.csv.gz",
             gzip.compress(gzip.compress(b"text", mtime=0), mtime=0),
-            "unpack it once and name it rows.csv.gz",
+            "decompress it once and name it rows.csv.gz",
         ),
         ("rows.csv", b'{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}\n', "name it .jsonl"),
         ("rows.csv", b'[\n {"text": "a", "label": "b"}\n]\n', "name it .json"),

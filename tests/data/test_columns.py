@@ -4,23 +4,23 @@ from typing import Any
 
 import pytest
 
-from hatrack.data.columns import COMMON, find_columns, find_extra_columns
+from hatrack.data.columns import COMMON_NAMES, find_columns, find_extra_columns
 from hatrack.errors import DataError, RecipeError
 from hatrack.recipe import Recipe
 
 
-@pytest.mark.parametrize("name", COMMON["text"])
+@pytest.mark.parametrize("name", COMMON_NAMES["text"])
 def test_every_common_name_of_a_text(name: str) -> None:
     assert find_columns(Recipe.make(), [name, "label", "id"], "f.csv") == ("classify", {"text": name, "label": "label"})
 
 
-@pytest.mark.parametrize("name", COMMON["label"])
+@pytest.mark.parametrize("name", COMMON_NAMES["label"])
 def test_every_common_name_of_a_label(name: str) -> None:
     assert find_columns(Recipe.make(), ["id", "text", name], "f.csv") == ("classify", {"text": "text", "label": name})
 
 
-@pytest.mark.parametrize("prompt", COMMON["prompt"])
-@pytest.mark.parametrize("completion", COMMON["completion"])
+@pytest.mark.parametrize("prompt", COMMON_NAMES["prompt"])
+@pytest.mark.parametrize("completion", COMMON_NAMES["completion"])
 def test_every_common_pair_of_a_question_and_its_answer(prompt: str, completion: str) -> None:
     found = {"prompt": prompt, "completion": completion}
     assert find_columns(Recipe.make(), ["id", prompt, completion], "f.jsonl") == ("chat", found)
@@ -83,17 +83,17 @@ def _beside(filled: dict[str, list[Any]], **options: str) -> dict[str, str]:
         (
             ALPACA | {"text": ["### Instruction ..."]},
             {"prompt": "instruction", "completion": "output", "input": "input"},
-            ["the prompt is 'instruction', and where there is one a blank line and 'input'", "not read: text\n"],
+            ["the prompt is 'instruction', then a blank line and 'input' if the row has one", "not read: text\n"],
         ),
         (
             {"question": ["q"], "passage": ["c"], "answer": ["a"], "id": [1]},
             {"prompt": "question", "completion": "answer", "input": "passage"},
-            ["the prompt is 'question', and where there is one a blank line and 'passage'", "not read: id\n"],
+            ["the prompt is 'question', then a blank line and 'passage' if the row has one", "not read: id\n"],
         ),
         (
             {"conversations": [[]], "system": ["s"], "tools": ["[]"], "source": ["x"]},
             {"messages": "conversations", "system": "system", "tools": "tools"},
-            ["'system' becomes the first turn", "'tools' are the tools", "not read: source\n"],
+            ["'system' becomes the first turn", "'tools' holds the tools", "not read: source\n"],
         ),
         (
             ALPACA | {"system": ["s"], "history": [[["a", "b"]]], "": [0], "Unnamed: 0": [1], "__index_level_0__": [2]},
@@ -155,7 +155,7 @@ def test_two_columns_that_could_be_one_thing_are_refused() -> None:
 
 
 def test_texts_alone_have_no_first_turn(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(DataError, match="the column 'system' has no place in --task complete"):
+    with pytest.raises(DataError, match="the column 'system' is not used by --task complete"):
         _beside(ALPACA | {"system": ["s"]}, task="complete")
     assert _beside(ALPACA, task="complete")["input"] == "input"
     assert _beside({"text": ["t"], "label": ["a"], "context": ["c"], "weight": [1]}) == {
@@ -199,7 +199,7 @@ def test_the_better_of_two_answers_is_named_as_it_is_written(row: dict[str, Any]
 @pytest.mark.parametrize("name", ["text_pair", "sentence2", "premise"])
 def test_half_of_a_pair_is_not_classified_alone(name: str) -> None:
     rows = {"text": ["a"], "label": ["b"], name: ["c"]}
-    with pytest.raises(DataError, match=f"the column '{name}' means something that hatrack does not honour"):
+    with pytest.raises(DataError, match=f"the column '{name}' means something that hatrack does not support"):
         _beside(rows)
     assert _beside(rows, text="text", label="label") == {"text": "text", "label": "label"}
 
@@ -211,6 +211,6 @@ def test_a_number_of_rows_is_no_text() -> None:
 
 def test_what_lies_inside_a_cell_is_told() -> None:
     with pytest.raises(
-        DataError, match=r"got columns data \(an object of question, answer\), n; fix: bring what is in"
+        DataError, match=r"got columns data \(an object of question, answer\), n; fix: make columns of what is in"
     ):
         find_columns(Recipe.make(), ["data", "n"], "f.jsonl", {"data": {"question": 1, "answer": 2}, "n": 1})

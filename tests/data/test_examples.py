@@ -264,7 +264,7 @@ def test_a_label_all_of_whose_rows_are_held_out_is_refused() -> None:
         _prepare(_labelled(20), [row for row in _labelled(20) if row["label"] == "class 1"])
     assert str(caught.value) == (
         "every training row of label 'class 1' is also in held.csv; got 10 rows in both; "
-        "fix: give other rows to one of the two"
+        "fix: give one of the two other rows"
     )
 
 

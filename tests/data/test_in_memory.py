@@ -11,9 +11,11 @@ import pyarrow as pa
 import pytest
 
 import hatrack
+from hatrack.data.examples import read_examples
 from hatrack.data.in_memory import cache_rows
 from hatrack.data.read import read_rows
 from hatrack.errors import DataError
+from hatrack.recipe import Recipe
 
 ROWS = [{"text": "good film", "label": "yes"}, {"text": "bad film", "label": "no"}]
 
@@ -51,6 +53,15 @@ def test_the_same_rows_are_the_same_file() -> None:
     assert cache_rows(ROWS) != cache_rows(ROWS[::-1])
 
 
+def test_messages_name_the_option_and_the_place_in_the_list() -> None:
+    rows = [*ROWS * 3, {"text": "", "label": "x"}]
+    for options, name in (({}, "data"), ({"eval_data": cache_rows([*ROWS, {"text": "", "label": "x"}])}, "eval_data")):
+        with pytest.raises(DataError) as caught:
+            read_examples(Recipe.make(data=cache_rows(rows if name == "data" else ROWS * 3), **options))
+        expected = f"{name} row {len(rows) if name == 'data' else len(ROWS) + 1}, column text: the text is empty"
+        assert expected in caught.value.complaints and "rows.jsonl" not in str(caught.value)
+
+
 def test_class_numbers_become_names() -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     data = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
@@ -78,7 +89,7 @@ def test_numbers_of_numpy_and_missing_values_are_plain() -> None:
         ({"text": "a", "label": "b"}, "all of one length"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}), r"splits train; fix: give one, such as"),
         (7, "must be a path, a list of rows"),
-        ([{"text": b"bytes"}], "row 1 holds a value that is no text"),
+        ([{"text": b"bytes"}], "row 1 holds a value that is not a text"),
     ],
 )
 def test_what_is_no_table_is_named(data: Any, says: str) -> None:

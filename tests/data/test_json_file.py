@@ -90,7 +90,7 @@ REFUSED = [
     ),
     ("x.jsonl", json.dumps(ROWS)[:100], "x.jsonl is not valid JSON Lines; got line 1: "),
     ("x.json", json.dumps(ROWS, indent=1)[:90], "x.json is not valid JSON; got line "),
-    ("x.json", "[\n// rows\n" + ",\n".join(LINES) + "]", "line 2: a comment, which JSON has no place for: '// rows'"),
+    ("x.json", "[\n// rows\n" + ",\n".join(LINES) + "]", "line 2: a comment, which JSON does not have: '// rows'"),
     (
         "x.jsonl",
         "text,label\na,b\n",
@@ -144,7 +144,7 @@ def test_single_bad_lines_are_problems_of_their_rows() -> None:
 def test_one_line_as_python_writes_it_among_others(capfd: pytest.CaptureFixture[str]) -> None:
     rows = read_json_lines("x.jsonl", "\n".join([LINES[0], "{'text': None, 'label': True, 'tags': ('a',)}"]))
     assert rows.rows[1] == {"text": None, "label": True, "tags": ["a"]}
-    assert capfd.readouterr().err == "x.jsonl: a line is not JSON, but as Python writes objects: read as such\n"
+    assert capfd.readouterr().err == "x.jsonl: a line is not JSON but objects as Python prints them: read as such\n"
 
 
 def test_pathological_lines_stay_problems() -> None:
@@ -156,3 +156,20 @@ def test_an_index_among_the_keys_is_passed_over(capfd: pytest.CaptureFixture[str
     text = "".join(json.dumps({"Unnamed: 0": n, **row}) + "\n" for n, row in enumerate(ROWS))
     assert read_json_lines("x.jsonl", text).rows == ROWS
     assert capfd.readouterr().err.startswith("x.jsonl: not read: Unnamed: 0 (pandas' index")
+
+
+@pytest.mark.parametrize("text", ["{}", "[{}]", "[\n{},\n]"], ids=["a line", "an array", "objects"])
+def test_a_row_with_a_key_twice_is_a_problem_of_that_row(text: str) -> None:
+    """JSON parsers silently use the last of two values."""
+    twice = '{"text": "a", "label": "x", "text": "b"}, {"text": "c", "label": [{"y": 1, "y": 2}]}'
+    good = '{"text": "d", "label": "x", "text": "d"}'
+    rows = f"{twice}, {good}".replace("}, {", "}\n{" if text == "{}" else "},\n{")
+    found = reader("x.jsonl" if text == "{}" else "x.json")("x", text.replace("{}", rows))
+    assert found.rows == [{"text": "d", "label": "x"}]
+    words = [f"the key {key!r} occurs twice with different values" for key in ("text", "y")]
+    assert found.problems == list(zip((1, 2), words, strict=True))
+
+
+def test_columns_with_a_name_twice_are_refused() -> None:
+    with pytest.raises(DataError, match=r"must hold one array of objects; got one object with the key 'text' twice"):
+        read_json_array("x.json", '{"text": ["a", "b"], "label": ["x", "y"], "text": ["c", "d"]}')

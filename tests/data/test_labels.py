@@ -214,10 +214,19 @@ def test_every_class_is_said_with_its_count(tmp_path: Any, capsys: pytest.Captur
     read_examples(Recipe.make(data=str(tmp_path / "rows.csv")))
     said = capsys.readouterr().err
     assert "classes: class 07 (5), class 00 (4), class 01 (4)" in said and "class 19 (4) and 5 more" in said
-    assert labels.listed(["a, b", "\x07"], {0: 1, 1: 2000}) == r"'\x07' (2,000), 'a, b' (1)"
+    assert labels.describe_classes(["a, b", "\x07"], {0: 1, 1: 2000}) == r"'\x07' (2,000), 'a, b' (1)"
 
 
 def test_numbers_are_compared_exactly() -> None:
-    assert labels.one_spelling(["0.1", "0.10000000000000000000000000000000001"], "f", "c", merge=False) == {}
-    assert labels.class_names(["1e3", "999", "-2"]) == (["-2", "999", "1e3"], False)
+    assert labels.merge_spellings(["0.1", "0.10000000000000000000000000000000001"], "f", "c", merge=False) == {}
+    assert labels.find_classes(["1e3", "999", "-2"]) == (["-2", "999", "1e3"], False)
     assert Decimal("1e3") == 1000
+
+
+def test_joined_labels_are_read_as_one_label_which_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    labels.say_joined_labels(["a;b", "c", "c;a", "b;a"])
+    assert capsys.readouterr().err == (
+        "labels such as 'a;b' are read as one label; give lists for several labels a row\n"
+    )
+    labels.say_joined_labels(["a;b", "c", ["a|b"], "b|a", "d;"])
+    assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Rows that cannot be learned from, told to a person: equal complaints as one, all of them at once.
+"""Reports all rows that cannot be learned from at once, equal complaints as one.
 
 Knows nothing of what is wrong with them.
 """
@@ -15,9 +15,9 @@ SHOWN_SPANS = 8
 
 
 class BadRows(DataError):
-    """Rows of one or two sources, `total` in all, that cannot be learned from: `bad`, those of each source.
+    """Rows that cannot be learned from: `bad` has those of each source, out of `total` rows.
 
-    `others`: the examples of the other rows, where they make any.
+    `others` has the examples of the other rows, if there are enough.
     """
 
     others: Any = None
@@ -27,29 +27,29 @@ class BadRows(DataError):
     ) -> None:
         self.bad, self.total, self.fixes = bad, total, list(dict.fromkeys(fixes))
         count = sum(len(each) for _, each in bad)
-        ways = self.fixes or ["correct them" if count > 1 else "correct it"]
+        fix = self.fixes or ["correct them" if count > 1 else "correct it"]
         skip = [] if count >= total else [f"leave {'them' if count > 1 else 'it'} out with --bad-rows skip"]
         super().__init__(
             f"{format_rows(count)} cannot be learned from",
-            fix=", or ".join([*ways, *skip]),
+            fix=", or ".join([*fix, *skip]),
             gotcha=gotcha,
-            complaints=[line for source, each in bad for line in listed(source, each)],
+            complaints=[line for source, each in bad for line in group_complaints(source, each)],
         )
 
 
-def joined(errors: Sequence[BadRows], total: int) -> BadRows:
-    """The complaints of several as one, by their sources; `total` is the number of all rows."""
+def join_errors(errors: Sequence[BadRows], total: int) -> BadRows:
+    """Several errors as one; `total` is the number of all rows."""
     by_source: dict[str, list[BadRow]] = {}
     for error in errors:
         for source, each in error.bad:
             by_source.setdefault(source, []).extend(each)
     gotcha = next((error.gotcha for error in errors if error.gotcha), "")
-    fixes = [fix for error in errors for fix in error.fixes or ["mend them"]]
+    fixes = [fix for error in errors for fix in error.fixes or ["correct them"]]
     return BadRows(list(by_source.items()), total, fixes, gotcha)
 
 
 def refuse_or_skip(error: BadRows, bad_rows: str) -> None:
-    """Raises `error`, or with `bad_rows: skip` says how many rows are left out."""
+    """Raises `error` if it has rows; with `bad_rows: skip` only says how many are left out."""
     count = sum(len(each) for _, each in error.bad)
     if bad_rows == "refuse" and count:
         raise error
@@ -57,8 +57,8 @@ def refuse_or_skip(error: BadRows, bad_rows: str) -> None:
         say(f"{count:,} row{'s' * (count > 1)} left out, the first: {error.complaints[0]}")
 
 
-def listed(source: str, bad: Sequence[BadRow]) -> list[str]:
-    """The complaints of a source in the order of its rows, equal ones as one.
+def group_complaints(source: str, bad: Sequence[BadRow]) -> list[str]:
+    """The complaints about a source in the order of its rows, equal ones as one.
 
     >>> listed("f.csv", [Bad(3, "empty", "text"), Bad(4, "empty", "text"), Bad(9, "empty", "text"), Bad(5, "odd")])
     ['f.csv rows 3-4, 9, column text: empty', 'f.csv row 5: odd']
@@ -67,13 +67,13 @@ def listed(source: str, bad: Sequence[BadRow]) -> list[str]:
     for each in sorted(bad, key=lambda each: each.row):
         groups[each.column, each.reason].append(each.row)
     return [
-        f"{source} {numbered(rows)}" + (f", column {column}" if column else "") + f": {words}"
-        for (column, words), rows in groups.items()
+        f"{source} {format_row_numbers(rows)}" + (f", column {column}" if column else "") + f": {reason}"
+        for (column, reason), rows in groups.items()
     ]
 
 
-def numbered(rows: Sequence[int]) -> str:
-    """Row numbers in few words.
+def format_row_numbers(rows: Sequence[int]) -> str:
+    """Row numbers in short form.
 
     >>> numbered([4]), numbered([1, 2, 3, 7]), numbered(range(1, 41, 2))
     ('row 4', 'rows 1-3, 7', 'rows 1, 3, 5, 7, 9, 11, 13, 15, ... (20 rows)')
@@ -86,5 +86,5 @@ def numbered(rows: Sequence[int]) -> str:
             spans[-1][1] = row
         else:
             spans.append([row, row])
-    told = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans[:SHOWN_SPANS])
-    return f"rows {told}" + (f", ... ({len(rows):,} rows)" if len(spans) > SHOWN_SPANS else "")
+    shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans[:SHOWN_SPANS])
+    return f"rows {shown}" + (f", ... ({len(rows):,} rows)" if len(spans) > SHOWN_SPANS else "")

@@ -1,4 +1,4 @@
-"""Rows -> checked examples of a task: labels, duplicates, the held-out split, and every complaint at once.
+"""Makes checked examples of rows: labels, duplicates, the held-out split, and all complaints at once.
 
 Knows nothing of tokens or models.
 """
@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 from hatrack.console import say
 from hatrack.data import labels
 from hatrack.data.columns import find_columns, find_extra_columns
-from hatrack.data.complaints import BadRows, joined, refuse_or_skip
+from hatrack.data.complaints import BadRows, join_errors, refuse_or_skip
+from hatrack.data.in_memory import source_name
 from hatrack.data.labels import Label
 from hatrack.data.messages import has_content
 from hatrack.data.read import Rows, read_rows
@@ -27,17 +27,17 @@ from hatrack.recipe import Recipe
 
 Made = TypeVar("Made")
 PLAIN_KEYS = {"role", "content"}
-HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 2000
+HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 2000
 
 
 @dataclass(frozen=True)
 class Example:
     """One row to learn from; `row` is its number in the file.
 
-    classify: `text`, `label` (an index, or for several labels a row a tuple of indices). complete: `text`, or `text` as
-    the prompt and `completion` to learn. chat: `messages` as a chat template takes them (`role`, `content`, and where
-    there are any `tool_calls`, `reasoning_content`, ...), the `tools` they could call (JSON schemas), and which of the
-    assistant's turns are `context_only`: read, and not learned.
+    classify: `text` and `label` (an index, or a tuple of indices with several labels a row). complete: `text`, or
+    `text` as the prompt and `completion` to learn. chat: `messages` for a chat template (`role`, `content`, and maybe
+    `tool_calls`, `reasoning_content`, ...), `tools` (JSON schemas), and `context_only`, the indices of assistant turns
+    that are not learned.
     """
 
     row: int
@@ -50,20 +50,23 @@ class Example:
 
     @property
     def content(self) -> list[Any]:
-        """All of it but the row's number, as JSON takes it. Equal for equal examples, in every version of hatrack."""
+        """All but the row number, as JSON values. Equal for equal examples, in every version of hatrack."""
         plain = [[turn["role"], turn["content"]] if set(turn) == PLAIN_KEYS else turn for turn in self.messages]
         more = [self.tools, self.context_only] if self.tools or self.context_only else []
         return [self.text, self.label, plain, self.completion, *more]
 
     @property
     def all_text(self) -> str:
-        """All of its text, a turn a line."""
+        """All of its text, one turn per line."""
         return "\n".join([*(str(turn["content"]) for turn in self.messages), self.text, self.completion or ""])
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run learns from and is scored on. `digest` changes with any of it. `separate_files`: in two files."""
+    """What a run is trained and scored on.
+
+    `digest` changes with any of it. `separate_files`: the held-out rows come from a file of their own.
+    """
 
     task: str
     train: list[Example]
@@ -77,7 +80,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of one source, read: examples whose labels are still names, and complaints."""
+    """The rows of one source: examples whose labels are still names, and the bad rows."""
 
     source: str
     label_column: str
@@ -86,13 +89,30 @@ class _Part:
     bad: list[BadRow]
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """The rows of all sources, read: those to train on, and if they come from another source, those to score."""
+
+    task: str
+    columns: dict[str, str]
+    parts: list[_Part]
+    classes: list[str]
+    multi_label: bool
+
+    @property
+    def stratified(self) -> bool:
+        """Whether each class gets its share of the held-out rows."""
+        return self.task == "classify" and not self.multi_label
+
+
 def read_examples(recipe: Recipe) -> Examples:
     """The examples of the files that a recipe names. Raises DataError, see `make_examples`."""
     rows = read_rows(str(recipe.data))
-    examples = make_examples(recipe, rows, read_rows(recipe.eval_data) if recipe.eval_data else None)
+    examples = make_examples(recipe, rows, read_rows(recipe.eval_data, "eval_data") if recipe.eval_data else None)
     if examples.labels:
         counts = Counter(index for e in (*examples.train, *examples.held_out) for index in _indices(e.label))
-        say(f"classes{' (several a row)' if examples.multi_label else ''}: {labels.listed(examples.labels, counts)}")
+        shown = labels.describe_classes(examples.labels, counts)
+        say(f"classes{' (several a row)' if examples.multi_label else ''}: {shown}")
     return examples
 
 
@@ -100,98 +120,106 @@ def make_examples(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> 
     """Checked, de-duplicated and split examples.
 
     Raises DataError with all complaints at once (`add_complaints` adds those of a tokenizer); with `bad_rows: skip`,
-    rows that cannot be learned from are left out and format_rows instead.
+    rows that cannot be learned from are left out and counted instead.
     """
-    task, columns, parts = _read(recipe, [rows] if eval_rows is None else [rows, eval_rows])
-    classes: list[str] = []
-    multi_label = False
-    if task == "classify":
-        parts, classes, multi_label = _with_classes(parts, merge=recipe.merge_labels)
+    sources = _read(recipe, [rows] if eval_rows is None else [rows, eval_rows])
+    if sources.task == "classify":
+        sources = _with_classes(sources, merge=recipe.merge_labels)
     else:
-        parts = [_without_duplicates(part) for part in parts]
-    divide = partial(_divided, recipe, task, columns, parts, classes, multi_label)
+        sources = replace(sources, parts=[_without_duplicates(part) for part in sources.parts])
     try:
-        _refuse_or_skip(parts, recipe.bad_rows)
+        _refuse_or_skip(sources.parts, recipe.bad_rows)
     except BadRows as error:
-        with suppress(DataError):  # too few rows, or one class: to be seen once these are mended
-            error.others = divide()
+        with suppress(DataError):  # too few rows or one class: to be refused once these are corrected
+            error.others = _split(sources, recipe.seed)
         raise
-    return divide()
+    return _split(sources, recipe.seed)
 
 
-def add_complaints(error: BadRows, look: Callable[[Examples], object]) -> BadRows:
-    """`error` with what `look` refuses of the rows that could be read: all of it is said at once."""
+def add_complaints(error: BadRows, check: Callable[[Examples], object]) -> BadRows:
+    """`error` with the BadRows that `check` raises about the other rows, so that all are reported at once."""
     try:
         if error.others is not None:
-            look(error.others)
+            check(error.others)
     except BadRows as more:
-        return joined([error, more], error.total)
-    except HatrackError:  # of the base: not what the rows are refused for
+        return join_errors([error, more], error.total)
+    except HatrackError:  # about the base, not the rows
         pass
     return error
 
 
-def _divided(
-    recipe: Recipe, task: str, columns: dict[str, str], parts: list[_Part], classes: list[str], multi_label: bool
-) -> Examples:
-    """The examples to learn from and those held out. Raises DataError where there are too few."""
-    if task == "classify":
-        _check_classes(parts[0], classes, multi_label)
+def _split(sources: _Sources, seed: int) -> Examples:
+    """The examples to train on and those held out. Raises DataError if there are too few."""
+    parts, classes = sources.parts, sources.classes
+    if sources.task == "classify":
+        _check_classes(parts[0], classes, sources.multi_label)
     if len(parts) == 2:
         train, held_out = _without_leaks(parts[0], parts[1], classes), parts[1].examples
     else:
-        train, held_out = split_held_out(
-            parts[0].examples, seed=recipe.seed, stratified=task == "classify" and not multi_label
-        )
+        train, held_out = split_held_out(parts[0].examples, seed=seed, stratified=sources.stratified)
     _check_enough(train, held_out, parts[0].source)
-    digest = _digest(train, held_out, classes)
-    return Examples(task, train, held_out, classes, multi_label, columns, digest, separate_files=len(parts) == 2)
+    return Examples(
+        task=sources.task,
+        train=train,
+        held_out=held_out,
+        labels=classes,
+        multi_label=sources.multi_label,
+        columns=sources.columns,
+        digest=_digest(train, held_out, classes),
+        separate_files=len(parts) == 2,
+    )
 
 
 def map_parts(
     recipe: Recipe, examples: Examples, make: Callable[[list[Example], str], Made]
 ) -> tuple[Examples, Made, Made]:
-    """What `make` makes of the training and of the held-out rows, called with these and the name of their source.
+    """`make` of the training and of the held-out rows; it is called with the rows and the name of their source.
 
-    Rows for which it raises BadRows are refused, those of both parts at once. With `bad_rows: skip` they are left
-    out as if they had never been there: what remains is split anew. Returns the examples that remain, too.
+    Rows for which it raises BadRows are refused, those of both parts at once. With `bad_rows: skip` they are left out
+    and the remaining rows are split again; returns the examples that remain, too.
     """
-    sources = str(recipe.data), str(recipe.eval_data or recipe.data)
+    source = source_name(str(recipe.data))
+    names = source, source_name(recipe.eval_data, "eval_data") if recipe.eval_data else source
     made: list[Made] = []
-    gone: list[set[int]] = [set(), set()]
+    dropped: list[set[int]] = [set(), set()]
     errors = []
     for index, part in enumerate((examples.train, examples.held_out)):
         try:
-            made.append(make(part, sources[index]))
+            made.append(make(part, names[index]))
         except BadRows as error:
             errors.append(error)
-            gone[index] = {bad.row for _, each in error.bad for bad in each}
+            dropped[index] = {bad.row for _, each in error.bad for bad in each}
     if not errors:
         return examples, made[0], made[1]
-    refuse_or_skip(joined(errors, len(examples.train) + len(examples.held_out)), recipe.bad_rows)
-    return map_parts(recipe, _left(recipe, examples, gone), make)
+    refuse_or_skip(join_errors(errors, len(examples.train) + len(examples.held_out)), recipe.bad_rows)
+    return map_parts(recipe, _without_rows(recipe, examples, dropped), make)
 
 
-def _left(recipe: Recipe, examples: Examples, gone: list[set[int]]) -> Examples:
-    """Without the rows `gone` from the training and from the held-out part, and split anew, but for two files."""
+def _without_rows(recipe: Recipe, examples: Examples, dropped: list[set[int]]) -> Examples:
+    """The examples without the `dropped` training and held-out rows, split again unless they come from two files."""
     train, held_out = (
         [example for example in part if example.row not in rows]
-        for part, rows in zip((examples.train, examples.held_out), gone, strict=True)
+        for part, rows in zip((examples.train, examples.held_out), dropped, strict=True)
     )
     if not examples.separate_files:
         stratified = examples.task == "classify" and not examples.multi_label
         rest = sorted([*train, *held_out], key=lambda example: example.row)
         train, held_out = split_held_out(rest, seed=recipe.seed, stratified=stratified)
-    _check_enough(train, held_out, str(recipe.data))
-    there = {index for example in train for index in _indices(example.label)}
-    missing = [name for index, name in enumerate(examples.labels) if index not in there]
+    source = source_name(str(recipe.data))
+    _check_enough(train, held_out, source)
+    missing = _classes_without_rows(train, examples.labels)
     if missing:
         raise DataError(
-            f"no row of label {short_repr(missing[0])} in {recipe.data} can be learned from",
+            f"no row of label {short_repr(missing[0])} in {source} can be learned from",
             fix="give it rows that can, or leave the label out",
         )
     digest = _digest(train, held_out, examples.labels)
     return replace(examples, train=train, held_out=held_out, digest=digest)
+
+
+def _classes_without_rows(examples: list[Example], classes: list[str]) -> list[str]:
+    used = {index for example in examples for index in _indices(example.label)}
+    return [name for index, name in enumerate(classes) if index not in used]
 
 
 def _check_enough(train: list[Example], held_out: list[Example], source: str) -> None:
@@ -204,20 +232,21 @@ def _check_enough(train: list[Example], held_out: list[Example], source: str) ->
 
 
 def examples_to_score(
-    recipe: Recipe, rows: Rows, classes: Sequence[str], multi_label: bool, also: Mapping[str, str]
+    recipe: Recipe, rows: Rows, classes: Sequence[str], multi_label: bool, aliases: Mapping[str, str]
 ) -> tuple[str, list[Example]]:
-    """The task, and all rows of a file to score an adapter on that knows `classes`; `also` maps other words to them.
+    """The task, and all rows of a file to score an adapter of these `classes` on; `aliases` maps other labels to them.
 
     A label that is another spelling of a class counts as that class. Raises DataError as `make_examples` does, and if
     no row has a label that the adapter knows.
     """
-    task, _, (part,) = _read(recipe, [rows])
-    if task == "classify":
-        given = part
-        spelling = labels.as_in_training(part.names, classes) | dict(also)
+    sources = _read(recipe, [rows])
+    [part] = sources.parts
+    if sources.task == "classify":
+        names = part.names
+        spelling = labels.match_classes(names, classes) | dict(aliases)
         part = _indexed(_respelled(part, spelling), list(classes), multi_label)
-        if given.examples and not part.examples:
-            found = sorted({item for name in given.names for item in labels.items(name)})
+        if names and not part.examples:
+            found = sorted({item for name in names for item in labels.label_names(name)})
             raise DataError(
                 f"{rows.source}, column {part.label_column}: no label is one that the adapter knows",
                 got=", ".join(map(short_repr, found[:10])),
@@ -226,18 +255,18 @@ def examples_to_score(
             )
     part = _without_duplicates(part)
     _refuse_or_skip([part], recipe.bad_rows)
-    return task, part.examples
+    return sources.task, part.examples
 
 
 def split_held_out(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:
-    """A tenth of the rows (at most 2,000, at least one a class if `stratified`) held out; both parts keep file order.
+    """The rows to train on, and a tenth of the rows held out (at most 2,000; of each class if `stratified`).
 
-    The same rows for the same seed, whatever else a run does.
+    Both keep the order of the file. The same seed gives the same rows.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
         groups[example.label if stratified else None].append(index)
-    share = min(HELD_OUT_SHARE, HELD_OUT_MOST / max(len(examples), 1))
+    share = min(HELD_OUT_SHARE, HELD_OUT_MAX / max(len(examples), 1))
     shuffle = random.Random(seed).shuffle
     chosen: set[int] = set()
     for _, members in sorted(groups.items(), key=lambda item: str(item[0])):
@@ -249,14 +278,14 @@ def split_held_out(examples: Sequence[Example], *, seed: int, stratified: bool) 
 
 
 def _filled(sources: Sequence[Rows]) -> dict[str, list[Any]]:
-    """The columns that hold anything in any row, with the values of the rows where they do."""
+    """The columns that are not empty, with their values that are not."""
     names = dict.fromkeys(name for rows in sources for name in rows.columns)
-    held = {name: [row[name] for rows in sources for row in rows.rows if has_content(row.get(name))] for name in names}
-    return {name: values for name, values in held.items() if values}
+    found = {name: [row[name] for rows in sources for row in rows.rows if has_content(row.get(name))] for name in names}
+    return {name: values for name, values in found.items() if values}
 
 
-def _read(recipe: Recipe, sources: Sequence[Rows]) -> tuple[str, dict[str, str], list[_Part]]:
-    """The task, the column of each role, and each source read by these. Columns and message keys not read are said."""
+def _read(recipe: Recipe, sources: Sequence[Rows]) -> _Sources:
+    """The task, the column of each role, and the examples of each source. Says which columns and keys are not read."""
     first = sources[0]
     task, columns = find_columns(recipe, first.columns, first.source, next(iter(first.rows), None))
     for rows in sources[1:]:
@@ -265,7 +294,7 @@ def _read(recipe: Recipe, sources: Sequence[Rows]) -> tuple[str, dict[str, str],
     parts, unread = [], set[str]()
     for rows in sources:
         examples, names = [], []
-        bad = [BadRow(number, words) for number, words in rows.problems]
+        bad = [BadRow(number, reason) for number, reason in rows.problems]
         for number, row in zip(rows.numbers, rows.rows, strict=True):
             found = read_example(number, row, task, columns, unread)
             if isinstance(found, BadRow):
@@ -277,7 +306,7 @@ def _read(recipe: Recipe, sources: Sequence[Rows]) -> tuple[str, dict[str, str],
         parts.append(_Part(rows.source, columns.get("label", ""), examples, names, bad))
     if unread:
         say(f"not read in the messages: {', '.join(sorted(unread))}")
-    return task, columns, parts
+    return _Sources(task, columns, parts, classes=[], multi_label=False)
 
 
 def _check_same_columns(first: Rows, rows: Rows, columns: Mapping[str, str]) -> None:
@@ -290,32 +319,38 @@ def _check_same_columns(first: Rows, rows: Rows, columns: Mapping[str, str]) -> 
         )
 
 
-def _with_classes(parts: list[_Part], *, merge: bool) -> tuple[list[_Part], list[str], bool]:
-    """The parts with their labels as indices of the classes of the training rows; these classes, and whether a row may
-    have several. Raises DataError where a column of labels is no column of classes."""
-    parts = [_without(part, labels.mixed_types(part.names, merge=merge)) for part in parts]
+def _with_classes(sources: _Sources, *, merge: bool) -> _Sources:
+    """The sources with their labels as indices of the classes of the training rows.
+
+    Raises DataError if the labels are not classes.
+    """
+    parts = [_drop_bad(part, labels.mixed_type_complaints(part.names, merge=merge)) for part in sources.parts]
     train = parts[0]
     labels.refuse_vectors(train.names, train.source, train.label_column)
+    labels.say_joined_labels(train.names)
     labels.refuse_scores_and_texts(train.names, train.source, train.label_column)
-    spelling = labels.one_spelling(train.names, train.source, train.label_column, merge=merge)
+    spelling = labels.merge_spellings(train.names, train.source, train.label_column, merge=merge)
     train = _without_duplicates(_respelled(train, spelling))
-    while any(complaints := labels.seen_once(train.names)):  # leaving one out may leave another label alone
-        train = _without(train, complaints)
-    classes, multi_label = labels.class_names(train.names)
-    held_out = [_respelled(part, labels.as_in_training(part.names, classes) if merge else {}) for part in parts[1:]]
+    while any(
+        complaints := labels.seen_once_complaints(train.names)
+    ):  # dropping a row may leave another label with one row
+        train = _drop_bad(train, complaints)
+    classes, multi_label = labels.find_classes(train.names)
+    held_out = [_respelled(part, labels.match_classes(part.names, classes) if merge else {}) for part in parts[1:]]
     parts = [train, *map(_without_duplicates, held_out)]
-    return [_indexed(part, classes, multi_label) for part in parts], classes, multi_label
+    parts = [_indexed(part, classes, multi_label) for part in parts]
+    return replace(sources, parts=parts, classes=classes, multi_label=multi_label)
 
 
 def _respelled(part: _Part, spelling: dict[str, str]) -> _Part:
-    return replace(part, names=labels.respelled(part.names, spelling))
+    return replace(part, names=labels.respell(part.names, spelling))
 
 
 def _indexed(part: _Part, classes: list[str], multi_label: bool) -> _Part:
-    """Label names become indices. Complains of labels that are not among `classes`."""
-    part = _without(part, labels.unknown(part.names, classes, multi_label))
+    """The part with indices for label names, without the rows whose labels are not among `classes`."""
+    part = _drop_bad(part, labels.unknown_label_complaints(part.names, classes, multi_label))
     index = {name: position for position, name in enumerate(classes)}
-    found = [tuple(sorted({index[item] for item in labels.items(name)})) for name in part.names]
+    found = [tuple(sorted({index[item] for item in labels.label_names(name)})) for name in part.names]
     examples = [
         replace(example, label=several if multi_label else several[0])
         for example, several in zip(part.examples, found, strict=True)
@@ -323,24 +358,24 @@ def _indexed(part: _Part, classes: list[str], multi_label: bool) -> _Part:
     return replace(part, examples=examples)
 
 
-def _without(part: _Part, complaints: list[str]) -> _Part:
-    """Without the rows whose label there is a complaint of: one a row, "" where it is fine."""
+def _drop_bad(part: _Part, complaints: list[str]) -> _Part:
+    """The part without the rows that have a complaint about their label; there is one per row, or ""."""
     bad = [
-        BadRow(example.row, words, part.label_column)
-        for example, words in zip(part.examples, complaints, strict=True)
-        if words
+        BadRow(example.row, reason, part.label_column)
+        for example, reason in zip(part.examples, complaints, strict=True)
+        if reason
     ]
-    return _keep(part, [not words for words in complaints], bad)
+    return _select(part, [not reason for reason in complaints], bad)
 
 
-def _keep(part: _Part, good: list[bool], bad: list[BadRow]) -> _Part:
+def _select(part: _Part, good: list[bool], bad: list[BadRow]) -> _Part:
     examples = [example for example, fine in zip(part.examples, good, strict=True) if fine]
     names = [name for name, fine in zip(part.names, good, strict=True) if fine]
     return replace(part, examples=examples, names=names, bad=[*part.bad, *bad])
 
 
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
-    """Raises BadRows with every complaint, or leaves the rows out. Raises DataError where no row is left."""
+    """Raises BadRows with every complaint, or reports the rows left out. Raises DataError if no row is left."""
     total = sum(len(part.examples) + len(part.bad) for part in parts)
     refuse_or_skip(BadRows([(part.source, part.bad) for part in parts], total), bad_rows)
     for part in parts:
@@ -361,34 +396,33 @@ def _check_classes(part: _Part, classes: list[str], multi_label: bool) -> None:
 
 
 def _without_duplicates(part: _Part) -> _Part:
-    """The first of each text. Copies would be in both parts of a split and make the score a lie."""
+    """The part with the first of each text only: copies could be both trained on and held out."""
     first: dict[str, int] = {}
     conflicting = 0
     for index, example in enumerate(part.examples):
-        earlier = first.setdefault(_key(example), index)
-        conflicting += set(labels.items(part.names[earlier])) != set(labels.items(part.names[index]))
+        earlier = first.setdefault(_text_key(example), index)
+        conflicting += set(labels.label_names(part.names[earlier])) != set(labels.label_names(part.names[index]))
     dropped = len(part.examples) - len(first)
     if dropped:
         say(f"{part.source}: {dropped:,} duplicate rows dropped")
     if conflicting:
-        say(f"{part.source}: {conflicting:,} of them had another label than their first copy, which stays")
-    kept = set(first.values())
-    return _keep(part, [index in kept for index in range(len(part.examples))], [])
+        say(f"{part.source}: {conflicting:,} of them had another label than the first copy, which is used")
+    chosen = set(first.values())
+    return _select(part, [index in chosen for index in range(len(part.examples))], [])
 
 
 def _without_leaks(train: _Part, held_out: _Part, classes: list[str]) -> list[Example]:
-    """The training rows that are not scored. Raises DataError where a label has no row left."""
-    scored = {_key(example) for example in held_out.examples}
-    kept = [example for example in train.examples if _key(example) not in scored]
+    """The training rows that are not held out, too. Raises DataError if a label has no row left."""
+    scored = {_text_key(example) for example in held_out.examples}
+    kept = [example for example in train.examples if _text_key(example) not in scored]
     if len(kept) < len(train.examples):
         say(f"{len(train.examples) - len(kept):,} training rows dropped that are also in {held_out.source}")
-    left = {item for example in kept for item in _indices(example.label)}
-    gone = [name for index, name in enumerate(classes) if index not in left]
-    if gone and kept:
+    missing = _classes_without_rows(kept, classes)
+    if missing and kept:
         raise DataError(
-            f"every training row of label {short_repr(gone[0])} is also in {held_out.source}",
+            f"every training row of label {short_repr(missing[0])} is also in {held_out.source}",
             got=f"{len(train.examples) - len(kept):,} rows in both",
-            fix="give other rows to one of the two",
+            fix="give one of the two other rows",
         )
     return kept
 
@@ -397,8 +431,8 @@ def _indices(label: int | tuple[int, ...] | None) -> tuple[int, ...]:
     return label if isinstance(label, tuple) else () if label is None else (label,)
 
 
-def _key(example: Example) -> str:
-    """What makes two rows the same: their words, apart from white space and the way letters are composed."""
+def _text_key(example: Example) -> str:
+    """Equal for rows of the same text, apart from white space and the way letters are composed."""
     if example.messages:
         text = "\n".join(f"{turn['role']}\t{' '.join(turn['content'].split())}" for turn in example.messages)
         more = [{name: turn[name] for name in sorted(turn.keys() - PLAIN_KEYS)} for turn in example.messages]

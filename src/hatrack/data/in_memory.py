@@ -1,40 +1,49 @@
-"""Rows handed over in Python (a list, a DataFrame, a datasets.Dataset) -> a JSON Lines file in the cache.
+"""Saves rows given in Python (a list, a DataFrame, a datasets.Dataset) as JSON Lines in the cache.
 
-A run remembers its data by a file's name; rows in memory get one, named by their content, so that resuming, comparing
-and repeating work as with any other file. Knows nothing of tasks.
+A run remembers its data by a path, so rows in memory are saved under a hash of their content: resuming, comparing and
+repeating then work as with any file. Knows nothing of tasks.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hatrack.data.hub import named_classes
 from hatrack.errors import DataError, short_repr
 from hatrack.storage import cache_dir, write_file
 
+FILE = "rows.jsonl"
+
 
 def cache_rows(data: Any) -> str:
-    """The path of a file that holds `data`.
+    """Saves `data` in the cache and returns the path of the file.
 
     `data` is a list of rows (one dict each, column -> value), a dict of columns (name -> list of values), or a table of
     pandas, polars, pyarrow or datasets; the class numbers of a datasets.Dataset become their names.
-    Raises DataError where it is anything else, or holds values that JSON has no place for.
+    Raises DataError if it is anything else, or holds values that JSON cannot hold.
     """
     rows = _rows(data)
     if not rows:
         raise DataError("the data has no rows", got=f"an empty {type(data).__name__}", fix="give it at least 2")
-    lines = [json.dumps(_plain(row, number), ensure_ascii=True) for number, row in enumerate(rows, 1)]
+    lines = [json.dumps(_to_json(row, number), ensure_ascii=True) for number, row in enumerate(rows, 1)]
     content = "\n".join(lines) + "\n"
-    path = cache_dir("data") / hashlib.sha256(content.encode()).hexdigest()[:16] / "rows.jsonl"
+    path = cache_dir("data") / hashlib.sha256(content.encode()).hexdigest()[:16] / FILE
     if not path.exists():
         write_file(path, content)
     return str(path)
 
 
+def source_name(source: str, option: str = "data") -> str:
+    """What messages call a source: its path or name, or `option` if `cache_rows` saved it."""
+    path = Path(source)
+    return option if path.name == FILE and path.parent.parent == cache_dir("data") else source
+
+
 def _rows(data: Any) -> Sequence[Any]:
-    """One dict for each row."""
+    """The rows, each a dict."""
     if isinstance(data, Mapping) and any(hasattr(part, "column_names") for part in data.values()):
         parts = ", ".join(map(str, data))
         raise DataError(
@@ -55,7 +64,7 @@ def _rows(data: Any) -> Sequence[Any]:
         return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
     if hasattr(data, "features") and hasattr(data, "column_names"):  # datasets.Dataset
         return named_classes(data)[1]
-    if hasattr(data, "reset_index") and hasattr(data, "columns"):  # an index of pandas that has a name is a column
+    if hasattr(data, "reset_index") and hasattr(data, "columns"):  # a pandas index with a name is read as a column
         data = data.reset_index([name for name in data.index.names if name is not None and name not in data.columns])
     for method, options in (("to_dicts", {}), ("to_pylist", {}), ("to_dict", {"orient": "records"})):
         if hasattr(data, method) and hasattr(data, "columns"):  # polars, pyarrow, pandas
@@ -74,20 +83,22 @@ def _rows(data: Any) -> Sequence[Any]:
     )
 
 
-def _plain(value: Any, row: int) -> Any:
-    """A value as JSON has it: numbers of numpy as numbers, whatever stands for a missing value as None."""
+def _to_json(value: Any, row: int) -> Any:
+    """A value that JSON can hold: numpy numbers as numbers, missing values as None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, Mapping):
-        return {str(name): _plain(item, row) for name, item in value.items()}
+        return {str(name): _to_json(item, row) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, row) for item in value]
-    if hasattr(value, "tolist"):  # numpy's numbers and arrays
-        return _plain(value.tolist(), row)
+        return [_to_json(item, row) for item in value]
+    if hasattr(value, "tolist"):  # numpy numbers and arrays
+        return _to_json(value.tolist(), row)
     if hasattr(value, "isoformat"):
-        return value.isoformat() if value == value else None  # a missing time is unequal to itself
+        return value.isoformat() if value == value else None  # a missing time does not equal itself
     if type(value).__name__ == "NAType":
         return None
-    raise DataError(f"row {row} holds a value that is no text, number or list", got=short_repr(value), fix="convert it")
+    raise DataError(
+        f"row {row} holds a value that is not a text, number or list", got=short_repr(value), fix="convert it"
+    )

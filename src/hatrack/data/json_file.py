@@ -1,5 +1,4 @@
-"""JSON and JSON Lines -> rows, in whatever layout they stand: what the file's name promises, else one other that takes
-all of the text, which is said.
+"""Reads rows from JSON and JSON Lines, in the layout that the file's name says or else in another, and says so.
 
 Knows nothing of encodings, tasks or labels.
 """
@@ -13,32 +12,33 @@ from typing import Any
 
 from hatrack.console import say_once
 from hatrack.data.table import Rows, from_objects
-from hatrack.errors import DataError
+from hatrack.errors import DataError, short_repr
 
 LARGEST_LITERAL = 2**26
-"""Characters of a file that is tried as Python writes it: its parser takes many times their memory."""
+"""Characters of the longest text given to Python's parser, which needs many times their memory."""
 
 ARRAY = "holds one array"
+"""The usual layout of a .json file."""
 _BEGINNING, _BETWEEN = re.compile(r"\s*\[?\s*"), re.compile(r"\s*,?\s*")
 
 JSON_TYPES = {str: "a text", list: "an array", int: "a number", float: "a number", bool: "true or false"}
 JSON_TYPES |= {type(None): "null"}
 
 Values = list[Any]
-"""What stands in a file, one by one: an object each where all is well, the ValueError of a line that is not JSON."""
+"""The values in a file, objects if all is well; the ValueError of a line that is not JSON."""
 
 Layout = Callable[[str, Any], tuple[Values, str] | None]
-"""Takes a text, and its value or the ValueError of parsing it; gives its objects and the layout's name in words."""
+"""Called with a text, and its value or the ValueError of parsing it; returns its values and a name for the layout."""
 
 
 def read_json_lines(source: str, text: str) -> Rows:
-    """The rows of a file named as JSON Lines: an object a line; or of one in another layout, which is said.
+    """The rows of a JSON Lines file: one object per line, or another layout, and says so.
 
-    A line that is not an object is kept as a problem. Raises DataError where most lines are not.
+    A line that is not an object becomes a problem. Raises DataError if most lines are not.
     """
     values, python = _by_line(text)
     good = sum(isinstance(value, dict) for value in values)
-    layouts = (_array, _under_a_key, _one_by_one, _python) if good < len(values) else (_under_a_key,)
+    layouts = (_array, _under_a_key, _one_by_one, _python_list) if good < len(values) else (_under_a_key,)
     found = _other_layout(text, layouts) if good < len(values) or len(values) == 1 else None
     if found:
         say_once(f"{source} {found[1]}, not one object a line: read as such")
@@ -47,18 +47,18 @@ def read_json_lines(source: str, text: str) -> Rows:
         raise _not_json(source, text, "JSON Lines", values)
     if python:
         lines = f"{python:,} lines are" if python > 1 else "a line is"
-        say_once(f"{source}: {lines} not JSON, but as Python writes objects: read as such")
+        say_once(f"{source}: {lines} not JSON but objects as Python prints them: read as such")
     return _rows(source, values)
 
 
 def read_json_array(source: str, text: str) -> Rows:
-    """The rows of a file named as JSON: one array of objects; or of one in another layout, which is said.
+    """The rows of a JSON file: one array of objects, or another layout, and says so.
 
-    Raises DataError where there are none, with the line where its text is no JSON.
+    Raises DataError if there are none, with the line where the text stops being JSON.
     """
     if not text.strip():
         return Rows(source, (), [], [])
-    found = _other_layout(text, (_array, _under_a_key, _as_columns, _lines, _one_by_one, _python))
+    found = _other_layout(text, (_array, _under_a_key, _as_columns, _lines, _one_by_one, _python_list))
     if found is None or (found[0] and not any(isinstance(value, dict) for value in found[0])):
         raise _not_json(source, text, "JSON", found[0] if found else [])
     if found[1] != ARRAY:
@@ -69,7 +69,10 @@ def read_json_array(source: str, text: str) -> Rows:
 def _rows(source: str, values: Values) -> Rows:
     rows, problems = [], []
     for number, value in enumerate(values, 1):
-        if isinstance(value, dict):
+        repeated = _find_repeated_key(value)
+        if repeated is not None:
+            problems.append((number, f"the key {short_repr(repeated)} occurs twice with different values"))
+        elif isinstance(value, dict):
             rows.append((number, value))
         elif isinstance(value, ValueError):
             why = (
@@ -84,12 +87,12 @@ def _rows(source: str, values: Values) -> Rows:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text, as every system ends them; other marks that Unicode counts as line ends stay in the text."""
+    """The lines of a text, split at `\\r\\n`, `\\r` and `\\n` but not at other line ends of Unicode."""
     return re.split(r"\r\n|\r|\n", text)
 
 
 def _by_line(text: str) -> tuple[Values, int]:
-    """Each line that is not empty as a value, and how many of them are objects as Python writes them."""
+    """The value of each line that is not empty, and how many of them are objects as Python prints them."""
     values: Values = []
     python = 0
     for line in split_lines(text):
@@ -104,7 +107,7 @@ def _by_line(text: str) -> tuple[Values, int]:
 
 
 def _other_layout(text: str, layouts: Sequence[Layout]) -> tuple[Values, str] | None:
-    """The values of the first layout that takes the whole text as objects, and its name in words."""
+    """The values and the name of the first layout that fits the whole text."""
     whole = _loads(text)
     for layout in layouts:
         found = layout(text, whole)
@@ -118,8 +121,8 @@ def _array(text: str, whole: Any) -> tuple[Values, str] | None:
 
 
 def _under_a_key(text: str, whole: Any) -> tuple[Values, str] | None:
-    """`{"data": [{...}, ...]}`. One conversation under `messages` is no list of rows."""
-    if not isinstance(whole, dict):
+    """`{"data": [{...}, ...]}`. One conversation under `messages` is not a list of rows."""
+    if not isinstance(whole, dict) or isinstance(whole, _RepeatedKey):
         return None
     lists = {key: value for key, value in whole.items() if _are_objects(value)}
     keys = [key for key, value in lists.items() if not {"role", "from"} & set(value[0])]
@@ -127,8 +130,10 @@ def _under_a_key(text: str, whole: Any) -> tuple[Values, str] | None:
 
 
 def _as_columns(text: str, whole: Any) -> tuple[Values, str] | None:
-    """`{"text": {"0": ..., "1": ...}, ...}` as pandas' to_json writes it, or with a list for each column."""
-    if not isinstance(whole, dict) or len(whole) < 2 or any(_are_objects(value) for value in whole.values()):
+    """`{"text": {"0": ..., "1": ...}, ...}` as pandas' to_json writes it, or with a list per column."""
+    if not isinstance(whole, dict) or isinstance(whole, _RepeatedKey) or len(whole) < 2:
+        return None
+    if any(_are_objects(value) for value in whole.values()):
         return None
     columns = list(whole.values())
     if set(whole) == {"columns", "index", "data"}:  # pandas' orient="split"
@@ -153,7 +158,7 @@ def _lines(text: str, whole: Any) -> tuple[Values, str] | None:
 
 
 def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
-    """Objects over several lines, with or without commas between them or brackets around them."""
+    """Objects over several lines, with or without commas between them and brackets around them."""
     if not isinstance(whole, ValueError):
         return None
     try:
@@ -166,14 +171,14 @@ def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
 
 
 def _objects(text: str) -> tuple[Values, int]:
-    """The objects that stand one after another, from the beginning or its bracket on, and the place behind the last.
+    """The objects one after another from the beginning of a text, and the place after the last.
 
-    Raises JSONDecodeError where one is malformed.
+    Raises JSONDecodeError if one is malformed.
     """
-    decoder, values = json.JSONDecoder(), []
+    values = []
     place = _skip(_BEGINNING, text, 0)
     while text[place : place + 1] == "{":
-        value, place = decoder.raw_decode(text, place)
+        value, place = _DECODER.raw_decode(text, place)
         values.append(value)
         place = _skip(_BETWEEN, text, place)
     return values, place
@@ -184,10 +189,10 @@ def _skip(pattern: re.Pattern[str], text: str, place: int) -> int:
     return found.end() if found else place
 
 
-def _python(text: str, whole: Any) -> tuple[Values, str] | None:
+def _python_list(text: str, whole: Any) -> tuple[Values, str] | None:
     """A list as Python prints it."""
     value: Any = _literal(text) if isinstance(whole, ValueError) else None
-    return (value, "holds a list as Python writes it") if _are_objects(value) else None
+    return (value, "holds a list as Python prints it") if _are_objects(value) else None
 
 
 def _are_objects(value: Any) -> bool:
@@ -195,33 +200,66 @@ def _are_objects(value: Any) -> bool:
 
 
 def _loads(text: str) -> Any:
-    """The value, or the ValueError that its text gives."""
+    """The value of a text, or the ValueError of parsing it."""
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except ValueError as error:
         return error
     except RecursionError:
         return ValueError("nested too deeply")
 
 
+class _RepeatedKey(dict[str, Any]):
+    """An object that has `key` twice with different values. JSON parsers silently use the last."""
+
+    key = ""
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = _RepeatedKey(found)
+        for key, value in pairs:
+            if value != found[key]:
+                repeated.key = key
+                return repeated
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+
+
+def _find_repeated_key(value: Any) -> str | None:
+    """A key that occurs twice in an object anywhere in a value."""
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, _RepeatedKey):
+            return current.key
+        if isinstance(current, dict | list):
+            waiting += current.values() if isinstance(current, dict) else current
+    return None
+
+
 def _literal(text: str) -> Any:
-    """The value that Python would print so, where JSON has its like; None otherwise."""
+    """The value that Python prints as this text; None if there is none, or JSON cannot hold it."""
     if len(text) > LARGEST_LITERAL or text.lstrip()[:1] not in ("{", "["):
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+            warnings.simplefilter("ignore")  # about a backslash that escapes nothing
             return json.loads(json.dumps(ast.literal_eval(text.strip())))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
 def _not_json(source: str, text: str, wanted: str, values: Values) -> DataError:
-    """What keeps a text from being rows: the place where it stops being JSON, or what it holds instead."""
+    """Why a text has no rows: the place where it stops being JSON, or what it holds instead."""
     whole = _loads(text)
     what, fix = f"{source} is not valid {wanted}", "give one object a line, or one array of objects"
     if isinstance(whole, dict):
         what, got = f"{source} must hold one array of objects", f"one object with the keys {', '.join(whole)[:80]}"
+        got = f"one object with the key {short_repr(whole.key)} twice" if isinstance(whole, _RepeatedKey) else got
         several = sum(_are_objects(value) for value in whole.values()) > 1
         fix = "put the rows of one key into a file of their own" if several else "put the rows in [...]"
     elif not isinstance(whole, ValueError) or (values and not any(isinstance(v, ValueError | dict) for v in values)):
@@ -231,14 +269,14 @@ def _not_json(source: str, text: str, wanted: str, values: Values) -> DataError:
         if _are_objects(first) and {"role", "from"} & set(first[0]):
             fix = 'write each row as {"messages": [...]}'
     else:
-        got = _problem(text, whole)
+        got = _describe_error(text, whole)
         if not text.lstrip().startswith(("{", "[")):
             fix = "name it .csv if it is a table"
     return DataError(what, got=got, fix=fix, gotcha="json-layout")
 
 
-def _problem(text: str, whole: ValueError) -> str:
-    """The line in which a text stops being objects, and why. `whole` is what its text as a whole gave."""
+def _describe_error(text: str, whole: ValueError) -> str:
+    """The line in which a text stops being objects, and why. `whole` is the error of parsing all of it."""
     if not isinstance(whole, json.JSONDecodeError):
         return str(whole)
     try:
@@ -251,5 +289,5 @@ def _problem(text: str, whole: ValueError) -> str:
     line = len(split_lines(text[:place]))
     shown = split_lines(text[place : place + 200])[0].strip()
     if shown.startswith(("//", "/*", "#")):
-        why = "a comment, which JSON has no place for"
+        why = "a comment, which JSON does not have"
     return f"line {line}: {why}: " + (repr(shown[:40]) if shown else "the end of the file")

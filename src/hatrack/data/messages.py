@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hatrack.console import say_once
-from hatrack.data.labels import encodable
+from hatrack.data.labels import is_encodable
 from hatrack.errors import short_repr
 
 Turn = dict[str, Any]
@@ -254,7 +254,7 @@ def _read_turn(message: Mapping[str, Any]) -> tuple[Turn, bool]:
     for key in (*REASONING_KEYS, *SPEAKER_KEYS):
         if has_content(message.get(key)):
             name = "reasoning_content" if key in REASONING_KEYS else key
-            if not isinstance(message[key], str) or not encodable(message[key]):
+            if not isinstance(message[key], str) or not is_encodable(message[key]):
                 raise BadCell(f"has no text as its {key}")
             if turn.setdefault(name, message[key]) != message[key]:
                 raise BadCell(f"has both {name} and {key}")
@@ -268,7 +268,7 @@ def _read_content(value: Any) -> str:
         raise BadCell(f"has {_type_name(value)} as its content, not text: put it in quotes")
     if not isinstance(value, str):
         raise BadCell("has no text as its content")
-    if not encodable(value):
+    if not is_encodable(value):
         raise BadCell("holds half a character (a lone surrogate)")
     return value
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hatrack.data.labels import Label, encodable, read_label
+from hatrack.data.labels import Label, is_encodable, read_label
 from hatrack.data.messages import (
     BadCell,
     Conversation,
@@ -162,6 +162,6 @@ def text_problem(value: object) -> str:
         return "it is a list of messages in JSON, where a text was expected: name it as a column of messages"
     if looks_like_python_conversation(value):
         return "it is a list of messages as Python prints it, with single quotes: write it as JSON (json.dumps)"
-    if not encodable(value):
+    if not is_encodable(value):
         return "the text holds half a character (a lone surrogate)"
     return "" if value.strip() else "the text is empty"

@@ -1,4 +1,4 @@
-"""Rows as they come out of a file, each with the number a person would count, so that every complaint can point at one.
+"""Rows of a file with the row numbers that a person would count, for messages.
 
 Knows nothing of file formats, tasks or labels.
 """
@@ -13,16 +13,16 @@ from typing import Any
 from hatrack.console import say_once
 from hatrack.errors import DataError
 
-INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*|__index_level_\d+__)?")
-"""How pandas names the columns of its index: not at all in CSV, `Unnamed: 0` once that is read and written again."""
-_COUNT = re.compile(r"\d+", re.ASCII)
+_INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*|__index_level_\d+__)?")
+"""Names of pandas' index columns: empty in CSV, `Unnamed: 0` once that is read and written again."""
+_DIGITS = re.compile(r"\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one source: column -> value each. `numbers` counts rows from 1, the header not counted.
+    """The rows of one source, each column -> value. `numbers` counts rows from 1, without the header.
 
-    `problems` are the rows that could not be read at all, in words.
+    `problems` are the rows that could not be read: their numbers and the reasons.
     """
 
     source: str
@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def digest(self) -> str:
-        """sha256 over the content, wherever the file lies."""
+        """sha256 of the content, whatever the file's path."""
         text = json.dumps([self.columns, self.rows], sort_keys=True, default=str, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -41,12 +41,12 @@ class Rows:
 def from_cells(
     source: str, header: Sequence[str], rows: Sequence[tuple[int, Sequence[str]]], problems: Sequence[tuple[int, str]]
 ) -> Rows:
-    """Rows of a table from its header and, by number, each row's cells, of which there is one for each column.
+    """Rows from a header and, by row number, the cells of each row, one per column.
 
-    Columns that hold nothing to learn from are left out, see `_left_out`. Raises DataError where another column has no
-    name, or two have the same.
+    Leaves out empty columns without a name and pandas' index. Raises DataError if another column has no name, or two
+    have the same.
     """
-    left_out = _left_out(source, header, lambda place: [cells[place] for _, cells in rows])
+    left_out = _unread_columns(source, header, lambda place: [cells[place] for _, cells in rows])
     kept = [(place, name) for place, name in enumerate(header) if place not in left_out]
     check_names(source, header, [name for _, name in kept])
     found = [{name: cells[place] for place, name in kept} for _, cells in rows]
@@ -59,9 +59,9 @@ def from_objects(
     problems: Sequence[tuple[int, str]] = (),
     columns: Sequence[str] | None = None,
 ) -> Rows:
-    """Rows from objects by number; `columns` are all of their keys where they are not given. Leaves out as above."""
+    """Rows from objects by row number; `columns` defaults to all of their keys. Leaves out columns as `from_cells`."""
     names = list(columns if columns is not None else dict.fromkeys(name for _, row in rows for name in row))
-    left_out = _left_out(source, names, lambda place: [row.get(names[place]) for _, row in rows])
+    left_out = _unread_columns(source, names, lambda place: [row.get(names[place]) for _, row in rows])
     gone = {names[place] for place in left_out}
     found = [{name: value for name, value in row.items() if name not in gone} if gone else row for _, row in rows]
     kept = tuple(name for name in names if name not in gone)
@@ -69,7 +69,7 @@ def from_objects(
 
 
 def check_names(source: str, header: Sequence[str], kept: Sequence[str]) -> None:
-    """Raises DataError where the names of the columns that are kept do not tell them apart."""
+    """Raises DataError if one of the columns to keep has no name, or two have the same."""
     if not kept or len(set(kept)) < len(kept) or not all(name.strip() for name in kept):
         raise DataError(
             f"the header of {source} needs one name for each column",
@@ -79,24 +79,32 @@ def check_names(source: str, header: Sequence[str], kept: Sequence[str]) -> None
         )
 
 
-def _left_out(source: str, header: Sequence[str], column: Callable[[int], Sequence[Any]]) -> set[int]:
-    """The places of columns without a name of their own that are empty, or count rows as pandas' index; says which."""
-    nameless = {place: column(place) for place, name in enumerate(header) if INDEX.fullmatch(name.strip())}
-    empty = {place for place, cells in nameless.items() if not any(_shown(cell) for cell in cells)}
+def is_index_column(name: str) -> bool:
+    """Whether a column has the name of an index that pandas wrote, or none."""
+    return _INDEX.fullmatch(name.strip()) is not None
+
+
+def _unread_columns(source: str, header: Sequence[str], column: Callable[[int], Sequence[Any]]) -> set[int]:
+    """The places of columns that are not read: without a name of their own, and empty or an index. Says which.
+
+    `column` returns the cells of a place.
+    """
+    nameless = {place: column(place) for place, name in enumerate(header) if is_index_column(name)}
+    empty = {place for place, cells in nameless.items() if not any(_as_text(cell) for cell in cells)}
     index = sorted(
         place
         for place, cells in nameless.items()
-        if place not in empty and all(_COUNT.fullmatch(_shown(cell)) for cell in cells)
+        if place not in empty and all(_DIGITS.fullmatch(_as_text(cell)) for cell in cells)
     )
     if index:
-        shown = " and ".join(header[place] if header[place].strip() else f"column {place + 1}" for place in index)
+        names = " and ".join(header[place] if header[place].strip() else f"column {place + 1}" for place in index)
         no_name = "" if all(header[place].strip() for place in index) else ", which has no name"
-        say_once(f"{source}: not read: {shown}{no_name} (pandas' index, which index=False leaves out)")
+        say_once(f"{source}: not read: {names}{no_name} (pandas' index, which index=False leaves out)")
     if empty:
         count = f"{len(empty)} columns" if len(empty) > 1 else "a column"
         say_once(f"{source}: not read: {count} without a name or content")
     return empty | set(index)
 
 
-def _shown(cell: Any) -> str:
+def _as_text(cell: Any) -> str:
     return "" if cell is None else str(cell).strip()

@@ -15,6 +15,7 @@ from hatrack.console import format_rows, say
 from hatrack.data import trained_rows
 from hatrack.data.complaints import BadRows, refuse_or_skip
 from hatrack.data.examples import Example, Examples, examples_to_score, make_examples
+from hatrack.data.in_memory import source_name
 from hatrack.data.limit import choose_max_length, length_limit
 from hatrack.data.read import read_rows
 from hatrack.data.render import RenderSettings, TokenRows, render_cached
@@ -44,7 +45,7 @@ def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str
         task, examples = hat.task, _held_out_by_all(earlier)
         source = " and ".join(dict.fromkeys(str(made.recipe["data"]) for made in hat.cards.values()))
     else:
-        earlier, source = {}, data
+        earlier, source = {}, source_name(data)
         task, examples = _given(next(iter(hat.cards.values())), data, options)
     fresh = _never_seen(hat, examples, earlier, source)
     skip = options.get("bad_rows", next(iter(hat.cards.values())).recipe.get("bad_rows", "refuse"))
