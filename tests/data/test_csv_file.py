@@ -64,9 +64,7 @@ def test_quotes_that_are_letters_are_read_as_they_stand(
     assert texts(rows) == wanted and rows.numbers == list(range(1, 29)) and rows.problems == []
     said = capfd.readouterr().err
     first = int(min(cells, key=lambda key: int(key[1:]))[1:]) + 1
-    assert (
-        said.startswith("x: quotes are read as letters, as they stand (by the rules of CSV") and f"line {first}" in said
-    )
+    assert said.startswith("x: quotes are read as ordinary characters (by the rules of CSV") and f"line {first}" in said
 
 
 def test_quotes_amid_a_cell_are_letters_to_everybody(capfd: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +107,7 @@ def test_where_quotes_may_mean_either_the_line_is_named(name: str, content: list
         read(content)
     said = str(caught.value)
     assert said.startswith("x is not valid CSV; got a quote") and got in said and said.endswith("[csv-quotes]")
-    assert "\n" not in said and "fix: mend its quotes" in said
+    assert "\n" not in said and "fix: correct its quotes" in said
 
 
 MEANT = [
@@ -236,8 +234,8 @@ def test_columns_that_hold_nothing_are_passed_over_and_said(
             "text,label\n1,a,b\n2,c,d\n",
             "the header of x has 2 columns and every row 3 cells; got 'text', 'label'; fix:",
         ),
-        ('{"text": "a", "label": "b"}\n', 'x holds JSON, not CSV; got it begins with \'{"text": "a"'),
-        ('[\n  {"text": "a"}\n]\n', "x holds JSON, not CSV"),
+        ('{"text": "a", "label": "b"}\n', 'x is JSON, not CSV; got it begins with \'{"text": "a"'),
+        ('[\n  {"text": "a"}\n]\n', "x is JSON, not CSV"),
     ],
 )
 def test_headers_that_name_too_little(text: str, message: str) -> None:
@@ -257,4 +255,4 @@ def test_only_line_ends_end_lines() -> None:
 
 def test_the_header_of_a_file_that_was_joined_to_another_is_no_row() -> None:
     rows = read("text,label\nfine,a\ntext,label\nbad,b\n")
-    assert rows.numbers == [1, 3] and rows.problems == [(2, "the header again, as where two files were joined")]
+    assert rows.numbers == [1, 3] and rows.problems == [(2, "the header again, as if two files were joined")]

@@ -79,7 +79,7 @@ BAD: list[tuple[str, bytes, str]] = [
     (
         "open.csv",
         b'text,label\na,b\n"c,d,e\ne,f\n',
-        "open.csv is not valid CSV; got a quote in the row at line 3 that is never closed; fix: mend its quotes",
+        "open.csv is not valid CSV; got a quote in the row at line 3 that is never closed; fix: correct its quotes",
     ),
     ("last.csv", b'text\na\nb "c"\n"d', "a quote in the row at line 4 that is never closed"),
     ("deep.json", b"[" * 200_000, "deep.json is not valid JSON; got nested too deeply"),

@@ -1,8 +1,8 @@
-"""CSV and its kin -> rows: which mark separates the cells, and what its quotes mean.
+"""Reads rows from CSV and TSV: finds the separator and what the quotes mean.
 
-A quote that opens by mistake swallows rows without a word. So a file is read as RFC 4180 has it only where that reading
-is whole; else in the one other way that makes rows of every line, which is said, or not at all. Knows nothing of
-encodings, tasks or labels.
+A quote that opens by mistake silently swallows rows. So a file is read by RFC 4180 only if nothing looks swallowed;
+else in another way that makes a row of every line, and says so; else it is refused. Knows nothing of encodings, tasks
+or labels.
 """
 
 import csv
@@ -21,18 +21,18 @@ csv.field_size_limit(2**31 - 1)
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
-SURE = 3
-"""Lines that end in a known label each: so many in one cell are rows, not prose."""
-LONGEST_LABEL = 40
-"""Letters of a cell that may be one of a few labels."""
+FEWEST_SURE = 3
+"""This many lines in one cell that all end in a known label are rows, not prose."""
+LABEL_MAX_LENGTH = 40
+"""Characters of the longest cell that can be one of a few labels."""
 
 _BEFORE_QUOTE = re.compile(r"\S +\"")
-_SEP_LINE = re.compile(r'"?sep=([^\w"\\\r\n])"?(\r\n|\r|\n|$)', re.IGNORECASE)
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\w"\\\r\n])"?(\r\n|\r|\n|$)', re.IGNORECASE)
 _BACKSLASH_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
 
 
 class _Record(NamedTuple):
-    """The cells of one row or of the header, and its first and last line in the file."""
+    """The cells of a row or of the header, and its first and last line in the file."""
 
     cells: list[str]
     first: int
@@ -41,32 +41,31 @@ class _Record(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reading:
-    """One way to read a file: its records, and in words what is wrong with that way.
+    """One way to read a file: its records, and its `fault` in words if it has one.
 
-    `ragged`: rows that have another number of cells than the header. `swallows`: how
-    many lines that look like rows are in one cell, though all quotes close.
+    `ragged` are rows with another number of cells than the header. `swallowed` counts lines inside one cell that look
+    like rows, though all quotes close.
     """
 
     records: list[_Record]
     fault: str = ""
     ragged: list[int] = field(default_factory=list)
-    swallows: int = 0
+    swallowed: int = 0
 
     @property
     def width(self) -> int:
-        """Cells of the header."""
+        """The number of cells of the header."""
         return len(self.records[0].cells) if self.records else 0
 
 
 def read_csv(source: str, text: str, separator: str) -> Rows:
     """The rows of a table whose first line names its columns.
 
-    `separator` is what the file's name promises; another one is taken where the header has only that and every row
-    fits, or where a first line `sep=;` names it. Raises DataError where no separator or no meaning of the quotes makes
-    sense of all lines, with the line where a quote opens.
+    `separator` is the usual one for the file's name; another is used if a first line `sep=;` names it, or if the header
+    has no other and all rows fit it. Raises DataError if no separator or no meaning of the quotes fits all lines.
     """
     _refuse_json(source, text)
-    named = _SEP_LINE.match(text)
+    named = _SEPARATOR_LINE.match(text)
     if named:
         separator = named[1]
         say_once(f"{source}: the first line, {named[0].strip()!r}, names the separator and is no row")
@@ -74,10 +73,10 @@ def read_csv(source: str, text: str, separator: str) -> Rows:
     skipped = 1 if named else 0
     if not any(line.strip() for line in lines[skipped:]):
         raise DataError(f"{source} is empty", got="no header line", fix="the first line must name the columns")
-    separator = _separator(source, lines, separator, skipped)
-    reading = _whole_reading(source, lines, separator, skipped)
+    separator = _find_separator(source, lines, separator, skipped)
+    reading = _best_reading(source, lines, separator, skipped)
     if reading.fault:
-        raise _misquoted(source, reading.fault)
+        raise _invalid_csv(source, reading.fault)
     header, *records = reading.records
     return _table(source, header.cells, [record.cells for record in records])
 
@@ -86,7 +85,7 @@ def _table(source: str, header: list[str], lines: list[list[str]]) -> Rows:
     rows, problems = [], []
     for number, cells in enumerate(lines, 1):
         if cells == header:
-            problems.append((number, "the header again, as where two files were joined"))
+            problems.append((number, "the header again, as if two files were joined"))
         elif _fits(cells, header):
             rows.append((number, [*cells, *[""] * (len(header) - len(cells))][: len(header)]))
         else:
@@ -103,7 +102,7 @@ def _table(source: str, header: list[str], lines: list[list[str]]) -> Rows:
 
 
 def _fits(cells: Sequence[str], header: Sequence[str]) -> bool:
-    """Whether a row has a cell for each column up to the last that has a name, and no more but empty ones."""
+    """Whether a row has a cell for each column up to the last with a name, and only empty ones after it."""
     if len(cells) == len(header):
         return True
     named = max((place for place, name in enumerate(header, 1) if name.strip()), default=len(header))
@@ -111,6 +110,7 @@ def _fits(cells: Sequence[str], header: Sequence[str]) -> bool:
 
 
 def _refuse_json(source: str, text: str) -> None:
+    """Raises DataError if the text is JSON."""
     start = text.lstrip()
     if start.startswith(("{", "[")):
         try:
@@ -119,22 +119,22 @@ def _refuse_json(source: str, text: str) -> None:
             return
         if isinstance(found, dict) or (isinstance(found, list) and start[end:].strip() == ""):
             raise DataError(
-                f"{source} holds JSON, not CSV",
+                f"{source} is JSON, not CSV",
                 got=f"it begins with {start[:30]!r}",
                 fix="name it .jsonl" if isinstance(found, dict) else "name it .json",
                 gotcha="json-layout",
             )
 
 
-def _separator(source: str, lines: list[str], promised: str, skipped: int) -> str:
-    """The separator of a file: the promised one, or another that alone stands in the header and fits every row.
+def _find_separator(source: str, lines: list[str], usual: str, skipped: int) -> str:
+    """The separator of a file: the `usual` one if the header has it, or another that the header has and all rows fit.
 
-    Raises DataError where another one stands there and does not: every line would be taken for one long text.
+    Raises DataError if the rows do not fit the header's: every line would be read as one long text.
     """
     header = next(line for line in lines[skipped:] if line.strip()).rstrip("\r\n")
-    if promised in header:
-        return promised
-    others = {mark: _whole_reading(source, lines, mark, skipped, aloud=False) for mark in SEPARATORS if mark in header}
+    if usual in header:
+        return usual
+    others = {mark: _best_reading(source, lines, mark, skipped, say_how=False) for mark in SEPARATORS if mark in header}
     others = {mark: reading for mark, reading in others.items() if reading.width > 1}
     for mark, reading in others.items():
         if not reading.fault and not reading.ragged:
@@ -142,50 +142,52 @@ def _separator(source: str, lines: list[str], promised: str, skipped: int) -> st
             return mark
     if others:
         raise DataError(
-            f"{source} is not separated by {SEPARATORS.get(promised, repr(promised))}",
+            f"{source} is not separated by {SEPARATORS.get(usual, repr(usual))}",
             got=f"the header {header!r}, and rows that do not fit it",
-            fix=f"save it with {SEPARATORS.get(promised, repr(promised))} between the cells",
+            fix=f"save it with {SEPARATORS.get(usual, repr(usual))} between the cells",
         )
-    return promised
+    return usual
 
 
-def _whole_reading(source: str, lines: list[str], separator: str, skipped: int, *, aloud: bool = True) -> _Reading:
-    """The reading by the rules of CSV, or where that has a fault another one that has none, and says so.
+def _best_reading(source: str, lines: list[str], separator: str, skipped: int, *, say_how: bool = True) -> _Reading:
+    """The reading by the rules of CSV, or if it has a fault another without one, and says so.
 
-    Where none is without fault it is the first one, with its fault.
+    If all have faults, returns the reading by the rules.
     """
-    plain = _read(lines, separator, skipped)
-    if not plain.fault and not plain.ragged:
-        return plain
-    for words, reading in _others(lines, separator, skipped, plain):
+    by_rules = _read_by_rules(lines, separator, skipped)
+    if not by_rules.fault and not by_rules.ragged:
+        return by_rules
+    for words, reading in _other_readings(lines, separator, skipped, by_rules):
         if not reading.fault and not reading.ragged:
-            if aloud:
-                reason = plain.fault or f"another number of cells in row {plain.ragged[0]}"
+            if say_how:
+                reason = by_rules.fault or f"another number of cells in row {by_rules.ragged[0]}"
                 say_once(f"{source}: {words} (by the rules of CSV there is {reason})")
             return reading
-    return plain
+    return by_rules
 
 
-def _others(lines: list[str], separator: str, skipped: int, plain: _Reading) -> Iterator[tuple[str, _Reading]]:
-    """What else quotes may mean, the likeliest first, each in words."""
+def _other_readings(
+    lines: list[str], separator: str, skipped: int, by_rules: _Reading
+) -> Iterator[tuple[str, _Reading]]:
+    """Other readings of the quotes, the likeliest first, each with a description."""
     text = "".join(lines)
     if re.search(re.escape(separator) + ' +"', text):
         yield (
-            "spaces between a separator and a quote are passed over",
-            _read(lines, separator, skipped, skipinitialspace=True),
+            "spaces between a separator and a quote are ignored",
+            _read_by_rules(lines, separator, skipped, skipinitialspace=True),
         )
     if '\\"' in text:
         doubled = list(io.StringIO(_BACKSLASH_QUOTE.sub(r'\1""', text), newline=""))
-        yield r"\" is read as a quote inside a cell", _read(doubled, separator, skipped)
-    if plain.fault:
+        yield r"\" is read as a quote inside a cell", _read_by_rules(doubled, separator, skipped)
+    if by_rules.fault:
         yield (
-            "quotes are read as letters, as they stand",
-            _as_letters(lines, separator, skipped, swallows=plain.swallows),
+            "quotes are read as ordinary characters",
+            _read_quotes_as_letters(lines, separator, skipped, swallowed=by_rules.swallowed),
         )
 
 
-def _read(lines: list[str], separator: str, skipped: int, **form: Any) -> _Reading:
-    """All records by the rules of CSV, as far as they go."""
+def _read_by_rules(lines: list[str], separator: str, skipped: int, **form: Any) -> _Reading:
+    """The records by the rules of CSV, up to the first error."""
     reader = csv.reader(lines[skipped:], delimiter=separator, strict=True, **form)
     records: list[_Record] = []
     first = skipped + 1
@@ -201,15 +203,17 @@ def _read(lines: list[str], separator: str, skipped: int, **form: Any) -> _Readi
             return _Reading(records, f"a quote in the row at line {first} that is never closed")
         if "expected after" in str(error):
             where = f" in line {last}" if last > first else ""
-            return _Reading(records, f"a quote that opens in the row at line {first} and closes amid a cell{where}")
+            return _Reading(
+                records, f"a quote that opens in the row at line {first} and closes in the middle of a cell{where}"
+            )
         return _Reading(records, f"line {last}: {error}")
-    return _judged(records, lines, separator)
+    return _check_swallowed(records, lines, separator)
 
 
-def _judged(records: list[_Record], lines: list[str], separator: str) -> _Reading:
-    """The reading of these records, with the fault of one that swallowed others."""
+def _check_swallowed(records: list[_Record], lines: list[str], separator: str) -> _Reading:
+    """A reading of these records, with a fault if a quoted cell seems to have swallowed rows."""
     width, ragged = _Reading(records).width, _ragged(records)
-    spaced = _BEFORE_QUOTE.search("".join(lines[:100])) and _column_in_quotes(records)
+    spaced = _BEFORE_QUOTE.search("".join(lines[:100])) and _find_quoted_column(records)
     if spaced:
         return _Reading(records, f"a space before each quote of {spaced}", ragged)
     if width > 1:
@@ -232,8 +236,8 @@ def _ragged(records: Sequence[_Record]) -> list[int]:
     return [n for n, record in enumerate(records[1:], 1) if not _fits(record.cells, records[0].cells)]
 
 
-def _column_in_quotes(records: Sequence[_Record]) -> str:
-    """The name of a column whose every cell is in quotes after a space, which CSV takes for letters; empty if none."""
+def _find_quoted_column(records: Sequence[_Record]) -> str:
+    """A column whose cells are all quoted after a space, which CSV reads as part of the text; empty if none."""
     for place, name in enumerate(records[0].cells if len(records) > 1 else []):
         cells = [record.cells[place] for record in records[1:] if len(record.cells) > place]
         if cells and all(cell.startswith(" ") and cell.lstrip(" ").startswith('"') for cell in cells):
@@ -242,43 +246,45 @@ def _column_in_quotes(records: Sequence[_Record]) -> str:
 
 
 class _RowTest:
-    """Whether the cells of a line look like a row of this table, by the rows that stand on one line each.
+    """Tells whether the cells of a line look like a row of this table, judged by its rows of one line.
 
-    What follows a comma in prose is none of the few labels, and has a space before it.
+    In prose, what follows a comma is not one of a few labels, and begins with a space.
     """
 
     def __init__(self, records: Sequence[_Record]) -> None:
         self.width = len(records[0].cells)
-        known = [record.cells for record in records[1:] if record.first == record.last]
-        known = [cells for cells in known if len(cells) == self.width]
-        self.values = [{cells[place] for cells in known} for place in range(self.width)]
-        self.few = [len(known) > 3 and 2 * len(values) <= len(known) and _short(values) for values in self.values]
-        self.numeric = [bool(values) and all(_is_number(value) for value in values) for values in self.values]
+        rows = [record.cells for record in records[1:] if record.first == record.last]
+        rows = [cells for cells in rows if len(cells) == self.width]
+        self.values = [{cells[place] for cells in rows} for place in range(self.width)]
+        self.few_values = [
+            len(rows) > 3 and 2 * len(values) <= len(rows) and _are_short(values) for values in self.values
+        ]
+        self.numeric = [bool(values) and all(_is_float(value) for value in values) for values in self.values]
 
     def __call__(self, cells: Sequence[str], free: Container[int] = ()) -> bool:
-        """Whether each cell fits its column; one in a place of `free`, or with a quote in it, may be anything."""
-        tells = self.tells(free)
+        """Whether each cell fits its column; cells at the places `free`, or with a quote, may be anything."""
+        has_few_values = self.has_few_values(free)
         return len(cells) == self.width and all(
-            place in free or '"' in cell or self._fits(place, cell, tells) for place, cell in enumerate(cells)
+            place in free or '"' in cell or self._fits(place, cell, has_few_values) for place, cell in enumerate(cells)
         )
 
-    def tells(self, free: Container[int] = ()) -> bool:
-        """Whether the table has a column of a few labels, by which rows are known from prose."""
-        return any(few and place not in free for place, few in enumerate(self.few))
+    def has_few_values(self, free: Container[int] = ()) -> bool:
+        """Whether the table has a column of a few labels, which tells rows from prose."""
+        return any(few_values and place not in free for place, few_values in enumerate(self.few_values))
 
-    def _fits(self, place: int, cell: str, tells: bool) -> bool:
-        if self.few[place]:
+    def _fits(self, place: int, cell: str, has_few_values: bool) -> bool:
+        if self.few_values[place]:
             return cell in self.values[place]
         if self.numeric[place]:
-            return _is_number(cell)
-        return tells or (cell != "" and not (place and cell[0].isspace()))
+            return _is_float(cell)
+        return has_few_values or (cell != "" and not (place and cell[0].isspace()))
 
 
-def _short(values: Iterable[str]) -> bool:
-    return all(len(value) <= LONGEST_LABEL for value in values)
+def _are_short(values: Iterable[str]) -> bool:
+    return all(len(value) <= LABEL_MAX_LENGTH for value in values)
 
 
-def _is_number(cell: str) -> bool:
+def _is_float(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
@@ -286,14 +292,17 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _as_letters(lines: list[str], separator: str, skipped: int, *, swallows: int) -> _Reading:
-    """Each line a row and each quote a letter; with a fault where quotes were meant as quotes: a cell is in quotes as a
-    whole, a line with a quote is unlike the other rows, or all quotes close and nothing else tells rows from prose."""
+def _read_quotes_as_letters(lines: list[str], separator: str, skipped: int, *, swallowed: int) -> _Reading:
+    """Reads each line as a row and quotes as ordinary characters.
+
+    Has a fault if quotes seem to be meant as quotes: a whole cell is quoted, a line with a quote is unlike the other
+    rows, or all quotes close and nothing tells rows from prose.
+    """
     reader = csv.reader(lines[skipped:], delimiter=separator, quoting=csv.QUOTE_NONE)
     records = [_Record(cells, number, number) for number, cells in enumerate(reader, skipped + 1) if cells]
     header = records[0].cells
     is_row = _RowTest([records[0], *(record for record in records if not any('"' in cell for cell in record.cells))])
-    unsure = swallows and separator != "\t" and (swallows < SURE or not is_row.tells())
+    unsure = swallowed and separator != "\t" and (swallowed < FEWEST_SURE or not is_row.has_few_values())
     if len(header) < 2 or any('"' in name for name in header) or unsure:
         return _Reading(records, "quotes are meant as quotes")
     for record in records:
@@ -303,10 +312,10 @@ def _as_letters(lines: list[str], separator: str, skipped: int, *, swallows: int
     return _Reading(records, "", _ragged(records))
 
 
-def _misquoted(source: str, fault: str) -> DataError:
+def _invalid_csv(source: str, fault: str) -> DataError:
     return DataError(
         f"{source} is not valid CSV",
         got=fault,
-        fix='mend its quotes: one inside a quoted cell is written ""; or save it as .jsonl',
+        fix='correct its quotes: write one inside a quoted cell as ""; or save it as .jsonl',
         gotcha="csv-quotes",
     )
