@@ -1,14 +1,14 @@
-"""Where things are kept between runs, and how they get there whole or not at all.
+"""Files and folders that appear whole or not at all, locks between processes, and the cache folder.
 
 Knows nothing of models, data or adapters.
 """
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -17,22 +17,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
+
 from hatrack.errors import HatrackError, MachineError
 
 FULL_BELOW = 2**20
-"""A disk with less than a MiB left is full."""
+"""Bytes: a disk with less left is full."""
 
 ABANDONED_AFTER = 60
-"""Seconds after which an unfinished folder that nobody holds is a killed process's."""
+"""Seconds after which an unfinished folder that is not in use counts as left by a killed process."""
+
+LOCK = ".lock"
+"""End of the name of a file that says, while a process has it locked, that the folder beside it is in use."""
 
 ABOUT = "about.json"
-"""In a folder of the cache: what made it. Its time of change is when it was last used."""
+"""The file in a cache entry that says what made it. Its time of change is when the entry was last used."""
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A folder of the cache: what made it (nothing where that is damaged), bytes on disk, when a run last used it
-    (seconds since 1970)."""
+    """A folder of the cache. `about`: what made it, empty where that is damaged. `used`: when a run last used it, in
+    seconds since 1970."""
 
     folder: Path
     about: dict[str, Any]
@@ -41,7 +46,7 @@ class CacheEntry:
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder under the cache: `$HATRACK_CACHE`, or `~/.cache/hatrack`. Everything in it can be made again."""
+    """A folder in the cache, which is `$HATRACK_CACHE` or `~/.cache/hatrack`. Everything in it can be made again."""
     root = os.environ.get("HATRACK_CACHE") or Path.home() / ".cache" / "hatrack"
     folder = Path(root).expanduser().joinpath(*parts)
     with machine_errors(folder):
@@ -51,7 +56,7 @@ def cache_dir(*parts: str) -> Path:
 
 @contextlib.contextmanager
 def machine_errors(path: Path | str) -> Iterator[None]:
-    """Says a full disk or a forbidden folder plainly, as a `MachineError` that names `path`."""
+    """Turns the errors of a full disk or a forbidden folder into a `MachineError` that names `path`."""
     try:
         yield
     except MachineError:
@@ -68,61 +73,53 @@ def machine_errors(path: Path | str) -> Iterator[None]:
             ) from error
         if number in (errno.EIO, errno.EFBIG, errno.ENOLCK, errno.ENOTSUP):
             raise MachineError(
-                f"{path} cannot be written", got=os.strerror(number), fix="look after that disk, or choose another one"
+                f"{path} cannot be written", got=os.strerror(number), fix="check that disk, or choose another one"
             ) from error
         raise
 
 
 def _error_number(error: Exception) -> int | None:
-    """The system's number of a failed call; libraries in Rust (safetensors, tokenizers) only write it in their text."""
+    """The errno of a failed call; libraries in Rust (safetensors, tokenizers) only write it in their message."""
     if isinstance(error, OSError):
         return error.errno
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Keeps other processes out of the block that lock the same file. The lock goes with the process, however it ends.
+    """Locks a file while the block runs, and writes this process's number into it. The system releases the lock when
+    the process ends, however it ends.
 
-    Raises BlockingIOError where another one has it and `wait` is off; the file then holds that process's number.
+    Raises BlockingIOError where another process has the lock and `wait` is off.
     """
     with machine_errors(path):
-        handle = _lock(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, thread_local=False)
+        try:
+            lock.acquire(blocking=wait)
+        except Timeout as error:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process has this lock", str(path)) from error
     try:
-        with machine_errors(path):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        with machine_errors(path), contextlib.suppress(PermissionError):  # on Windows nobody can write a locked file
+            path.write_text(str(os.getpid()))
         yield
     finally:
-        os.close(handle)
-
-
-def _lock(path: Path, how: int) -> int:
-    """Opens and locks a file. One that its last holder removed meanwhile would lock nobody out: then once more."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            opened.callback(os.close, handle)
-            fcntl.flock(handle, how)
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                opened.pop_all()
-                return handle
+        lock.release()
 
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Yields an empty folder beside `final`, and renames it to `final` once the block ends without an error.
 
-    `final` therefore never exists half-written. If another process made `final` meanwhile, theirs stays. What a killed
-    process had begun of it is removed.
+    `final` is therefore never incomplete. If another process made `final` meanwhile, that one stays. Folders that a
+    killed process left unfinished are removed.
     """
     with machine_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        begun = f".{final.name}.hatrack-"
-        _remove_abandoned(final.parent, begun)
-        working = Path(tempfile.mkdtemp(prefix=begun, dir=final.parent))
+        prefix = f".{final.name}.hatrack-"
+        _remove_abandoned(final.parent, prefix)
+        working = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
         try:
             with in_use(working):
                 yield working
@@ -144,55 +141,75 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Keeps `remove_unused` from a folder while the block runs, also in other processes."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def in_use(folder: Path) -> Iterator[Path | None]:
+    """Keeps `remove_unused` of any process from a folder while the block runs, by locking a file beside it.
+
+    Yields that file, or None where it could not be locked.
+    """
+    path = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}{LOCK}")
+    lock = FileLock(path, thread_local=False)
     try:
-        with contextlib.suppress(OSError):  # a network's disk may lock no folders
-            fcntl.flock(handle, fcntl.LOCK_SH)
-        yield
+        with contextlib.suppress(OSError):  # the disk may be full, read-only, or a network's that has no locks
+            lock.acquire(timeout=1)
+        yield path if lock.is_locked else None
     finally:
-        os.close(handle)
+        lock.release()
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def is_in_use(folder: Path, own: Path | None = None) -> bool:
+    """Whether a folder is in use, or may be (some disks have no locks), not counting the use whose file is `own`."""
+    return any(path != own and _is_locked(path) for path in _lock_files(folder))
 
 
 def remove_unused(folder: Path) -> bool:
-    """Removes a folder, unless somebody holds it (or may: some disks lock nothing); says whether it did."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Removes a folder unless it is in use; returns whether it did."""
+    if is_in_use(folder):
+        return False
+    shutil.rmtree(folder)
+    for path in _lock_files(folder):  # left by killed processes
+        path.unlink(missing_ok=True)
+    return True
+
+
+def _lock_files(folder: Path) -> list[Path]:
+    names = re.compile(re.escape(folder.name) + r"\.[0-9]+-[0-9a-f]+" + re.escape(LOCK))
+    return [path for path in folder.parent.iterdir() if names.fullmatch(path.name)]
+
+
+def _is_locked(path: Path) -> bool:
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        with FileLock(path, thread_local=False).acquire(blocking=False):
             return False
-        shutil.rmtree(folder)
+    except OSError:  # filelock's Timeout is one
         return True
-    finally:
-        os.close(handle)
 
 
-def _remove_abandoned(parent: Path, begun: str) -> None:
-    """Removes unfinished folders that no living process holds; the newest may not have been locked yet, and stay."""
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Removes unfinished folders that no living process uses; the newest stay, as they may not be locked yet."""
     for path in parent.iterdir():
-        if path.name.startswith(begun):
+        if path.name.startswith(prefix) and path.is_dir():
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
                     remove_unused(path)
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames on one disk, and returns when a power cut can no longer undo it."""
+    """Renames on one disk; returns once the rename would survive a power cut."""
     source.rename(target)
     _sync_entries(target.parent)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a whole file, or leaves the one that was there."""
+    """Writes a file as a whole, or leaves the one that was there."""
     with new_file(path) as file:  # names of files hold surrogates where the locale knows too few letters
         file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def new_file(final: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write, which takes the place of `final` once the block ends without an error."""
+    """Yields a file to write, which replaces `final` once the block ends without an error."""
     with machine_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         handle, working = tempfile.mkstemp(prefix=f".{final.name}.", dir=final.parent)
@@ -210,9 +227,9 @@ def new_file(final: Path) -> Iterator[BinaryIO]:
 
 
 def list_entries(root: Path) -> list[CacheEntry]:
-    """Every folder under `root`, the one last used first; of unfinished and damaged ones nothing is told."""
+    """Every folder in `root`, the last used first; `about` is empty for unfinished and damaged ones."""
     found = []
-    for folder in root.iterdir():
+    for folder in (path for path in root.iterdir() if path.is_dir()):
         about = folder / ABOUT
         with contextlib.suppress(OSError):
             used = (about if about.exists() else folder).stat().st_mtime
@@ -221,7 +238,7 @@ def list_entries(root: Path) -> list[CacheEntry]:
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What an entry tells of itself; None where it is not there, or is no JSON object."""
+    """The about.json of an entry; None where it is missing or not a JSON object."""
     try:
         found = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError):
@@ -230,7 +247,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes in all files under `folder`; a file that goes while we look counts nothing."""
+    """Bytes in all files under `folder`; a file that is removed meanwhile counts as 0."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -239,7 +256,7 @@ def folder_size(folder: Path) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """Makes sure the bytes are on disk before a rename makes them visible."""
+    """Writes a folder's files through to the disk, before a rename makes them visible."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:
@@ -250,7 +267,9 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_entries(folder: Path) -> None:
-    """The same for the names in a folder."""
+    """Writes the names in a folder through to the disk. Windows, which cannot open folders, does that itself."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

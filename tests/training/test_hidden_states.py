@@ -1,7 +1,7 @@
 """The store of hidden states: what is read is what was kept, and anything else is not there."""
 
 import errno
-import fcntl
+import fcntl  # what filelock locks with here
 import os
 import shutil
 from pathlib import Path

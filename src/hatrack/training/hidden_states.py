@@ -13,7 +13,6 @@ Knows nothing of models, and needs no torch.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -23,14 +22,24 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hatrack import storage
 from hatrack.console import say_once
 from hatrack.errors import HatrackError, MachineError
-from hatrack.storage import ABOUT, CacheEntry, cache_dir, folder_size, read_about, write_file
+from hatrack.storage import (
+    ABOUT,
+    CacheEntry,
+    cache_dir,
+    folder_size,
+    in_use,
+    is_in_use,
+    read_about,
+    remove_unused,
+    write_file,
+)
 
 FORMAT = 1
 STATES, INDEX = ".states", ".index"
@@ -39,7 +48,7 @@ RECORD = np.dtype([("row", "V16"), ("start", "<i8"), ("bytes", "<i8"), ("check",
 
 
 class _Place(NamedTuple):
-    file: BinaryIO
+    file: io.FileIO
     start: int
     bytes: int
     check: int
@@ -61,14 +70,8 @@ def count_rows(entry: CacheEntry) -> int:
 
 
 def remove(entry: CacheEntry) -> bool:
-    """Removes an entry's files, unless a run is using them; says whether it did."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(FileNotFoundError):
-            about = stack.enter_context((entry.folder / ABOUT).open("rb"))
-            if not _locked(about, fcntl.LOCK_EX):
-                return False
-        shutil.rmtree(entry.folder)
-    return True
+    """Removes an entry's files, unless a run is using them; returns whether it did."""
+    return remove_unused(entry.folder)
 
 
 def row_key(ids: np.ndarray) -> bytes:
@@ -105,17 +108,15 @@ class HiddenStateCache:
         """`room` is how many bytes may be added. Raises OSError where the folder cannot be read."""
         self.folder, self.room = folder, room
         self._open = contextlib.ExitStack()
-        about = self._open.enter_context((folder / ABOUT).open("rb"))
-        alone = _locked(about, fcntl.LOCK_EX)
+        own = self._open.enter_context(in_use(folder))
         self._places: dict[bytes, _Place] = {}
         for index in sorted(folder.glob(f"*{INDEX}"), key=lambda path: path.stat().st_mtime_ns):
             self._take(index)  # the newest last: it has the rows anew that were found damaged
-        if alone:
+        if own is not None and not is_in_use(folder, own):
             self._tidy()
-        _locked(about, fcntl.LOCK_SH)
         with contextlib.suppress(OSError):
             os.utime(folder / ABOUT)
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         self._added: list[tuple[bytes, int, int, int]] = []
         self._end = self._safe = self._safe_rows = 0
 
@@ -131,7 +132,8 @@ class HiddenStateCache:
         if place is None:
             return False
         try:
-            whole = place.bytes == len(into) and os.preadv(place.file.fileno(), [into], place.start) == len(into)
+            place.file.seek(place.start)
+            whole = place.bytes == len(into) and place.file.readinto(into) == len(into)
         except OSError:
             whole = False
         if not whole or _check(key, into) != place.check:
@@ -241,12 +243,3 @@ def _told(index: Path) -> np.ndarray:
 
 def _check(key: bytes, states: memoryview) -> int:
     return zlib.crc32(states, zlib.crc32(key))
-
-
-def _locked(file: BinaryIO, how: int) -> bool:
-    """Tries to lock a file, or to change a lock. Where the disk locks nothing (some networks'), nobody is alone."""
-    try:
-        fcntl.flock(file.fileno(), how | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
