@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -25,6 +24,7 @@ from hatrack.adapter.files import AdapterFiles, read_adapter
 from hatrack.adapter.place import head_modules, keep_head_in_float32, saved_copies
 from hatrack.errors import AdapterError
 from hatrack.recipe import flag
+from hatrack.upstream.peft import convert_names, use_layers
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,140}")
 """What an adapter may be called inside a model: it becomes part of parameter names, where peft allows no dots."""
@@ -47,9 +47,12 @@ def attach(model: Any, folder: Path, name: str, *, layer_classes: Mapping[type, 
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     own = base_modules(bare)
     _check_vocabulary(bare, own, files)
-    names = [*own, *(f"{full}.{part}" for full, module in own.items() for part in module._parameters)]
+    names = [
+        *own,
+        *(f"{full}.{part}" for full, module in own.items() for part, _ in module.named_parameters(recurse=False)),
+    ]
     config = lora_config(folder / CONFIG, files.config, names)
-    config._register_custom_module(dict(layer_classes or {}))
+    use_layers(config, layer_classes or {})
     _check_ranks(files, config)
     _check_saved_modules(own, files, config)
     wrapped = isinstance(model, PeftModel)
@@ -220,12 +223,12 @@ def _fill(model: Any, own: Mapping[str, nn.Module], files: AdapterFiles, name: s
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = _read(files, str(model.device))
     # experts that transformers joins are joined here too
-    tensors = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[name], tensors, name)
+    tensors = convert_names(model, model.peft_config[name], tensors, name)
     misfit = Misfit(files, own)
     brought: dict[str, dict[str, nn.Parameter]] = {}
     for key in [key for key in tensors if key not in expected and COPIES.sub(".", key) not in expected]:
         full, _, part = re.sub(r"(\.token_adapter)?\.base_layer\.", ".", key.removeprefix(PREFIX)).rpartition(".")
-        theirs = own[full]._parameters.get(part) if full in own else None
+        theirs = dict(own[full].named_parameters(recurse=False)).get(part) if full in own else None
         if theirs is None:
             misfit.homeless.append(key)
         elif theirs.shape != tensors[key].shape:
@@ -280,8 +283,9 @@ def _bring(model: Any, name: str, full: str, parts: Mapping[str, nn.Parameter]) 
         if name not in model.active_adapters:
             module.set_adapter([])
     copied = module.modules_to_save[name]
-    copied._parameters.update(module.original_module._parameters)  # what it does not bring is the base's
-    copied._parameters.update(parts)
+    shared = dict(module.original_module.named_parameters(recurse=False))  # what it does not bring is the base's
+    for part, weight in (shared | dict(parts)).items():
+        setattr(copied, part, weight)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from hatrack.adapter.targets import ModelLayers, TargetChoice, check_rank, choos
 from hatrack.console import say
 from hatrack.errors import AdapterError, TargetError
 from hatrack.recipe import Recipe
+from hatrack.upstream.peft import use_layers
 
 TASK_TYPES = {"classify": "SEQ_CLS", "chat": "CAUSAL_LM", "complete": "CAUSAL_LM"}
 PISSA_START = "_hatrack_start"
@@ -60,7 +61,7 @@ def place(
         fan_in_fan_out=all(isinstance(model.get_submodule(layer), Conv1D) for layer in choice.names),
     )
     if layer_classes:
-        config._register_custom_module(dict(layer_classes))
+        use_layers(config, layer_classes)
     if recipe.variant == "pissa":
         say("pissa: decomposing the adapted weights")
     with warnings.catch_warnings():

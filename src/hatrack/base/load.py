@@ -20,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hatrack.base import quantized_cache
 from hatrack.base.code import check_code
@@ -42,6 +41,7 @@ from hatrack.kernels.frozen_linear import prevent_repacking
 from hatrack.kernels.native import dtype_name as dtype_name
 from hatrack.recipe import Task
 from hatrack.storage import folder_size
+from hatrack.upstream.transformers import remove_tied_weights
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """torch's formats under the names that safetensors gives them."""
@@ -313,7 +313,7 @@ def _quantized_weights(
     model, found = _load_model(base, task, device, 0, options | {"config": _read_model_config(base)})
     _check_complete(base, model, task, found)
     fresh = _fresh_tensors(found)
-    weights = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    weights = remove_tied_weights(model.state_dict(), model)
     return {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding
 from hatrack.kernels.loss import next_token_losses
+from hatrack.upstream.torch import has_hooks
 
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `attention_mask` and `labels`, as `data.batch.collate` makes them."""
@@ -110,7 +111,7 @@ def _is_plain(head: Any) -> bool:
     return (
         type(head) in (nn.Linear, FrozenLinear)
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
+        and not has_hooks(head)
     )
 
 

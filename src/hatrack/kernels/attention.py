@@ -28,6 +28,7 @@ import torch
 from hatrack.kernels import native
 from hatrack.kernels.dropout import Mask, apply_mask, draw_mask
 from hatrack.kernels.limits import ATTENTION_BLOCK
+from hatrack.upstream.torch import softmax_backward
 
 EVEN = 32
 """Keys are filled up to a multiple of this: a softmax over 30 bfloat16 numbers takes five times as long as over 32."""
@@ -167,7 +168,7 @@ class _Products(torch.autograd.Function):
 def _softmax_back(g: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """The gradient of the scores, from that of the probabilities (..., keys), which it may overwrite."""
     if not native.supports(P):
-        return torch._softmax_backward_data(g, P, -1, P.dtype)
+        return softmax_backward(g, P)
     native.call("softmax_back", P.dtype, P, g, P.numel() // P.shape[-1], P.shape[-1])
     return g
 

@@ -38,7 +38,7 @@ class FrozenLinear(nn.Linear):
     rounding: str | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        trained = any(parameter.requires_grad for parameter in self._parameters.values() if parameter is not None)
+        trained = any(parameter.requires_grad for parameter in self.parameters(recurse=False))
         if trained or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return linear(x, self.weight, self.bias, active_rounding(self))

@@ -29,7 +29,8 @@ from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, can_unp
 from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.limits import STORED_MATMULS
 from hatrack.kernels.norm import rms_norm
-from hatrack.layers.hooks import has_hooks
+from hatrack.upstream.torch import has_hooks
+from hatrack.upstream.transformers import attention_of
 
 ATTENTION_NAME = "hatrack"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -141,7 +142,7 @@ def _linear_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _use_attention(base: PreTrainedModel) -> None:
     """Switches `base` to our attention if its outputs stay the same, those of padded rows included."""
-    if base.config._attn_implementation != "sdpa":
+    if attention_of(base) != "sdpa":
         return
     wanted = _hidden_states(base)
     if wanted is None:

@@ -37,9 +37,10 @@ from transformers.pytorch_utils import Conv1D
 from hatrack.kernels.dropout import Mask, draw_mask
 from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, matmul, matmul_backward, prevent_repacking
 from hatrack.kernels.low_rank import concat, down, outer, prepare_factor, up
-from hatrack.layers.hooks import has_hooks
 from hatrack.layers.lossless_merge import LosslessMerge
 from hatrack.layers.shared_input import SharedInput
+from hatrack.upstream.peft import use_layers
+from hatrack.upstream.torch import child, has_hooks, parameter, version
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _shared_input = SharedInput()
@@ -83,18 +84,17 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
         """What the layer computes with in `dtype`, or None where that is more than the formulas above. Read from dicts:
         torch's and peft's attribute lookups take longer than a small matmul."""
         names: list[str] = self.active_adapters
-        modules: dict[str, Any] = self._modules
-        if len(names) != 1 or self._disable_adapters or self.merged_adapters:
+        if len(names) != 1 or self.disable_adapters or self.merged_adapters:
             return None
-        name, base = names[0], modules["base_layer"]
-        A, B, dropout = (modules[kind]._modules.get(name) for kind in ("lora_A", "lora_B", "lora_dropout"))
+        name, base = names[0], child(self, "base_layer")
+        A, B, dropout = (child(child(self, kind), name) for kind in ("lora_A", "lora_B", "lora_dropout"))
         if not (type(A) is type(B) is nn.Linear and isinstance(dropout, nn.Identity | nn.Dropout)):
             return None
         if type(base) not in LAYER_CLASSES or name in self.lora_variant:
             return None
-        W, p = base._parameters["weight"], getattr(dropout, "p", 0.0)
+        W, p = parameter(base, "weight"), getattr(dropout, "p", 0.0)
         plain = (
-            B._parameters["bias"] is None
+            parameter(B, "bias") is None
             and p < 1
             and not W.requires_grad
             and dtype in COMPUTE_DTYPES
@@ -103,7 +103,7 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
         )
         if not plain:
             return None
-        factors: tuple[Any, Any] = A._parameters["weight"], B._parameters["weight"]
+        factors: tuple[Any, Any] = parameter(A, "weight"), parameter(B, "weight")
         return _PlainParts(name, base, *factors, self.scaling[name], p if dropout.training else 0.0)
 
 
@@ -122,14 +122,14 @@ class _PlainParts(NamedTuple):
         return self.A.shape == other.A.shape and self.p == other.p
 
     def projection(self) -> "Projection":
-        W, b = self.base._parameters["weight"], self.base._parameters["bias"]
+        W, b = parameter(self.base, "weight"), parameter(self.base, "bias")
         W = W.t() if type(self.base) is Conv1D else W
         return Projection(W, b, self.A, self.B, self.scaling, draw_mask(self.p), active_rounding(self.base))
 
     def state(self) -> tuple[object, ...]:
         """What y depends on besides x."""
-        W = self.base._parameters["weight"]
-        versions = self.A._version, self.B._version, W._version, id(self.A), id(self.B), id(W)
+        W = parameter(self.base, "weight")
+        versions = version(self.A), version(self.B), version(W), id(self.A), id(self.B), id(W)
         return self.name, self.scaling, self.p, torch.is_grad_enabled(), *versions
 
 
@@ -260,5 +260,5 @@ def get_peft_model(base: nn.Module, config: PeftConfig, **options: Any) -> PeftM
     """
     prevent_repacking(base)
     if isinstance(config, LoraConfig):
-        config._register_custom_module(dict(LAYER_CLASSES))
+        use_layers(config, LAYER_CLASSES)
     return peft_get_peft_model(base, config, **options)

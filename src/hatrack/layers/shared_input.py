@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hatrack.layers.hooks import has_saved_tensor_hooks
+from hatrack.upstream.torch import has_saved_tensor_hooks, version
 
 
 class SharingLayer(Protocol):
@@ -54,7 +54,7 @@ class SharedInput(threading.local):
             return False
         if leader is not None and self._results:
             leader.followers = tuple(follower for follower in leader.followers if follower not in self._results)
-        self._input, self._version, self._leader, self._results = weakref.ref(x), x._version, weakref.ref(layer), {}
+        self._input, self._version, self._leader, self._results = weakref.ref(x), version(x), weakref.ref(layer), {}
         return True
 
     def store_result(self, layer: SharingLayer, state: tuple[object, ...], y: torch.Tensor) -> None:
@@ -71,4 +71,4 @@ class SharedInput(threading.local):
         return y if y is not None and stored == state() else None
 
     def _is_input(self, x: torch.Tensor) -> bool:
-        return self._input() is x and not x.is_inference() and self._version == x._version
+        return self._input() is x and not x.is_inference() and self._version == version(x)

@@ -2,9 +2,6 @@
 
 Everything else (optimizer, schedule, clipping, checkpoints, trackers, several processes) is transformers' own.
 Knows nothing of recipes, data files or how adapters are placed.
-
-Private names of transformers' Trainer that this class overrides: `_get_grad_norm`, `_save_checkpoint`. It calls
-`_load_best_model`, `_save_optimizer_and_scheduler`, `_save_scaler` and `_save_rng_state`.
 """
 
 import itertools
@@ -17,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hatrack.data.batch import LengthBatches, RowsDataset, collate
 from hatrack.data.render import TokenRows
@@ -27,6 +24,7 @@ from hatrack.training import checkpoint
 from hatrack.training.layer_streaming import LayerStreaming
 from hatrack.training.prefix_cache import FrozenPrefix
 from hatrack.training.smoothed_loss import SmoothedLoss
+from hatrack.upstream.transformers import HookedTrainer
 
 StepWatch = Callable[[int, float, float, Callable[[], list[int]]], None]
 """Called before each optimizer step with its number (from 1), loss, gradient norm, and a function that returns the
@@ -70,7 +68,7 @@ class TrainerRows:
     pad_id: int
 
 
-class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+class HatTrainer(HookedTrainer):
     """Trains the adapter of `model` and scores it on held-out rows.
 
     `watch` is called before each optimizer step. `on_start_score` is called with the score of the adapter that training
@@ -201,21 +199,25 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         try:
             yield
         except error:
-            with torch.no_grad():
-                torch._foreach_copy_(self._trained(), self._start_adapter)
+            self._set_trained(self._start_adapter)
             raise
 
     @torch.no_grad()
     def _score_start_adapter(self, rows: int | None = None) -> Score:
         trained = [parameter.detach().clone() for parameter in self._trained()]
         try:
-            torch._foreach_copy_(self._trained(), self._start_adapter)
+            self._set_trained(self._start_adapter)
             return self.score_held_out(rows)
         finally:
-            torch._foreach_copy_(self._trained(), trained)
+            self._set_trained(trained)
 
     def _trained(self) -> list[torch.Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def _set_trained(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self._trained(), values, strict=True):
+            parameter.copy_(value)
 
     def score_best(self) -> Score:
         """Loads the best epoch's adapter and returns its score, which is measured again if this process has not."""
@@ -239,13 +241,13 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
     def load_best(self) -> None:
         """Loads the best epoch's adapter. It is found by its step, as the run's folder may have been moved."""
         self.state.best_model_checkpoint = str(checkpoint.folder_of_step(self._run, self.state.best_global_step))
-        self._load_best_model()
+        self.load_best_checkpoint()
 
     @property
     def _run(self) -> Path:
         return Path(self.args.output_dir)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def write_checkpoint(self) -> None:
         """Saves all that a resumed run needs: adapter, optimizer, schedule, random state, step and best epoch.
 
         The order of the data is a function of the seed and the step, and needs no file.
@@ -254,21 +256,17 @@ class HatTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
         if self.prefix:
             self.prefix.flush()  # a resumed run must read the hidden states that this one would
         with checkpoint.write_checkpoint(self._run, self.state.global_step) as folder:
-            self.save_model(str(folder), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
+            self.save_model(str(folder))
+            self.save_training_state(folder)
             self.state.save_to_json(str(folder / checkpoint.STATE))
         checkpoint.prune(self._run, self.state.best_global_step)
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+    def before_step(self, norm: float) -> None:
         """Called between the gradients of a step and the step itself: the last moment to stop a bad one."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss, self.step_loss = float(self.step_loss), 0.0
         number = self.state.global_step + 1
-        self.watch(number, loss, float(norm), lambda: self.rows_of_step(number))
+        self.watch(number, loss, norm, lambda: self.rows_of_step(number))
         self.smoothed.add(loss, self._step_length)
-        return norm
 
     def _collate(self, rows: list[Any]) -> dict[str, torch.Tensor]:
         return collate(rows, self.rows.pad_id, self.rows.task)
