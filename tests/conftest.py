@@ -72,7 +72,7 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session", autouse=True)
 def bitsandbytes_on_the_same_cpu() -> None:
     """bitsandbytes asks the CPU itself, whatever `HATRACK_CPU` says."""
-    if cpu.level() is not None and importlib.util.find_spec("bitsandbytes") is not None:
+    if cpu.chosen_level() is not None and importlib.util.find_spec("bitsandbytes") is not None:
         has_bf16 = "avx512_bf16" in cpu.features()
         importlib.import_module("bitsandbytes.cextension").lib.has_avx512bf16_cpu = lambda: has_bf16
 

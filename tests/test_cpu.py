@@ -53,7 +53,7 @@ def test_a_cpu_that_cannot_be_played_is_refused(
     features: str, asked: str, can: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _has(monkeypatch, features, asked)
-    with pytest.raises(RecipeError, match=f"HATRACK_CPU={asked} cannot be played here; fix: use {can}"):
+    with pytest.raises(RecipeError, match=f"HATRACK_CPU={asked} is not possible on this CPU; fix: use {can}"):
         cpu.features()
 
 

@@ -1,8 +1,8 @@
-"""What this CPU can do: its instruction sets, by Linux's names. Imports no torch.
+"""The instruction sets of this CPU, by Linux's names. Imports no torch.
 
-`HATRACK_CPU` makes it a lesser one, for tests: `avx2`, `avx512` (Skylake's, without VNNI or bfloat16) or `avx512_bf16`
-(without AMX). It rules hatrack's choices and its compiled kernels; torch is told by variables of its own, which
-`limit_torch` sets.
+For tests, `HATRACK_CPU` limits them to those of a lesser CPU: `avx2`, `avx512` (Skylake's, without VNNI or bfloat16) or
+`avx512_bf16` (without AMX). hatrack's choices and its compiled kernels follow it; for torch, `limit_torch` sets torch's
+own variables.
 """
 
 import functools
@@ -18,8 +18,8 @@ VARIABLE = "HATRACK_CPU"
 
 @dataclass(frozen=True)
 class Level:
-    """A kind of CPU: the features it needs and those it has not (by how their names begin), what the compiler is told
-    for it, and how torch and oneDNN call it."""
+    """A kind of CPU: the features it needs and those it lacks (the beginnings of their names), the compiler's flags for
+    it, and its names in torch and oneDNN."""
 
     needs: frozenset[str]
     lacks: tuple[str, ...]
@@ -55,8 +55,8 @@ LEVELS = {
 
 
 def features() -> frozenset[str]:
-    """The CPU's instruction sets in Linux's words; none where they are not told."""
-    chosen = level()
+    """The CPU's instruction sets by Linux's names; none on other systems."""
+    chosen = chosen_level()
     return _features() if chosen is None else frozenset(f for f in _features() if not f.startswith(chosen.lacks))
 
 
@@ -66,17 +66,17 @@ def has_fast_bfloat16() -> bool:
 
 
 def compiler_flags() -> tuple[str, ...]:
-    """What has a compiler write for this CPU."""
-    chosen = level()
+    """The flags that make a C++ compiler write for this CPU."""
+    chosen = chosen_level()
     if chosen is None:
         return ("-march=native",)
     return (*chosen.compiler_flags, *(("-maes", "-mvaes") if "vaes" in features() else ()))
 
 
-def level() -> Level | None:
-    """The kind of CPU that `HATRACK_CPU` asks for; None without it.
+def chosen_level() -> Level | None:
+    """The kind of CPU that `HATRACK_CPU` asks for; None if it is not set.
 
-    Raises RecipeError for one that is not known, or more than this CPU is.
+    Raises RecipeError for an invalid value, or one that this CPU does not reach.
     """
     asked = os.environ.get(VARIABLE)
     if not asked:
@@ -84,20 +84,22 @@ def level() -> Level | None:
     if asked not in LEVELS or not LEVELS[asked].needs <= _features():
         can = [name for name, each in LEVELS.items() if each.needs <= _features()]
         fix = f"use {', '.join(can)}, or unset it" if can else "unset it"
-        raise RecipeError(f"{VARIABLE}={asked} cannot be played here", fix=fix)
+        raise RecipeError(f"{VARIABLE}={asked} is not possible on this CPU", fix=fix)
     return LEVELS[asked]
 
 
 def limit_torch() -> None:
-    """Has torch be what `HATRACK_CPU` asks for, in this process and those it starts. Before torch is imported."""
-    chosen = level()
+    """Limits torch as `HATRACK_CPU` asks, in this process and those it starts. To be called before torch is
+    imported."""
+    chosen = chosen_level()
     if chosen is not None:
         os.environ["ATEN_CPU_CAPABILITY"] = chosen.torch
         os.environ["ONEDNN_MAX_CPU_ISA"] = chosen.onednn
 
 
 def cpuinfo(*keys: str) -> list[str]:
-    """Linux's /proc/cpuinfo: the values of the keys that begin so, one CPU after the other; none elsewhere."""
+    """The values in Linux's /proc/cpuinfo of keys that begin with one of `keys`, for each CPU; none on other
+    systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -105,8 +107,8 @@ def cpuinfo(*keys: str) -> list[str]:
     return [line.partition(":")[2].strip() for line in lines if line.startswith(keys)]
 
 
-def kind() -> str:
-    """What tells whether code that was compiled for the CPU runs here."""
+def identity() -> str:
+    """A text that is the same for CPUs which run the same compiled code."""
     return "".join([platform.machine(), *sorted(set(cpuinfo("model name", "flags", "Features", "CPU part")))])
 
 

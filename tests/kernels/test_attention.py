@@ -42,7 +42,7 @@ def test_it_is_torchs_own(
 ) -> None:
     if block:
         monkeypatch.setattr(room, "ATTENTION_BLOCK", block)
-        monkeypatch.setattr(room, "_covered", lambda *states: False)
+        monkeypatch.setattr(room, "_kernel_supports", lambda *states: False)
     real = torch.ones(3, length, dtype=torch.bool)
     if padded != "whole" and length > 5:
         real[1, -4:] = False

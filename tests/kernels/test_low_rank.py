@@ -103,4 +103,4 @@ def test_a_compiler_that_fails_is_said_and_left_out(
 
 
 def test_the_largest_rank_goes_to_torch() -> None:
-    assert not low_rank._covered(torch.zeros(4, 32), low_rank.LARGEST_RANK + 8, (NO_DROPOUT,))
+    assert not low_rank._kernel_supports(torch.zeros(4, 32), low_rank.LARGEST_RANK + 8, (NO_DROPOUT,))

@@ -1,1 +1,1 @@
-"""The arithmetic of a step: each function by a kernel of our own or, where it does not fit, by torch."""
+"""Arithmetic on tensors: kernels in C++, with torch where they do not apply."""

@@ -1,14 +1,13 @@
-// Attention in float32, a head at a time, a block of its queries at a time (attention.py has the mathematics). What a
-// block needs lies in the caches: no probabilities are ever written to memory, and keys after a causal block are not
-// computed at all.
+// Attention in float32, a head at a time, a block of its queries at a time (attention.py has the formulas). All that a
+// block needs fits in the caches: no probabilities are written to memory. Keys after a causal block are not computed.
 //
-// Query heads are `heads`, those of keys and values `shared`; width is a multiple of 16. Rows of numbers are
-// contiguous, heads and tokens may lie apart as their strides say.
+// Query heads are `heads`, those of keys and values `shared`; width is a multiple of 16. Rows of elements
+// are contiguous; heads and tokens have strides.
 
 #include "vectors.h"
 
 static const int64_t QUERIES = 48;  // of a block
-static const int ROWS = 6;          // of a product at a time: 6 x 2 vectors of sums, the rest for what is multiplied
+static const int ROWS = 6;          // of a matmul at a time: 6 x 2 vectors of sums, the other registers for its factors
 static const int PANEL = 2 * LANES;
 
 struct Sizes {
@@ -16,12 +15,12 @@ struct Sizes {
     int64_t q[3], k[3], v[3], out[3];  // strides by row of the batch, head, token
 };
 
-// A matrix whose numbers lie `row` and `column` apart.
+// A matrix with strides `row` and `column`.
 struct Strided { const float* at; int64_t row, column; };
 
 // C (R x V vectors) = scale * A B, or C += where ADD; A is R x depth, B depth x V vectors with rows `b` apart
 template <bool ADD, int R, int V>
-static inline void product_tile(Strided A, const float* B, int64_t b, float* C, int64_t c, int64_t depth, float scale) {
+static inline void matmul_tile(Strided A, const float* B, int64_t b, float* C, int64_t c, int64_t depth, float scale) {
     floats sums[R][V] = {};
     #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; k++) {
@@ -40,15 +39,15 @@ static inline void product_tile(Strided A, const float* B, int64_t b, float* C, 
 }
 
 template <bool ADD, int V>
-static inline void product_columns(Strided A, const float* B, int64_t b, float* C, int64_t c, int64_t rows,
+static inline void matmul_columns(Strided A, const float* B, int64_t b, float* C, int64_t c, int64_t rows,
                                    int64_t depth, float scale) {
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
-        product_tile<ADD, ROWS, V>({A.at + i * A.row, A.row, A.column}, B, b, C + i * c, c, depth, scale);
+        matmul_tile<ADD, ROWS, V>({A.at + i * A.row, A.row, A.column}, B, b, C + i * c, c, depth, scale);
     for (; i + 2 <= rows; i += 2)
-        product_tile<ADD, 2, V>({A.at + i * A.row, A.row, A.column}, B, b, C + i * c, c, depth, scale);
+        matmul_tile<ADD, 2, V>({A.at + i * A.row, A.row, A.column}, B, b, C + i * c, c, depth, scale);
     for (; i < rows; i++)
-        product_tile<ADD, 1, V>({A.at + i * A.row, A.row, A.column}, B, b, C + i * c, c, depth, scale);
+        matmul_tile<ADD, 1, V>({A.at + i * A.row, A.row, A.column}, B, b, C + i * c, c, depth, scale);
 }
 
 // A matrix in panels of PANEL columns, its rows `row` apart. As plain rows its panels are beside each other.
@@ -56,12 +55,12 @@ struct Panels { const float* at; int64_t row, panel = PANEL; };
 
 // C (rows x columns) = scale * A B, or C += where ADD; columns are a multiple of LANES
 template <bool ADD>
-static void product(Strided A, Panels B, float* C, int64_t c, int64_t rows, int64_t columns, int64_t depth, float scale) {
+static void matmul(Strided A, Panels B, float* C, int64_t c, int64_t rows, int64_t columns, int64_t depth, float scale) {
     const float* panel = B.at;
     int64_t j = 0;
     for (; j + PANEL <= columns; j += PANEL, panel += B.panel)
-        product_columns<ADD, 2>(A, panel, B.row, C + j, c, rows, depth, scale);
-    if (j < columns) product_columns<ADD, 1>(A, panel, B.row, C + j, c, rows, depth, scale);
+        matmul_columns<ADD, 2>(A, panel, B.row, C + j, c, rows, depth, scale);
+    if (j < columns) matmul_columns<ADD, 1>(A, panel, B.row, C + j, c, rows, depth, scale);
 }
 
 static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
@@ -69,8 +68,8 @@ static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES 
 // Rows of a scratch matrix lie this far apart: not a power of two, which would put them all into the same cache lines.
 static inline int64_t apart(int64_t length) { return whole(length) + LANES; }
 
-// to (width x length, in panels) = from^T, zeros after each row. A panel is read as a whole: in plain rows its numbers
-// would each lie in a page of their own.
+// to (width x length, in panels) = from^T, zeros after each row. A panel is read as a whole: in plain rows each
+// of its elements would be in another page.
 static Panels transposed(const float* from, int64_t stride, float* to, int64_t length, int64_t width) {
     for (int64_t start = 0; start < length; start += PANEL) {
         float* panel = to + start * width;
@@ -106,17 +105,17 @@ static inline Block block_at(int64_t start, const Sizes& s, const float* padding
 // The block's scores: S (rows x keys) = scale Q K^T
 static inline void score(const Block& block, const float* Q, int64_t q, Panels K_t, float* S, const Sizes& s,
                          float scale) {
-    product<false>({Q + block.start * q, q, 1}, K_t, S, apart(s.length), block.rows, whole(block.keys), s.width, scale);
+    matmul<false>({Q + block.start * q, q, 1}, K_t, S, apart(s.length), block.rows, whole(block.keys), s.width, scale);
 }
 
-// v of a row of scores from key j on, as allowed: padding added, what is not seen far below all others
+// v, the scores of a row from key j on, with padding added and -infinity where the query does not see the key
 static inline floats allowed(floats v, const Block& block, int64_t j, int64_t seen) {
     if (block.padding) v += load_some(block.padding + j, seen - j, 0);
     if (j + LANES > seen) v = (flags)lane_numbers() < (int32_t)(seen - j) ? v : floats{} - __builtin_inff();
     return v;
 }
 
-// Zeroes what dropout drops of a row of `count` numbers, and multiplies what it keeps.
+// Applies dropout to a row of `count` elements: zeroes some, multiplies the others by `keep`.
 static inline void drop_row(float* row, int64_t count, uint64_t key, uint32_t threshold, float keep) {
     for (int64_t j = 0; j < count; j += BLOCK) {
         floats v[PARTS] = {};
@@ -127,18 +126,18 @@ static inline void drop_row(float* row, int64_t count, uint64_t key, uint32_t th
     }
 }
 
-// Floats of scratch that a thread needs.
-extern "C" int64_t attention_space(int64_t length, int64_t width, int64_t backward) {
+// Floats of workspace that each thread needs.
+extern "C" int64_t attention_workspace(int64_t length, int64_t width, int64_t backward) {
     int64_t matrix = room_transposed(length, width), scores = QUERIES * apart(length);
     return backward ? 2 * matrix + 3 * scores : matrix + scores;
 }
 
-// out, like q, and log_sums (batch, heads, length), which the way back needs. padding: null, or (batch, length).
+// out, like q, and log_sums (batch, heads, length), which the backward pass needs. padding: null, or (batch, length).
 extern "C" void attention_float32(const float* q, const float* k, const float* v, const float* padding, float* out,
                                   float* log_sums, float* space, const Sizes* sizes, float scale, int64_t causal,
                                   uint32_t threshold, float keep, uint64_t seed, int threads) {
     const Sizes& s = *sizes;
-    int64_t room = attention_space(s.length, s.width, 0);
+    int64_t room = attention_workspace(s.length, s.width, 0);
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t head = 0; head < s.batch * s.heads; head++) {
         int64_t b = head / s.heads, h = head % s.heads, g = h / (s.heads / s.shared);
@@ -171,19 +170,19 @@ extern "C" void attention_float32(const float* q, const float* k, const float* v
                 if (threshold)
                     drop_row(row, seen, row_key(seed, head * s.length + start + i), threshold, keep);
             }
-            product<false>({S, apart(s.length), 1}, {V, s.v[2]}, O + start * s.out[2], s.out[2], block.rows, s.width,
+            matmul<false>({S, apart(s.length), 1}, {V, s.v[2]}, O + start * s.out[2], s.out[2], block.rows, s.width,
                            block.keys, 1);
         }
     }
 }
 
 // The gradients dq, like out; dk and dv, for each query head, (batch, length, heads, width) contiguous; of g, like out.
-extern "C" void attention_back_float32(const float* q, const float* k, const float* v, const float* padding,
+extern "C" void attention_backward_float32(const float* q, const float* k, const float* v, const float* padding,
                                        const float* g, const float* log_sums, float* dq, float* dk, float* dv,
                                        float* space, const Sizes* sizes, float scale, int64_t causal,
                                        uint32_t threshold, float keep, uint64_t seed, int threads) {
     const Sizes& s = *sizes;
-    int64_t room = attention_space(s.length, s.width, 1), lead = apart(s.length), token = s.heads * s.width;
+    int64_t room = attention_workspace(s.length, s.width, 1), lead = apart(s.length), token = s.heads * s.width;
     #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t head = 0; head < s.batch * s.heads; head++) {
         int64_t b = head / s.heads, h = head % s.heads, of = h / (s.heads / s.shared);
@@ -202,7 +201,7 @@ extern "C" void attention_back_float32(const float* q, const float* k, const flo
         for (int64_t start = 0; start < s.length; start += QUERIES) {
             Block block = block_at(start, s, padding, head, causal);
             score(block, Q, s.q[2], K_t, P, s, scale);
-            product<false>({G + start * s.out[2], s.out[2], 1}, V_t, dS, lead, block.rows, whole(block.keys), s.width,
+            matmul<false>({G + start * s.out[2], s.out[2], 1}, V_t, dS, lead, block.rows, whole(block.keys), s.width,
                            1);
             for (int64_t i = 0; i < block.rows; i++) {
                 float *p = P + i * lead, *slope = dS + i * lead, *kept = D + i * lead;
@@ -223,9 +222,9 @@ extern "C" void attention_back_float32(const float* q, const float* k, const flo
                 for (int64_t j = 0; j < whole(block.keys); j += LANES)
                     store(slope + j, load(p + j) * (load(slope + j) - by));
             }
-            product<true>({D, 1, lead}, {G + start * s.out[2], s.out[2]}, dV, token, block.keys, s.width, block.rows, 1);
-            product<true>({dS, 1, lead}, {Q + start * s.q[2], s.q[2]}, dK, token, block.keys, s.width, block.rows, scale);
-            product<false>({dS, lead, 1}, {K, s.k[2]}, dQ + start * s.out[2], s.out[2], block.rows, s.width, block.keys,
+            matmul<true>({D, 1, lead}, {G + start * s.out[2], s.out[2]}, dV, token, block.keys, s.width, block.rows, 1);
+            matmul<true>({dS, 1, lead}, {Q + start * s.q[2], s.q[2]}, dK, token, block.keys, s.width, block.rows, scale);
+            matmul<false>({dS, lead, 1}, {K, s.k[2]}, dQ + start * s.out[2], s.out[2], block.rows, s.width, block.keys,
                            scale);
         }
     }

@@ -1,27 +1,27 @@
-"""Attention on a processor by its matrix products, a block of queries at a time.
+"""Attention on a CPU, a block of queries at a time.
 
-For one head with queries Q (t, d), keys K and values V (t, d), scale s and the allowed positions M:
+For one head with queries Q (t, d), keys K and values V (t, d), scale s and the mask M of visible positions:
 
     P = softmax(s Q K^T where M, else -infinity)      (t, t)
     O = D(P) V                                        (t, d)
 
-and for the gradient G of O, with P computed again rather than kept (as Dao et al., FlashAttention, 2022, do):
+and for the gradient G of O, with P computed again instead of kept (Dao et al., FlashAttention, 2022):
 
     dV = D(P)^T G
     dP = D(G V^T)
     dS = P * (dP - rowsum(P * dP))
     dQ = s dS K,   dK = s dS^T Q
 
-D is dropout. Query heads that share keys and values (grouped-query attention) are stacked as rows of one product. A
-block holds at most `ATTENTION_BLOCK` elements of P; where attention is causal, keys after a block are not computed at
-all. Padding is a (B, t) mask; no mask of t x t is made.
+D is dropout. Query heads that share keys and values (grouped-query attention) are stacked as rows of one matmul. A
+block holds at most `ATTENTION_BLOCK` elements of P. With causal attention, keys after a block are not computed. Padding
+is a (B, t) mask; no mask of (t, t) is made.
 
-In float32 a kernel does all of it (attention.cpp), elsewhere torch's products of all heads at once, with the passes
-between them by kernels where there are any. torch's own `scaled_dot_product_attention` computes the same; on a
-processor in bfloat16 it is far slower than its products. Knows nothing of models.
+In float32 one kernel computes all of it (attention.cpp); in other dtypes, torch's matmuls do, over all heads at once,
+with kernels for the softmax. torch's own `scaled_dot_product_attention` gives the same, far slower in bfloat16 on a
+CPU.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,8 +30,8 @@ from hatrack.kernels.dropout import Mask, apply_mask, draw_mask
 from hatrack.kernels.limits import ATTENTION_BLOCK
 from hatrack.upstream.torch import softmax_backward
 
-EVEN = 32
-"""Keys are filled up to a multiple of this: a softmax over 30 bfloat16 numbers takes five times as long as over 32."""
+KEY_MULTIPLE = 32
+"""Keys are padded to a multiple of this: a softmax over 30 bfloat16 elements takes five times as long as over 32."""
 
 
 def attention(
@@ -44,18 +44,18 @@ def attention(
     scale: float,
     p: float = 0.0,
 ) -> torch.Tensor:
-    """query (B, H, T, d), key and value (B, H / groups, T, d) of one format -> (B, T, H, d).
+    """query (B, H, T, d), key and value (B, H / groups, T, d) of one dtype -> (B, T, H, d).
 
-    `real` (B, T): false where a row is filled up with padding, which no real token attends to; None if nowhere.
-    `p`: dropout of the probabilities.
+    `real` (B, T): false at padding, which no real token attends to; None without padding. `p`: dropout of the
+    probabilities.
     """
     padding = None if real is None else torch.zeros(real.shape).masked_fill_(~real, -1e30)  # added to keys' scores
-    way = _Kernel if _covered(query, key, value) else _Products
-    return way.apply(query, key, value, padding, causal, scale, draw_mask(p))  # type: ignore[no-any-return,no-untyped-call]
+    function = _KernelAttention if _kernel_supports(query, key, value) else _MatmulAttention
+    return function.apply(query, key, value, padding, causal, scale, draw_mask(p))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _covered(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel does all of it: float32, heads of a width it takes, and equal ones for keys and values."""
+def _kernel_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel can do it: float32, a head width that it takes, the same for keys and values."""
     return (
         query.dtype == torch.float32
         and native.supports(query, columns=16)
@@ -64,7 +64,7 @@ def _covered(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
     )
 
 
-class _Kernel(torch.autograd.Function):
+class _KernelAttention(torch.autograd.Function):
     """query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d), by the kernel."""
 
     @staticmethod
@@ -82,8 +82,8 @@ class _Kernel(torch.autograd.Function):
         out, log_sums = query.new_empty(batch, length, heads, width), query.new_empty(batch, heads, length)
         sizes = _sizes(query, key, value, out)
         settings = scale, int(causal), mask.threshold, mask.scale, mask.seed
-        space = _space(length, width, backward=False)
-        native.call("attention", query.dtype, query, key, value, padding, out, log_sums, space, sizes, *settings)
+        workspace = _workspace(length, width, backward=False)
+        native.call("attention", query.dtype, query, key, value, padding, out, log_sums, workspace, sizes, *settings)
         ctx.save_for_backward(query, key, value, padding, log_sums)
         ctx.settings = settings
         return out
@@ -95,8 +95,8 @@ class _Kernel(torch.autograd.Function):
         g = g.contiguous()
         batch, length, heads, width = g.shape
         dQ, dK, dV = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
-        tensors = query, key, value, padding, g, log_sums, dQ, dK, dV, _space(length, width, backward=True)
-        native.call("attention_back", g.dtype, *tensors, _sizes(query, key, value, g), *ctx.settings)
+        tensors = query, key, value, padding, g, log_sums, dQ, dK, dV, _workspace(length, width, backward=True)
+        native.call("attention_backward", g.dtype, *tensors, _sizes(query, key, value, g), *ctx.settings)
         shared = key.shape[1]
         if shared != heads:
             dK, dV = (each.view(batch, length, shared, -1, width).sum(3) for each in (dK, dV))
@@ -104,20 +104,21 @@ class _Kernel(torch.autograd.Function):
 
 
 def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """What the kernel calls `Sizes`, for `out` (B, T, H, d)."""
+    """The kernel's `Sizes`, for `out` (B, T, H, d)."""
     batch, length, heads, width = out.shape
     strides = *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], out.stride(0), out.stride(2), out.stride(1)
     return torch.tensor([batch, heads, key.shape[1], length, width, *strides])
 
 
-def _space(length: int, width: int, *, backward: bool) -> torch.Tensor:
+def _workspace(length: int, width: int, *, backward: bool) -> torch.Tensor:
+    """Scratch memory of the kernel, for each thread."""
     loaded = native.library()
     assert loaded is not None
-    return torch.empty(torch.get_num_threads(), loaded.attention_space(length, width, int(backward)))
+    return torch.empty(torch.get_num_threads(), loaded.attention_workspace(length, width, int(backward)))
 
 
-class _Products(torch.autograd.Function):
-    """query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d), by products of all heads at once."""
+class _MatmulAttention(torch.autograd.Function):
+    """query (B, H, T, d), key and value (B, H / groups, T, d) -> (B, T, H, d), by matmuls of all heads at once."""
 
     @staticmethod
     def forward(
@@ -131,13 +132,14 @@ class _Products(torch.autograd.Function):
         mask: Mask,
     ) -> torch.Tensor:
         rows, heads, length, _ = query.shape
-        K, V = _joined(key), _joined(value)
+        K, V = _pad_keys(key), _pad_keys(value)
         out = query.new_empty(rows, length, heads, V.shape[-1]).transpose(1, 2)
-        for start, stop, keys in _blocks(query, causal):
-            Q = _stacked(query, K, start, stop).mul_(scale)
-            P = _probabilities(Q, K[:, :keys], padding, causal, start, stop, query.shape[2])
-            P = apply_mask(P, mask._replace(seed=mask.seed + start), mask.scale)
-            _unstack(torch.bmm(P, V[:, :keys]), out, start, stop)
+        visible = _Visible(causal, padding, length)
+        for block in _blocks(query, causal):
+            Q = _stack_heads(query, K, block).mul_(scale)
+            P = _probabilities(Q, K[:, : block.keys], block, visible)
+            P = apply_mask(P, mask._replace(seed=mask.seed + block.start), mask.scale)
+            _unstack_heads(torch.bmm(P, V[:, : block.keys]), out, block)
         ctx.save_for_backward(query, key, value, padding)
         ctx.settings = causal, scale, mask
         return out.transpose(1, 2)
@@ -147,84 +149,101 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, padding = ctx.saved_tensors
         causal, scale, mask = ctx.settings
-        K, V, g = _joined(key), _joined(value), g.transpose(1, 2)
+        K, V, g = _pad_keys(key), _pad_keys(value), g.transpose(1, 2)
+        visible = _Visible(causal, padding, query.shape[2])
         dQ = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
         blocks = _blocks(query, causal)
         sums = torch.float32 if len(blocks) > 1 else K.dtype
         dK, dV = torch.zeros_like(K, dtype=sums), torch.zeros_like(V, dtype=sums)
-        for start, stop, keys in blocks:
-            Q = _stacked(query, K, start, stop).mul_(scale)
-            P = _probabilities(Q, K[:, :keys], padding, causal, start, stop, query.shape[2])
-            G = _stacked(g, K, start, stop)
-            here = mask._replace(seed=mask.seed + start)
-            dV[:, :keys] += torch.bmm(apply_mask(P, here, mask.scale).mT, G)
-            dP = apply_mask(torch.bmm(G, V[:, :keys].mT), here, mask.scale)
-            dS = _softmax_back(dP, P)
+        for block in blocks:
+            keys = block.keys
+            Q = _stack_heads(query, K, block).mul_(scale)
+            P = _probabilities(Q, K[:, :keys], block, visible)
+            G = _stack_heads(g, K, block)
+            block_mask = mask._replace(seed=mask.seed + block.start)
+            dV[:, :keys] += torch.bmm(apply_mask(P, block_mask, mask.scale).mT, G)
+            dP = apply_mask(torch.bmm(G, V[:, :keys].mT), block_mask, mask.scale)
+            dS = _softmax_backward(dP, P)
             dK[:, :keys] += torch.bmm(dS.mT, Q)
-            _unstack(torch.bmm(dS, K[:, :keys]).mul_(scale), dQ, start, stop)
-        return dQ, _parted(dK, key), _parted(dV, value), *[None] * 4
+            _unstack_heads(torch.bmm(dS, K[:, :keys]).mul_(scale), dQ, block)
+        return dQ, _unpad_keys(dK, key), _unpad_keys(dV, value), *[None] * 4
 
 
-def _softmax_back(g: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
-    """The gradient of the scores, from that of the probabilities (..., keys), which it may overwrite."""
+class _Block(NamedTuple):
+    """A block of queries, from `start` up to `stop`, which see at most the first `keys` keys."""
+
+    start: int
+    stop: int
+    keys: int
+
+
+class _Visible(NamedTuple):
+    """Which of `length` keys a query sees: none after it if `causal`. `padding` (B, T) is added to the scores."""
+
+    causal: bool
+    padding: torch.Tensor | None
+    length: int
+
+
+def _softmax_backward(g: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+    """The gradient of the scores from g, that of the probabilities P (..., keys). May overwrite g."""
     if not native.supports(P):
         return softmax_backward(g, P)
-    native.call("softmax_back", P.dtype, P, g, P.numel() // P.shape[-1], P.shape[-1])
+    native.call("softmax_backward", P.dtype, P, g, P.numel() // P.shape[-1], P.shape[-1])
     return g
 
 
-def _blocks(query: torch.Tensor, causal: bool) -> list[tuple[int, int, int]]:
-    """Blocks of queries as (first, one after the last, number of keys they may see)."""
+def _blocks(query: torch.Tensor, causal: bool) -> list[_Block]:
+    """The blocks of queries (B, H, T, d)."""
     rows, heads, length, _ = query.shape
-    size = max(EVEN, ATTENTION_BLOCK // (rows * heads * length) // EVEN * EVEN)
-    whole = -(-length // EVEN) * EVEN
+    size = max(KEY_MULTIPLE, ATTENTION_BLOCK // (rows * heads * length) // KEY_MULTIPLE * KEY_MULTIPLE)
+    padded = -(-length // KEY_MULTIPLE) * KEY_MULTIPLE
     return [
-        (start, min(start + size, length), start + min(size, whole - start) if causal else whole)
+        _Block(start, min(start + size, length), start + min(size, padded - start) if causal else padded)
         for start in range(0, length, size)
     ]
 
 
-def _joined(states: torch.Tensor) -> torch.Tensor:
+def _pad_keys(states: torch.Tensor) -> torch.Tensor:
     """Keys or values (B, H, T, d) -> (B H, T rounded up, d), zeros at the end."""
     rows, heads, length, width = states.shape
-    padded = states.new_empty(rows, heads, -(-length // EVEN) * EVEN, width)
+    padded = states.new_empty(rows, heads, -(-length // KEY_MULTIPLE) * KEY_MULTIPLE, width)
     padded[:, :, :length] = states
     padded[:, :, length:] = 0
     return padded.view(rows * heads, -1, width)
 
 
-def _parted(gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """(B H, T rounded up, d) -> the shape and format of `states` (B, H, T, d)."""
+def _unpad_keys(gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """(B H, T rounded up, d) -> the shape and dtype of `states` (B, H, T, d)."""
     rows, heads, length, width = states.shape
     return gradient.view(rows, heads, -1, width)[:, :, :length].to(states.dtype)
 
 
-def _stacked(states: torch.Tensor, K: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """A copy of the block's rows of (B, H, T, d), heads with the same keys beneath each other: (K's number, -1, d)."""
-    part = states[:, :, start:stop]
+def _stack_heads(states: torch.Tensor, K: torch.Tensor, block: _Block) -> torch.Tensor:
+    """A copy of the block's rows of (B, H, T, d), stacked by the keys they share: (len(K), -1, d)."""
+    part = states[:, :, block.start : block.stop]
     return torch.empty_like(part, memory_format=torch.contiguous_format).copy_(part).view(len(K), -1, part.shape[-1])
 
 
-def _unstack(stacked: torch.Tensor, states: torch.Tensor, start: int, stop: int) -> None:
-    """Writes such rows back into (B, H, T, d)."""
-    part = states[:, :, start:stop]
+def _unstack_heads(stacked: torch.Tensor, states: torch.Tensor, block: _Block) -> None:
+    """Writes stacked rows back into (B, H, T, d)."""
+    part = states[:, :, block.start : block.stop]
     part.copy_(stacked.view(part.shape))
 
 
-def _probabilities(
-    Q: torch.Tensor, K: torch.Tensor, padding: torch.Tensor | None, causal: bool, start: int, stop: int, length: int
-) -> torch.Tensor:
+def _probabilities(Q: torch.Tensor, K: torch.Tensor, block: _Block, visible: _Visible) -> torch.Tensor:
     """P of a block, (n, groups x block, keys), for scaled queries Q (n, groups x block, d) and keys K (n, keys, d)."""
     S = torch.bmm(Q, K.mT)
-    block, keys = stop - start, S.shape[-1]
+    causal, padding, length = visible
+    queries, keys = block.stop - block.start, S.shape[-1]
     if native.supports(S):
-        space, batch = torch.empty(torch.get_num_threads(), keys), 1 if padding is None else len(padding)
-        shape = S.numel() // keys, keys, block, start, length, int(causal), batch
-        native.call("softmax", S.dtype, S, padding, space, *shape)
+        workspace, batch = torch.empty(torch.get_num_threads(), keys), 1 if padding is None else len(padding)
+        shape = S.numel() // keys, keys, queries, block.start, length, int(causal), batch
+        native.call("softmax", S.dtype, S, padding, workspace, *shape)
         return S
     if causal:
-        future = torch.full((block, keys - start), -torch.inf, dtype=S.dtype).triu_(1)
-        S.view(-1, block, keys)[:, :, start:] += future
+        future = torch.full((queries, keys - block.start), -torch.inf, dtype=S.dtype).triu_(1)
+        S.view(-1, queries, keys)[:, :, block.start :] += future
     elif keys > length:
         S[:, :, length:] = -torch.inf
     if padding is not None:

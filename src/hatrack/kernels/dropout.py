@@ -1,13 +1,11 @@
-"""Dropout whose mask is never stored: it is a function of a seed, and made again in the backward pass.
+"""Dropout whose mask is not stored but drawn again from its seed in the backward pass.
 
-The kernel draws 16 bits for each number by a hash. An accelerator draws one number for each by its own generator, begun
-at the seed. Where neither is, torch zeroes drawn positions: rather than n random numbers, K from a Poisson distribution
-of mean n l, then K positions, uniform and with replacement. How often each position is hit is then Poisson of mean l,
-independently of all others, so with l = -log(1 - p) each is dropped with probability 1 - exp(-l) = p, independently:
-the mask that a draw for each would give, at about p times its cost. A position is a 32-bit random number scaled to the
-size of the matrix, so chances differ from p by up to n / 2^32 of p.
-
-Knows nothing of layers or models.
+The kernel draws 16 bits for each element by a hash. An accelerator draws with its own generator, started at the seed.
+Elsewhere torch zeroes drawn positions. Instead of n random numbers, it draws K from a Poisson distribution of mean n l,
+then K positions, uniformly and with replacement. How often a position is drawn is then Poisson of mean l, independently
+of all others, so with l = -log(1 - p) each is dropped with probability 1 - exp(-l) = p: the distribution of one draw
+for each, at about p times its cost. A position is a 32-bit random number scaled to the size of the matrix, so
+probabilities differ from p by up to n / 2^32 of p.
 """
 
 import functools
@@ -20,37 +18,37 @@ import torch
 from hatrack.kernels import native
 
 THRESHOLD_STEPS = 2**16
-"""The kernel draws 16 bits for a number: its chance to be dropped is a multiple of 1 / 65,536."""
+"""The kernel draws 16 bits for an element, so it is dropped with a probability that is a multiple of 1 / 65,536."""
 
 
 class Mask(NamedTuple):
-    """Dropout of a matrix: each number is zeroed with probability `p`, by a draw that `seed` fixes."""
+    """Dropout of a matrix: each element is zeroed with probability `p`. The same seed drops the same elements."""
 
     p: float
     seed: int
 
     @property
     def threshold(self) -> int:
-        """p in steps of the kernel's draw."""
+        """p in steps of 1 / 65,536."""
         return round(self.p * THRESHOLD_STEPS)
 
     @property
     def scale(self) -> float:
-        """What the numbers that are kept are multiplied with, so that their mean stays."""
+        """The factor for the elements that are kept, so that the mean stays the same."""
         return 1 / (1 - self.threshold / THRESHOLD_STEPS)
 
 
 NO_DROPOUT = Mask(0.0, 0)
-"""Nothing is dropped."""
+"""Drops nothing."""
 
 
 def draw_mask(p: float) -> Mask:
-    """A mask of its own for each call, by torch's random state."""
+    """A new mask, from torch's random state."""
     return Mask(p, int(torch.randint(2**62, (), device="cpu"))) if p else NO_DROPOUT
 
 
 def apply_mask(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
-    """A copy of contiguous x (..., d) times `scale`, with zeros where `mask` drops; x itself where it does nothing."""
+    """A copy of contiguous x (..., d) times `scale`, zero where `mask` drops; x itself if that changes nothing."""
     if not mask.p:
         return x if scale == 1 else x * scale
     if native.supports(x) and mask.threshold < THRESHOLD_STEPS:
@@ -69,12 +67,12 @@ def apply_mask(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
 
 @functools.cache
 def _generator(device: torch.device) -> torch.Generator:
-    """A generator of the device's own, made once: that takes longer than a small product."""
+    """A random generator of the device, made once: making one takes longer than a small matmul."""
     return torch.Generator(device)
 
 
 def dropout_positions(count: int, p: float, seed: int) -> torch.Tensor:
-    """Flat positions below `count` that are dropped, int64, some more than once; a pure function of its arguments."""
+    """The dropped positions of `count` elements, int64, some more than once; a pure function of its arguments."""
     bits = np.random.SFC64(seed)
     hits = int(np.random.Generator(bits).poisson(-count * math.log1p(-p)))
     halves = torch.from_numpy(bits.random_raw(hits // 2 + 1).view(np.int32)[:hits])
@@ -94,5 +92,5 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout of x (..., d) with the mask drawn now; what is kept is divided by 1 - p. 0 <= p < 1."""
+    """Dropout of x (..., d) with a new mask, 0 <= p < 1. The elements that are kept are divided by 1 - p."""
     return _Dropout.apply(x.contiguous(), draw_mask(p)) if p else x  # type: ignore[no-untyped-call]

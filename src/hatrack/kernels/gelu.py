@@ -1,10 +1,12 @@
-"""GELU in its tanh form (Hendrycks and Gimpel, 2016), in one pass each way; only x is kept.
+"""GELU in its tanh form, in one pass forward and one backward.
+
+With only x kept for the backward pass (Hendrycks and Gimpel, 2016):
 
     y = x s,  s = 1 / (1 + exp(-2 u)) = (1 + tanh(u)) / 2,  u = sqrt(2 / pi) (x + 0.044715 x^3)
     dx = g (s + x s (1 - s) 2 u')
 
-Written out in torch, as transformers has it for GPT-2 and others, it is eight passes and keeps four matrices. The form
-with the error function, and SiLU, are left to torch: its kernels are as fast as one of ours was (docs/log.md).
+Written out in torch, as transformers has it for GPT-2 and others, it takes eight passes and keeps four matrices. GELU
+with the error function and SiLU are left to torch, whose kernels are as fast as ours were (docs/log.md).
 """
 
 from typing import Any
@@ -16,7 +18,7 @@ from hatrack.kernels import native
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """x (...) -> (...) in its format."""
+    """x (...) -> (...) of the same dtype."""
     if native.supports(x) and x.is_contiguous():
         return _GELU.apply(x)  # type: ignore[no-any-return,no-untyped-call]
     return F.gelu(x, approximate="tanh")
@@ -35,5 +37,5 @@ class _GELU(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x).copy_(g)
-        native.call("gelu_back", x.dtype, x, dx, x.numel())
+        native.call("gelu_backward", x.dtype, x, dx, x.numel())
         return dx

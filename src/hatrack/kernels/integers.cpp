@@ -1,6 +1,6 @@
-// Products of float matrices in integers (integers.py has the mathematics), for processors with AVX2.
+// Matmuls of float matrices in integers (int8.py has the formulas), for CPUs with AVX2.
 //
-// x (n, k) is quantised as a whole, W (k, d) a panel of its columns at a time, right before the panel is multiplied, so
+// x (n, k) is quantized as a whole, W (k, d) a panel of its columns at a time, right before the panel is multiplied, so
 // that no copy of W is kept. The reduction is cut into blocks of DEPTH; for row i, column j and block p
 //
 //     out_ij = sum over p of  s_ip t_pj (sum over k in p of q_ik r_kj)
@@ -9,15 +9,15 @@
 // The inner sum is one of 32-bit integers that never overflow, the outer one of floats, in the order of p however many
 // threads there are. A block with an infinity or a NaN has a scale of NaN.
 //
-// What lies next to each other in 32 bits of q and r is multiplied and added by one instruction: two numbers of 16 bits,
-// or four of 8. There q is unsigned on one side: MOST is added to x's, and MOST times the sum of r taken off again, which
-// the 32-bit sums begin with.
+// What lies next to each other in 32 bits of q and r is multiplied and added by one instruction: two of 16 bits, or
+// four of 8. For 8 bits q has to be unsigned: MOST is added to it, and the 32-bit sums start at minus MOST times the
+// sum of r.
 
 #include <cstdint>
 
 #if !defined(__AVX2__) || !defined(__FMA__)
 
-extern "C" int integers_covered() { return 0; }
+extern "C" int integers_supported() { return 0; }
 
 #else
 
@@ -26,7 +26,7 @@ extern "C" int integers_covered() { return 0; }
 #include <immintrin.h>
 #include <omp.h>
 
-extern "C" int integers_covered() { return 1; }
+extern "C" int integers_supported() { return 1; }
 
 static const int64_t DEPTH = 128;   // of a block of the reduction
 static const int64_t COLUMNS = 16;  // of a tile of sums: two vectors
@@ -44,7 +44,7 @@ static inline words absolute(const float* at) {
     return _mm256_and_si256(_mm256_loadu_si256((const words*)at), _mm256_set1_epi32(0x7fffffff));
 }
 
-// A block's scale and its inverse, for the largest of its numbers' magnitudes: their bits are in the order of their
+// A block's scale and its inverse, for the largest of its elements' magnitudes: their bits are in the order of their
 // values, with infinity and NaN at the end.
 static inline void scale_of(uint32_t largest, float most, float& scale, float& inverse) {
     float value;
@@ -67,10 +67,10 @@ static inline words nearest(const float* at, __m256 inverse) {
     return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(at), inverse));
 }
 
-// 32 bits of the reduction are a step: EACH numbers, which one instruction multiplies and adds. A format packs numbers in
-// their order, and sums a tile of TALL rows: sums (TALL, COLUMNS) += q r over an even number of steps, r as
+// 32 bits of the reduction are a step: EACH elements, which one instruction multiplies and adds. A format packs
+// elements in their order, and sums a tile of TALL rows: sums (TALL, COLUMNS) += q r over an even number of steps, r as
 // [step][column][EACH]. The loops are in assembly as the order of instructions matters, and as all 16 registers are
-// needed: with products and sums by turns they take nearly twice as long as with two products, then their two sums.
+// needed: with multiplications and sums by turns they take nearly twice as long as with two of each.
 
 struct Int16 {
     typedef int16_t number;
@@ -134,7 +134,7 @@ struct Int8 {
         return total;
     }
 
-    // Two products of pairs fit in 16 bits together: 4 * 63 * 126 < 2^15.
+    // Two sums of two multiplications fit in 16 bits together: 4 * 63 * 126 < 2^15.
     INLINE void add(words (*sums)[2], const number* q, const words* r, int64_t steps) {
         const words ones = _mm256_set1_epi16(1);
         static_assert(DEPTH * sizeof(number) == 128, "the distance of two rows of q");
@@ -171,7 +171,7 @@ struct Int8 {
     }
 };
 
-// Lines (rows of x, or columns of W) quantised, block by block: q [block][line][DEPTH], of W in tiles of COLUMNS lines
+// Lines (rows of x, or columns of W) quantized, block by block: q [block][line][DEPTH], of W in tiles of COLUMNS lines
 // [block][tile][step][column][EACH], their scales [block][line], and what the sums of a column of W begin with.
 template <class F>
 struct Quantised {
@@ -328,8 +328,8 @@ struct Output {
     int64_t lead, n, d;
 };
 
-// Rows `first` to `last` of out, the columns of `count` tiles from j on, for block p. A tile that reaches over the matrix
-// goes through a copy.
+// Rows `first` to `last` of out, the columns of `count` tiles from j on, for block p. A tile that reaches over the
+// matrix goes through a copy.
 template <class F, bool ADD>
 static void multiply(const Quantised<F>& x, const Quantised<F>& panel, int64_t p, int64_t first, int64_t last, int64_t j,
                      int64_t count, int64_t depth, const Output& out) {
@@ -360,7 +360,7 @@ static void multiply(const Quantised<F>& x, const Quantised<F>& panel, int64_t p
 
 // Threads share out panels, and where these are fewer than threads, parts of the rows as well.
 template <class F>
-static void product(const float* x, int64_t x_lead, const Matrix& W, const Output& out, bool add, char* space, int threads) {
+static void matmul(const float* x, int64_t x_lead, const Matrix& W, const Output& out, bool add, char* space, int threads) {
     int64_t blocks = ceiling(W.k, DEPTH), rows = ceiling(out.n, F::TALL) * F::TALL;
     int64_t tiles = ceiling(out.d, COLUMNS), panels = least(ceiling(ceiling(tiles, PANEL), threads) * threads, tiles);
     int64_t parts = ceiling(threads, panels), part = ceiling(ceiling(rows, parts), F::TALL) * F::TALL;
@@ -387,19 +387,19 @@ static void product(const float* x, int64_t x_lead, const Matrix& W, const Outpu
     }
 }
 
-// Bytes of scratch that a product needs, at most.
-extern "C" int64_t product_space(int64_t n, int64_t k, int threads) {
+// Bytes of workspace that a matmul needs, at most.
+extern "C" int64_t int_matmul_workspace(int64_t n, int64_t k, int threads) {
     int64_t blocks = ceiling(k, DEPTH);
     return Quantised<Int16>::bytes(blocks, n + Int16::TALL) + threads * Quantised<Int16>::bytes(blocks, PANEL * COLUMNS) + 64;
 }
 
 // out (n, d) = x (n, k) W (k, d), or += where `add`.
 #define PRODUCT(NAME, F)                                                                                               \
-    extern "C" void product_##NAME(const float* x, const float* W, float* out, char* space, int64_t n, int64_t k,      \
+    extern "C" void int_matmul_##NAME(const float* x, const float* W, float* out, char* space, int64_t n, int64_t k,   \
                                    int64_t d, int64_t x_lead, int64_t W_lead, int64_t out_lead, int transposed,        \
                                    int add, int threads) {                                                             \
         char* aligned = (char*)(((intptr_t)space + 63) / 64 * 64);                                                     \
-        product<F>(x, x_lead, {W, W_lead, k, d, (bool)transposed}, {out, out_lead, n, d}, add, aligned, threads);      \
+        matmul<F>(x, x_lead, {W, W_lead, k, d, (bool)transposed}, {out, out_lead, n, d}, add, aligned, threads);       \
     }
 PRODUCT(int16, Int16)
 PRODUCT(int8, Int8)

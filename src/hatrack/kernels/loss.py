@@ -1,13 +1,13 @@
-"""Cross-entropy over a large vocabulary, without all its logits.
+"""Cross-entropy over a large vocabulary, without holding all its logits.
 
-For the hidden state x (d,) of a supervised token, the frozen output head W (V, d), b and the wanted token t:
+For the hidden state x (d,) of a supervised token, the frozen output head W (V, d), b and the target token t:
 
     z = W x + b                           (V,)
     loss = log(sum(exp(z))) - z_t
     d loss / d x = W^T (softmax(z) - onehot(t))
 
-The gradient needs nothing but z, so it is computed with the loss, a few tokens at a time: neither all logits nor a
-float32 copy of them are ever held. Knows nothing of models.
+The gradient needs only z, so it is computed with the loss, a few tokens at a time: neither all logits nor a
+float32 copy of them are ever held.
 """
 
 from typing import Any
@@ -24,17 +24,17 @@ def next_token_losses(
     states: torch.Tensor,
     W: torch.Tensor | None,
     b: torch.Tensor | None,
-    wanted: torch.Tensor,
+    targets: torch.Tensor,
     rounding: str | None = None,
 ) -> torch.Tensor:
-    """The losses at the top of this file, (n,) float32, of `states` (n, d) and the tokens `wanted` (n,).
+    """The losses (n,) float32, by the formula above, of hidden states (n, d) and target tokens (n,).
 
-    Without W the states are logits (n, V) already. W and b get no gradient, and may be of another format. `rounding`:
-    that of the products with W (`frozen.py`).
+    Without W the states are logits (n, V). W and b get no gradient, and may have another dtype. `rounding`: of the
+    matmuls with W (`frozen_linear.py`).
     """
-    if not len(wanted):
-        return states.sum(-1, dtype=torch.float32)  # none, yet part of the graph
-    return _NextToken.apply(states, W, b, wanted, rounding)  # type: ignore[no-any-return,no-untyped-call]
+    if not len(targets):
+        return states.sum(-1, dtype=torch.float32)  # empty, but part of the graph
+    return _NextToken.apply(states, W, b, targets, rounding)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _NextToken(torch.autograd.Function):
@@ -44,17 +44,17 @@ class _NextToken(torch.autograd.Function):
         states: torch.Tensor,
         W: torch.Tensor | None,
         b: torch.Tensor | None,
-        wanted: torch.Tensor,
+        targets: torch.Tensor,
         rounding: str | None,
     ) -> torch.Tensor:
-        values = torch.empty(len(wanted), dtype=torch.float32, device=states.device)
+        values = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         held = LOGITS_BLOCK if states.device.type == "cpu" else LOGITS_BLOCK_ON_ACCELERATOR
         rows = max(16, held // (states.shape[-1] if W is None else len(W)))
-        for start in range(0, len(wanted), rows):
+        for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = states[part].clone() if W is None else _logits(states[part], W, b, rounding)
-            values[part], slope = _softmax_loss(logits, wanted[part], gradient is not None)
+            values[part], slope = _softmax_loss(logits, targets[part], gradient is not None)
             if slope is not None and gradient is not None:
                 gradient[part] = slope if W is None else matmul_backward(slope, W, None, rounding)
         ctx.save_for_backward(gradient)
@@ -68,8 +68,8 @@ class _NextToken(torch.autograd.Function):
 
 
 def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None) -> torch.Tensor:
-    """states (n, d) W^T + b, (n, V). In float32 on a processor by oneDNN: for a W that no cache holds and few states,
-    it is 1.4 times as fast as MKL, which torch takes otherwise (docs/log.md)."""
+    """states (n, d) W^T + b, (n, V). In float32 on a CPU by oneDNN: 1.4 times as fast as MKL, torch's choice, for few
+    states and a W larger than the caches (docs/log.md)."""
     plain = rounding is None and states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
     if plain and HAS_ONEDNN:
         return onednn_linear(states, W, b)
@@ -77,19 +77,20 @@ def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, round
 
 
 def _softmax_loss(
-    logits: torch.Tensor, wanted: torch.Tensor, with_gradient: bool
+    logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses (n,) float32 of logits (n, V), which it may overwrite, and their gradient (n, V) in the logits' format."""
+    """The losses (n,) float32 of logits (n, V), which may be overwritten, and their gradient (n, V) in the same
+    dtype."""
     if native.supports(logits, columns=1):
-        values = torch.empty(len(wanted))
-        native.call("softmax_loss", logits.dtype, logits, wanted, values, *logits.shape)
+        values = torch.empty(len(targets))
+        native.call("softmax_loss", logits.dtype, logits, targets, values, *logits.shape)
         return values, logits
     z = logits.float()
-    z_t = z.gather(-1, wanted[:, None])  # (n, 1)
+    z_t = z.gather(-1, targets[:, None])  # (n, 1)
     if not with_gradient:
         return z.logsumexp(-1) - z_t[:, 0], None
     top = logits.amax(-1, keepdim=True).float()  # (n, 1); its probability is at least 1 / V: no logarithm of 0
     p = z.softmax(-1)
     found = top - p.amax(-1, keepdim=True).log() - z_t
-    p.scatter_add_(-1, wanted[:, None], p.new_full((len(wanted), 1), -1.0))
+    p.scatter_add_(-1, targets[:, None], p.new_full((len(targets), 1), -1.0))
     return found[:, 0], p.to(logits.dtype)

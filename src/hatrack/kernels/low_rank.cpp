@@ -1,12 +1,13 @@
-// The skinny products of an adapted layer, each one pass over its wide matrix. Whatever has other shapes goes to torch
-// (native.py). rank is a multiple of RANK, width of BLOCK; the intermediate h (n, rank) is float, its rows `lead` apart.
+// The matmuls of an adapted layer with its narrow factors, each one pass over its wide matrix. Other shapes are left to
+// torch (low_rank.py). rank is a multiple of RANK, width of BLOCK; the intermediate h (n, rank) is float, its rows
+// `lead` apart.
 //
-// Several adapters of one x stand beneath each other in A: each RANK rows of it have a dropout mask D of their own, and
-// a seed in `seeds`.
+// Several adapters of one x are stacked in A: each RANK rows of it have a dropout mask D of their own, from a seed in
+// `seeds`.
 
 #include "vectors.h"
 
-// A few rows of x, which a kernel goes through while its block of the sums stays at hand.
+// A few rows of x, which a kernel goes through while its block of sums stays in registers.
 struct Tile {
     int64_t from, to;
     uint64_t keys[TILE];
@@ -60,8 +61,8 @@ static void up(T* y, const float* h, const T* A, int64_t n, int64_t width, int64
                float scale, uint32_t threshold, const uint64_t* seeds, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        uint64_t keys[LARGEST_RANK / RANK];
-        float factors[LARGEST_RANK];
+        uint64_t keys[LARGEST_STACK / RANK];
+        float factors[LARGEST_STACK];
         for (int64_t first = 0; DROP && first < rank; first += RANK) keys[first / RANK] = row_key(seeds[first / RANK], i);
         for (int64_t k = 0; k < rank; k++) factors[k] = scale * h[i * lead + k];
         for (int64_t j = 0; j < width; j += BLOCK) {

@@ -1,4 +1,4 @@
-"""The three products of a low-rank adapter, with dropout of the wide side: by hatrack's kernels, or by torch.
+"""The three matmuls of a low-rank adapter, with dropout of the wide side.
 
 For x (n, d) and factors A (r, d), h (n, r), with D dropout that zeroes but does not divide:
 
@@ -6,10 +6,10 @@ For x (n, d) and factors A (r, d), h (n, r), with D dropout that zeroes but does
     up:    y = y + D(h A)
     outer: h^T D(x)                      (r, d)
 
-In torch, which accelerators leave them to, each is a skinny product after a copy of x with zeros in it; the kernels
-make one pass over x, which is all the work there is. A mask is a function of its `Mask` alone, so it is made again in
-the backward pass, never kept. Several adapters of one x share the pass: their factors stand beneath each other, equally
-many rows each, and each has its own mask. Knows nothing of layers.
+A kernel makes one pass over x, and nothing else costs time. In torch (on accelerators, and where no kernel applies)
+each is a matmul with a narrow matrix after a masked copy of x. Masks are drawn again in the backward pass
+(`dropout.py`). Several adapters of one x share the pass: their factors are stacked, with the same number of rows each,
+and each has a mask of its own.
 """
 
 import ctypes
@@ -22,12 +22,13 @@ from hatrack.kernels import native
 from hatrack.kernels.dropout import NO_DROPOUT, THRESHOLD_STEPS, Mask, apply_mask
 
 LARGEST_RANK, LARGEST_STACK = 64, 256
-"""Above the first, for one adapter, a general matrix product does better; the second is the kernels' for a stack."""
+"""The kernels are used for adapters up to the first rank (above, torch's matmul is faster), and stacks up to the
+second.
+"""
 
 
 def prepare_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A factor (r, d) in the products' format; for the kernels contiguous, its rank filled up with zeros to a multiple
-    of 8."""
+    """A factor (r, d) in `dtype`; on a CPU contiguous, and padded with zeros to a multiple of 8 ranks."""
     factor = factor.to(dtype)
     if factor.device.type != "cpu":
         return factor
@@ -36,12 +37,12 @@ def prepare_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.Tensor:
-    """scale D(x) A^T, (n, r), for contiguous x (n, d) and A (r, d) of one dtype; in float32, but on an accelerator,
-    where a cast costs a launch, in x's format."""
+    """scale D(x) A^T, (n, r), for contiguous x (n, d) and A (r, d) of one dtype: in float32 on a CPU, in the dtype of x
+    on an accelerator, where a cast costs a launch."""
     masks = masks or (NO_DROPOUT,)
     (n, width), rank = x.shape, A.shape[0]
-    if not _covered(x, rank, masks):
-        parts = [_product(apply_mask(x, mask), part.t(), scale) for part, mask in _parts(A, masks)]
+    if not _kernel_supports(x, rank, masks):
+        parts = [_scaled_matmul(apply_mask(x, mask), part.t(), scale) for part, mask in _split_adapters(A, masks)]
         h = concat(parts, 1)
         return h.float() if x.device.type == "cpu" else h
     h = torch.empty(n, rank)
@@ -53,13 +54,13 @@ def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: 
     """y += scale D(h A) in place, for contiguous y (n, d), h (n, r) as `down` gives it and A (r, d) of y's dtype."""
     masks = masks or (NO_DROPOUT,)
     (n, width), rank = y.shape, A.shape[0]
-    if _covered(y, rank, masks):
+    if _kernel_supports(y, rank, masks):
         sizes = n, width, rank, h.stride(0)
         native.call("up", y.dtype, y, h, A, *sizes, scale, masks[0].threshold, _seeds(masks, rank))
     elif not masks[0].p:
         y.addmm_(h.to(y.dtype), A, alpha=scale)
     else:
-        for (part, mask), states in zip(_parts(A, masks), h.chunk(len(masks), 1), strict=True):
+        for (part, mask), states in zip(_split_adapters(A, masks), h.chunk(len(masks), 1), strict=True):
             y.add_(apply_mask(states.to(y.dtype) @ part, mask, scale))
 
 
@@ -67,38 +68,42 @@ def outer(x: torch.Tensor, h: torch.Tensor, scale: float, *masks: Mask) -> torch
     """scale h^T D(x), (r, d) float32, for contiguous x (n, d) and h (n, r) as `down` gives it."""
     masks = masks or (NO_DROPOUT,)
     (n, width), rank = x.shape, h.shape[1]
-    if not _covered(x, rank, masks):
-        parts = [_product(states.to(x.dtype), apply_mask(x, mask), scale) for states, mask in _parts(h.t(), masks)]
+    if not _kernel_supports(x, rank, masks):
+        parts = [
+            _scaled_matmul(states.to(x.dtype), apply_mask(x, mask), scale)
+            for states, mask in _split_adapters(h.t(), masks)
+        ]
         return concat(parts).float()
-    out, space = torch.empty(rank, width), torch.empty(torch.get_num_threads(), rank, width)
+    out, workspace = torch.empty(rank, width), torch.empty(torch.get_num_threads(), rank, width)
     sizes = n, width, rank, h.stride(0)
-    native.call("outer", x.dtype, x, h, out, space, *sizes, masks[0].threshold, _seeds(masks, rank))
+    native.call("outer", x.dtype, x, h, out, workspace, *sizes, masks[0].threshold, _seeds(masks, rank))
     return out if scale == 1 else out.mul_(scale)
 
 
 def concat(several: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
-    """All beside each other; one alone is not copied for it."""
+    """torch.cat, without a copy if there is only one tensor."""
     return torch.cat(several, dimension) if len(several) > 1 else several[0]
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale left right, the factor taken in before the product is rounded."""
-    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)  # with a beta of 0 the first is not read
+def _scaled_matmul(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale left right, scaled before it is rounded."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)  # with beta=0 the first is not read
 
 
-def _covered(x: torch.Tensor, rank: int, masks: tuple[Mask, ...]) -> bool:
+def _kernel_supports(x: torch.Tensor, rank: int, masks: tuple[Mask, ...]) -> bool:
+    """Whether the kernels take a wide matrix like x with stacked factors of `rank` rows."""
     fits = rank % (8 * len(masks)) == 0 and rank <= LARGEST_STACK and rank <= LARGEST_RANK * len(masks)
     return native.supports(x) and fits and masks[0].threshold < THRESHOLD_STEPS
 
 
-def _parts(factors: torch.Tensor, masks: tuple[Mask, ...]) -> Iterator[tuple[torch.Tensor, Mask]]:
-    """Each adapter's rows of the factors, and its mask; all rows at once where nothing is dropped."""
+def _split_adapters(factors: torch.Tensor, masks: tuple[Mask, ...]) -> Iterator[tuple[torch.Tensor, Mask]]:
+    """The rows of each adapter in the stacked factors, with its mask; all rows at once without dropout."""
     if not masks[0].p:
         masks = masks[:1]
     return zip(factors.chunk(len(masks)), masks, strict=True)
 
 
 def _seeds(masks: tuple[Mask, ...], rank: int) -> ctypes.Array[ctypes.c_uint64]:
-    """The seed for each eight ranks, as the kernels want them."""
+    """The seed of each eight ranks, as a C array."""
     each = rank // 8 // len(masks)
     return (ctypes.c_uint64 * (each * len(masks)))(*(mask.seed for mask in masks for _ in range(each)))

@@ -1,5 +1,5 @@
-// The skinny products for bfloat16 where the processor multiplies pairs of them (AVX512-BF16): two products an
-// instruction. h is rounded to bfloat16 for them. Included by low_rank.cpp.
+// The kernels of low_rank.cpp for bfloat16 on CPUs that multiply pairs of elements (AVX512-BF16). h is rounded to
+// bfloat16 for them. Included by low_rank.cpp.
 
 #pragma once
 
@@ -61,8 +61,8 @@ static void up_in_pairs(bfloat16* y, const float* h, const bfloat16* A, int64_t 
             pairs[k / 2 * width + j] = A[k * width + j].bits | (uint32_t)A[(k + 1) * width + j].bits << 16;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        uint32_t factors[LARGEST_RANK / 2];
-        uint64_t keys[LARGEST_RANK / RANK];
+        uint32_t factors[LARGEST_STACK / 2];
+        uint64_t keys[LARGEST_STACK / RANK];
         for (int64_t k = 0; k < rank / 2; k++)
             factors[k] = rounded_pair(scale * h[i * lead + 2 * k], scale * h[i * lead + 2 * k + 1]);
         for (int64_t first = 0; DROP && first < rank; first += RANK) keys[first / RANK] = row_key(seeds[first / RANK], i);

@@ -1,6 +1,7 @@
-"""RMSNorm with a frozen weight: y = w x / root(mean(x^2) + epsilon) (Zhang and Sennrich, 2019), in one pass each way.
+"""RMSNorm with a frozen weight, in one pass forward and one backward.
 
-With s one over that root and u = w g for the gradient g of y: dx = s u - x s^3 mean(u x). Only x and s are kept.
+y = w x / sqrt(mean(x^2) + epsilon) (Zhang and Sennrich, 2019). With s = 1 / sqrt(...) and u = w g for the gradient g of
+y: dx = s u - x s^3 mean(u x). Only x and s are kept for the backward pass.
 """
 
 from typing import Any
@@ -12,8 +13,8 @@ from hatrack.kernels import native
 
 
 def rms_norm(x: torch.Tensor, w: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x (..., d), w (d,) float32 without a gradient -> (..., d) of x's format, computed in float32. On an accelerator w
-    may be of x's format: torch has a kernel for that."""
+    """x (..., d), w (d,) float32 without a gradient -> (..., d) of the dtype of x, computed in float32. On an
+    accelerator w may have the dtype of x, for which torch has a kernel."""
     if native.supports(x):
         return _RMSNorm.apply(x, w, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     if x.device.type != "cpu" and w.dtype == x.dtype:
@@ -36,5 +37,5 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, w, inverse = ctx.saved_tensors
         dx = torch.empty_like(x)
-        native.call("rms_norm_back", x.dtype, x, w, inverse, g.contiguous(), dx, len(inverse), x.shape[-1])
+        native.call("rms_norm_backward", x.dtype, x, w, inverse, g.contiguous(), dx, len(inverse), x.shape[-1])
         return dx, None, None

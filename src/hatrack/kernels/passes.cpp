@@ -1,4 +1,4 @@
-// What a layer does beside its products, each in one pass over a matrix: dropout, norms, activations, softmax, the loss.
+// All that a layer does beside its matmuls, each in one pass over a matrix: dropout, norms, activations, softmax, loss.
 
 #include "vectors.h"
 
@@ -37,7 +37,7 @@ static void rms_norm(const T* x, const float* w, T* y, float* inverse, int64_t n
 
 // The gradient of x: with u = w * g and s = inverse, dx = s u - x s^3 mean(u x)
 template <typename T>
-static void rms_norm_back(const T* x, const float* w, const float* inverse, const T* g, T* dx, int64_t n, int64_t width,
+static void rms_norm_backward(const T* x, const float* w, const float* inverse, const T* g, T* dx, int64_t n, int64_t width,
                           int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
@@ -50,7 +50,8 @@ static void rms_norm_back(const T* x, const float* w, const float* inverse, cons
     }
 }
 
-// y (n,) = x s for the sigmoid s of 2 u(x); or, where BACK, the gradient in y becomes that of x: times s + x s (1 - s) 2 u'
+// y (n,) = x s for the sigmoid s of 2 u(x); or, where BACK, the gradient in y becomes that of x: times s + x s (1 - s)
+// 2 u'
 template <bool BACK, typename T>
 static void gelu(const T* x, T* y, int64_t n, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
@@ -93,7 +94,7 @@ static void softmax_loss(T* z, const int64_t* wanted, float* losses, int64_t n, 
 
 // Rows of scores s (n, width) become probabilities, in place. Row i belongs to query start + i % block, which sees the
 // keys before `length`, and no later ones than itself where `causal`; what it does not see becomes 0. padding: null, or
-// (batch, length) numbers added to the scores of keys, for n / batch rows each. space: threads x width floats.
+// (batch, length) elements added to the scores of keys, for n / batch rows each. space: threads x width floats.
 template <typename T>
 static void softmax(T* s, const float* padding, float* space, int64_t n, int64_t width, int64_t block, int64_t start,
                     int64_t length, int64_t causal, int64_t batch, int threads) {
@@ -127,7 +128,7 @@ static void softmax(T* s, const float* padding, float* space, int64_t n, int64_t
 
 // The gradient of the scores, in place of that of the probabilities p: g = p (g - sum(p g))
 template <typename T>
-static void softmax_back(const T* p, T* g, int64_t n, int64_t width, int threads) {
+static void softmax_backward(const T* p, T* g, int64_t n, int64_t width, int threads) {
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; i++) {
         const T* row = p + i * width;
@@ -148,12 +149,12 @@ static void softmax_back(const T* p, T* g, int64_t n, int64_t width, int threads
                                     float epsilon, int threads) {                                                      \
         rms_norm(x, w, y, inverse, n, width, epsilon, threads);                                                        \
     }                                                                                                                  \
-    extern "C" void rms_norm_back_##NAME(const T* x, const float* w, const float* inverse, const T* g, T* dx,          \
+    extern "C" void rms_norm_backward_##NAME(const T* x, const float* w, const float* inverse, const T* g, T* dx,      \
                                          int64_t n, int64_t width, int threads) {                                      \
-        rms_norm_back(x, w, inverse, g, dx, n, width, threads);                                                        \
+        rms_norm_backward(x, w, inverse, g, dx, n, width, threads);                                                    \
     }                                                                                                                  \
     extern "C" void gelu_##NAME(const T* x, T* y, int64_t n, int threads) { gelu<false>(x, y, n, threads); }           \
-    extern "C" void gelu_back_##NAME(const T* x, T* g, int64_t n, int threads) { gelu<true>(x, g, n, threads); }       \
+    extern "C" void gelu_backward_##NAME(const T* x, T* g, int64_t n, int threads) { gelu<true>(x, g, n, threads); }   \
     extern "C" void softmax_loss_##NAME(T* z, const int64_t* wanted, float* losses, int64_t n, int64_t width,          \
                                         int threads) {                                                                 \
         softmax_loss(z, wanted, losses, n, width, threads);                                                            \
@@ -162,8 +163,8 @@ static void softmax_back(const T* p, T* g, int64_t n, int64_t width, int threads
                                    int64_t start, int64_t length, int64_t causal, int64_t batch, int threads) {        \
         softmax(s, padding, space, n, width, block, start, length, causal, batch, threads);                            \
     }                                                                                                                  \
-    extern "C" void softmax_back_##NAME(const T* p, T* g, int64_t n, int64_t width, int threads) {                     \
-        softmax_back(p, g, n, width, threads);                                                                         \
+    extern "C" void softmax_backward_##NAME(const T* p, T* g, int64_t n, int64_t width, int threads) {                 \
+        softmax_backward(p, g, n, width, threads);                                                                     \
     }
 
 PASSES(float32, float)

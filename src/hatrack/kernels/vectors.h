@@ -1,13 +1,13 @@
-// Vectors as wide as the processor's own, the numbers matrices are made of, and the mask of dropout.
+// Vectors as wide as the CPU's own, the dtypes of matrices, and the mask of dropout.
 //
-// Matrices are row-major. T is float or bfloat16 (its upper half), and the numbers of a matrix are of that type; sums
-// are float. Widths are multiples of BLOCK.
+// Matrices are row-major. T is float or bfloat16 (its upper half), the dtype of a matrix; sums are
+// float. Widths are multiples of BLOCK.
 //
-// Dropout: number (i, j) of a matrix is dropped when 16 bits of a hash of (seed, i, j) lie below `threshold`, that is
-// with probability threshold / 65,536. The hash is three rounds of AES where the processor has them for vectors of 8 (of
+// Dropout: element (i, j) of a matrix is dropped when 16 bits of a hash of (seed, i, j) lie below `threshold`, that is
+// with probability threshold / 65,536. The hash is three rounds of AES where the CPU has them for vectors of 8 (of
 // each round, a byte of a block reaches 4 bytes, then all 16), else Chris Wellons' lowbias32 with a second key added
-// halfway, so that two rows never share a run of it. Nothing is stored: the backward pass computes it again. What is
-// kept is not divided.
+// halfway, so that two rows never share a run of it. No mask is stored: the backward pass computes it again. The
+// elements that are kept are not divided.
 
 #pragma once
 #include <cstdint>
@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-// The compiler takes vectors wider than the processor's apart, number by number where it compares or converts.
+// The compiler splits vectors wider than the CPU's, into single elements where it compares or converts.
 #if defined(__AVX512F__)
 static const int LANES = 16;
 #elif defined(__AVX2__)
@@ -27,7 +27,7 @@ static const int LANES = 8;
 static const int LANES = 4;
 #endif
 
-static const int BLOCK = 32, TILE = 32, RANK = 8, LARGEST_RANK = 256;
+static const int BLOCK = 32, TILE = 32, RANK = 8, LARGEST_STACK = 256;
 static const int PARTS = BLOCK / LANES;  // vectors in a block of columns
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -89,10 +89,10 @@ static inline uint64_t mixed(uint64_t z) {  // splitmix64
     return z ^ (z >> 31);
 }
 
-// What the draws for row i follow from.
+// The key from which row i is drawn.
 static inline uint64_t row_key(uint64_t seed, int64_t i) { return mixed(seed ^ mixed(i)); }
 
-// 16 random bits for each of the 2 x LANES numbers of row `key` from column `column` on, two in a word.
+// 16 random bits for each of the 2 x LANES elements of row `key` from column `column` on, two in a word.
 static inline words random_bits(uint64_t key, int64_t column) {
     words x = lane_numbers() + (uint32_t)(key + column / 2);
 #if defined(__VAES__) && !defined(__AVX512F__)
@@ -163,7 +163,7 @@ static inline floats exponential(floats x) {
     return x < -87.0f ? zero : p * scale;
 }
 
-// `count` numbers from `at` on as a vector, `rest` in the other lanes
+// `count` elements from `at` on as a vector, `rest` in the other lanes
 template <typename T>
 static inline floats load_some(const T* at, int64_t count, float rest) {
     if (count >= LANES) return load(at);

@@ -1,7 +1,7 @@
-"""What a machine has: memory that is really available, and what a run's parts cost it in time. Knows no torch.
+"""The memory and speed of a machine: this one, or another by name.
 
-This machine tells by itself: the system, its control groups (a container's limit is below the machine's), and a
-probe's result in the cache. Others are known by name from their makers' data sheets, or are just so much memory.
+This machine's are read from the system, its control groups (a container's limit is below the machine's) and a cached
+measurement. Those of others come from data sheets, or are an amount of memory. Imports no torch.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from hatrack.recipe import nearest, parse_size
 from hatrack.storage import cache_dir, write_file
 
 GIB = 2**30
-DRIVER = 0.07
+DRIVER_SHARE = 0.07
 """Share of an accelerator's memory that its driver and libraries take before torch gets any."""
-USED = 0.35
-"""Share of an accelerator's products a second that training reaches: 0.3 to 0.5 are usual."""
+REACHED = 0.35
+"""Share of an accelerator's peak operations a second that training reaches: 0.3 to 0.5 are usual."""
 ACCELERATORS = {
     "t4": (16, 65, 320, "float16"),
     "v100": (16, 112, 900, "float16"),
@@ -69,8 +69,8 @@ ACCELERATORS = {
     "h200": (141, 989, 4800, "bfloat16"),
     "b200": (180, 2250, 8000, "bfloat16"),
 }
-"""Name -> memory (GiB), dense 16-bit products (TFLOP/s) and memory bandwidth (GB/s) of the data sheet, and the number
-format to train in. Where cards of one name have several sizes, the smallest."""
+"""Name -> memory (GiB), dense 16-bit matmuls (TFLOP/s) and memory bandwidth (GB/s) of the data sheet, and the dtype to
+train in. If cards of one name have several sizes, the smallest."""
 LAPTOPS = {
     "m1": (8, 5.2, 68),
     "m1-pro": (16, 10, 200),
@@ -85,8 +85,8 @@ LAPTOPS = {
     "m4-pro": (24, 18, 273),
     "m4-max": (36, 37, 546),
 }
-"""Apple's processors with an accelerator (mps): the least memory (GiB) they are sold with, shared with the system, the
-16-bit products (TFLOP/s) and memory bandwidth (GB/s)."""
+"""Apple's chips with an accelerator (mps): the least memory (GiB) they are sold with, shared with the system, 16-bit
+matmuls (TFLOP/s) and memory bandwidth (GB/s)."""
 SAVED_AS = {
     "seconds_per_operation": "operation",
     "seconds_per_element": "number",
@@ -97,16 +97,16 @@ SAVED_AS = {
     "rounded": "rounded",
 }
 """The fields of `MachineSpeed` and their names in a probe's file."""
-SHARED = 0.7
+LAPTOP_SHARE = 0.7
 """Share of a laptop's memory that its accelerator may take."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run is to take place. `memory` in bytes is what the run may take; `reason` says what sets it.
+    """Where a run takes place. `memory` is what the run may take, in bytes; `reason` says what limits it.
 
-    `speed` is None where it is unknown; `imported_bytes` is what imports take, None where not measured;
-    `sweeps` says whether a base can be streamed there, one layer after the other.
+    `dtype` is the one it computes fastest. `speed` is None if unknown; `imported_bytes`, what imports take, None if not
+    measured. `can_stream`: whether a base can be streamed layer by layer there.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of this machine: speed by number format, and bytes in memory once everything is imported."""
+    """A measurement of this machine: its speed by dtype, and bytes in memory once everything is imported."""
 
     cpu: str
     speeds: dict[str, MachineSpeed]
@@ -129,21 +129,23 @@ class Probe:
 
 
 def machine_named(name: str) -> Machine:
-    """A machine that is not this one: an accelerator or laptop by name, or a CPU with so much memory (`16GiB`).
+    """Another machine: an accelerator or laptop by name, or a CPU with so much memory (`16GiB`).
 
-    Raises RecipeError for a name that is neither.
+    Raises RecipeError for an unknown name.
     """
     key = _key(name)
     if key in ACCELERATORS:
         gib, teraflops, bandwidth, dtype = ACCELERATORS[key]
-        memory = int(gib * GIB * (1 - DRIVER))
-        speed = _sheet(teraflops, bandwidth)
+        memory = int(gib * GIB * (1 - DRIVER_SHARE))
+        speed = _sheet_speed(teraflops, bandwidth)
         return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, speed=speed)
     if key in LAPTOPS:
         gib, speed_16bit, bandwidth = LAPTOPS[key]
-        why = f"{SHARED:.0%} of {gib} GiB, the least there is of it"
-        speed = _sheet(speed_16bit, bandwidth)
-        return Machine(key, int(gib * GIB * SHARED), why, "bfloat16", accelerator=True, speed=speed, can_stream=False)
+        why = f"{LAPTOP_SHARE:.0%} of {gib} GiB, the least there is of it"
+        speed = _sheet_speed(speed_16bit, bandwidth)
+        return Machine(
+            key, int(gib * GIB * LAPTOP_SHARE), why, "bfloat16", accelerator=True, speed=speed, can_stream=False
+        )
     if key.isdigit():
         raise RecipeError(f"--on {name}: a size has a unit", got=name, fix=f"--on {name}GiB, or a GPU's name")
     try:
@@ -166,17 +168,17 @@ def _key(name: str) -> str:
     return next((key for key in (*ACCELERATORS, *LAPTOPS) if key.replace("-", "") == words), words)
 
 
-def _sheet(teraflops: float, bandwidth: float) -> MachineSpeed:
-    """The speed of an accelerator by its data sheet: a number is read and written, often in float32."""
+def _sheet_speed(teraflops: float, bandwidth: float) -> MachineSpeed:
+    """The speed of an accelerator by its data sheet: an element is read and written, often in float32."""
     return MachineSpeed(
-        1 / (teraflops * 1e12 * USED), 6 / (bandwidth * 1e9), 8e-6, 2e9, 15.0, "data sheet, a rough guess"
+        1 / (teraflops * 1e12 * REACHED), 6 / (bandwidth * 1e9), 8e-6, 2e9, 15.0, "data sheet, a rough guess"
     )
 
 
 def this_machine(device: str = "auto", dtype: str = "auto") -> Machine:
-    """This machine: its accelerator where it has one and `device` does not ask for the processor, else its processor.
+    """This machine: its accelerator if it has one and `device` is auto or cuda, else its CPU.
 
-    `dtype`: the number format whose speed is wanted; auto is the one it is fast at.
+    `dtype`: the dtype for which the speed is given; auto is the one it computes fastest.
     """
     if device in ("auto", "cuda") and (found := _accelerator()) is not None:
         return found
@@ -185,16 +187,21 @@ def this_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     probe = load_probe()
     speed = probe.speeds.get(fast if dtype == "auto" else dtype) if probe else None
     return Machine(
-        cpu_name(), memory, why, fast, speed=speed or _guess(), imported_bytes=probe.imported_bytes if probe else None
+        cpu_name(),
+        memory,
+        why,
+        fast,
+        speed=speed or _guess_speed(),
+        imported_bytes=probe.imported_bytes if probe else None,
     )
 
 
 def check_device(asked: str) -> None:
-    """Raises RecipeError where `--device` asks for what this machine does not have, as far as that is known without
+    """Raises RecipeError if this machine lacks the device that `--device` asks for, as far as is known without
     torch."""
-    there = [*(["cuda"] if _accelerator() else []), *(["mps"] if _is_apple() else []), "cpu"]
-    if asked.partition(":")[0] not in ("auto", "xpu", *there):
-        raise missing_device_error(asked, there)
+    available = [*(["cuda"] if _accelerator() else []), *(["mps"] if _is_apple() else []), "cpu"]
+    if asked.partition(":")[0] not in ("auto", "xpu", *available):
+        raise missing_device_error(asked, available)
 
 
 def _is_apple() -> bool:
@@ -202,7 +209,8 @@ def _is_apple() -> bool:
 
 
 def check_compute(compute: str, device: str) -> None:
-    """Raises RecipeError where products cannot be rounded to integers, as `--compute` asks."""
+    """Raises RecipeError if matmuls cannot be rounded to integers as `--compute` asks, as far as is known without
+    torch."""
     if compute != "auto" and (device != "cpu" or "avx2" not in cpu.features()):
         raise RecipeError(
             f"--compute {compute} is for CPUs with AVX2",
@@ -213,18 +221,18 @@ def check_compute(compute: str, device: str) -> None:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's own name, and how many of them this process may use: `AMD EPYC x 2`."""
+    """The CPU's name and the number of CPUs that this process may use: `AMD EPYC x 2`."""
     models = cpu.cpuinfo("model name")
     return f"{models[0] if models else platform.processor() or platform.machine()} x {cpu_count()}"
 
 
 def cpu_count() -> int:
-    """How many processors this process may use."""
+    """How many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_probe() -> Probe | None:
-    """What was measured of this processor with as many threads; None where nothing was, or the file is damaged."""
+    """The measurement of this CPU with as many threads; None if there is none, or its file is damaged."""
     try:
         content = json.loads(_probe_file().read_text())
         speeds = {
@@ -237,7 +245,7 @@ def load_probe() -> Probe | None:
 
 
 def save_probe(probe: Probe) -> None:
-    """Keeps a measurement for later plans on the same processor."""
+    """Caches a measurement for later plans on the same CPU."""
     speeds = {
         dtype: {saved: getattr(speed, field) for field, saved in SAVED_AS.items()}
         for dtype, speed in probe.speeds.items()
@@ -251,8 +259,8 @@ def _probe_file() -> Path:
     return cache_dir("probe") / f"{safe}-{os.environ.get('OMP_NUM_THREADS', 'all')}.json"
 
 
-def _guess() -> MachineSpeed:
-    """The speed of a processor nobody measured: by its number of cores and its widest instructions."""
+def _guess_speed() -> MachineSpeed:
+    """The speed of a CPU that was not measured, from its number of cores and its widest instructions."""
     lanes = 32 if "avx512f" in cpu.features() else 16 if "avx2" in cpu.features() else 8
     operation = 1 / (cpu_count() * 2.5e9 * lanes * 0.8)
     rounded = {"int16": operation / 1.4, "int8": operation / 2} if lanes == 16 else {}
@@ -262,20 +270,18 @@ def _guess() -> MachineSpeed:
 
 
 def _accelerator() -> Machine | None:
-    """The first accelerator that NVIDIA's own tool tells of."""
+    """The first accelerator that nvidia-smi lists."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     query = [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0]
-        name, _, free = (part.strip() for part in told.split(","))
+        line = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0]
+        name, _, free = (part.strip() for part in line.split(","))
         memory = int(free) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
     words = name.lower().replace("-", " ").split()
-    known = next(
-        (key for key in (_key(name), *ACCELERATORS) if key in ACCELERATORS and key in (*words, _key(name))), ""
-    )
-    base = machine_named(known) if known else Machine(name, memory, "", "bfloat16", accelerator=True)
+    key = next((key for key in (_key(name), *ACCELERATORS) if key in ACCELERATORS and key in (*words, _key(name))), "")
+    base = machine_named(key) if key else Machine(name, memory, "", "bfloat16", accelerator=True)
     return dataclasses.replace(base, name=name, memory=int(memory * 0.97), reason="free on this accelerator")
