@@ -1,6 +1,6 @@
-"""What other tools call the options of a recipe, so that whoever comes from them is told hatrack's name."""
+"""Names that other tools have for the options of a recipe, for suggestions."""
 
-_SAME = {
+_ALIASES = {
     "base": "model model_name model_id model_path model_name_or_path base_model base_model_name_or_path "
     "pretrained_model_name_or_path checkpoint",
     "data": "dataset dataset_name dataset_path data_path data_files train_file train_data training_data train_dataset "
@@ -39,35 +39,35 @@ _SAME = {
     "resume": "resume_from_checkpoint",
     "report_to": "logger tracker log_with",
 }
-OTHER_NAMES = {other: option for option, others in _SAME.items() for other in others.split()}
-"""What other tools call an option -> the option, with its value where the other name says one."""
+OTHER_NAMES = {other: option for option, others in _ALIASES.items() for other in others.split()}
+"""Another tool's name for an option -> the option, with its value if the name implies one."""
 
 NOT_NEEDED = {
     "gradient_accumulation_steps": "--batch-size counts the rows of a whole step, however few fit at a time",
-    "gradient_checkpointing": "hatrack does it where memory needs it",
+    "gradient_checkpointing": "hatrack uses it if memory is short",
     "per_device_eval_batch_size": "hatrack derives it",
     "eval_batch_size": "hatrack derives it",
-    "warmup_steps": "the learning rate warms up by itself",
-    "warmup_ratio": "the learning rate warms up by itself",
-    "warmup": "the learning rate warms up by itself",
-    "lr_scheduler_type": "the learning rate falls in a straight line",
-    "lr_scheduler": "the learning rate falls in a straight line",
-    "weight_decay": "an adapter is trained without",
+    "warmup_steps": "hatrack warms the learning rate up by itself",
+    "warmup_ratio": "hatrack warms the learning rate up by itself",
+    "warmup": "hatrack warms the learning rate up by itself",
+    "lr_scheduler_type": "the learning rate decays linearly",
+    "lr_scheduler": "the learning rate decays linearly",
+    "weight_decay": "hatrack trains without weight decay",
     "optim": "hatrack trains with AdamW",
     "optimizer": "hatrack trains with AdamW",
     "num_labels": "the classes are those of the data",
     "num_classes": "the classes are those of the data",
     "modules_to_save": "hatrack derives it from the task",
-    "task_type": "--task, or the columns of the data, say it",
-    "packing": "rows of like length are batched together",
-    "tokenizer": "the base brings its own",
-    "tokenizer_name": "the base brings its own",
+    "task_type": "hatrack derives it from --task or the columns of the data",
+    "packing": "hatrack batches rows of similar length",
+    "tokenizer": "hatrack uses the base's",
+    "tokenizer_name": "hatrack uses the base's",
     "eval_steps": "hatrack scores after each epoch",
     "save_steps": "hatrack saves after each epoch, and when it is stopped",
     "logging_steps": "metrics.jsonl has the losses",
-    "use_cuda": "--device says where to compute",
-    "no_cuda": "--device says where to compute",
-    "bias": "an adapter is trained without",
-    "lora_bias": "an adapter is trained without",
+    "use_cuda": "use --device",
+    "no_cuda": "use --device",
+    "bias": "hatrack trains no biases",
+    "lora_bias": "hatrack trains no biases",
 }
-"""Options of other tools that hatrack has not, and why none is needed."""
+"""Options of other tools that hatrack does not have, and why."""

@@ -1,7 +1,7 @@
-"""Every option of a run, once: its type, default, help text and the way out when it is wrong.
+"""Declares every option of a run once: its type, default, help text and advice for wrong values.
 
-The command line's flags, the YAML's validation and docs/options.md are generated from these fields.
-Knows nothing of models or data: an option left `None` is derived later, where the facts are, and said aloud.
+The command line's flags, the validation of recipe files and docs/options.md are generated from these fields. Knows
+nothing of models or data: an option left `None` is derived later from the model and the data, and reported.
 """
 
 import difflib
@@ -20,8 +20,8 @@ from hatrack.option_aliases import NOT_NEEDED, OTHER_NAMES
 
 Task = Literal["classify", "chat", "complete"]
 
-DEEPEST = 3
-"""Options, their lists, and one more, so that a wrong value is told with the option's name."""
+MAX_DEPTH = 3
+"""Options, their lists, and one level more, so that a nested value is reported with the option's name."""
 
 UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb": 10**6, "mib": 2**20}
 UNITS |= {"g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}
@@ -35,17 +35,17 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _memory(value: object) -> object:
-    """Turns a size into bytes; what is none is left to the check of its type."""
+def _to_bytes(value: object) -> object:
+    """A size in bytes; other values are left to the type check."""
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         return value
     return parse_size(str(value))
 
 
 def parse_memory(value: str | int | None) -> int | None:
-    """The bytes of a size such as `3GiB`, as --memory takes it where there is no recipe. Raises RecipeError."""
+    """The bytes of a size such as `3GiB`, for --memory of commands without a recipe. Raises RecipeError."""
     try:
-        found = _memory(value)
+        found = _to_bytes(value)
     except ValueError as error:
         raise RecipeError(f"--memory {error}", got=repr(value), fix="try 4GiB") from error
     if found is not None and type(found) is not int:
@@ -53,33 +53,32 @@ def parse_memory(value: str | int | None) -> int | None:
     return found
 
 
-def _layers(value: str) -> str:
+def _check_layers(value: str) -> str:
     if value not in ("all", "auto") and not re.fullmatch(r"top-[1-9][0-9]*", value):
         raise ValueError("must be all, auto, or top-N such as top-4")
     return value
 
 
-def _path(value: object) -> object:
-    """A path as text."""
+def _path_to_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-FilePath = Annotated[str | None, BeforeValidator(_path)]
+FilePath = Annotated[str | None, BeforeValidator(_path_to_text)]
 
 
-def _names(value: object) -> object:
-    """A YAML list of names is the same as names with commas."""
+def _join_names(value: object) -> object:
+    """Names with commas between them, also from a YAML list."""
     return ",".join(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
 
 
-def _finite(value: float) -> float:
+def _check_finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError("must be a finite number")
     return value
 
 
-def _rate(value: object) -> object:
-    """A learning rate: a number above 0, or `auto`."""
+def _read_learning_rate(value: object) -> object:
+    """A number above 0, or `auto`."""
     if value is None or value == "auto":
         return value
     try:
@@ -91,47 +90,51 @@ def _rate(value: object) -> object:
     return number
 
 
-def _name(value: str) -> str:
+def _check_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise ValueError("must be letters, digits, '.', '_' or '-', starting with a letter or digit, at most 64")
     return value
 
 
-RECIPES = (".yaml", ".yml")
-"""How the names of recipe files end."""
+RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
-def option(default: Any, help: str, *, group: str, word: str = "", fix: str = "", **limits: Any) -> Any:
-    """A field of the recipe: its help text, the heading it is listed under, the word that stands for its value in the
-    help, and the advice when it is wrong."""
-    return Field(default, description=help, json_schema_extra={"group": group, "word": word, "fix": fix}, **limits)
+def option(default: Any, help: str, *, group: str, metavar: str = "", fix: str = "", **limits: Any) -> Any:
+    """A field of the recipe.
+
+    `group` is its heading in the help, `metavar` stands for its value there, `fix` is advice for a wrong value, and
+    `limits` are those of pydantic's Field.
+    """
+    return Field(
+        default, description=help, json_schema_extra={"group": group, "metavar": metavar, "fix": fix}, **limits
+    )
 
 
 class Recipe(BaseModel):
-    """What to train, on what, and how. Frozen once made: `recipe.changed(r=16)` gives another one.
+    """The options of a training run. Immutable: `recipe.changed(r=16)` returns another one.
 
-    Raises RecipeError, naming every wrong option, when made by `make`, `read` or `changed`.
+    `make`, `read`, `of` and `changed` raise RecipeError, naming every wrong option.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     base: FilePath = option(
         None,
-        "The pretrained model: a hub id, a folder, a .gguf file, pypi:NAME==VERSION or pypi:NAME==VERSION/path.",
+        "Pretrained model: a hub id, a folder, a .gguf file, pypi:NAME==VERSION or pypi:NAME==VERSION/path.",
         group="Base",
-        word="MODEL",
+        metavar="MODEL",
     )
-    revision: str | None = option(None, "Branch, tag or commit of a hub base.", group="Base", word="NAME")
+    revision: str | None = option(None, "Branch, tag or commit of a base on the hub.", group="Base", metavar="NAME")
     trust_remote_code: str | None = option(
         None,
-        "Name of the base once more, where it needs code of its own and may run it. Never kept, and never taken "
-        "from a file of the base or an adapter.",
+        "The base's name again, to let it run the Python code that comes with it. Never saved, and never read from "
+        "files of a base or an adapter.",
         group="Base",
-        word="MODEL",
+        metavar="MODEL",
     )
     task: Task | None = option(
         None,
-        "What to learn. Without it, the columns of the data decide.",
+        "What to train. Default: derived from the columns of the data.",
         group="Base",
         fix="use classify, chat or complete",
     )
@@ -141,160 +144,186 @@ class Recipe(BaseModel):
         "Training rows: a .csv, .tsv, .json, .jsonl (also .gz, .bz2) or .parquet file, a hub data set, or "
         "pypi:NAME==VERSION/path.",
         group="Data",
-        word="FILE",
+        metavar="FILE",
     )
     eval_data: FilePath = option(
-        None, "Held-out rows. Without it, a part of the training rows is held out.", group="Data", word="FILE"
+        None,
+        "Held-out rows to score. Default: a tenth of the training rows, at most 2,000.",
+        group="Data",
+        metavar="FILE",
     )
-    text: str | None = option(None, "Column that holds the text.", group="Data", word="COLUMN")
-    label: str | None = option(None, "Column that holds the label, or a list of labels.", group="Data", word="COLUMN")
-    prompt: str | None = option(None, "Column that holds what the person says.", group="Data", word="COLUMN")
-    completion: str | None = option(None, "Column that holds the answer to learn.", group="Data", word="COLUMN")
-    messages: str | None = option(None, "Column that holds a whole conversation.", group="Data", word="COLUMN")
+    text: str | None = option(None, "Column with the text.", group="Data", metavar="COLUMN")
+    label: str | None = option(None, "Column with the label, or a list of labels.", group="Data", metavar="COLUMN")
+    prompt: str | None = option(None, "Column with the user's prompt.", group="Data", metavar="COLUMN")
+    completion: str | None = option(None, "Column with the answer to learn.", group="Data", metavar="COLUMN")
+    messages: str | None = option(None, "Column with whole conversations.", group="Data", metavar="COLUMN")
     max_length: int | None = option(
-        None, "Longest row in tokens; longer ones are cut, and counted.", group="Data", word="N", ge=4, fix="try 512"
+        None,
+        "Longest row in tokens; longer rows are cut. Default: the base's limit, at most 512 to classify, else 2,048.",
+        group="Data",
+        metavar="N",
+        ge=4,
+        fix="try 512",
     )
     bad_rows: Literal["refuse", "skip"] = option(
-        "refuse", "Rows that cannot be learned from: refuse to start, or leave them out.", group="Data"
+        "refuse", "Rows that cannot be learned from: refuse to start, or skip these rows.", group="Data"
     )
     merge_labels: bool = option(
-        False, "Take labels that differ only in spelling (Yes, yes) for one: the commonest spelling.", group="Data"
+        False, "Merge labels that differ only in spelling (Yes, yes) into the commonest spelling.", group="Data"
     )
 
-    r: int = option(8, "Rank of the adapter: its width.", group="Adapter", word="N", ge=1, fix="try 8")
+    r: int = option(8, "Rank of the adapter.", group="Adapter", metavar="N", ge=1, fix="try 8")
     alpha: float | None = option(
         None,
-        "Scale of the adapter, alpha / r. Default: 2 x r.",
+        "Scales the adapter's output by alpha / r. Default: 2 x r.",
         group="Adapter",
-        word="NUMBER",
+        metavar="NUMBER",
         gt=0,
         fix="leave it out for 2 x r",
     )
     dropout: float = option(
-        0.05, "Dropout inside the adapter.", group="Adapter", word="NUMBER", ge=0, lt=1, fix="try 0.05"
+        0.05, "Dropout on the adapter's input.", group="Adapter", metavar="NUMBER", ge=0, lt=1, fix="try 0.05"
     )
-    targets: Annotated[str, BeforeValidator(_names)] = option(
+    targets: Annotated[str, BeforeValidator(_join_names)] = option(
         "auto",
-        "Layers that get an adapter: auto (attention and MLP projections), all-linear, or NAME,NAME.",
+        "Target modules: auto (attention and MLP projections), all-linear, or NAME,NAME.",
         group="Adapter",
-        word="NAMES",
+        metavar="NAMES",
         min_length=1,
         fix="use auto",
     )
-    layers: Annotated[str, AfterValidator(_layers)] = option(
+    layers: Annotated[str, AfterValidator(_check_layers)] = option(
         "all",
-        "Depth of the adapter: all, top-N for the last N layers, or auto: as few as a short comparison finds enough.",
+        "Layers that get an adapter: all, top-N (the last N), or auto, the fewest that a short test finds enough.",
         group="Adapter",
-        word="all|auto|top-N",
+        metavar="all|auto|top-N",
         fix="use all or top-4",
     )
     variant: Literal["lora", "dora", "rslora", "pissa"] = option(
-        "lora", "Kind of adapter.", group="Adapter", fix="use lora, dora, rslora or pissa"
+        "lora", "Variant of LoRA.", group="Adapter", fix="use lora, dora, rslora or pissa"
     )
 
-    epochs: Annotated[float, AfterValidator(_finite)] | None = option(
+    epochs: Annotated[float, AfterValidator(_check_finite)] | None = option(
         None,
-        "Passes over the training rows. Default: derived from their number.",
+        "Passes over the training rows. Default: derived from the number of rows.",
         group="Training",
-        word="NUMBER",
+        metavar="NUMBER",
         gt=0,
         fix="try 3",
     )
     steps: int | None = option(
-        None, "Optimizer steps, instead of epochs.", group="Training", word="N", ge=1, fix="try 100, or use --epochs"
+        None, "Optimizer steps, instead of epochs.", group="Training", metavar="N", ge=1, fix="try 100, or use --epochs"
     )
-    lr: Annotated[float | Literal["auto"] | None, BeforeValidator(_rate)] = option(
+    lr: Annotated[float | Literal["auto"] | None, BeforeValidator(_read_learning_rate)] = option(
         None,
-        "Peak learning rate, or auto to measure it in 20 steps. Default: derived from the size of the model.",
+        "Peak learning rate, or auto to find it in 20 test steps. Default: derived from the size of the model.",
         group="Training",
-        word="NUMBER|auto",
+        metavar="NUMBER|auto",
         fix="try 1e-3",
     )
     batch_size: int | None = option(
-        None, "Rows a step. Default: derived from their number.", group="Training", word="N", ge=1, fix="try 16"
+        None,
+        "Rows per optimizer step. Default: derived from the number of rows.",
+        group="Training",
+        metavar="N",
+        ge=1,
+        fix="try 16",
     )
     seed: int = option(
-        0, "Seed of the held-out split, the order and the start values.", group="Training", word="N", ge=0, lt=2**32
+        0,
+        "Seed of the held-out split, the order of rows and the initial weights.",
+        group="Training",
+        metavar="N",
+        ge=0,
+        lt=2**32,
     )
-    report_to: Annotated[str, BeforeValidator(_names)] = option(
-        "none", "Experiment trackers beside metrics.jsonl, such as tensorboard,wandb.", group="Training", word="NAMES"
+    report_to: Annotated[str, BeforeValidator(_join_names)] = option(
+        "none",
+        "Experiment trackers to use besides metrics.jsonl, such as tensorboard,wandb.",
+        group="Training",
+        metavar="NAMES",
     )
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$")] = option(
-        "auto", "Where to compute: auto, cpu, cuda, mps or xpu.", group="Machine", word="NAME", fix="use auto"
+        "auto", "Device to train on: auto, cpu, cuda, mps or xpu.", group="Machine", metavar="NAME", fix="use auto"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Number format of the frozen base.", group="Machine", fix="use auto"
+        "auto", "Dtype of the frozen base.", group="Machine", fix="use auto"
     )
     quantize: Literal["none", "8bit", "4bit"] = option(
-        "none", "Hold the frozen base in fewer bits (needs hatrack[quantize]).", group="Machine"
+        "none", "Quantize the frozen base (needs hatrack[quantize]).", group="Machine"
     )
     compute: Literal["auto", "int16", "int8"] = option(
         "auto",
-        "What training multiplies the frozen base's matrices in, on a processor: auto (exact, in the base's number "
-        "format), or rounded to int16 or int8, which is faster where the processor has no bfloat16.",
+        "Matmuls with the frozen base on a CPU: auto (exact, in the base's dtype), or rounded to int16 or int8, which "
+        "is faster on CPUs without bfloat16.",
         group="Machine",
         fix="use auto, int16 or int8",
     )
-    memory: Annotated[int | None, BeforeValidator(_memory)] = option(
-        None, "The most memory the run may take, such as 3GiB.", group="Machine", word="SIZE", gt=0, fix="try 4GiB"
+    memory: Annotated[int | None, BeforeValidator(_to_bytes)] = option(
+        None, "Most memory that the run may use, such as 3GiB.", group="Machine", metavar="SIZE", gt=0, fix="try 4GiB"
     )
-    cache_limit: Annotated[int | None, BeforeValidator(_memory)] = option(
+    cache_limit: Annotated[int | None, BeforeValidator(_to_bytes)] = option(
         None,
-        "With --layers top-N: the most disk that results of the layers below may take, such as 10GiB; 0 keeps none. "
-        "Default: half of what is free.",
+        "With --layers top-N: most disk space for cached hidden states of the layers below, such as 10GiB; 0 caches "
+        "none. Default: half of the free space.",
         group="Machine",
-        word="SIZE",
+        metavar="SIZE",
         ge=0,
         fix="try 10GiB",
     )
-    force: bool = option(False, "Start even where the plan says that memory is too little.", group="Machine")
+    force: bool = option(False, "Start even if the plan says that memory is too little.", group="Machine")
 
     output: FilePath = option(
-        None, "Folder of the finished adapter. Default: the name, in the current folder.", group="Output", word="FOLDER"
-    )
-    name: Annotated[str, AfterValidator(_name)] | None = option(
         None,
-        "Name on the rack. Default: from the data file, with -2, -3, ... where that is taken.",
+        "Folder of the finished adapter. Default: the name, in the current folder.",
         group="Output",
-        word="NAME",
+        metavar="FOLDER",
+    )
+    name: Annotated[str, AfterValidator(_check_name)] | None = option(
+        None,
+        "Name on the rack. Default: from the data file, with -2, -3, ... if that is taken.",
+        group="Output",
+        metavar="NAME",
         fix="use a name such as support-2",
     )
     overwrite: bool = option(
-        False, "Replace the adapter that has the output's place or name, once the new one is finished.", group="Output"
+        False, "Replace the adapter of this folder or name, once the new one is finished.", group="Output"
     )
     resume: bool = option(
         False,
-        "Go on from the checkpoint of an interrupted run: that of --output or --name, or else the only one here.",
+        "Continue an interrupted run from its checkpoint: that of --output or --name, or else the only one here.",
         group="Output",
     )
 
     @classmethod
     def make(cls, **options: Any) -> Self:
-        """A recipe from keyword options; every wrong one is reported, not only the first."""
+        """A recipe from keyword options. Raises RecipeError that names every wrong one."""
         unknown = [name for name in options if name not in cls.model_fields]
         if unknown:
-            raise RecipeError("; ".join(_unknown(name, cls.model_fields) for name in unknown))
+            raise RecipeError("; ".join(_unknown_option(name, cls.model_fields) for name in unknown))
         try:
             recipe = cls(**options)
         except ValidationError as error:
-            raise RecipeError(" | ".join(_wrong(problem, cls.model_fields) for problem in error.errors())) from error
-        recipe._agree()
-        if recipe.compute != "auto":  # what is not multiplied with the base's matrices stays exact
+            raise RecipeError(
+                " | ".join(_wrong_value(problem, cls.model_fields) for problem in error.errors())
+            ) from error
+        recipe._check_conflicts()
+        if recipe.compute != "auto":  # everything but the rounded matmuls stays exact
             recipe = recipe.model_copy(update={"dtype": "float32"})
         return recipe
 
     @classmethod
     def read(cls, path: str | Path, **flags: Any) -> Self:
-        """A recipe from a YAML file; `flags` win over what the file says."""
+        """A recipe from a YAML file; `flags` win over the file."""
         path = Path(path)
         try:
-            content = _flat_yaml(path.read_text(encoding="utf-8"))
+            content = _parse_yaml(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RecipeError("there is no such recipe file", got=path, fix="check the path") from error
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError("the recipe file cannot be read", got=f"{path}: {error}") from error
-        except Exception as error:  # of a date or a number that is none, the library raises whatever it met
+        except Exception as error:  # for invalid dates and numbers the library raises anything
             problem = " ".join(str(error).split())[:300]
             raise RecipeError(
                 "the recipe is not valid YAML", got=f"{path}: {problem}", fix="one 'name: value' a line"
@@ -306,11 +335,11 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, path: str | Path, **options: Any) -> Self:
-        """The recipe in a .yaml file, or a recipe for the rows in any other one; `options` win.
+        """The recipe in a .yaml file, or a recipe for the rows in any other file; `options` win.
 
-        Raises RecipeError where the rows are named by `data` too.
+        Raises RecipeError if `data` names rows, too.
         """
-        if Path(path).suffix.lower() in RECIPES:
+        if Path(path).suffix.lower() in RECIPE_SUFFIXES:
             return cls.read(path, **options)
         if options.get("data") is not None:
             raise RecipeError("the data is named twice", got=f"{path} and {options['data']}", fix="keep one")
@@ -321,25 +350,25 @@ class Recipe(BaseModel):
         return self.make(**(self.model_dump(exclude_unset=True) | options))
 
     def explicit_options(self) -> dict[str, Any]:
-        """The options a person set, without the defaults, to be kept; trust is not: it is asked for each time."""
+        """The options that were set, without defaults, to be saved; never `trust_remote_code`."""
         return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"trust_remote_code"})
 
     def __repr__(self) -> str:
-        """The options a person set."""
+        """The options that were set."""
         return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.explicit_options().items())})"
 
     @property
     def effective_alpha(self) -> float:
-        """alpha, by default twice the rank, so that the adapter's scale does not move when r does."""
+        """alpha, by default twice the rank, so that the adapter's scale does not change with r."""
         return 2.0 * self.r if self.alpha is None else self.alpha
 
     @property
     def top_layers(self) -> int | None:
-        """N of `top-N`, or None for all layers, and as long as `auto` has not been decided."""
+        """N of `top-N`; None for all layers, or while `auto` is undecided."""
         return None if self.layers in ("all", "auto") else int(self.layers.removeprefix("top-"))
 
-    def _agree(self) -> None:
-        """Raises RecipeError where two options contradict each other."""
+    def _check_conflicts(self) -> None:
+        """Raises RecipeError if two options contradict each other."""
         if self.steps is not None and self.epochs is not None:
             raise RecipeError(
                 "--steps and --epochs exclude each other", got=f"{self.steps} and {self.epochs}", fix="keep one"
@@ -354,16 +383,16 @@ class Recipe(BaseModel):
             )
         columns = {"text": self.text, "label": self.label, "prompt": self.prompt}
         columns |= {"completion": self.completion, "messages": self.messages}
-        taken: dict[str, str] = {}
+        roles: dict[str, str] = {}
         for role, column in columns.items():
-            if column is not None and column in taken:
+            if column is not None and column in roles:
                 raise RecipeError(
-                    f"--{taken[column]} and --{role} name the same column",
+                    f"--{roles[column]} and --{role} name the same column",
                     got=column,
                     fix=f"give --{role} its own column",
                 )
             if column is not None:
-                taken[column] = role
+                roles[column] = role
         if (self.prompt is None) != (self.completion is None):
             missing = "completion" if self.completion is None else "prompt"
             raise RecipeError(
@@ -371,19 +400,20 @@ class Recipe(BaseModel):
             )
 
 
-def _flat_yaml(text: str) -> Any:
-    """The content of YAML without deep nesting, which no recipe has, and which takes the library quadratic time."""
+def _parse_yaml(text: str) -> Any:
+    """The content of YAML. Refuses deep nesting, which no recipe has and the library parses in quadratic time."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise ValueError("nested too deeply")
     return yaml.safe_load(text)
 
 
 def flag(name: str, value: object = None) -> str:
-    """The option as it is typed, `--eval-data` for `eval_data`. With a value it is in the reader's words already
-    (`hatrack.errors.spell_options`), as a name in a sentence could be any word of it.
+    """The option as typed on the command line, `--eval-data` for `eval_data`.
+
+    With a value it is spelled for the reader already (`hatrack.errors.spell_options`): flags or Python arguments.
 
     >>> flag("eval_data"), flag("eval_data", "new.csv")
     ('--eval-data', 'eval_data="new.csv"')
@@ -395,7 +425,7 @@ def flag(name: str, value: object = None) -> str:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words a field accepts, where it accepts only some; also inside `Optional`."""
+    """The words that a field accepts, if it accepts only some; also inside `Optional`."""
     options = get_args(field.annotation)
     if options and not all(isinstance(word, str) for word in options):
         kinds = [part for part in options if part is not type(None)]
@@ -404,20 +434,23 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 
 def option_detail(field: FieldInfo, what: str) -> str:
-    """`group`, `word` or `fix` of a field, as `option` got it."""
+    """The `group`, `metavar` or `fix` of a field."""
     extra = field.json_schema_extra
     return str(extra[what]) if isinstance(extra, dict) else ""
 
 
 def nearest(name: str, names: Any) -> str | None:
-    """The known name that `name` was most likely meant to be."""
+    """The name most similar to `name`, or None."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
 def suggest_option(name: str, known: Any) -> str | None:
-    """The option that a name which is none was most likely meant to be, as `lr` or, with a value, `quantize 4bit`; or
-    a sentence where hatrack has no such option on purpose. Names of other tools count: `learning_rate`."""
+    """The option that an unknown name most likely means: `lr`, or with a value `quantize 4bit`.
+
+    Knows names of other tools, such as `learning_rate`. If hatrack has no such option on purpose, returns a sentence
+    that says why.
+    """
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip("-")).replace("-", "_").lower()
     meant = OTHER_NAMES.get(plain)
     if meant is not None and meant.partition(" ")[0] in known:
@@ -425,7 +458,7 @@ def suggest_option(name: str, known: Any) -> str | None:
     return nearest(plain, known) or (NOT_NEEDED.get(plain) if "lr" in known else None)
 
 
-def _unknown(name: str, known: Any) -> str:
+def _unknown_option(name: str, known: Any) -> str:
     meant = suggest_option(name, known)
     if meant is None:
         hint = f"the options are {', '.join(known)}"
@@ -435,7 +468,7 @@ def _unknown(name: str, known: Any) -> str:
     return f"there is no option {name!r}; {hint}"
 
 
-def _wrong(problem: Any, fields: dict[str, FieldInfo]) -> str:
+def _wrong_value(problem: Any, fields: dict[str, FieldInfo]) -> str:
     name = str(problem["loc"][0])
     reason = problem["msg"].removeprefix("Value error, ")
     words, value = choices(fields[name]), problem["input"]

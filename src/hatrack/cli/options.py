@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from hatrack.recipe import RECIPES, Recipe, choices, flag, option_detail
+from hatrack.recipe import RECIPE_SUFFIXES, Recipe, choices, flag, option_detail
 from hatrack.storage import write_file
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
@@ -49,7 +49,12 @@ def with_recipe(
         rest = {parameter.name: values.pop(parameter.name) for parameter in own}
         path = values.pop("recipe_file")
         given = {name: value for name, value in values.items() if value is not None}
-        if adapter is not None and path is not None and path.suffix.lower() not in RECIPES and not is_data(path):
+        if (
+            adapter is not None
+            and path is not None
+            and path.suffix.lower() not in RECIPE_SUFFIXES
+            and not is_data(path)
+        ):
             adapter(str(path), given, **rest)
             return
         command(Recipe.of(path, **given) if path else Recipe.make(**given), **rest)
@@ -71,7 +76,7 @@ def _flag(name: str) -> Any:
         return Annotated[
             bool | None, typer.Option(flag(name), help=field.description, rich_help_panel=option_detail(field, "group"))
         ]
-    shown = "|".join(choices(field)) or option_detail(field, "word")
+    shown = "|".join(choices(field)) or option_detail(field, "metavar")
     text = f"{field.description} Default: {field.default}." if field.default is not None else field.description
     option = typer.Option(
         flag(name),
