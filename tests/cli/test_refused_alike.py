@@ -29,6 +29,12 @@ FAULTS = {
     "a revision beside a folder": "--base tiny_encoder --data reviews --revision main",
     "a base that is not there": "--base nowhere/at/all --data reviews",
     "bits without bitsandbytes": "--base tiny_decoder --data questions --quantize 4bit",
+    "code of the base's own": "--base coded --data reviews",
+    "trust in another base's code": "--base coded --data reviews --trust-remote-code tiny_encoder",
+}
+NOT_CHECKED = {
+    "a tracker that nobody knows": "--base tiny_encoder --data reviews --report-to tensorbord",
+    "a tracker that is not installed": "--base tiny_encoder --data reviews --report-to wandb",
 }
 
 
@@ -39,6 +45,7 @@ def paths(tmp_path: Path, tiny_encoder: Path, tiny_decoder: Path, reviews: Path,
     for name, changes in (
         ("short", {"model_type": "gpt2", "n_positions": 32}),
         ("padded", {"model_type": "fnet"}),
+        ("coded", {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}),
     ):
         found[name] = shutil.copytree(tiny_encoder, tmp_path / name)
         config = json.loads((tiny_encoder / "config.json").read_text())
@@ -72,3 +79,11 @@ def test_train_plan_and_check_refuse_in_the_same_words(
     checked = hatrack("check", *options, *device, "--json")
     refused = [finding for finding in checked.json["findings"] if finding["refused"]]
     assert checked.code == 2 and trained.complaint.startswith(tuple(f"hatrack: {each['what']}" for each in refused))
+
+
+@pytest.mark.parametrize("fault", NOT_CHECKED)
+def test_train_and_plan_refuse_in_the_same_words(fault: str, hatrack: Run, paths: dict[str, Path]) -> None:
+    options = [paths.get(word, word) for word in NOT_CHECKED[fault].split()]
+    trained, planned = (hatrack(command, *options, "--device", "cpu") for command in ("train", "plan"))
+    assert trained.code == planned.code == 2
+    assert planned.complaint == trained.complaint and planned.out == ""

