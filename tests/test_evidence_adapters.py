@@ -120,7 +120,7 @@ def test_missing_keys(hat: Path) -> None:
     error = _refused(hat)
     assert (
         error.what == f"2 tensors do not fit in {hat / WEIGHTS}"
-        and error.fix == "copy the adapter again: its file is not whole"
+        and error.fix == "copy the adapter again: its file is incomplete"
     )
     assert str(error.got).count("q_proj.lora_") == 2 and str(error.got).count("missing from the file") == 2
 
@@ -181,7 +181,7 @@ def test_numbers_that_are_none(hat: Path) -> None:
         error.what == f"a tensor does not fit in {hat / WEIGHTS}"
         and error.fix == "copy the adapter again, or train it again with a lower --lr"
     )
-    assert str(error.got).endswith("q_proj.lora_A.weight: holds numbers that are not finite")
+    assert str(error.got).endswith("q_proj.lora_A.weight: holds values that are not finite")
 
 
 @pytest.mark.parametrize("name", ["../A", "/abs/path", "a/b", "", "x" * 99])

@@ -229,7 +229,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "not a number": (
         lambda f: _tensors(f, lambda t: t | {_first(t): t[_first(t)] * float("nan")}),
-        "lora_A.weight: holds numbers that are not finite",
+        "lora_A.weight: holds values that are not finite",
     ),
     "wrong targets": (
         lambda f: _change(f, target_modules=["nothing"]),
