@@ -144,7 +144,7 @@ def _streamed(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> 
     from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
     from hatrack.layers.fast_base import speed_up
     from hatrack.layers.fast_lora import LAYER_CLASSES
-    from hatrack.training.layer_streaming import LayerStreaming
+    from hatrack.training.layer_streaming import LayerInputs, LayerStreaming
 
     base = _loaded(asked, streamed=True)
     trunk = find_layer_stack(base.model)
@@ -154,7 +154,7 @@ def _streamed(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> 
         model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
     folder = Path(asked["base"])
     window = open_layers(base.model, trunk, base.dtype, folder, base.device)
-    sweep = LayerStreaming(model, window, task="complete", folder=folder.parent)
+    sweep = LayerStreaming(model, window, "complete", LayerInputs(folder.parent))
     items = _items(batches)
     return model, lambda: float(sweep.step(batches, range(len(batches)), lambda batch: _loss(model, batch, items)))
 

@@ -111,7 +111,7 @@ def test_a_run_measures_and_says_what_it_costs_and_saves(
     said = capsys.readouterr().err
     assert "layers: trying 50 small steps with adapters on all 2 layers, and on the top 1" in said
     assert "top-1: accuracy" in said and "layers: top-1 keeps" in said and " s, not " in said
-    assert "the first 1 of 2 layers stay as they are" in said
+    assert "the first 1 of 2 layers are frozen" in said
     assert hat.cards["hat"].recipe["layers"] == "top-1"
     weights = json.loads((tmp_path / "hat/adapter_config.json").read_text())["target_modules"]
     assert weights and all(".0." not in name for name in weights)

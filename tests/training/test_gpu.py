@@ -24,7 +24,7 @@ from hatrack.kernels.loss import next_token_losses
 from hatrack.layers.fast_base import FastRMSNorm, speed_up
 from hatrack.layers.fast_lora import FastLinear, Projection, project, reference
 from hatrack.recipe import Recipe
-from hatrack.training.layer_streaming import LayerStreaming
+from hatrack.training.layer_streaming import LayerInputs, LayerStreaming
 from hatrack.training.one_step import one_step
 from tests.training.stopping import stopped_at_five
 from tests.training.test_layer_streaming import _same_adapter, too_large
@@ -167,9 +167,8 @@ def test_a_sweep_gives_the_gradients_of_the_ordinary_step(tmp_path: Path, stored
 
         if streamed:
             window = open_layers(base, trunk, torch.float32, folder, GPU)
-            total = LayerStreaming(model, window, task="chat", folder=tmp_path, budget=budget).step(
-                batches, [0, 1, 2], loss_of
-            )
+            streaming = LayerStreaming(model, window, "chat", LayerInputs(tmp_path, budget))
+            total = streaming.step(batches, [0, 1, 2], loss_of)
         else:
             total = torch.zeros((), device=GPU)
             for seed, batch in enumerate(batches):

@@ -15,8 +15,8 @@ from hatrack.console import say_once
 from hatrack.storage import ABOUT
 from hatrack.training import hidden_states
 from hatrack.training.hidden_states import (
-    INDEX,
-    STATES,
+    INDEX_SUFFIX,
+    STATES_SUFFIX,
     HiddenStateCache,
     entries,
     open_hidden_state_cache,
@@ -105,7 +105,7 @@ def test_what_was_not_flushed_when_a_run_was_killed_is_not_there() -> None:
     killed._open.close()  # without a flush
     later = _open()
     assert len(later) == 1 and _read(later, 1) == bytes(_data(1)) and _read(later, 2) is None
-    assert [path.stat().st_size for path in later.folder.glob(f"*{STATES}")] == [64]  # and takes no room
+    assert [path.stat().st_size for path in later.folder.glob(f"*{STATES_SUFFIX}")] == [64]  # and takes no room
     later.close()
 
 
@@ -114,7 +114,7 @@ def test_what_a_run_without_an_index_left_is_removed() -> None:
     killed.add(_key(1), _data(1))
     killed._open.close()
     later = _open()
-    assert len(later) == 0 and not list(later.folder.glob(f"*{STATES}"))
+    assert len(later) == 0 and not list(later.folder.glob(f"*{STATES_SUFFIX}"))
     later.close()
 
 
@@ -124,13 +124,13 @@ def test_a_running_writers_files_are_left_alone() -> None:
     _open().close()
     assert _read(running, 1) == bytes(_data(1))
     running.close()
-    assert len(list(running.folder.glob(f"*{INDEX}"))) == 1
+    assert len(list(running.folder.glob(f"*{INDEX_SUFFIX}"))) == 1
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "index cut", "index of something else", "about gone"])
 def test_damaged_files_are_not_trusted(damage: str) -> None:
     folder = _filled(1, 2)
-    (data,), (index,) = folder.glob(f"*{STATES}"), folder.glob(f"*{INDEX}")
+    (data,), (index,) = folder.glob(f"*{STATES_SUFFIX}"), folder.glob(f"*{INDEX_SUFFIX}")
     whole = data.read_bytes()
     if damage == "flipped":
         data.write_bytes(whole[:70] + bytes([whole[70] ^ 1]) + whole[71:])
@@ -158,8 +158,8 @@ def test_damaged_files_are_not_trusted(damage: str) -> None:
 def test_an_index_beside_another_writers_states_is_found_out() -> None:
     """Right sizes, wrong rows: the checksum holds a row's tokens and its states together."""
     first, second = _filled(1), _filled(2, layers=5)
-    (taken,), (index,) = second.glob(f"*{STATES}"), first.glob(f"*{INDEX}")
-    shutil.copy(taken, index.with_suffix(STATES))
+    (taken,), (index,) = second.glob(f"*{STATES_SUFFIX}"), first.glob(f"*{INDEX_SUFFIX}")
+    shutil.copy(taken, index.with_suffix(STATES_SUFFIX))
     kept = _open()
     assert _read(kept, 1) is None
     kept.close()
@@ -205,9 +205,9 @@ def test_a_full_disk_is_said_once_and_its_room_given_back(
     kept.add(_key(4), _data(4))
     kept.flush()
     assert [_read(kept, number) for number in (1, 2, 3, 4)] == [bytes(_data(1)), None, None, None]
-    (data,) = kept.folder.glob(f"*{STATES}")
+    (data,) = kept.folder.glob(f"*{STATES_SUFFIX}")
     assert data.stat().st_size == 64
-    assert capsys.readouterr().err.count("no more hidden states are kept: the disk is full") == 1
+    assert capsys.readouterr().err.count("no more hidden states are cached: the disk is full") == 1
     kept.close()
 
 
@@ -217,7 +217,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "file"))
     assert open_hidden_state_cache(MADE_BY, "a-base", None) is None
-    assert "hidden states are not kept" in capsys.readouterr().err
+    assert "hidden states are not cached" in capsys.readouterr().err
 
 
 def test_entries_tell_what_is_there_and_go_unless_used() -> None:

@@ -84,13 +84,8 @@ def _batches(kind: str) -> list[Batch]:
 
 def _sweep(made: Any, kind: str, tmp_path: Path, dtype: torch.dtype, **options: Any) -> LayerStreaming:
     base = made.get_base_model()
-    return LayerStreaming(
-        made,
-        MappedLayers(base, find_layer_stack(base), dtype, tmp_path / "base"),
-        task=_task(kind),
-        folder=tmp_path,
-        **options,
-    )
+    mapped_layers = MappedLayers(base, find_layer_stack(base), dtype, tmp_path / "base")
+    return LayerStreaming(made, mapped_layers, _task(kind), LayerInputs(tmp_path, **options))
 
 
 def _ordinary(made: Any, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
@@ -196,9 +191,9 @@ def test_hidden_states_beyond_the_budget_go_through_a_file(tmp_path: Path, monke
     wanted = _swept(_adapted(folder, "Llama", torch.bfloat16), "Llama", tmp_path, torch.bfloat16)
     written: list[int] = []
 
-    def write(doors: LayerInputs, hidden: torch.Tensor, real: Any = LayerInputs._write) -> Any:
+    def write(inputs: LayerInputs, hidden: torch.Tensor, real: Any = LayerInputs._write) -> Any:
         written.append(hidden.nbytes)
-        return real(doors, hidden)
+        return real(inputs, hidden)
 
     monkeypatch.setattr(LayerInputs, "_write", write)
     found = _swept(_adapted(folder, "Llama", torch.bfloat16), "Llama", tmp_path, torch.bfloat16, budget=600)

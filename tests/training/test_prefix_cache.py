@@ -126,7 +126,7 @@ def test_losses_and_gradients_are_the_plain_models(tmp_path: Path, kind: str, ke
     """Computed at first, then read, then in batches of other rows and lengths, some of them new."""
     made = _adapted(tmp_path / "base", kind)
     prefix = _prefix(made, kind, kept)
-    computed = _Computed(prefix.trunk)
+    computed = _Computed(prefix.stack)
     for rows, new in [([1, 5, 3], 3), ([1, 5, 3], 0), ([3, 1], 0), ([5, 8, 2, 1], 2)]:
         batch = _batch(kind, rows)
         computed.rows = 0
@@ -143,7 +143,7 @@ def test_what_one_model_kept_another_run_reads(tmp_path: Path, kind: str, kept: 
     list(_prefix(first, kind, kept).losses([_batch(kind, [1, 2, 3])]))
     other = _adapted(tmp_path / "base", kind, r=2, dropout=0.0)
     prefix = _prefix(other, kind, kept)
-    computed = _Computed(prefix.trunk)
+    computed = _Computed(prefix.stack)
     _same(_given(other, kind, prefix, _batch(kind, [3, 2])), _plain(other, kind, _batch(kind, [3, 2])))
     assert computed.rows == 2  # those of the plain pass
 
@@ -162,7 +162,7 @@ def test_dropout_is_off_below_the_adapters_and_on_above(tmp_path: Path, kind: st
             for name, module in made.named_modules():
                 below = any(f".{layer}." in f"{name}." for layer in range(DEPTH))
                 module.training = not below and not any(part in name for part in ("embeddings", "drop", "wte"))
-            for module in (made, *prefix.trunk.layers[DEPTH].modules()):
+            for module in (made, *prefix.stack.layers[DEPTH].modules()):
                 module.training = True
             for name, module in made.named_modules():
                 module.training |= name.endswith((".model.dropout", "score", "pre_classifier"))
@@ -233,7 +233,7 @@ def test_a_cached_run_makes_the_adapter_of_an_uncached_one(
     _equal(tmp_path / "first", tmp_path / "again")
     _equal(tmp_path / "first", tmp_path / "plain", bits=False)
     said = capsys.readouterr().err
-    assert said.count("the first 1 of 2 layers stay as they are, run without dropout") == 3
+    assert said.count("the first 1 of 2 layers are frozen, run without dropout") == 3
     assert said.count("(100% of the rows were, by earlier runs)") == 1
 
 
@@ -277,7 +277,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
         patch.setattr(GracefulStop, "on_step_end", stop_at_five)
         if killed:
-            patch.setattr(HiddenStateCache, "close", lambda kept: kept._open.close())
+            patch.setattr(HiddenStateCache, "close", lambda cache: cache._open.close())
         with pytest.raises(Interrupted, match="step 5 is saved"):
             train("stopped", batch_size=8)
     train("stopped", batch_size=8, resume=True)
@@ -309,7 +309,7 @@ def test_a_full_disk_does_not_stop_training(
 
     monkeypatch.setattr(HiddenStateCache, "_write", full)
     train("full")
-    assert capsys.readouterr().err.count("no more hidden states are kept: the disk is full") == 1
+    assert capsys.readouterr().err.count("no more hidden states are cached: the disk is full") == 1
     _equal(tmp_path / "plain", tmp_path / "full", bits=False)
 
 

@@ -1,4 +1,4 @@
-"""The base of a run with its adapter on it: made here for training, for checks and for trials."""
+"""Loads the base of a run and places its adapter: one way for training and for checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from hatrack.errors import ModelError
 from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.training.hidden_states import HiddenStateCache
-from hatrack.training.layer_streaming import LayerStreaming
+from hatrack.training.layer_streaming import LayerInputs, LayerStreaming
 from hatrack.training.load import load_run_base
 from hatrack.training.prefix_cache import FrozenPrefix
 
@@ -26,9 +26,9 @@ CHECKPOINTING = {"use_reentrant": False}
 
 
 class LayerPaths(NamedTuple):
-    """What computes layers in place of the model's own forward pass; None where the model does it itself.
+    """What computes layers in place of the model's own forward pass; None where that does it.
 
-    `streaming` takes whole steps over a base on disk, `prefix` the frozen layers below the adapters.
+    `streaming` takes whole steps over a base on disk, `prefix` computes the frozen layers below the adapters.
     """
 
     streaming: LayerStreaming | None
@@ -37,8 +37,8 @@ class LayerPaths(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """`model` is `base.model` with a fresh adapter. `stack` is its layers, None where the run needs none of them alone:
-    the base is in memory and all its layers are adapted."""
+    """`model` is `base.model` with a new adapter. `stack` is its layers; None where the base is in memory and all its
+    layers are adapted, or where its layers are not one stack."""
 
     base: Base
     model: Any
@@ -46,7 +46,7 @@ class AdaptedModel:
 
 
 def load_adapted_model(prepared: Prepared) -> AdaptedModel:
-    """Loads the base, speeds it up and places a fresh adapter, as the recipe and the plan say.
+    """Loads the base, speeds it up and places a new adapter, as the recipe and the plan say.
 
     Raises ModelError where the base has to be streamed and has no single stack of layers.
     """
@@ -69,20 +69,20 @@ def open_layer_paths(
     adapted: AdaptedModel, prepared: Prepared, cache: HiddenStateCache | None, folder: Path
 ) -> LayerPaths:
     """Opens layer streaming where the base is on disk (`folder` takes the hidden states that do not fit in memory), and
-    the frozen layers below the adapters where there are any, with the `cache` of what they give."""
+    the frozen layers below the adapters where there are any, with the `cache` of their output."""
     base, stack = adapted.base, adapted.stack
     if stack is None or not base.streamed:
         return LayerPaths(None, _open_prefix(adapted, prepared, cache))
-    window = open_layers(base.model, stack, base.dtype, base.description.folder, base.device)
-    window.load(OUTSIDE)
+    mapped_layers = open_layers(base.model, stack, base.dtype, base.description.folder, base.device)
+    mapped_layers.load(OUTSIDE)
     prefix = _open_prefix(adapted, prepared, cache)
-    streaming = LayerStreaming(adapted.model, window, task=prepared.task, folder=folder, prefix=prefix)
-    window.stream()
+    streaming = LayerStreaming(adapted.model, mapped_layers, prepared.task, LayerInputs(folder), prefix)
+    mapped_layers.stream()
     return LayerPaths(streaming, prefix)
 
 
 def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
-    """The stack of layers, where a run needs to know it."""
+    """The stack of layers, where the run needs it."""
     if not base.streamed and top_layers is None:
         return None
     try:
@@ -93,22 +93,22 @@ def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
     except ModelError as error:
         if base.streamed:
             raise
-        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        say(f"the layers below the adapters are computed again in each epoch: {error}")
         return None
 
 
 def _open_prefix(adapted: AdaptedModel, prepared: Prepared, cache: HiddenStateCache | None) -> FrozenPrefix | None:
-    """The layers below the adapters, where there are any and what they give is the same each time."""
+    """The layers below the adapters, where there are any and their output is the same each time."""
     top, stack = prepared.recipe.top_layers, adapted.stack
     if stack is None or top is None or len(stack.layers) == top:
         return None
     try:
         prefix = FrozenPrefix(adapted.model, stack, len(stack.layers) - top, task=prepared.task, states=cache)
     except ValueError as error:
-        say(f"the layers below the adapters are computed anew in each epoch: {error}")
+        say(f"the layers below the adapters are computed again in each epoch: {error}")
         return None
     cached = prepared.cached_fraction
     once = "" if cache is None else " and are computed once for each row"
     earlier = f" ({cached:.0%} of the rows were, by earlier runs)" if cached else ""
-    say(f"the first {prefix.depth} of {len(stack.layers)} layers stay as they are, run without dropout{once}{earlier}")
+    say(f"the first {prefix.depth} of {len(stack.layers)} layers are frozen, run without dropout{once}{earlier}")
     return prefix

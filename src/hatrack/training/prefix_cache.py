@@ -1,13 +1,13 @@
-"""The layers below the first adapted one: computed once for each row, ever, and read back from then on.
+"""Computes the layers below the first adapter once for each row, and reads their output back afterwards.
 
-With adapters in the top layers only, nothing below them changes while training, and no gradient goes there. What comes
-out of the last layer below, for the real tokens of a row, is a function of the base and the row alone: it is kept on
-disk (`states.py`), for later epochs and for later runs with whatever rank, learning rate, seed or order of rows.
-Embeddings, masks and position tables are made by the model's own code each time, as they cost nothing.
+With adapters in the top layers only, nothing below them changes while training, and no gradient goes there. What the
+last layer below gives for the real tokens of a row depends on the base and the row alone. It is cached on disk
+(`hidden_states.py`), for later epochs and for later runs with any rank, learning rate, seed or order of rows.
+Embeddings, masks and position tables are made by the model's own code each time, as they cost next to nothing.
 
-The layers below run without dropout, whether anything is kept or not: a mask drawn once would be no dropout.
+The layers below run without dropout, with a cache or without, as the cache would repeat one dropout mask for ever.
 
-Knows nothing of recipes, files of data or how adapters are placed.
+Knows nothing of recipes, data files or how adapters are placed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,50 +24,51 @@ from hatrack.training.hidden_states import row_key
 PROBE_TOKENS = 4
 
 
-class Kept(Protocol):
-    """Hidden states of rows by their key: on disk (`states.HiddenStateCache`), or for a short while in memory."""
+class RowCache(Protocol):
+    """Hidden states of rows by key: on disk (`hidden_states.HiddenStateCache`) or in memory."""
 
     def read(self, key: bytes, into: memoryview) -> bool:
-        """Fills `into` with a row's states, and says whether they were there."""
+        """Fills `into` with a row's hidden states; False where they are not cached."""
 
     def add(self, key: bytes, states: memoryview) -> None:
-        """Keeps a row's states."""
+        """Caches a row's hidden states."""
 
     def flush(self) -> None:
-        """Makes them outlast this process, where they are to."""
+        """Makes what was added available to later runs."""
 
 
 class FrozenPrefix:
-    """The first `depth` layers of `model`, none of which is trained, and what of their results is kept in `states`.
+    """The first `depth` layers of `model`, none of which is trained. Their output for each row is cached in `states`.
 
-    Raises ValueError where their results would not be a function of the row alone: something is trained below them, or
-    random numbers are drawn there all the same.
+    Raises ValueError where their output is not a function of the row alone: something below them is trained, or they
+    draw random numbers even in evaluation mode.
     """
 
-    def __init__(self, model: Any, trunk: LayerStack, depth: int, *, task: str, states: Kept | None) -> None:
-        self.model, self.trunk, self.depth, self.task, self.states = model, trunk, depth, task, states
+    def __init__(self, model: Any, stack: LayerStack, depth: int, *, task: str, states: RowCache | None) -> None:
+        self.model, self.stack, self.depth, self.task, self.states = model, stack, depth, task, states
         self.device = next(model.parameters()).device
-        with trunk.only_last_layers(0):
-            detect_output_head(model, task)  # it would ask by a pass of its own while states are given
-        self._still = [module for layer in trunk.layers[:depth] for module in layer.modules()]
-        self._still += self._called_before()
-        trained = any(p.requires_grad for layer in trunk.layers[:depth] for p in layer.parameters())
-        first, again = self._enter(), self._enter()
-        if trained or first.requires_grad or not torch.equal(first, again):
+        with stack.only_last_layers(0):
+            detect_output_head(model, task)  # later it would do so by a pass of its own, inside `use_cached`
+        self._modules = [module for layer in stack.layers[:depth] for module in layer.modules()]
+        self._modules += self._modules_before_layers()
+        is_trained = any(p.requires_grad for layer in stack.layers[:depth] for p in layer.parameters())
+        once, again = self._probe(), self._probe()
+        if is_trained or once.requires_grad or not torch.equal(once, again):
             raise ValueError("what is below the adapters is not the same each time")
-        self.width, self.dtype = first.shape[-1], first.dtype
+        self.width, self.dtype = once.shape[-1], once.dtype
 
     @contextmanager
     def use_cached(self, batch: Batch) -> Iterator[None]:
-        """While the block runs the model on `batch`, its first layers give what they gave before, without computing."""
+        """While the block runs the model on `batch`, the cached output stands in for these layers. Rows that are not
+        cached are computed first."""
         self.set_eval()
         hidden, missing = self._read(batch)
         if missing:
             rows = torch.tensor(missing)
             hidden[rows] = self._compute(batch["input_ids"][missing], batch["attention_mask"][missing]).cpu()
-            hidden = self.keep(batch, hidden)
+            hidden = self.store(batch, hidden)
         hidden = hidden.to(self.device)
-        with self.trunk.replace_layers(lambda: hidden, self.depth):
+        with self.stack.replace_layers(lambda: hidden, self.depth):
             yield
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Losses]:
@@ -78,18 +79,18 @@ class FrozenPrefix:
             yield found
 
     def set_eval(self) -> None:
-        """Puts everything below the adapters into evaluation mode: `model.train()` reaches it each time."""
-        for module in self._still:
+        """Puts these layers, and what comes before them, into evaluation mode; to be called after `model.train()`."""
+        for module in self._modules:
             module.training = False
 
     def read(self, batch: Batch) -> torch.Tensor | None:
-        """What the layers below gave for a batch (B, T, d), where all of it is kept."""
+        """The cached output of these layers for a batch (B, T, d); None unless all of its rows are cached."""
         hidden, missing = self._read(batch)
         return None if missing else hidden.to(self.device)
 
-    def keep(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Keeps what the layers below gave for a batch (B, T, d), and returns it as `read` will: zero at padding, which
-        nothing real looks at."""
+    def store(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Caches the output of these layers for a batch (B, T, d). Returns it as `read` will: zero at padding, which no
+        real token attends to."""
         real = batch["attention_mask"].bool()
         hidden = hidden.detach().masked_fill(~real[..., None].to(hidden.device), 0)
         if self.states is not None:
@@ -99,19 +100,19 @@ class FrozenPrefix:
         return hidden
 
     def flush(self) -> None:
-        """Makes what is kept so far outlast this process."""
+        """Makes what was cached so far available to later runs."""
         if self.states is not None:
             self.states.flush()
 
     @torch.no_grad()
     def _compute(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        hidden, calls = self.trunk.capture_inputs(lambda: self.model(input_ids=ids, attention_mask=mask))
+        hidden, calls = self.stack.capture_inputs(lambda: self.model(input_ids=ids, attention_mask=mask))
         for number in range(self.depth):
-            hidden = self.trunk.run_layer(number, hidden, calls[number])
+            hidden = self.stack.run_layer(number, hidden, calls[number])
         return hidden
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor, list[int]]:
-        """What is kept for a batch (B, T, d), on the processor, zero elsewhere; and the rows that are not."""
+        """The cached output for a batch (B, T, d), on the CPU, zero elsewhere; and the rows that are not cached."""
         hidden = torch.zeros(*batch["input_ids"].shape, self.width, dtype=self.dtype)
         return hidden, [
             row
@@ -119,8 +120,8 @@ class FrozenPrefix:
             if self.states is None or not self.states.read(key, memory_of(hidden[row, :length]))
         ]
 
-    def _enter(self) -> torch.Tensor:
-        """What goes into the first layer for a few tokens, in training mode."""
+    def _probe(self) -> torch.Tensor:
+        """What enters the first layer for a few tokens, in training mode."""
         ids = torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         was_training = self.model.training
         self.model.train()
@@ -128,22 +129,22 @@ class FrozenPrefix:
         devices = [self.device] if self.device.type in ("cuda", "xpu") else []
         try:
             with torch.random.fork_rng(devices), torch.enable_grad():
-                return self.trunk.capture_inputs(lambda: self.model(input_ids=ids, attention_mask=ids))[0]
+                return self.stack.capture_inputs(lambda: self.model(input_ids=ids, attention_mask=ids))[0]
         finally:
             self.model.train(was_training)
 
-    def _called_before(self) -> list[nn.Module]:
-        """The modules that are done before the first layer is called: embeddings, their norm, their dropout."""
-        layers = {module for layer in self.trunk.layers for module in layer.modules()}
-        done: list[nn.Module] = []
+    def _modules_before_layers(self) -> list[nn.Module]:
+        """The modules that have run before the first layer is called: embeddings, their norm, their dropout."""
+        layers = {module for layer in self.stack.layers for module in layer.modules()}
+        called: list[nn.Module] = []
         others = [module for module in self.model.modules() if module not in layers]
-        hooks = [other.register_forward_hook(lambda module, *_: done.append(module)) for other in others]
+        hooks = [other.register_forward_hook(lambda module, *_: called.append(module)) for other in others]
         try:
-            self._enter()
+            self._probe()
         finally:
             for hook in hooks:
                 hook.remove()
-        return done
+        return called
 
 
 def _keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
