@@ -72,7 +72,7 @@ def test_a_typing_error_in_modules_to_save(tmp_path: Path, tiny_encoder: Path, r
     told = {"task_type": "SEQ_CLS", "base_model_name_or_path": "acme/base"}  # what peft does not know of a bare model
     config.write_text(json.dumps(json.loads(config.read_text()) | told))
     found = {finding.gotcha: finding for finding in check_adapter(tmp_path / "adapter")}["modules-to-save-unknown"]
-    assert found.refused and "names modules to save that it does not hold" in found.what
+    assert found.refused and "names modules to save that are not in it" in found.what
     assert found.got == "clasifier in modules_to_save, no such tensors" and "correct the name" in found.fix
 
 
@@ -141,7 +141,7 @@ def test_a_learning_rate_that_changes_nothing(
         )
     said = capsys.readouterr().err
     before, _, after = said.partition("before training:")
-    assert "advice: the learning rate is so low that 20 steps will change next to nothing; got --lr 1e-08" in before
+    assert "advice: the learning rate is so low that 20 steps will change almost nothing; got --lr 1e-08" in before
     assert "fix: --lr 0.0015, or --lr auto to measure it [learning-rate-timid]" in before
     assert after.count("the held-out loss has barely moved") == 1 and "before a larger --r" in after
 

@@ -108,7 +108,7 @@ def test_a_base_with_a_head_of_another_size(facts: Make, tiny_encoder: Path, tmp
     assert base.label_count(facts()) is None
     assert base.label_count(facts(base=_classifier(tiny_encoder, tmp_path, 2))) is None
     found = base.label_count(facts(base=_classifier(tiny_encoder, tmp_path, 5)))
-    assert found is not None and found.what.endswith("another number of labels: a fresh head takes its place")
+    assert found is not None and found.what.endswith("another number of labels: a new head replaces its own")
     assert found.got == "5 in the base, 2 in the data" and found.fix == "go on, or give the data the base's labels"
 
 

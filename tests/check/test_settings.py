@@ -18,7 +18,7 @@ def test_learning_rates_are_held_to_the_usual_one(facts: Make, times: float, tim
 
 def test_a_timid_rate_is_told_with_what_to_take_instead(facts: Make) -> None:
     found = settings.learning_rate_timid(facts(lr=1e-8, steps=20))
-    assert found is not None and "so low that 20 steps will change next to nothing" in found.what
+    assert found is not None and "so low that 20 steps will change almost nothing" in found.what
     assert found.got == "--lr 1e-08, 150,000 times below the usual 0.0015"
     assert found.fix == "--lr 0.0015, or --lr auto to measure it"
 
@@ -59,4 +59,4 @@ def test_rounding_where_bfloat16_is_fast(
     monkeypatch.setattr("hatrack.cpu.has_fast_bfloat16", lambda: fast)
     told = settings.rounding_slower(facts(compute=compute))
     assert (told is not None) is found
-    assert told is None or "--compute int8, which computes all else in float32" in str(told)
+    assert told is None or "--compute int8, which computes everything else in float32" in str(told)

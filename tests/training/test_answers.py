@@ -183,8 +183,8 @@ def test_a_model_that_cannot_generate_is_trained_all_the_same(
     monkeypatch.setattr(sample_answers, "generate_answer", fail)
     _trained(tmp_path, CHATML, says="\nIt is.ab")
     said = capsys.readouterr().err
-    assert said.count("no held-out question is answered on the way: no such cache\n") == 1
-    assert "whether answers end by themselves could not be found out: no such cache\n" in said
+    assert said.count("held-out questions are not answered: no such cache\n") == 1
+    assert "it could not be checked that answers end: no such cache\n" in said
     assert (tmp_path / "hat/adapter_model.safetensors").is_file()
 
 

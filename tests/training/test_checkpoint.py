@@ -44,7 +44,7 @@ def test_the_newest_is_the_one_with_most_steps(tmp_path: Path) -> None:
         (lambda folder: os.truncate(folder / "optimizer.pt", 12), "optimizer.pt has 12 bytes of 700"),
         (
             lambda folder: (folder / "optimizer.pt").write_bytes(b"Moments" * 100),
-            "optimizer.pt is not what was written",
+            "optimizer.pt has changed since it was written",
         ),
         (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
         (lambda folder: (folder / checkpoint.MANIFEST).unlink(), "manifest.json is missing"),

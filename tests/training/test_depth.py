@@ -22,7 +22,7 @@ from hatrack.training import auto_settings
 from hatrack.training.depth import (
     DepthTrial,
     MeasuredDepth,
-    choose,
+    choose_depth,
     depths_to_try,
     keeps_enough,
     trial_steps,
@@ -57,15 +57,15 @@ def test_the_fastest_depth_that_keeps_enough_is_chosen() -> None:
     everything, half, third = _depth(6, 0.50, 4.0), _depth(3, 0.504, 2.0, 0.01), _depth(2, 0.52, 1.0, 0.02)
     # all layers lowered 0.7 by 0.2; the half by 0.196 (98%), the third by 0.18 (90%)
     assert keeps_enough(half, everything, 0.7) and not keeps_enough(third, everything, 0.7)
-    assert choose([everything, half, third], 0.7, 100, 1000) is half
+    assert choose_depth([everything, half, third], 0.7, 100, 1000) is half
     # 100 steps of 2 s and 30,000 rows of 0.01 s: the layers below cost more than they save
-    assert choose([everything, half], 0.7, 100, 30_000) is everything
+    assert choose_depth([everything, half], 0.7, 100, 30_000) is everything
 
 
 def test_a_comparison_that_tells_nothing_leaves_all_layers() -> None:
     tried = [_depth(6, 0.695), _depth(3, 0.60)]
-    assert choose(tried, 0.7, 100, 10) is tried[0]
-    assert choose([_depth(6, float("nan")), _depth(3, 0.6)], 0.7, 100, 10).top == 6
+    assert choose_depth(tried, 0.7, 100, 10) is tried[0]
+    assert choose_depth([_depth(6, float("nan")), _depth(3, 0.6)], 0.7, 100, 10).top == 6
 
 
 def test_everything_is_put_back(tiny_decoder: Path) -> None:
@@ -86,7 +86,7 @@ def test_everything_is_put_back(tiny_decoder: Path) -> None:
     tried = list(try_depths(model, trunk, DepthTrial([[batch]] * 20, [[batch]], "chat", 0.05, scored)))
     assert [depth.name for depth in tried] == ["all", "top-1"]
     assert all(depth.loss < start - 0.1 for depth in tried) and tried[0].loss != tried[1].loss  # each learns, by itself
-    assert tried[0].below == 0 < tried[1].below and all(depth.step > 0 for depth in tried)
+    assert tried[0].seconds_below == 0 < tried[1].seconds_below and all(depth.step_seconds > 0 for depth in tried)
     for name, tensor in model.named_parameters():
         assert torch.equal(tensor, before[name][0]) and tensor.requires_grad == before[name][1], name
         assert tensor.grad is None
@@ -106,11 +106,11 @@ def test_a_run_measures_and_says_what_it_costs_and_saves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(auto_settings, "keeps_enough", lambda *depths: True)
-    monkeypatch.setattr(auto_settings, "choose", lambda tried, *rest: tried[-1])
+    monkeypatch.setattr(auto_settings, "choose_depth", lambda tried, *rest: tried[-1])
     hat = hatrack.train(**_options(tiny_encoder, reviews, tmp_path / "hat", steps=250))
     said = capsys.readouterr().err
     assert "layers: trying 50 small steps with adapters on all 2 layers, and on the top 1" in said
-    assert "top-1: accuracy" in said and "layers: top-1 keeps" in said and " s, not " in said
+    assert "top-1: accuracy" in said and "layers: top-1 lowered the held-out loss by" in said and " s, not " in said
     assert "the first 1 of 2 layers are frozen" in said
     assert hat.cards["hat"].recipe["layers"] == "top-1"
     weights = json.loads((tmp_path / "hat/adapter_config.json").read_text())["target_modules"]
@@ -133,13 +133,13 @@ def test_a_resumed_run_keeps_its_depth(
     def failing(self: Any, *rest: Any, **named: Any) -> Any:
         raise RuntimeError("stop here")
 
-    monkeypatch.setattr(auto_settings, "_compared", lambda facts: "top-1")
+    monkeypatch.setattr(auto_settings, "_compare_depths", lambda facts: "top-1")
     options = _options(tiny_encoder, reviews, tmp_path / "hat", epochs=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HatTrainer, "score_best", failing)
         with pytest.raises(RuntimeError, match="stop here"):
             hatrack.train(**options)
-    monkeypatch.setattr(auto_settings, "_compared", failing)  # not asked again
+    monkeypatch.setattr(auto_settings, "_compare_depths", failing)  # not asked again
     assert hatrack.train(**options, resume=True).hats["hat"].recipe["layers"] == "top-1"
 
 

@@ -8,12 +8,12 @@ import torch
 
 import hatrack
 from hatrack.training import undone_steps
-from hatrack.training.lr_range import BACK, choose_rate, find_learning_rate
+from hatrack.training.lr_range import SAFETY, choose_rate, find_learning_rate
 
 
 def test_the_rate_before_the_lowest_loss_is_the_one() -> None:
     tried = [(1e-4, 0.70), (2e-4, 0.69), (4e-4, 0.66), (8e-4, 0.50), (16e-4, 0.90)]
-    assert choose_rate(tried, 1e-3) == pytest.approx(4e-4 / BACK)
+    assert choose_rate(tried, 1e-3) == pytest.approx(4e-4 / SAFETY)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_a_run_is_repeated_with_changes() -> None:
     assert recipe.explicit_options() == {"base": "b", "data": "d.csv", "r": 16, "steps": 10}
     assert recipe_of_adapter("hat").epochs == 2.0
     Path("hat/hatrack.json").unlink()
-    with pytest.raises(AdapterError, match="only a run of hatrack can be repeated"):
+    with pytest.raises(AdapterError, match="only an adapter that hatrack trained can be trained again"):
         recipe_of_adapter("hat")
 
 

@@ -21,7 +21,7 @@ def no_chat_template(prepared: Prepared) -> Finding | None:
 
 
 def wrong_chat_template(prepared: Prepared) -> Finding | None:
-    """Answers are full of <|im_end|> in letters: the template belongs to another base's tokenizer."""
+    """Answers contain <|im_end|> as text: the template belongs to another base's tokenizer."""
     marks = sorted(set(MARK.findall(prepared.tokens.template or "")))
     pieces = {mark: prepared.tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in marks}
     split = [mark for mark, ids in pieces.items() if len(ids) != 1 or ids[0] == prepared.tokenizer.unk_token_id]
@@ -31,18 +31,18 @@ def wrong_chat_template(prepared: Prepared) -> Finding | None:
         "wrong-chat-template",
         "the chat template writes control tokens that this base's tokenizer does not have",
         f"{split[0]} becomes {len(pieces[split[0]])} tokens",
-        "use the tokenizer and template of one and the same base",
+        "use the tokenizer and the template of the same base",
     )
 
 
 def label_count(prepared: Prepared) -> Finding | None:
-    """torch: "size mismatch for classifier.weight", or a head that is fresh where a trained one was expected."""
+    """torch: "size mismatch for classifier.weight", or a new head where a trained one was expected."""
     own = _own_labels(prepared)
     if own is None or own == len(prepared.examples.labels):
         return None
     return Finding(
         "label-count",
-        "the base is a classifier with another number of labels: a fresh head takes its place",
+        "the base is a classifier with another number of labels: a new head replaces its own",
         f"{own} in the base, {len(prepared.examples.labels)} in the data",
         "go on, or give the data the base's labels",
     )
@@ -57,7 +57,7 @@ def base_already_tuned(prepared: Prepared) -> Finding | None:
             "base-already-tuned",
             "the base is a classifier already: training goes on from its head",
             f"its labels {', '.join(names[:5]) or own}; yours {', '.join(prepared.examples.labels[:5])}",
-            "go on where they mean the same in the same order, else use the base it was made from",
+            "go on if they mean the same in the same order, else use the base it was made from",
         )
     if prepared.task == "complete" and prepared.tokenizer.chat_template:
         return Finding(

@@ -1,7 +1,7 @@
-"""Every check of a run, in the order a run would meet what they look for.
+"""Checks a run for every known gotcha, in the order in which the run would meet them.
 
-What another room refuses by itself (a wrong target, rows without labels) is found by calling that room: there is no
-second mechanism. docs/gotchas.md has a heading for each. Knows nothing of training.
+What other rooms refuse (an unknown target, rows without labels) is found by calling them. docs/gotchas.md has a heading
+for each gotcha. Knows nothing of training.
 """
 
 from collections.abc import Sequence
@@ -42,14 +42,14 @@ BEFORE_TRAINING = (
     rows.end_never_learned,
     base.wrong_chat_template,
 )
-"""Fast, and not said by anything else: each run begins with them."""
+"""Fast, and said nowhere else: each run begins with them."""
 
 ON_DEMAND = (base.no_chat_template, base.label_count, base.base_already_tuned)
-"""What a run says in passing, or what is true of many a good run."""
+"""Said by a run elsewhere, or true of many good runs."""
 
 
 def advise(prepared: Prepared) -> None:
-    """Says what the fast checks find in a run that is about to begin."""
+    """Runs the fast checks on a run that is about to begin, and says what they find."""
     for gotcha in BEFORE_TRAINING:
         found = gotcha(prepared)
         if found is not None:
@@ -57,26 +57,26 @@ def advise(prepared: Prepared) -> None:
 
 
 def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
-    """All that is wrong or doubtful with a run of `recipe`, and the prepared run where it could begin.
+    """Returns everything wrong or doubtful in a run of `recipe`, and the prepared run where it could begin.
 
-    Reads rows, headers and the tokenizer, no weights.
+    Reads rows, headers and the tokenizer, but no weights.
     """
     collector = FindingCollector()
     attempt = collector.attempt
     recipe = recipe.changed(resume=False)
-    examples = attempt("rows-refused", _rows, recipe)
-    files = attempt("base-refused", _base, recipe)
+    examples = attempt("rows-refused", _read_rows, recipe)
+    files = attempt("base-refused", _find_base, recipe)
     files = attempt("base-code", _with_allowed_code, files)
     task = recipe.task or (examples.task if examples else None)
-    labels = examples.labels if examples else ["", ""]  # how many matters to the head alone
+    labels = examples.labels if examples else ["", ""]  # only their number matters, for the head
     config = attempt("task-and-base", load_config, files, task=cast(Task, task), labels=labels) if task else None
     tokenizer = attempt("tokenizer-refused", load_tokenizer, files)
-    shapes = attempt("base-refused", _shapes, files, config, task=task, labels=len(labels))
-    chosen = attempt("target-names", _targets, recipe, files, config, shapes, task=task)
-    attempt("rank-too-large", _rank, recipe, chosen)
-    tokenised = attempt("nothing-to-learn", tokenize, recipe, examples, tokenizer, config)
-    examples, tokens = tokenised or (examples, None)
-    dtype = attempt("device-not-there", _dtype, recipe)
+    shapes = attempt("base-refused", _read_shapes, files, config, task=task, labels=len(labels))
+    chosen = attempt("target-names", _choose_targets, recipe, files, config, shapes, task=task)
+    attempt("rank-too-large", _check_rank, recipe, chosen)
+    tokenized = attempt("nothing-to-learn", tokenize, recipe, examples, tokenizer, config)
+    examples, tokens = tokenized or (examples, None)
+    dtype = attempt("device-not-there", _choose_dtype, recipe)
     if collector.found or not (examples and files and tokens and dtype and task):
         return collector.found, None
     work = Workload(task, len(examples.labels), tokens.train.sizes, tokens.held_out.sizes)
@@ -89,13 +89,13 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
     return [found for gotcha in (*BEFORE_TRAINING, *ON_DEMAND) if (found := gotcha(prepared)) is not None], prepared
 
 
-def _rows(recipe: Recipe) -> Examples:
+def _read_rows(recipe: Recipe) -> Examples:
     if recipe.data is None:
         raise RecipeError("--data is missing", fix="add --data FILE, or a line 'data: FILE' in the recipe")
     return read_recipe_examples(recipe)
 
 
-def _base(recipe: Recipe) -> BaseDescription:
+def _find_base(recipe: Recipe) -> BaseDescription:
     if recipe.base is None:
         raise RecipeError("--base is missing", fix="add --base MODEL, or a line 'base: MODEL' in the recipe")
     return find_base(recipe.base, recipe.revision, trust=recipe.trust_remote_code)
@@ -106,14 +106,14 @@ def _with_allowed_code(base: BaseDescription) -> BaseDescription:
     return base
 
 
-def _shapes(files: BaseDescription, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, ...]]:
+def _read_shapes(files: BaseDescription, config: Any, *, task: str, labels: int) -> dict[str, tuple[int, ...]]:
     return task_shapes(files.config, files.tensors, task, labels)
 
 
-def _targets(
+def _choose_targets(
     recipe: Recipe, files: BaseDescription, config: Any, shapes: dict[str, tuple[int, ...]], *, task: str
 ) -> tuple[TargetChoice, dict[str, tuple[int, int]]]:
-    """The layers that get an adapter, among all that could: full name -> (d_in, d_out)."""
+    """The layers that get an adapter, and all that could: full name -> (d_in, d_out)."""
     heads: Sequence[str] = ()
     if task == "classify":
         heads = sorted({name.rpartition(".")[0] for name in head_shapes(files.config, 1)})
@@ -124,12 +124,13 @@ def _targets(
     ), linears
 
 
-def _rank(recipe: Recipe, chosen: tuple[TargetChoice, dict[str, tuple[int, int]]]) -> None:
+def _check_rank(recipe: Recipe, chosen: tuple[TargetChoice, dict[str, tuple[int, int]]]) -> None:
     check_rank(recipe.r, *chosen)
 
 
-def _dtype(recipe: Recipe) -> str:
-    """The base's dtype on the device asked for, where this machine has all that the recipe asks of it."""
+def _choose_dtype(recipe: Recipe) -> str:
+    """The name of the base's dtype on the recipe's device. Raises RecipeError where this machine cannot do what the
+    recipe asks for."""
     device, _ = choose_device(recipe.device)
     check_compute(recipe.compute, device.type)
     check_bitsandbytes(recipe.quantize)

@@ -1,4 +1,4 @@
-"""What a check found, in the three parts of every complaint: what, got, fix. Knows no gotcha."""
+"""What a check found, in the three parts of every message: what, got, fix."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 from hatrack.errors import MAX_COMPLAINTS, DataError, HatrackError
 
-Known = TypeVar("Known")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One gotcha, found. `gotcha` is its heading in docs/gotchas.md; `refused` says that hatrack would not go on."""
+    """A gotcha that was found. `gotcha` is its heading in docs/gotchas.md; `refused`: hatrack would refuse the run."""
 
     gotcha: str
     what: str
@@ -20,7 +20,7 @@ class Finding:
     refused: bool = False
 
     def __str__(self) -> str:
-        """As it is said: what, got, fix, and the heading to read about it.
+        """The message: what, got, fix, and the heading in docs/gotchas.md.
 
         >>> str(Finding("alpha-far-from-2r", "alpha is far from 2r", "alpha 1, r 64", "leave --alpha out"))
         'alpha is far from 2r; got alpha 1, r 64; fix: leave --alpha out [alpha-far-from-2r]'
@@ -29,7 +29,7 @@ class Finding:
 
 
 def refusal(gotcha: str, error: HatrackError) -> Finding:
-    """What another room refuses, as a finding: under the error's own heading, or else under `gotcha`."""
+    """Makes a finding of an error, under the error's own heading, or else under `gotcha`."""
     complaints = error.complaints if isinstance(error, DataError) and len(error.complaints) > 1 else []
     more = [f"... and {len(complaints) - MAX_COMPLAINTS:,} more"] if len(complaints) > MAX_COMPLAINTS else []
     what = "\n  ".join([error.what, *complaints[:MAX_COMPLAINTS], *more])
@@ -38,15 +38,16 @@ def refusal(gotcha: str, error: HatrackError) -> Finding:
 
 
 class FindingCollector:
-    """Goes from fact to fact: what one step cannot find is noted, and the steps that need it are passed over."""
+    """Calls one function after the other, and collects a finding from each that raises. Functions that need the result
+    of one that raised are skipped."""
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
 
-    def attempt(self, gotcha: str, find: Callable[..., Known], *needed: Any, **options: Any) -> Known | None:
-        """`find(*needed, **options)`; None where it refuses, which is noted as `gotcha`, or where a fact it needs is
-        None."""
-        if any(fact is None for fact in needed):
+    def attempt(self, gotcha: str, find: Callable[..., Result], *needed: Any, **options: Any) -> Result | None:
+        """Returns `find(*needed, **options)`. None where that raises, which becomes a finding named `gotcha`, or where
+        one of `needed` is None."""
+        if any(value is None for value in needed):
             return None
         try:
             return find(*needed, **options)

@@ -1,4 +1,4 @@
-"""Gotchas in an adapter's folder: what its files tell before it is put on its base."""
+"""Gotchas in an adapter's folder, found in its files without its base."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,14 +15,14 @@ from hatrack.check.finding import Finding, FindingCollector
 from hatrack.console import format_size
 
 Tensors = dict[str, torch.Tensor]
-PEFTS_OWN = ("classifier", "score")
-"""Heads that peft names for every classifier, whichever it has."""
+PEFT_HEADS = ("classifier", "score")
+"""Heads that peft names in modules_to_save for every classifier, whichever it has."""
 EMBEDDINGS = ("embed_tokens", "word_embeddings", ".wte.", "lm_head")
 
 
 def check_adapter(adapter: str | Path, base: str | None = None, *, trust: str | None = None) -> list[Finding]:
-    """All that its files tell is wrong or doubtful with an adapter; `base` names where its base lies now, `trust` the
-    base whose own code may run."""
+    """Returns everything wrong or doubtful in an adapter's files. `base` is the folder of its base, where that moved;
+    `trust` is the base whose own code may run."""
     collector = FindingCollector()
     folder = collector.attempt("adapter-refused", find_adapter, adapter)
     files = collector.attempt("adapter-refused", read_adapter, folder)
@@ -49,22 +49,22 @@ def inert_adapter(files: AdapterFiles, tensors: Tensors) -> Finding | None:
 
 
 def modules_to_save_unknown(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """peft: no word. A name in modules_to_save that matches nothing is trained nowhere and saved nowhere."""
-    wanted = set(files.config.get("modules_to_save") or []) - set(PEFTS_OWN)
+    """peft says nothing where a name in modules_to_save matches no module, which is then neither trained nor saved."""
+    wanted = set(files.config.get("modules_to_save") or []) - set(PEFT_HEADS)
     missing = [name for name in sorted(wanted) if not any(f".{name}." in f".{tensor}" for tensor in tensors)]
     if not missing:
         return None
     return Finding(
         "modules-to-save-unknown",
-        f"{files.folder} names modules to save that it does not hold",
+        f"{files.folder} names modules to save that are not in it",
         f"{', '.join(missing)} in modules_to_save, no such tensors",
-        "correct the name and train again: what it was meant for was never saved",
+        "correct the name and train again: the module it means was never saved",
         refused=True,
     )
 
 
 def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """The adapter is hundreds of megabytes: peft saved the embeddings with it, without being asked."""
+    """The adapter is hundreds of megabytes: peft saved the embeddings with it, unasked."""
     asked = files.config.get("modules_to_save") or []
     bulky = {
         name: tensor.numel() * tensor.element_size()
@@ -80,27 +80,27 @@ def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     others = f" and {len(bulky) - 1} more" if len(bulky) > 1 else ""
     return Finding(
         "embeddings-saved",
-        "embeddings or an output head came into the adapter by accident",
+        "embeddings or an output head were saved in the adapter by accident",
         f"{next(iter(bulky))}{others}, {format_size(sum(bulky.values()))}",
         "save it with save_embedding_layers=False; hatrack does",
     )
 
 
 def quantised_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """Merged into the full base, the adapter answers otherwise than in training: it was trained on a rounded one."""
+    """Merged into the full base, the adapter answers differently: it was trained on a quantised one."""
     quantize = (files.card.recipe if files.card else {}).get("quantize", "none")
     if quantize == "none":
         return None
     return Finding(
         "quantised-base",
-        "the adapter was trained on a quantised base, whose errors it has learned to make up for",
+        "the adapter was trained on a quantised base, whose errors it learned to correct",
         f"--quantize {quantize}",
         f"use it on the {quantize} base, or compare before merging it into the full one",
     )
 
 
 def scale_far_from_2(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """The adapter whispers or shouts: alpha / r is far from 2, or 0."""
+    """The adapter does too little or too much: alpha / r is far from 2, or 0."""
     r, alpha = files.config["r"], files.config["lora_alpha"]
     scale = alpha / (r**0.5 if files.config.get("use_rslora") else r)
     if 0.25 <= scale <= 16:
@@ -115,7 +115,7 @@ def scale_far_from_2(files: AdapterFiles, tensors: Tensors) -> Finding | None:
 
 
 def no_better_than_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """The adapter loads, is what was trained, and does not help: its own held-out score says so."""
+    """The adapter loads and works, but its held-out score is no better than the base's."""
     metrics = files.card.metrics if files.card else {}
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     name = "accuracy" if "accuracy" in after else "loss"
@@ -126,7 +126,7 @@ def no_better_than_base(files: AdapterFiles, tensors: Tensors) -> Finding | None
         return None
     return Finding(
         "no-better-than-base",
-        "the adapter is no better than its base on the rows held out from its training",
+        "the adapter is no better than its base on held-out rows",
         f"{name} {before[name]:.4f} before, {after[name]:.4f} after",
         "hatrack compare shows how sure that is; then --lr, --epochs, more rows, in this order",
     )

@@ -1,4 +1,4 @@
-"""The rows of a recipe, and every complaint of them at once."""
+"""Reads the rows of a recipe, and complains of all bad ones at once."""
 
 from functools import partial
 from typing import cast
@@ -13,20 +13,20 @@ from hatrack.recipe import Recipe, Task
 
 
 def read_recipe_examples(recipe: Recipe) -> Examples:
-    """The examples of a recipe's files.
+    """Reads the examples of a recipe's files.
 
-    Raises BadRows with every row that cannot be learned from, those too that only the base's tokenizer or chat
-    template refuses; but nothing is downloaded from the hub for rows that are refused anyway.
+    Raises BadRows with every row that cannot be learned from. These include rows that only the base's tokenizer or chat
+    template refuses, unless the base would have to be downloaded for that.
     """
     try:
         return read_examples(recipe)
     except BadRows as error:
         if recipe.base is None or is_on_hub(recipe.base):
             raise
-        raise add_complaints(error, partial(_tokenise, recipe)) from None
+        raise add_complaints(error, partial(_tokenize, recipe)) from None
 
 
-def _tokenise(recipe: Recipe, examples: Examples) -> None:
+def _tokenize(recipe: Recipe, examples: Examples) -> None:
     files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
     task = cast(Task, examples.task)
     config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)

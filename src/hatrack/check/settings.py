@@ -8,18 +8,21 @@ from hatrack.check.prepared import Prepared
 from hatrack.recipe import flag
 
 TIMID, WILD = 1 / 30, 5
-"""Times the usual learning rate. Three times it still learns well, ten times no longer (docs/log.md)."""
-USUAL_RANK, ROOMY = 16, 100
+"""Multiples of the usual learning rate that are too low and too high. At 3 times it training still works well, at 10
+times it does not (docs/log.md)."""
+USUAL_RANK = 16
+MUCH_ROOM = 100
+"""Times the bits in the data: an adapter with so much more room has too high a rank."""
 
 
 def learning_rate_timid(prepared: Prepared) -> Finding | None:
-    """The run ends, nothing has changed: the rate is one for full fine-tuning, or a typing error."""
+    """The run ends and nothing has changed: the rate is one for full fine-tuning, or a typing error."""
     lr, usual = prepared.schedule.lr, prepared.usual_lr
     if prepared.recipe.lr == "auto" or lr >= usual * TIMID:
         return None
     return Finding(
         "learning-rate-timid",
-        f"the learning rate is so low that {prepared.schedule.steps:,} steps will change next to nothing",
+        f"the learning rate is so low that {prepared.schedule.steps:,} steps will change almost nothing",
         f"--lr {lr:g}, {usual / lr:,.0f} times below the usual {usual:g}",
         f"--lr {usual:g}, or --lr auto to measure it",
     )
@@ -39,7 +42,7 @@ def learning_rate_wild(prepared: Prepared) -> Finding | None:
 
 
 def alpha_far_from_2r(prepared: Prepared) -> Finding | None:
-    """The adapter whispers or shouts: its output is scaled by alpha / r (rsLoRA: alpha / sqrt(r))."""
+    """The adapter does too little or too much: its output is scaled by alpha / r (rsLoRA: alpha / sqrt(r))."""
     recipe = prepared.recipe
     if recipe.alpha is None or 0.5 <= recipe.alpha / recipe.r <= 8:
         return None
@@ -52,7 +55,7 @@ def alpha_far_from_2r(prepared: Prepared) -> Finding | None:
 
 
 def rank_before_data(prepared: Prepared) -> Finding | None:
-    """r was raised, and nothing got better: the data is the limit.
+    """r was raised and nothing got better: the data is the limit.
 
     An adapter holds about 2 bits a parameter (Allen-Zhu and Li, "Physics of Language Models 3.3", 2024); data has at
     most log2(labels) bits a row to classify, and about one a supervised token otherwise (Schulman et al., "LoRA Without
@@ -64,7 +67,7 @@ def rank_before_data(prepared: Prepared) -> Finding | None:
     bits = len(learn) * max(1.0, math.log2(max(len(examples.labels), 2)))
     bits = bits if prepared.task == "classify" else float(learn.supervised.sum())
     room = 2 * prepared.plan.trainable
-    if room <= ROOMY * bits:
+    if room <= MUCH_ROOM * bits:
         return None
     return Finding(
         "rank-before-data",
@@ -75,26 +78,26 @@ def rank_before_data(prepared: Prepared) -> Finding | None:
 
 
 def rounding_slower(prepared: Prepared) -> Finding | None:
-    """The run takes longer with `--compute` than without: a CPU that multiplies bfloat16 itself does that as fast as
-    integers, and all else in half the bytes."""
+    """The run takes longer with `--compute` than without: a CPU with bfloat16 instructions computes bfloat16 as fast as
+    integers, and moves half the bytes in everything else."""
     compute = prepared.recipe.compute
     if compute == "auto" or not cpu.has_fast_bfloat16():
         return None
     return Finding(
         "rounding-slower",
-        "this CPU multiplies bfloat16 itself, which is exact and likely faster than rounding to integers",
-        f"{flag('compute')} {compute}, which computes all else in float32",
+        "this CPU has bfloat16 instructions, which are exact and likely faster than rounding to integers",
+        f"{flag('compute')} {compute}, which computes everything else in float32",
         f"leave {flag('compute')} out; hatrack plan --probe measures both",
     )
 
 
 def float16_overflow(prepared: Prepared) -> Finding | None:
-    """The loss becomes NaN in the middle of a run: float16 ends at 65,504, bfloat16 does not."""
+    """The loss becomes NaN in the middle of a run: the largest float16 is 65,504."""
     if prepared.dtype != "float16" or prepared.stored_dtype == "F16":
         return None
     return Finding(
         "float16-overflow",
-        "float16 ends at 65,504, and the activations of a base made in another format may pass it",
+        "the largest float16 is 65,504, and the activations of a base trained in another dtype may exceed it",
         f"--dtype float16 for weights stored as {prepared.stored_dtype}",
         "--dtype bfloat16, or auto",
     )

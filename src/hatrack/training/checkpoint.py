@@ -1,7 +1,7 @@
-"""Checkpoints of a run: there whole or not at all, and looked through before anything goes on from one.
+"""Writes, checks and removes checkpoints of a run; a checkpoint is complete or not there.
 
-Beside the files of transformers' Trainer lies a manifest of them. Knows nothing of what they hold, but for the step
-of the best epoch, whose checkpoint a later one needs.
+A manifest lists the files of transformers' Trainer. Knows nothing of what the files hold, except the step of the best
+epoch, whose checkpoint a later one needs.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from hatrack.errors import MachineError
 from hatrack.storage import new_folder, write_file
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
-KEPT = 2
-"""The newest two stay, and the best epoch's, whatever its age."""
+NEWEST = 2
+"""Checkpoints that `prune` leaves, besides the best epoch's."""
 
 
 def folder_of_step(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return run / f"checkpoint-{step}"
 
 
@@ -35,7 +35,7 @@ def saved_steps(run: Path) -> list[int]:
 
 @contextlib.contextmanager
 def write_checkpoint(run: Path, step: int) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes the checkpoint of `step` once it is on disk to the last byte.
+    """Yields a folder to fill, which becomes the checkpoint of `step` once all of it is on disk.
 
     Raises MachineError where it could not be written; earlier checkpoints stay as they are.
     """
@@ -43,49 +43,50 @@ def write_checkpoint(run: Path, step: int) -> Iterator[Path]:
     try:
         with new_folder(final) as working:
             yield working
-            write_file(working / MANIFEST, json.dumps(_listed(working), indent=2))
+            write_file(working / MANIFEST, json.dumps(_list_files(working), indent=2))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a failed write
         if isinstance(error, MachineError):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise MachineError(f"{final} could not be written", got=reason, fix="look after that disk") from error
+        raise MachineError(f"{final} could not be written", got=reason, fix="check that disk") from error
 
 
 def prune(run: Path, best: int | None) -> None:
-    """Removes the checkpoints that nothing needs any more."""
-    for step in saved_steps(run)[KEPT:]:
+    """Removes all checkpoints but the newest and the one of step `best`."""
+    for step in saved_steps(run)[NEWEST:]:
         if step != best:
             shutil.rmtree(folder_of_step(run, step), ignore_errors=True)
 
 
 def remove_damaged(run: Path) -> None:
-    """Leaves only what can be gone on from: whole checkpoints, whose best epoch's is whole too. Says which went."""
-    for path in run.glob(".*"):  # begun by a process that was killed
+    """Removes checkpoints that are incomplete, or whose best epoch's checkpoint is; says which."""
+    for path in run.glob(".*"):  # left by a killed process
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    wrong = {step: problem for step in saved_steps(run) if (problem := _problem(folder_of_step(run, step)))}
+    damaged = {step: problem for step in saved_steps(run) if (problem := _problem(folder_of_step(run, step)))}
     for step in saved_steps(run):
-        problem = wrong.get(step) or _without_best(folder_of_step(run, step), wrong)
+        problem = damaged.get(step) or _without_best(folder_of_step(run, step), damaged)
         if problem:
             say(f"{folder_of_step(run, step)} is not used: {problem}")
             shutil.rmtree(folder_of_step(run, step))
 
 
-def _without_best(checkpoint: Path, wrong: dict[int, str]) -> str | None:
+def _without_best(checkpoint: Path, damaged: dict[int, str]) -> str | None:
+    """Says that the best epoch's checkpoint is gone; None where it is not."""
     best = json.loads((checkpoint / STATE).read_text())["best_global_step"]
-    gone = best is not None and (best in wrong or not folder_of_step(checkpoint.parent, best).exists())
+    gone = best is not None and (best in damaged or not folder_of_step(checkpoint.parent, best).exists())
     return f"the best epoch's, of step {best}, is gone" if gone else None
 
 
 def _problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are what was written."""
+    """What is wrong with a checkpoint's files; None where they match the manifest."""
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text())
         for name, (size, digest) in listed.items():
             path = checkpoint / name
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
-            if _digest(path) != digest:
-                return f"{name} is not what was written"
+            if _sha256(path) != digest:
+                return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -93,12 +94,12 @@ def _problem(checkpoint: Path) -> str | None:
     return None if STATE in listed else f"{STATE} is missing"
 
 
-def _listed(folder: Path) -> dict[str, tuple[int, str]]:
-    """Each file's size in bytes and SHA-256, by its name."""
+def _list_files(folder: Path) -> dict[str, tuple[int, str]]:
+    """The size in bytes and the SHA-256 of each file, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.stat().st_size, _digest(path)) for path in files}
+    return {str(path.relative_to(folder)): (path.stat().st_size, _sha256(path)) for path in files}
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""A range test of the learning rate: twenty steps on one batch, each at a higher rate, then all is put back.
+"""Finds a learning rate by a range test: twenty steps on one batch, each at a higher rate, then undone.
 
-The loss falls while the rate is of use and grows once it is too wild (Smith, "Cyclical Learning Rates for Training
+The loss falls while the rate is useful and grows once it is too high (Smith, "Cyclical Learning Rates for Training
 Neural Networks", 2017, section 3.3). Knows nothing of recipes or files.
 """
 
@@ -15,17 +15,18 @@ from hatrack.training.undone_steps import add_gradients, undo_steps
 
 STEPS = 20
 LOWEST, HIGHEST = 1 / 30, 100
-"""Times the usual rate: where the test begins and ends."""
-WORSE = 1.3
-"""Times the lowest loss so far: beyond that the rate is too wild, and what comes after is chance."""
-BACK = 4
-"""The rate taken is this many times lower than the one at the lowest loss: training is longer than the test."""
+"""Where the test begins and ends, as multiples of the usual rate."""
+TOO_HIGH = 1.3
+"""The test ends where the loss is this many times the lowest so far: the rate is too high."""
+SAFETY = 4
+"""The chosen rate is this many times below the one that led to the lowest loss, as training is longer than the test."""
 
 
 def find_learning_rate(model: Any, batches: Sequence[dict[str, torch.Tensor]], task: str, usual: float) -> float:
-    """The peak learning rate for what is trainable in `model`, to two digits; `usual` where the test tells nothing.
+    """Measures the peak learning rate for the trainable parameters of `model`, to two digits; `usual` where the test is
+    inconclusive.
 
-    `batches` are the micro-batches of one step. Weights, random state and mode are afterwards as they were.
+    `batches` are the micro-batches of one step. Weights, random state and mode are restored.
     """
     say(f"learning rate: trying up to {STEPS} rates on one batch")
     tried = _try_rates(model, batches, task, usual)
@@ -33,20 +34,23 @@ def find_learning_rate(model: Any, batches: Sequence[dict[str, torch.Tensor]], t
     best = min(tried, key=lambda rate_and_loss: rate_and_loss[1])
     say(
         f"learning rate {chosen:g} (measured: the loss fell from {tried[0][1]:.3f} to {best[1]:.3f} until the rate "
-        f"reached {best[0]:.1g}; {BACK} times lower is taken)"
+        f"reached {best[0]:.1g}; {SAFETY} times lower is taken)"
         if chosen != usual
-        else f"learning rate {usual:g} (the usual one: the test of {len(tried)} rates told nothing)"
+        else f"learning rate {usual:g} (the usual one: the test of {len(tried)} rates was inconclusive)"
     )
     return chosen
 
 
 def choose_rate(tried: Sequence[tuple[float, float]], usual: float) -> float:
-    """From (rate, loss before the step at that rate): `BACK` times below the rate that led to the lowest loss."""
+    """The rate `SAFETY` times below the one that led to the lowest loss; `usual` where no rate lowered the loss.
+
+    `tried` has each rate with the loss before the step at that rate.
+    """
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in tried]
     lowest = losses.index(min(losses))
-    if lowest == 0:  # it never got better: the test tells nothing
+    if lowest == 0:
         return usual
-    return float(f"{tried[lowest - 1][0] / BACK:.1e}")
+    return float(f"{tried[lowest - 1][0] / SAFETY:.1e}")
 
 
 def _try_rates(
@@ -59,7 +63,7 @@ def _try_rates(
             rate = usual * LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
             loss = add_gradients(model, batches, task)
             tried.append((rate, loss))
-            if not loss <= WORSE * min(earlier for _, earlier in tried) + 0.05:  # also where it is not a number
+            if not loss <= TOO_HIGH * min(earlier for _, earlier in tried) + 0.05:  # also where it is nan
                 break
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
-"""Measures this machine for plans: how fast its products are, what a step costs beside them, how fast its disk is.
+"""Measures this machine for plans: its matmuls, what else a step costs, and its disk.
 
-Small models of the two makes there are take real training steps with hatrack's own layers and kernels, so what is
-measured gets better when these do. Takes some seconds; knows nothing of any base or data.
+A small decoder and a small encoder take real training steps with hatrack's own layers and kernels, so the measurements
+follow when these get faster. Takes some seconds; knows nothing of any base or data.
 """
 
 import functools
@@ -33,15 +33,17 @@ from hatrack.planning.time import MachineSpeed, OpCounts, step_counts
 from hatrack.recipe import Recipe
 from hatrack.storage import cache_dir
 
-ENOUGH = 0.4
-"""Seconds that one thing is timed for at least."""
+MIN_SECONDS = 0.4
+"""How long each thing is timed at least."""
 DISK_BYTES = 2**27
+"""Bytes that are read to measure the disk."""
 SIZES = ((1, 16), (4, 64), (8, 128))
-"""Rows and tokens of the steps that are timed: from nearly all calls to nearly all products."""
+"""Rows and tokens of the timed steps. The first takes its time to call operations, the last to compute matmuls."""
 
 
 def measure() -> Probe:
-    """This machine's prices in each number format. To be called in a process that has just imported all of training."""
+    """Measures what operations cost on this machine in each dtype. To be called in a process that has just imported
+    training, as it measures the start of such a process too."""
     memory = psutil.Process().memory_info().rss
     start = time.time() - psutil.Process().create_time()
     disk = _disk_speed()
@@ -50,17 +52,17 @@ def measure() -> Probe:
     fast = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
     steps = _timed_steps(dtypes[fast])
     operation[fast] = min(operation[fast], _seconds_per_operation(dtypes[fast]))  # again: others may use the machine
-    number, call = _beside_products(steps, operation[fast])
+    element, call = _fit_other_costs(steps, operation[fast])
     rounded = {name: _seconds_per_operation(torch.float32, name) for name in int8.BITS} if int8.is_available() else {}
-    prices = {name: MachineSpeed(operation[name], number, call, disk, start, "probe", rounded) for name in dtypes}
+    prices = {name: MachineSpeed(operation[name], element, call, disk, start, "probe", rounded) for name in dtypes}
     return Probe(cpu_name(), prices, memory)
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """The fastest of several runs, after one that is not counted: what disturbs only ever adds."""
+    """The fastest of several runs, after one warm-up: other processes can only slow a run down."""
     run()
     times: list[float] = []
-    while sum(times) < ENOUGH or len(times) < 3:
+    while sum(times) < MIN_SECONDS or len(times) < 3:
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
@@ -68,42 +70,43 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _seconds_per_operation(dtype: torch.dtype, rounding: str | None = None) -> float:
-    """Of the products of a layer of middling size, there and back; `rounding` as in `kernels/frozen_linear.py`."""
+    """Seconds of an operation in the matmuls of a medium layer; `rounding` as in `kernels/frozen_linear.py`."""
     x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (2048, 768), (768, 2048)))
     return _seconds(lambda: matmul(matmul(x, W, None, rounding), V, None, rounding)) / (2 * 2 * 512 * 768 * 2048)
 
 
 def _timed_steps(dtype: torch.dtype) -> list[tuple[OpCounts, float]]:
-    """What steps of several sizes consist of, and the seconds each took."""
+    """The operations of steps of several sizes, with the seconds that each step took."""
     found = []
     for model, shape, task in (_decoder(dtype), _encoder(dtype)):
         for rows, tokens in SIZES:
             batch = _batch(rows, tokens, task)
-            effort = step_counts(
+            counts = step_counts(
                 shape, Method(), MicroBatch(rows, tokens, rows * (tokens - 1) if task == "chat" else 0)
             )
-            found.append((effort, _seconds(functools.partial(_step, model, batch, task))))
+            found.append((counts, _seconds(functools.partial(_train_step, model, batch, task))))
     return found
 
 
-def _beside_products(steps: list[tuple[OpCounts, float]], operation: float) -> tuple[float, float]:
-    """Seconds for a number passed over and for a call: what is left of the steps, by least squares."""
-    parts = [[effort.elements / seconds, effort.calls / seconds] for effort, seconds in steps]  # relative errors
-    left = [1 - effort.operations * operation / seconds for effort, seconds in steps]
-    return not_negative(np.array(parts), np.array(left))
+def _fit_other_costs(steps: list[tuple[OpCounts, float]], operation: float) -> tuple[float, float]:
+    """Seconds for each element that is read or written and for each call: fitted by least squares to the time of the
+    steps without their matmuls."""
+    parts = [[counts.elements / seconds, counts.calls / seconds] for counts, seconds in steps]  # relative errors
+    rest = [1 - counts.operations * operation / seconds for counts, seconds in steps]
+    return fit_not_negative(np.array(parts), np.array(rest))
 
 
-def not_negative(parts: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """The two prices p >= 0 for which `parts` (n, 2) times p come closest to `wanted` (n,)."""
+def fit_not_negative(parts: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """The two costs c >= 0 that minimize |parts c - wanted|; `parts` is (n, 2), `wanted` (n,)."""
     both = np.linalg.lstsq(parts, wanted, rcond=None)[0]
     alone = [max(float(part @ wanted / (part @ part)), 0.0) for part in parts.T]
     tried = [(alone[0], 0.0), (0.0, alone[1])]
     if (both >= 0).all():
         tried.append((float(both[0]), float(both[1])))
-    return min(tried, key=lambda prices: float(np.square(parts @ np.array(prices) - wanted).sum()))
+    return min(tried, key=lambda costs: float(np.square(parts @ np.array(costs) - wanted).sum()))
 
 
-def _step(model: Any, batch: dict[str, torch.Tensor], task: str) -> None:
+def _train_step(model: Any, batch: dict[str, torch.Tensor], task: str) -> None:
     losses(model, batch, task)[0].mean().backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
 
@@ -135,8 +138,8 @@ def _adapted(model: Any, dtype: torch.dtype, task: str) -> tuple[Any, ModelShape
         for name, tensor in model.named_parameters()
     }
     recipe = Recipe.make(dropout=0.05)
-    peeked = BaseDescription("", Path(), model.config.to_dict(), shapes)
-    shape = describe_model(peeked, recipe, task=task, labels=2)
+    description = BaseDescription("", Path(), model.config.to_dict(), shapes)
+    shape = describe_model(description, recipe, task=task, labels=2)
     speed_up(model)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".layer" in name]
     adapted = get_peft_model(model, LoraConfig(r=recipe.r, lora_dropout=recipe.dropout, target_modules=names))
@@ -150,7 +153,7 @@ def _batch(rows: int, tokens: int, task: str) -> dict[str, torch.Tensor]:
 
 
 def _disk_speed() -> float:
-    """Bytes a second that a file in the cache is read at, from the disk and not from memory."""
+    """Bytes a second at which a file in hatrack's cache is read from disk, not from the system's cache."""
     with tempfile.NamedTemporaryFile(dir=cache_dir("probe")) as file:
         for _ in range(DISK_BYTES // 2**20):
             file.write(os.urandom(2**20))

@@ -1,7 +1,7 @@
-"""Where a run writes, what its adapter is called, and which interrupted run is meant.
+"""Finds a run's folder, its adapter's name, and the interrupted run that --resume means.
 
-What the user typed is taken as it is. What is derived from the data file's name steps aside for whatever has it
-already: `reviews`, `reviews-2`, `reviews-3`. Knows nothing of what a run's folder holds besides `run.json`.
+A folder or name that the user typed is used as typed. One that is derived from the data file gets a number where it
+is taken: `reviews`, `reviews-2`, `reviews-3`. Knows nothing of a run's folder besides `run.json`.
 """
 
 import itertools
@@ -18,13 +18,14 @@ from hatrack.recipe import Recipe, flag
 
 RUN = "run.json"
 SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
-LONGEST = 50
-"""Characters of a derived name, with room for `-2` below the 64 that a name may have."""
+MAX_LENGTH = 50
+"""Characters of a derived name; a name may have 64, so this leaves room for `-2`."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """The folder and the name of an adapter to be; `derived` says which of the two the user did not type."""
+    """The folder and the name of an adapter that a run will make. `derived` has "folder" and "name" where the user did
+    not type them."""
 
     folder: Path
     name: str
@@ -32,7 +33,7 @@ class Output:
 
     @property
     def run_folder(self) -> Path:
-        """Where the run keeps everything until its adapter is finished."""
+        """The folder of the run until its adapter is finished."""
         return run_folder(self.folder)
 
 
@@ -42,7 +43,7 @@ def run_folder(output: Path) -> Path:
 
 
 def output_candidates(recipe: Recipe) -> Iterator[Output]:
-    """The outputs a run may have, the preferred one first; only one where the user typed both folder and name."""
+    """The outputs that a run may have, the preferred one first; only one where the user typed both parts."""
     derived = frozenset(
         part for part, typed in (("folder", recipe.output or recipe.name), ("name", recipe.name)) if not typed
     )
@@ -55,7 +56,7 @@ def output_candidates(recipe: Recipe) -> Iterator[Output]:
 
 
 def name_from_data(data: str | None) -> str:
-    """A name for what is learned from a data file: its own, without known suffixes, in the letters names may have.
+    """Derives an adapter's name from its data file: without known suffixes, in the characters that a name may have.
 
     >>> name_from_data("data/reviews.v2.csv.gz"), name_from_data("Größen.jsonl"), name_from_data("acme/tickets")
     ('reviews.v2', 'Grossen', 'tickets')
@@ -64,23 +65,23 @@ def name_from_data(data: str | None) -> str:
     while path.suffix.lower() in SUFFIXES:
         path = path.with_suffix("")
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", anyascii(path.name)).strip("-_.")
-    return safe[:LONGEST].rstrip("-_.") or "adapter"
+    return safe[:MAX_LENGTH].rstrip("-_.") or "adapter"
 
 
 def find_interrupted(recipe: Recipe) -> Path:
-    """The output folder of the run that `--resume` means: as typed, or else the only one interrupted here.
+    """The output folder of the run that `--resume` means: the one the user typed, else the only interrupted run in the
+    current folder (with --data, the only one on a file of that name).
 
-    Where a data file is typed, only runs on a file of its name count. Raises RecipeError where there is none, or more
-    than one.
+    Raises RecipeError where there is none, or more than one.
     """
     if recipe.output or recipe.name:
         return Path(str(recipe.output or recipe.name))
-    found = {path.parent: _data_of(path) for path in sorted(Path().glob(f"*.run/{RUN}"))}
-    there = {folder: data for folder, data in found.items() if data}
+    runs = {path.parent: _data_of(path) for path in sorted(Path().glob(f"*.run/{RUN}"))}
+    runs = {folder: data for folder, data in runs.items() if data}
     if recipe.data is not None:
         name = PurePath(recipe.data).name
-        there = {folder: data for folder, data in there.items() if PurePath(data).name == name}
-    outputs = [folder.with_name(folder.name.removesuffix(".run")) for folder in there]
+        runs = {folder: data for folder, data in runs.items() if PurePath(data).name == name}
+    outputs = [folder.with_name(folder.name.removesuffix(".run")) for folder in runs]
     if not outputs:
         about = f" on {recipe.data}" if recipe.data else ""
         raise RecipeError(
@@ -89,7 +90,7 @@ def find_interrupted(recipe: Recipe) -> Path:
             fix="name its folder with --output FOLDER, or leave out --resume",
         )
     if len(outputs) > 1:
-        listed = ", ".join(f"{output} ({data})" for output, data in zip(outputs, there.values(), strict=True))
+        listed = ", ".join(f"{output} ({data})" for output, data in zip(outputs, runs.values(), strict=True))
         raise RecipeError(
             f"{len(outputs)} runs were interrupted here",
             got=listed,
@@ -99,7 +100,7 @@ def find_interrupted(recipe: Recipe) -> Path:
 
 
 def _data_of(run: Path) -> str:
-    """The data that a run's `run.json` names; empty where it cannot be read."""
+    """The data file that a run's `run.json` names; empty where it cannot be read."""
     try:
         return str(json.loads(run.read_text(encoding="utf-8"))["recipe"].get("data", ""))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

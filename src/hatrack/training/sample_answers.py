@@ -1,6 +1,6 @@
-"""Held-out questions answered while a run goes on, and whether answers end by themselves once it is done.
+"""Answers held-out questions while a run trains, and checks at its end that answers end.
 
-Short, and with the likeliest words alone: no random number is drawn, and the model is as it was afterwards.
+Answers are short and greedy: no random number is drawn, and the model is left as it was.
 """
 
 import time
@@ -22,28 +22,28 @@ from hatrack.inference.hat import Hat
 from hatrack.training.callbacks import MetricsFile
 
 QUESTIONS, TOKENS, SECONDS = 2, 40, 3.0
-"""How many are asked at each evaluation, and the most that an answer takes."""
+"""How many questions are asked at each evaluation, and the most tokens and seconds of an answer."""
 SHARE, FREE = 0.05, 5.0
-"""Of a run's time for answers on the way, beside so many seconds; at the end there always are some."""
-LONGEST = 512
-"""Tokens of a question that is asked: longer ones take their time."""
+"""Answers may take this share of a run's time, and so many seconds besides. At the end questions are always asked."""
+MAX_PROMPT = 512
+"""Tokens of a question that is asked; a longer one would take too long."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What stands before an answer of a row, `prompt` (n,), and the `answer` (m,) that the row has, with its end."""
+    """A row's tokens before an answer, `prompt` (n,), and the row's `answer` (m,), its end token included."""
 
     row: int
     prompt: np.ndarray
     answer: np.ndarray
 
 
-def find_questions(rows: TokenRows, count: int, longest: int = LONGEST) -> list[Question]:
-    """The last question and answer of the first `count` rows that have any, and are not too long or cut."""
+def find_questions(rows: TokenRows, count: int, longest: int = MAX_PROMPT) -> list[Question]:
+    """The last question and answer of the first `count` rows that have one of at most `longest` tokens."""
     found: list[Question] = []
     for index in range(len(rows)):
         ids, learn, _ = rows.row(index)
-        starts = np.flatnonzero(learn[1:] & ~learn[:-1]) + 1  # at 0 nothing stands before it
+        starts = np.flatnonzero(learn[1:] & ~learn[:-1]) + 1  # an answer at 0 has no question
         if not len(starts) or starts[-1] > longest:
             continue
         start = int(starts[-1])
@@ -54,7 +54,7 @@ def find_questions(rows: TokenRows, count: int, longest: int = LONGEST) -> list[
 
 
 class SampleAnswers(TrainerCallback):  # type: ignore[misc]
-    """At each evaluation has the first held-out questions answered: said aloud, and kept in metrics.jsonl."""
+    """Has the first held-out questions answered at each evaluation, and shows and logs the answers."""
 
     def __init__(self, held_out: TokenRows, base: Base, ends: list[int], metrics: MetricsFile) -> None:
         self.asked, self.base, self.ends, self.metrics = find_questions(held_out, QUESTIONS), base, ends, metrics
@@ -62,20 +62,20 @@ class SampleAnswers(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         now = time.monotonic()
-        too_much = self.took > FREE + SHARE * (now - self.began) and state.global_step < state.max_steps
-        if not self.asked or too_much or not state.is_world_process_zero:
+        is_too_slow = self.took > FREE + SHARE * (now - self.began) and state.global_step < state.max_steps
+        if not self.asked or is_too_slow or not state.is_world_process_zero:
             return
         try:
             answers = [self._answer(model, question) for question in self.asked]
-        except Exception as error:  # whatever keeps a model from generating, it can be trained all the same
-            say(f"no held-out question is answered on the way: {_first_line(error)}")
+        except Exception as error:  # a model that cannot generate can still be trained
+            say(f"held-out questions are not answered: {_first_line(error)}")
             self.asked = []
             return
         self.took += time.monotonic() - now
         self.metrics.write(state, {"answers": answers})
         for answer in answers:
-            going_on = "" if answer["ended"] else " ..."
-            say(f"  row {answer['row']}, {_last_line(answer['prompt'])}: {short_repr(answer['answer'])}{going_on}")
+            rest = "" if answer["ended"] else " ..."
+            say(f"  row {answer['row']}, {_last_line(answer['prompt'])}: {short_repr(answer['answer'])}{rest}")
 
     def _answer(self, model: Any, question: Question) -> dict[str, Any]:
         tokenizer, ids = self.base.tokenizer, generate_answer(model, question.prompt, self.ends, self.base, TOKENS)
@@ -90,15 +90,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _last_line(prompt: str) -> str:
-    """The words of a question that tell it from others: its last line but for the name of who is to answer."""
+    """The last line of a question, without the line that names who answers."""
     lines = [line.strip() for line in prompt.splitlines() if line.strip()]
     return short_repr(lines[-2] if len(lines) > 1 else lines[-1] if lines else "")
 
 
 @torch.no_grad()
 def generate_answer(model: Any, prompt: np.ndarray, ends: list[int], base: Base, most: int) -> list[int]:
-    """The likeliest tokens after `prompt` (n,), the one that ends them included; `most` at most, and no more than the
-    model takes."""
+    """Generates greedily after `prompt` (n,), up to and with one of `ends`: at most `most` tokens, and no more than the
+    model has positions for."""
     limit = position_limit(base.model.config.to_dict())
     most = min(most, limit - len(prompt)) if limit else most
     if most < 1:
@@ -122,9 +122,9 @@ def generate_answer(model: Any, prompt: np.ndarray, ends: list[int], base: Base,
 
 
 def check_answers_end(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
-    """Advises where the answers to learn end with one of `tokens`, and those of the trained adapter do not end.
+    """Advises the user where answers in the data end with one of `tokens` and those of the trained adapter do not end.
 
-    Asks for the shortest answer that was learned. Costs one pass, and where that does not settle it a short answer.
+    Looks at the shortest answer in the data. Costs one forward pass, and a short generation where an end is unlikely.
     """
     if not tokens or hat.mapped_layers is not None:  # each pass over a base on disk takes as long as a step
         return
@@ -138,8 +138,8 @@ def check_answers_end(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> 
         if likely >= 0.5:
             return
         said = generate_answer(hat.model, shortest.prompt, ends, hat.base, min(len(shortest.answer) + 24, 2 * TOKENS))
-    except Exception as error:  # the adapter is trained and proven: this is no reason to lose it
-        say(f"whether answers end by themselves could not be found out: {_first_line(error)}")
+    except Exception as error:  # no reason to lose an adapter that is trained and proven
+        say(f"it could not be checked that answers end: {_first_line(error)}")
         return
     if said and said[-1] not in ends:
         end = hat.base.tokenizer.decode([int(shortest.answer[-1])])
@@ -148,7 +148,7 @@ def check_answers_end(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> 
 
 @torch.no_grad()
 def _end_likely(hat: Hat, question: Question, tokens: tuple[int, ...]) -> float:
-    """The probability of an end where the row's answer ends."""
+    """The probability of one of `tokens` where the row's answer ends."""
     whole = np.concatenate([question.prompt, question.answer[:-1]])
     ids = torch.tensor(np.array([whole]), dtype=torch.long, device=hat.base.device)
     logits = hat.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()

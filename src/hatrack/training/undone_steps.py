@@ -1,4 +1,4 @@
-"""Steps that are taken to learn something from, and then undone. Knows nothing of recipes or files."""
+"""Training steps that are undone: for measurements before a run. Knows nothing of recipes or files."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from hatrack.training.prefix_cache import FrozenPrefix
 
 @contextmanager
 def undo_steps(model: Any) -> Iterator[list[torch.nn.Parameter]]:
-    """Yields what is trainable in `model`, which is set to train; afterwards weights, gradients, random state and mode
-    are as they were."""
+    """Yields the trainable parameters of `model`, in training mode. Restores them, the random state and the mode when
+    the block ends, and removes gradients."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before, was_training = [parameter.detach().clone() for parameter in parameters], model.training
     accelerators = [parameters[0].device] if parameters[0].device.type in ("cuda", "xpu") else []
@@ -23,15 +23,15 @@ def undo_steps(model: Any) -> Iterator[list[torch.nn.Parameter]]:
             yield parameters
     finally:
         with torch.no_grad():
-            for parameter, kept in zip(parameters, before, strict=True):
-                parameter.copy_(kept)
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
                 parameter.grad = None
         model.train(was_training)
 
 
 def add_gradients(model: Any, batches: Sequence[Batch], task: str, prefix: FrozenPrefix | None = None) -> float:
-    """Adds the gradients of one step, whose micro-batches are `batches`, and returns its loss. `prefix` stands for the
-    layers below all adapters."""
+    """Adds the gradients of one step with the micro-batches `batches`, and returns its loss. `prefix` computes the
+    layers below all adapters, or reads their cached output."""
     total, loss = max(sum(count_losses(batch, task) for batch in batches), 1), 0.0
     for values, _, _ in prefix.losses(batches) if prefix else (losses(model, batch, task) for batch in batches):
         part = values.sum() / total
