@@ -212,11 +212,11 @@ RECIPE = Recipe.make(r=8, alpha=16.0, dropout=0.0, targets="q_proj,v_proj")
 
 
 def _loaded(asked: dict[str, Any], *, streamed: bool = False, quantize: str = "none") -> Any:
-    from hatrack.base.load import load_base
+    from hatrack.base.load import BaseOptions, load_base
     from hatrack.base.sources import find_base
 
     found, wanted = find_base(asked["base"]), {"device": asked["device"], "dtype": asked["dtype"]}
-    return load_base(found, task="complete", streamed=streamed, quantize=quantize, **wanted)
+    return load_base(found, BaseOptions(task="complete", streamed=streamed, quantize=quantize, **wanted))
 
 
 def _loss(model: Any, batch: dict[str, torch.Tensor], items: int) -> torch.Tensor:

@@ -54,7 +54,7 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
     from transformers import TrainingArguments, set_seed
 
     from hatrack.adapter.place import place
-    from hatrack.base.load import load_base
+    from hatrack.base.load import BaseOptions, load_base
     from hatrack.base.sources import find_base
     from hatrack.data.examples import Example
     from hatrack.data.render import RenderSettings, render
@@ -75,7 +75,7 @@ def hatrack_side(seed: int, steps: int, compute: str = "auto") -> dict[str, Any]
         compute=compute,
     )
     files = find_base(ENCODER, None)
-    base = load_base(files, task="classify", labels=["rotten", "fresh"], seed=seed, dtype=recipe.dtype)
+    base = load_base(files, BaseOptions(task="classify", labels=["rotten", "fresh"], seed=seed, dtype=recipe.dtype))
     began = time.perf_counter()
     parts = [
         render(

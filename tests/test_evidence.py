@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 import hatrack
 from hatrack.adapter.place import place
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.check.folder import check_adapter
 from hatrack.data.batch import collate
@@ -103,7 +103,7 @@ def test_a_classifier_always_has_a_task_type(tmp_path: Path, tiny_encoder: Path,
     """Without one peft trains and saves no head. hatrack cannot be asked for that; one made elsewhere is found."""
     with pytest.raises(RecipeError, match="there is no option 'task_type'"):
         Recipe.make(task_type=None)
-    base = load_base(find_base(str(tiny_encoder)), task="classify", labels=["no", "yes"], device="cpu")
+    base = load_base(find_base(str(tiny_encoder)), BaseOptions(task="classify", labels=["no", "yes"], device="cpu"))
     recipe = Recipe.make(base=str(tiny_encoder), data=str(reviews))
     model = place(base.model, recipe, task="classify")
     assert model.peft_config["default"].task_type == "SEQ_CLS"
@@ -124,7 +124,7 @@ def test_a_classifiers_task_on_a_causal_model(tmp_path: Path, tiny_decoder: Path
     )
     assert type(hat.base.model).__name__ == "LlamaForSequenceClassification"
     with pytest.raises(AdapterError) as raised:
-        load = load_base(find_base(str(tiny_decoder)), task="chat", device="cpu")
+        load = load_base(find_base(str(tiny_decoder)), BaseOptions(task="chat", device="cpu"))
         hatrack.adapter.attach.attach(load.model, tmp_path / "hat", "hat")
     what, got, fix = _parts(raised.value)
     assert what.endswith("is a classifier's adapter") and got == "a base loaded as LlamaForCausalLM"

@@ -20,7 +20,7 @@ from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import save_adapter
 from hatrack.adapter.place import place
 from hatrack.base.fingerprint import lineage
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.errors import AdapterError, HatrackError, WrongBase
 from hatrack.recipe import Recipe
@@ -33,7 +33,7 @@ def _make(folder: Path, base: Path, task: str = "chat") -> Path:
     """An adapter with random numbers, as hatrack saves it."""
     files = find_base(str(base))
     labels = ["no", "yes"] if task == "classify" else []
-    loaded = load_base(files, task=task, labels=labels, device="cpu", dtype="float32")  # type: ignore[arg-type]
+    loaded = load_base(files, BaseOptions(task=task, labels=labels, device="cpu", dtype="float32"))  # type: ignore[arg-type]
     model = place(loaded.model, Recipe.make(r=2), task=task)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ from transformers import dynamic_module_utils
 import hatrack
 from hatrack.base.code import check_code, needed_code
 from hatrack.base.description import BaseDescription
-from hatrack.base.load import load_base, load_config, load_tokenizer
+from hatrack.base.load import BaseOptions, load_base, load_config, load_tokenizer
 from hatrack.base.sources import find_base
 from hatrack.check.checks import check_recipe
 from hatrack.errors import HatrackError, ModelError, RecipeError
@@ -60,7 +60,7 @@ def test_it_is_refused_by_the_names_of_base_and_code(brand: Path, questions: Pat
     )
     files = find_base(str(brand))
     for refuse in (
-        lambda: load_base(files, task="chat"),
+        lambda: load_base(files, BaseOptions(task="chat")),
         lambda: load_config(files, task="chat"),
         lambda: load_tokenizer(files),
         lambda: hatrack.train(base=str(brand), data=str(questions), task="chat", output=str(tmp_path / "hat")),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hatrack.base import load
 from hatrack.base.description import BaseDescription, describe_folder
-from hatrack.base.load import choose_device, choose_dtype, load_base
+from hatrack.base.load import BaseOptions, choose_device, choose_dtype, load_base
 from hatrack.base.sources import find_base
 from hatrack.errors import HatrackError, ModelError, RecipeError
 
@@ -30,7 +30,9 @@ def described(folder: Path) -> BaseDescription:
 
 def load_tiny(folder: Path, task: Any = "classify", **options: Any) -> Any:
     labels = options.pop("labels", ("a", "b", "c") if task == "classify" else ())
-    return load_base(described(folder), task=task, labels=labels, device="cpu", **{"dtype": "float32", **options})
+    return load_base(
+        described(folder), BaseOptions(task=task, labels=labels, device="cpu", **{"dtype": "float32", **options})
+    )
 
 
 def refused(folder: Path, task: str = "classify", **options: Any) -> str:
@@ -131,7 +133,7 @@ def test_a_head_of_the_right_size_is_kept_and_another_is_replaced_aloud(
 
 def test_a_pooler_that_is_not_in_the_checkpoint_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load_tiny(tiny.save(tmp_path, "Bert", "masked"))
-    assert "some/base has no pooler; a fresh one stays as it is" in capsys.readouterr().err
+    assert "some/base has no pooler; a fresh one is used and not trained" in capsys.readouterr().err
 
 
 def test_transformers_speaks_again_afterwards(tmp_path: Path) -> None:
@@ -402,7 +404,9 @@ def test_gradients_flow_through_the_base_after_an_evaluation(quantize: str, tmp_
 
 
 def test_the_real_encoder_knows_which_texts_are_alike() -> None:
-    base = load_base(find_base(MINILM), task="classify", labels=("fresh", "rotten"), device="cpu", dtype="float32")
+    base = load_base(
+        find_base(MINILM), BaseOptions(task="classify", labels=("fresh", "rotten"), device="cpu", dtype="float32")
+    )
     assert base.model.num_parameters() == 22_713_986
     texts = ["A man is eating food.", "A man eats a meal.", "The stock market fell sharply."]
     inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
@@ -415,7 +419,7 @@ def test_the_real_encoder_knows_which_texts_are_alike() -> None:
 
 
 def test_the_real_causal_model_answers() -> None:
-    base = load_base(find_base(SMOLLM2), task="chat", device="cpu")
+    base = load_base(find_base(SMOLLM2), BaseOptions(task="chat", device="cpu"))
     assert base.chat_template is not None
     question = [{"role": "user", "content": "What is the capital of France?"}]
     text = base.tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)

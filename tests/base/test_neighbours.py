@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hatrack.base.description import describe_folder
-from hatrack.base.load import load_base, load_tokenizer
+from hatrack.base.load import BaseOptions, load_base, load_tokenizer
 from hatrack.errors import ModelError
 
 from . import tiny
@@ -50,7 +50,9 @@ def save(folder: Path, kind: str, side: str, pad: bool) -> Path:
 @pytest.mark.parametrize("kind", [*tiny.OPTIONS, *MORE])
 def test_an_answer_is_the_same_alone_and_among_others(kind: str, side: str, tmp_path: Path) -> None:
     folder = save(tmp_path, kind, side, pad=kind not in tiny.DECODERS)
-    base = load_base(describe_folder(folder), task="classify", labels=("a", "b"), device="cpu", dtype="float32")
+    base = load_base(
+        describe_folder(folder), BaseOptions(task="classify", labels=("a", "b"), device="cpu", dtype="float32")
+    )
 
     def answers(texts: list[str]) -> torch.Tensor:
         inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
@@ -65,7 +67,9 @@ def test_a_base_that_sees_padding_is_refused(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path, "Bert")
     transformers.FNetConfig().save_pretrained(folder)
     with pytest.raises(ModelError, match="mixes padding into its answers"):
-        load_base(describe_folder(folder), task="classify", labels=("a", "b"), device="cpu", dtype="float32")
+        load_base(
+            describe_folder(folder), BaseOptions(task="classify", labels=("a", "b"), device="cpu", dtype="float32")
+        )
 
 
 def test_a_padding_token_without_an_embedding_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

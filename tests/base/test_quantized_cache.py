@@ -247,7 +247,7 @@ def test_without_room_on_disk_it_goes_on_and_says_so_once(
     for _ in range(2):
         found = _answers(load_tiny(llama, "chat", quantize="4bit"))
         assert _same(wanted, found)
-    assert capsys.readouterr().err.count("the quantised base is not kept on disk") == 1
+    assert capsys.readouterr().err.count("the quantised base is not cached") == 1
 
 
 def test_a_base_that_lacks_weights_is_refused_and_not_kept(tmp_path: Path) -> None:

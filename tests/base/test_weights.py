@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hatrack.base.description import describe_folder
 from hatrack.base.fingerprint import fingerprint
 from hatrack.base.header import quantization_in_config, read_config, read_tensors
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.errors import ModelError
 
 from . import tiny
@@ -45,7 +45,7 @@ def change(folder: Path, tensors: Callable[[Tensors], Tensors] = dict, **config:
 
 def load(folder: Path, task: Any = "chat") -> Any:
     labels = ("a", "b") if task == "classify" else ()
-    return load_base(describe_folder(folder), task=task, labels=labels, device="cpu", dtype="float32")
+    return load_base(describe_folder(folder), BaseOptions(task=task, labels=labels, device="cpu", dtype="float32"))
 
 
 def refused(folder: Path, task: str = "chat") -> str:
@@ -80,7 +80,9 @@ def test_full_weights_under_a_left_over_config_can_be_quantised(tmp_path: Path) 
     pytest.importorskip("bitsandbytes")
     wide = {"hidden_size": 64, "intermediate_size": 128}
     change(tiny.save(tmp_path, "Llama", "causal", **wide), quantization_config=LEFT_OVER["4 bits (gptq)"])
-    base = load_base(describe_folder(tmp_path, "b"), task="chat", device="cpu", dtype="float32", quantize="4bit")
+    base = load_base(
+        describe_folder(tmp_path, "b"), BaseOptions(task="chat", device="cpu", dtype="float32", quantize="4bit")
+    )
     assert any(type(module).__name__ == "Linear4bit" for module in base.model.modules())
 
 
@@ -253,5 +255,5 @@ def test_what_is_said_of_a_base_is_said_once(tmp_path: Path, monkeypatch: Any, c
     change(tiny.save(tmp_path / "base", "Llama", "causal"), quantization_config=BNB)
     monkeypatch.chdir(tmp_path)
     for source in ("base", str(tmp_path / "base")):
-        load_base(describe_folder(Path(source)), task="chat", device="cpu", dtype="float32")
+        load_base(describe_folder(Path(source)), BaseOptions(task="chat", device="cpu", dtype="float32"))
     assert capsys.readouterr().err.count("used as F32") == 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.cli.demo import CHAT_MODEL
 from hatrack.console import say_once
@@ -143,7 +143,7 @@ def test_the_plain_template_is_for_bases_without_one() -> None:
 
 @pytest.fixture(scope="module")
 def smollm() -> Any:
-    return load_base(find_base(CHAT_MODEL), task="chat").tokenizer
+    return load_base(find_base(CHAT_MODEL), BaseOptions(task="chat")).tokenizer
 
 
 def test_a_real_model_learns_the_answers_and_their_end(smollm: Any) -> None:

@@ -21,7 +21,7 @@ from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import read_adapter, save_adapter
 from hatrack.adapter.place import place
 from hatrack.adapter.proof import check_proof, record_proof
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.errors import HatrackError
 from hatrack.recipe import Recipe
@@ -41,7 +41,7 @@ FILES = ("adapter_config.json", "hatrack.json", "adapter_model.safetensors")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_decoder: Path) -> tuple[Path, Any]:
     """A good adapter with its proof, and the base it belongs on."""
     folder = tmp_path_factory.mktemp("fuzz") / "hat"
-    base = load_base(find_base(str(tiny_decoder)), task="chat", device="cpu", dtype="float32")
+    base = load_base(find_base(str(tiny_decoder)), BaseOptions(task="chat", device="cpu", dtype="float32"))
     model = place(base.model, Recipe.make(r=2), task="chat")
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

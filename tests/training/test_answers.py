@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hatrack
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.data import template as templates
 from hatrack.data.examples import Example
@@ -189,7 +189,7 @@ def test_a_model_that_cannot_generate_is_trained_all_the_same(
 
 
 def test_an_answer_is_no_longer_than_the_model_takes(tmp_path: Path) -> None:
-    base = load_base(find_base(str(talking_base(tmp_path / "base", says="ab"))), task="chat", device="cpu")
+    base = load_base(find_base(str(talking_base(tmp_path / "base", says="ab"))), BaseOptions(task="chat", device="cpu"))
     for tokens, most in ((512, 0), (509, 3), (5, 40)):
         prompt = np.full(tokens, base.tokenizer("b")["input_ids"][0])
         assert len(sample_answers.generate_answer(base.model, prompt, [EOS], base, 40)) == most

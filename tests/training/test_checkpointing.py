@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hatrack.adapter.place import place
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.check.running import Step, no_gradient
 from hatrack.layers.fast_lora import LAYER_CLASSES
@@ -21,7 +21,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 def _gradients(tiny_decoder: Path, **asked: Any) -> dict[str, torch.Tensor]:
     """Gradient of each trainable tensor; layers are recomputed where something is `asked`."""
     torch.manual_seed(0)
-    base = load_base(find_base(str(tiny_decoder)), task="chat", device="cpu", dtype="float32")
+    base = load_base(find_base(str(tiny_decoder)), BaseOptions(task="chat", device="cpu", dtype="float32"))
     model: Any = place(base.model, Recipe.make(r=2, dropout=0), task="chat", layer_classes=LAYER_CLASSES)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

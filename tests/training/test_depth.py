@@ -11,7 +11,7 @@ import torch
 import hatrack
 from hatrack.adapter.place import place
 from hatrack.base.layer_stack import find_layer_stack
-from hatrack.base.load import load_base
+from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.errors import RecipeError
 from hatrack.evaluate.loss import losses
@@ -70,7 +70,7 @@ def test_a_comparison_that_tells_nothing_leaves_all_layers() -> None:
 
 def test_everything_is_put_back(tiny_decoder: Path) -> None:
     torch.manual_seed(3)
-    base = load_base(find_base(str(tiny_decoder)), task="chat", device="cpu", dtype="float32")
+    base = load_base(find_base(str(tiny_decoder)), BaseOptions(task="chat", device="cpu", dtype="float32"))
     trunk = find_layer_stack(base.model)
     model: Any = place(base.model, Recipe.make(r=2, dropout=0.1), task="chat", layer_classes=LAYER_CLASSES).eval()
     before = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.named_parameters()}

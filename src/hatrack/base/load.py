@@ -1,4 +1,4 @@
-"""A base's files -> a frozen model and its tokenizer, on a device, in a number format.
+"""Loads a base: a frozen model and its tokenizer, on a device, in a dtype, in 4 or 8 bits or streamed.
 
 Knows nothing of adapters, rows or training.
 """
@@ -44,7 +44,7 @@ from hatrack.storage import folder_size
 from hatrack.upstream.transformers import remove_tied_weights
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""torch's formats under the names that safetensors gives them."""
+"""torch's dtypes by their names in safetensors files."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json", "bpe.codes", "*.model", "*.tiktoken")
 """Files of which a tokenizer needs at least one, unless it splits text into bytes or characters."""
@@ -52,11 +52,31 @@ BYTE_TOKENIZERS = ("ByT5", "Canine", "Perceiver")
 
 
 @dataclass(frozen=True)
+class BaseOptions:
+    """How to load a base.
+
+    `task`: classify gives a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh
+    one that depends on `seed` alone; chat and complete give a causal language model. `device`: auto, cpu, cuda, mps or
+    xpu. `dtype`: auto, float32, bfloat16 or float16. `quantize`: none, 8bit or 4bit. `streamed`: leave the weights
+    mapped in the files' own dtype, to be loaded layer by layer.
+    """
+
+    task: Task
+    labels: Sequence[str] = ()
+    multi_label: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "none"
+    streamed: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Base:
     """A frozen model, ready to run: no parameter requires a gradient, dropout is off.
 
-    `device` and `dtype` are those of its floating-point weights (of the computation, where they are quantised or
-    `streamed`: left mapped in the files' own dtype, to be loaded layer by layer).
+    `device` and `dtype` are those of its floating-point weights, or of what is computed with them where they are
+    quantised or `streamed`.
     """
 
     description: BaseDescription
@@ -76,9 +96,9 @@ class Base:
 
 
 def choose_device(asked: str) -> tuple[torch.device, str]:
-    """The device to compute on, and why. `auto` takes the first there is of CUDA, MPS, XPU and CPU.
+    """The device to compute on, and why. `auto` takes the first available of CUDA, MPS, XPU and CPU.
 
-    Raises RecipeError where the one asked for is not in this machine.
+    Raises RecipeError where this machine does not have the one asked for.
     """
     there = _available_devices()
     if asked == "auto":
@@ -91,7 +111,7 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
 
 
 def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The number format of the frozen base, and why. `auto` takes bfloat16 where the device is fast at it."""
+    """The dtype of the frozen base, and why. `auto` takes bfloat16 where the device is fast at it."""
     if asked != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked], "as asked"
     if device.type == "cuda":
@@ -106,56 +126,40 @@ def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device."""
+    """Free bytes of memory on a device."""
     if device.type in ("cuda", "xpu"):
         return int(torch.get_device_module(device).mem_get_info(device)[0])
     return available_memory()[0]
 
 
-def load_base(
-    description: BaseDescription,
-    *,
-    task: Task,
-    labels: Sequence[str] = (),
-    multi_label: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantize: str = "none",
-    streamed: bool = False,
-    seed: int = 0,
-) -> Base:
+def load_base(description: BaseDescription, options: BaseOptions) -> Base:
     """Loads a base for a task, frozen and in evaluation mode.
 
-    classify: with a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh one that
-    is the same for the same `seed`. chat, complete: a causal language model. `quantize`: none, 8bit or 4bit.
-    Weights are mapped from the files, not copied, where device and dtype allow it; `streamed` keeps the files' dtype so
-    that they are. Quantised ones are cached on disk from the first time on, and mapped from there
-    (`quantized_cache.py`). No code of the base is run, unless its files are trusted.
+    Weights are mapped from the files, not copied, where device and dtype allow it. Quantised ones are cached on disk
+    from the first time on, and mapped from there (`quantized_cache.py`). Code of the base runs only if it is trusted.
 
     Raises ModelError where the base cannot do the task or its files do not fit together, RecipeError for a device or
     quantisation this machine does not have, MachineError where memory runs out.
     """
-    chosen, _ = choose_device(device)
-    number_format, _ = choose_dtype(dtype, chosen)
-    config = load_config(description, task=task, labels=labels, multi_label=multi_label)
+    device, _ = choose_device(options.device)
+    dtype, _ = choose_dtype(options.dtype, device)
+    task, streamed, quantize = options.task, options.streamed, options.quantize
+    config = load_config(description, task=task, labels=options.labels, multi_label=options.multi_label)
     tokenizer = load_tokenizer(description)
-    if streamed and (chosen.type == "mps" or quantize != "none"):
+    if streamed and (device.type == "mps" or quantize != "none"):
         raise RecipeError(
-            "a base larger than memory is streamed in its own format, and not on mps",
-            got=f"--device {chosen}, --quantize {quantize}",
+            "a base larger than memory is streamed in its own dtype, and not on mps",
+            got=f"--device {device}, --quantize {quantize}",
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
-    loaded_as = TORCH_DTYPES.get(description.stored_dtype, torch.float32) if streamed else number_format
-    options: dict[str, Any] = {"config": config, "dtype": loaded_as, "trust_remote_code": description.trusted}
-    # sizes that do not match are not ignored: _check_loaded refuses them, more plainly than transformers does
-    options |= {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    if quantize != "none" or (chosen.type != "cpu" and not streamed and task != "classify"):
-        options["device_map"] = {"": chosen}
-    if quantize != "none":
-        model, found = _load_quantized(description, task, chosen, seed, quantize, options)
-    else:
-        model, found = _load_model(description, task, torch.device("cpu") if streamed else chosen, seed, options)
-    _check_loaded(description, model, task, found, seed)
+    stored = TORCH_DTYPES.get(description.stored_dtype, torch.float32)
+    arguments: dict[str, Any] = {"config": config, "dtype": stored if streamed else dtype}
+    if quantize != "none" or (device.type != "cpu" and not streamed and task != "classify"):
+        arguments["device_map"] = {"": device}
+    loading = _Loading(description, task, torch.device("cpu") if streamed else device, options.seed, arguments)
+    model, info = _load_model(loading) if quantize == "none" else _load_quantized(loading, quantize)
+    _check_complete(loading, model, info)
+    _say_what_is_fresh(loading, info)
     for part in (model.config, model.config.get_text_config()):
         part.pad_token_id = tokenizer.pad_token_id
     if task == "classify":  # as in training, whatever side it generates from: many models count positions from the left
@@ -163,11 +167,26 @@ def load_base(
     prevent_repacking(model)
     model.requires_grad_(False)
     model.eval()
-    return Base(description, model, tokenizer, chosen, number_format, streamed)
+    return Base(description, model, tokenizer, device, dtype, streamed)
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """A call of transformers' `from_pretrained` for a base, with its further `arguments`."""
+
+    base: BaseDescription
+    task: Task
+    device: torch.device
+    seed: int
+    arguments: Mapping[str, Any]
+
+    def with_arguments(self, **arguments: Any) -> "_Loading":
+        """The same call with further arguments."""
+        return replace(self, arguments={**self.arguments, **arguments})
 
 
 def _available_devices() -> list[str]:
-    """The kinds of device in this machine, the preferred one first."""
+    """The kinds of device in this machine, the fastest first."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -177,8 +196,10 @@ def _available_devices() -> list[str]:
 
 
 def load_config(base: BaseDescription, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
-    """The model's configuration with the task's labels in it. Raises ModelError where the base cannot do the task,
-    cannot be trained on, or needs code that may not run."""
+    """transformers' configuration of the model, with the task's labels.
+
+    Raises ModelError where the base cannot do the task or needs code that may not run, RecipeError without labels.
+    """
     check_code(base)
     check_task(base.source, base.config, task)
     if task == "classify" and not labels:
@@ -192,7 +213,7 @@ def load_config(base: BaseDescription, *, task: Task, labels: Sequence[str] = ()
 
 
 def _read_model_config(base: BaseDescription, extra: Mapping[str, Any] = MappingProxyType({})) -> Any:
-    """The configuration as the base brings it, with `extra` in it."""
+    """transformers' configuration of a base, with `extra` in it."""
     try:
         with quiet():
             trusted = {"trust_remote_code": base.trusted, "local_files_only": True}
@@ -207,11 +228,13 @@ def _read_model_config(base: BaseDescription, extra: Mapping[str, Any] = Mapping
 
 
 def _drop_quantization_config(base: BaseDescription, config: Any) -> Any:
-    """The configuration of full weights without what it tells of quantised ones, as after a merge; which is said."""
-    told = quantization_in_config(config.to_dict())
-    if told:
+    """Removes, and says so, a quantisation that config.json still names for full weights, as after a merge."""
+    quantization = quantization_in_config(config.to_dict())
+    if quantization:
         dtype = base.stored_dtype
-        say_once(f"{_display_name(base)}: config.json says {told}, but the weights are {dtype}: used as {dtype}")
+        say_once(
+            f"{_display_name(base)}: config.json says {quantization}, but the weights are {dtype}: used as {dtype}"
+        )
         for part in (config, config.get_text_config()):
             for key in QUANTIZATION_KEYS:
                 vars(part).pop(key, None)
@@ -225,10 +248,10 @@ def has_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bool:
 
 
 def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
-    """The base's tokenizer, with a padding token; bases that only generate often bring none.
+    """Loads a base's tokenizer; one without a padding token, as many generating bases have, gets one.
 
-    `rows`: how many embeddings there are, where config.json beside the tokenizer does not tell. Raises ModelError where
-    there is no tokenizer, a damaged one, one that needs code that may not run, or no token to pad with.
+    `rows`: the number of embeddings, by default the config's. Raises ModelError where the tokenizer is missing,
+    damaged, or needs code that may not run, or where there is no token to pad with.
     """
     check_code(base)
     if not has_tokenizer(base.folder, base.tokenizer_config):
@@ -246,79 +269,73 @@ def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
             fix="copy or download the base again",
         ) from error
     rows = rows or base.config.get("vocab_size")
-    inside = rows if isinstance(rows, int) else math.inf
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= inside:
+    embeddings = rows if isinstance(rows, int) else math.inf
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embeddings:
         say_once(
             f"{base.source}: its padding token {tokenizer.pad_token} has none of its {rows:,} embeddings; "
-            "another token pads, which no answer sees"
+            "another token is used for padding, which changes no answer"
         )
         tokenizer.pad_token = None
     if tokenizer.pad_token_id is None:
-        stand_ins = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
-        stand_in = next((t for t in stand_ins if t and tokenizer.convert_tokens_to_ids(t) < inside), None)
-        if stand_in is None:
+        candidates = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        padding = next((t for t in candidates if t and tokenizer.convert_tokens_to_ids(t) < embeddings), None)
+        if padding is None:
             raise ModelError(
                 f"{base.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
             )
-        tokenizer.pad_token = stand_in
+        tokenizer.pad_token = padding
     return tokenizer
 
 
-def _load_quantized(
-    base: BaseDescription, task: Task, device: torch.device, seed: int, quantize: str, options: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """What `_load_model` gives, in fewer bits: from the disk, where it is put first if it is not there yet."""
-    settings = _quantization(quantize, options["dtype"], base.config, task)
-    folder = _quantized_folder(base, task, device, quantize, options | {"quantization_config": settings})
+def _load_quantized(loading: _Loading, quantize: str) -> tuple[Any, dict[str, Any]]:
+    """As `_load_model`, in fewer bits: from the cache on disk, which gets the weights first where possible."""
+    base, arguments = loading.base, loading.arguments
+    settings = _quantization(quantize, arguments["dtype"], base.config, loading.task)
+    from_full = loading.with_arguments(quantization_config=settings)
+    folder = _quantized_folder(from_full, quantize)
     if folder is None:
-        return _load_model(base, task, device, seed, options | {"quantization_config": settings})
-    options["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantised
+        return _load_model(from_full)
+    arguments["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantised
     with folder_to_load(folder, base.folder) as there:
-        model, found = _load_model(replace(base, folder=there, wrappers=()), task, device, seed, options)
+        model, info = _load_model(replace(loading, base=replace(base, folder=there, wrappers=())))
     model.name_or_path = model.config.name_or_path = str(base.folder)
-    return model, found
+    return model, info
 
 
-def _quantized_folder(
-    base: BaseDescription, task: Task, device: torch.device, quantize: str, options: dict[str, Any]
-) -> Path | None:
-    """The folder with the base's quantised weights, which are made first where they are not kept yet. None where they
-    cannot be."""
-    dtype = dtype_name(options["dtype"])
-    about = quantized_cache.cache_key(base, task=task, quantize=quantize, dtype=dtype, device=device.type)
-    folder = quantized_cache.find_cached(about)
+def _quantized_folder(loading: _Loading, quantize: str) -> Path | None:
+    """The folder with the base's quantised weights, made where there is none yet; None where they cannot be cached."""
+    base, dtype = loading.base, dtype_name(loading.arguments["dtype"])
+    key = quantized_cache.cache_key(base, task=loading.task, quantize=quantize, dtype=dtype, device=loading.device.type)
+    folder = quantized_cache.find_cached(key)
     if folder is not None:
         say_once(f"base in {quantize}, as quantised before: {folder} ({format_size(folder_size(folder))})")
         return folder
     if not quantized_cache.has_disk_space(base, quantize):
         return None
     say(f"quantising {base.source} to {quantize}, once ({format_size(weight_bytes(base.tensors))} to read)")
-    write = partial(save_file, _quantized_weights(base, task, device, options))
-    folder = quantized_cache.write_cached(about, base.source, write)
+    write = partial(save_file, _quantized_weights(loading))
+    folder = quantized_cache.write_cached(key, base.source, write)
     if folder is not None:
-        say(
-            f"kept in {folder} ({format_size(folder_size(folder))}): "
-            "later runs take it from there; hatrack cache shows it"
-        )
+        shown = f"{folder} ({format_size(folder_size(folder))})"
+        say(f"cached in {shown}: later runs load it from there; hatrack cache shows it")
     del write
     release_memory()  # before the base is loaded from there
     return folder
 
 
-def _quantized_weights(
-    base: BaseDescription, task: Task, device: torch.device, options: dict[str, Any]
-) -> dict[str, torch.Tensor]:
-    """Name -> weight of the quantised base: with its own head if it has one, whatever labels the task has, and nothing
-    fresh. Raises ModelError as `load_base` does."""
-    model, found = _load_model(base, task, device, 0, options | {"config": _read_model_config(base)})
-    _check_complete(base, model, task, found)
-    fresh = _fresh_tensors(found)
+def _quantized_weights(loading: _Loading) -> dict[str, torch.Tensor]:
+    """Name -> weight of the quantised base, with its own head if it has one and without fresh weights, so that they do
+    not depend on the task's labels. Raises ModelError as `load_base` does."""
+    loading = replace(loading.with_arguments(config=_read_model_config(loading.base)), seed=0)
+    model, info = _load_model(loading)
+    _check_complete(loading, model, info)
+    fresh = _fresh_tensors(info)
     weights = remove_tied_weights(model.state_dict(), model)
     return {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
 
 
 def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], task: Task) -> Any:
-    """What bitsandbytes is told: heads that are trained stay as they are."""
+    """The settings for bitsandbytes: heads that are trained are not quantised."""
     check_bitsandbytes(quantize)
     skipped = quantized_cache.skipped_modules(config, task)
     if quantize == "8bit":
@@ -331,18 +348,20 @@ def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], 
     )
 
 
-def _load_model(
-    base: BaseDescription, task: Task, device: torch.device, seed: int, options: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The model and what transformers tells of its loading; fresh weights come from `seed`, whatever ran before."""
-    kind = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+def _load_model(loading: _Loading) -> tuple[Any, dict[str, Any]]:
+    """The model, and transformers' loading info; fresh weights depend on the seed alone."""
+    base, device = loading.base, loading.device
+    kind = AutoModelForSequenceClassification if loading.task == "classify" else AutoModelForCausalLM
     accelerators = [device] if device.type in ("cuda", "xpu") else []
+    # sizes that do not match are not ignored: _check_complete refuses them, more plainly than transformers does
+    usual: dict[str, Any] = {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    usual |= {"trust_remote_code": base.trusted, "key_mapping": _key_mapping(base)}
     try:
         with quiet(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
-            torch.manual_seed(seed)
-            model, found = kind.from_pretrained(base.folder, **options, key_mapping=_key_mapping(base))
-            # a fresh head is drawn on the processor, so that it is the same wherever it is used
-            return model if "device_map" in options else model.to(device), found
+            torch.manual_seed(loading.seed)
+            model, info = kind.from_pretrained(base.folder, **usual, **loading.arguments)
+            # a fresh head is drawn on the CPU, so that it is the same wherever it is used
+            return model if "device_map" in loading.arguments else model.to(device), info
     except HatrackError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -351,14 +370,14 @@ def _load_model(
         ) from error
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, AttributeError) as error:
         raise ModelError(
-            f"{base.source} cannot be loaded for {task}",
+            f"{base.source} cannot be loaded for {loading.task}",
             got=_first_line(error),
             fix="use another base, or another --task",
         ) from error
 
 
 def _key_mapping(base: BaseDescription) -> dict[str, str] | None:
-    """What transformers is to take out of the names in a base's files, where a wrapper put something into them."""
+    """transformers' `key_mapping` that removes from tensor names what a wrapper put into them."""
     if not base.wrappers:
         return None
     say_once(
@@ -367,61 +386,59 @@ def _key_mapping(base: BaseDescription) -> dict[str, str] | None:
     return {WRAPPERS.pattern: ""}
 
 
-def _check_loaded(base: BaseDescription, model: Any, task: Task, found: dict[str, Any], seed: int) -> None:
-    """Refuses a base of which more than a head or a pooler is missing, and says what is fresh."""
-    _check_complete(base, model, task, found)
-    if found["mismatched_keys"]:
-        say(f"the base's own head has another number of labels; a fresh one takes its place (seed {seed})")
-    if any(".pooler." in name for name in _fresh_tensors(found)):
-        say(f"{base.source} has no pooler; a fresh one stays as it is (seed {seed})")
+def _say_what_is_fresh(loading: _Loading, info: Mapping[str, Any]) -> None:
+    if info["mismatched_keys"]:
+        say(f"the base's own head has another number of labels; a fresh one takes its place (seed {loading.seed})")
+    if any(".pooler." in name for name in _fresh_tensors(info)):
+        say(f"{loading.base.source} has no pooler; a fresh one is used and not trained (seed {loading.seed})")
 
 
-def _check_complete(base: BaseDescription, model: Any, task: Task, found: dict[str, Any]) -> None:
-    """Refuses a base of which more than a head or a pooler is missing."""
+def _check_complete(loading: _Loading, model: Any, info: Mapping[str, Any]) -> None:
+    """Raises ModelError where more than a classifier's head or pooler is missing from a base's files."""
     mismatched = {
-        str(name): f"{name}: file {tuple(ours)}, config {tuple(theirs)}"
-        for name, ours, theirs in found["mismatched_keys"]
+        str(name): f"{name}: file {tuple(in_file)}, config {tuple(in_config)}"
+        for name, in_file, in_config in info["mismatched_keys"]
     }
-    inside = f"{model.base_model_prefix}."
+    inner = f"{model.base_model_prefix}."
     lost = [
         name
-        for name in _fresh_tensors(found)
-        if task != "classify" or (name.startswith(inside) and ".pooler." not in name)
+        for name in _fresh_tensors(info)
+        if loading.task != "classify" or (name.startswith(inner) and ".pooler." not in name)
     ]
     if lost:
-        _check_no_prefix(base, lost, map(str, found["unexpected_keys"]))
-        only_head = all(not name.startswith(inside) for name in lost)
+        _check_no_prefix(loading.base, lost, map(str, info["unexpected_keys"]))
+        only_head = all(not name.startswith(inner) for name in lost)
         raise ModelError(
-            f"{base.source} lacks {len(lost):,} of the tensors that its config.json asks for",
+            f"{loading.base.source} lacks {len(lost):,} of the tensors that its config.json asks for",
             got=mismatched.get(lost[0], lost[0]),
             fix="use a base that has its language model head" if only_head else "copy or download the base again",
         )
 
 
 def _check_no_prefix(base: BaseDescription, lost: Sequence[str], others: Iterable[str]) -> None:
-    """Refuses a base whose tensors are all there, but with something before their names."""
+    """Raises ModelError where the tensors that are `lost` are among the `others`, under names with a prefix."""
     names = {other.removesuffix(f".{lost[0]}"): other for other in others if other.endswith(f".{lost[0]}")}
     for prefix, other in names.items():
         raise ModelError(
             f"the tensors of {base.source} have other names than its config.json asks for",
             got=f"{other} for {lost[0]}",
-            fix=f"take '{prefix}.' out of the names in its files, or save it again without what is around it",
+            fix=f"remove '{prefix}.' from the names in its files, or save the model itself, without its wrapper",
             gotcha="base-refused",
         )
 
 
 def _display_name(base: BaseDescription) -> str:
-    """A base's name, the same however a path to it is written: what is said of it is said once."""
+    """A base's name for `say_once`: the same however a path to it is written."""
     path = Path(base.source).expanduser()
     return str(path.resolve()) if path.exists() else base.source
 
 
-def _fresh_tensors(found: dict[str, Any]) -> list[str]:
-    """The tensors that are not in the base's files, or there in another shape."""
-    return sorted({*map(str, found["missing_keys"]), *(str(name) for name, *_ in found["mismatched_keys"])})
+def _fresh_tensors(info: Mapping[str, Any]) -> list[str]:
+    """The tensors that are missing from the base's files, or have another shape there."""
+    return sorted({*map(str, info["missing_keys"]), *(str(name) for name, *_ in info["mismatched_keys"])})
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of somebody else's long message."""
+    """The first line of another library's error message."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:197] + "..."

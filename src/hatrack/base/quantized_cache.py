@@ -1,11 +1,11 @@
-"""Bases held in fewer bits, kept on disk: quantised once, mapped from then on.
+"""Caches bases in 4 or 8 bits on disk: later runs load them in seconds, without the memory for full weights.
 
 A folder for each, named by all that its weights depend on, which `about.json` tells: which base, in how many bits, with
-what computed, by which versions. `model.safetensors` has the quantised model's weights under the names transformers
-gives them, without those that are made anew for a task. A folder appears whole or not at all, and is used only as long
-as it is what was written: up to 512 MiB are read for that, of larger ones samples, as for a base's fingerprint.
+which dtype, by which versions. `model.safetensors` has the quantised model's weights under transformers' names, without
+those that are made for a task. A folder appears whole or not at all, and is used only while it is as it was written: up
+to 512 MiB are read to check that, of larger ones samples, as for a base's fingerprint.
 
-Needs no torch: what is quantised, and how it is loaded, is for `load.py`.
+Needs no torch: `load.py` quantises and loads.
 """
 
 import contextlib
@@ -31,34 +31,34 @@ from hatrack.storage import ABOUT, CacheEntry, cache_dir, in_use, new_folder, re
 FORMAT = 1
 DIGITS = 16
 BITS = {"4bit": 4, "8bit": 8}
-"""Bits of a weight, without its scale."""
+"""Bits of a weight, without its scales."""
 
 
 def root() -> Path:
-    """Where all of them lie."""
+    """The folder of all cached bases."""
     return cache_dir("packed")
 
 
 def list_entries() -> list[CacheEntry]:
-    """Every base that is kept, the one last used first; damaged ones as well."""
+    """Every cached base, the last used first; damaged ones as well."""
     return storage.list_entries(root())
 
 
 def remove_entry(entry: CacheEntry) -> bool:
-    """Removes one, unless a run is just writing or opening it; one that has it mapped keeps what it mapped."""
+    """Removes a cached base, unless a run is writing or opening it; a run that has it mapped may go on."""
     return remove_unused(entry.folder)
 
 
 def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
-    """The modules that stay as they are, by the ends of their names: a classifier's heads, which are trained, and its
+    """The modules that are not quantised, by the ends of their names: a classifier's heads, which are trained, and its
     pooler, which may be fresh. None leaves it to transformers, which skips the output head."""
     pooler = POOLERS.get(str(config.get("model_type")))
     return [*head_modules(config), *([pooler] if pooler else [])] if task == "classify" else None
 
 
 def cache_key(base: BaseDescription, *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
-    """All that the quantised weights of a base depend on. `dtype` is the format of the rest of them and of what is
-    computed, `device` the kind of device (cpu, cuda) that quantised them.
+    """All that the quantised weights of a base depend on. `dtype` is that of the other weights and of the matmuls,
+    `device` the kind of device (cpu, cuda) that quantised them.
 
     Raises RecipeError where bitsandbytes is not installed, ModelError where the base cannot be read.
     """
@@ -77,14 +77,14 @@ def cache_key(base: BaseDescription, *, task: str, quantize: str, dtype: str, de
 
 
 def is_cached(about: Mapping[str, Any]) -> bool:
-    """Whether there is such a base, damaged or not."""
+    """Whether a base is cached, damaged or not."""
     with contextlib.suppress(OSError, MachineError):
         return (_folder(about) / ABOUT).is_file()
     return False
 
 
 def find_cached(about: Mapping[str, Any]) -> Path | None:
-    """The folder of a base that `about` made. None where there is none; a damaged one is said, and removed."""
+    """The folder of a cached base; None where there is none. A damaged one is said and removed."""
     try:
         folder = _folder(about)
         if not folder.exists():
@@ -101,7 +101,7 @@ def find_cached(about: Mapping[str, Any]) -> Path | None:
 
 
 def has_disk_space(base: BaseDescription, quantize: str) -> bool:
-    """Whether there may be room to keep the base so; where there cannot be, why is said once."""
+    """Whether the disk may have room for the quantised base; says once why not."""
     least = parameter_count({n: info.shape for n, info in base.tensors.items()}) * BITS[quantize] // 8
     try:
         there, free = root(), shutil.disk_usage(root()).free
@@ -115,15 +115,15 @@ def has_disk_space(base: BaseDescription, quantize: str) -> bool:
 
 
 def write_cached(about: Mapping[str, Any], source: str, write: Callable[[Path], None]) -> Path | None:
-    """Keeps what `write` writes to a safetensors file; `source` is what people call the base.
+    """Caches the weights that `write` writes to the safetensors file it is given; `source` is the base's name.
 
     None where that fails, which is said once.
     """
     try:
         with new_folder(_folder(about)) as working:
             write(working / WEIGHTS)
-            told = {**about, "base": source, "weights": tensors_digest(read_tensors(working))}
-            (working / ABOUT).write_text(json.dumps(told, indent=2))
+            content = {**about, "base": source, "weights": tensors_digest(read_tensors(working))}
+            (working / ABOUT).write_text(json.dumps(content, indent=2))
     except (OSError, MachineError) as error:
         _say_not_cached(str(error))
         return None
@@ -131,15 +131,22 @@ def write_cached(about: Mapping[str, Any], source: str, write: Callable[[Path], 
 
 
 @contextlib.contextmanager
-def folder_to_load(kept: Path, base: Path) -> Iterator[Path]:
-    """A folder for transformers to load from while the block runs: the weights in `kept`, all else from `base`."""
-    with tempfile.TemporaryDirectory(prefix="hatrack-") as name, in_use(kept):
+def folder_to_load(cached: Path, base: Path) -> Iterator[Path]:
+    """A folder for transformers to load from while the block runs: the weights in `cached`, all else from `base`."""
+    with tempfile.TemporaryDirectory(prefix="hatrack-") as name, in_use(cached):
         folder = Path(name)
         for file in base.iterdir():
             if file.name not in (WEIGHTS, INDEX):
-                (folder / file.name).symlink_to(file.resolve())
-        (folder / WEIGHTS).symlink_to((kept / WEIGHTS).resolve())
+                _link(folder / file.name, file)
+        _link(folder / WEIGHTS, cached / WEIGHTS)
         yield folder
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        path.symlink_to(target.resolve())
+    except OSError:  # Windows allows links to administrators only
+        shutil.copyfile(target, path)
 
 
 def _folder(about: Mapping[str, Any]) -> Path:
@@ -148,9 +155,9 @@ def _folder(about: Mapping[str, Any]) -> Path:
 
 
 def _is_whole(folder: Path, about: Mapping[str, Any]) -> bool:
-    told = read_about(folder) or {}
+    written = read_about(folder) or {}
     try:
-        return {name: told.get(name) for name in about} == about and told.get("weights") == tensors_digest(
+        return {name: written.get(name) for name in about} == about and written.get("weights") == tensors_digest(
             read_tensors(folder)
         )
     except ModelError:
@@ -158,6 +165,6 @@ def _is_whole(folder: Path, about: Mapping[str, Any]) -> bool:
 
 
 def _say_not_cached(why: str) -> bool:
-    """Says once why a base is not kept. Always False."""
-    say_once(f"the quantised base is not kept on disk, and quantised anew at each load: {why}")
+    """Says once why a base is not cached. Always False."""
+    say_once(f"the quantised base is not cached, but quantised at each load: {why}")
     return False

@@ -16,7 +16,7 @@ from hatrack.base.description import BaseDescription
 from hatrack.base.fingerprint import check_base
 from hatrack.base.free_memory import fits_in_memory
 from hatrack.base.layer_stack import find_layer_stack
-from hatrack.base.load import Base, choose_device, choose_dtype, dtype_name, free_memory, load_base
+from hatrack.base.load import Base, BaseOptions, choose_device, choose_dtype, dtype_name, free_memory, load_base
 from hatrack.base.mapped_layers import MappedLayers
 from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
 from hatrack.console import say
@@ -111,14 +111,17 @@ def _load_base(files: BaseDescription, card: AdapterCard, quantize: str, options
     dtype = dtype_name(choose_dtype(options.dtype, device)[0])
     return load_base(
         files,
-        task=cast(Task, card.task),
-        labels=card.labels,
-        multi_label=card.multi_label,
-        device=options.device,
-        dtype=options.dtype,
-        quantize=quantize,
-        streamed=quantize == "none" and not fits_in_memory(files.tensors, dtype, free_memory(device), options.memory),
-        seed=card.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
+        BaseOptions(
+            task=cast(Task, card.task),
+            labels=card.labels,
+            multi_label=card.multi_label,
+            device=options.device,
+            dtype=options.dtype,
+            quantize=quantize,
+            streamed=quantize == "none"
+            and not fits_in_memory(files.tensors, dtype, free_memory(device), options.memory),
+            seed=card.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from typing import cast
 
 import torch
 
-from hatrack.base.load import Base, choose_device, choose_dtype, dtype_name, load_base
+from hatrack.base.load import Base, BaseOptions, choose_device, choose_dtype, dtype_name, load_base
 from hatrack.check.prepared import Prepared
 from hatrack.console import say
 from hatrack.recipe import Task
@@ -27,12 +27,14 @@ def load_run_base(prepared: Prepared) -> Base:
         say("the base is larger than memory: it stays on disk, and each step reads every layer twice")
     return load_base(
         prepared.base,
-        task=cast(Task, examples.task),
-        labels=examples.labels,
-        multi_label=examples.multi_label,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        quantize=recipe.quantize,
-        streamed=streamed,
-        seed=recipe.seed,
+        BaseOptions(
+            task=cast(Task, examples.task),
+            labels=examples.labels,
+            multi_label=examples.multi_label,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            quantize=recipe.quantize,
+            streamed=streamed,
+            seed=recipe.seed,
+        ),
     )
