@@ -6,12 +6,16 @@
 import contextlib
 import functools
 import os
+import signal
 import sys
 from typing import IO, Any, cast
 
 from rich.console import Console
 
 from hatrack.errors import spell_options
+
+ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that end a command, besides Ctrl-C. Windows has no SIGHUP."""
 
 
 class SafeStderr:

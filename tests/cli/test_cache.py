@@ -32,14 +32,14 @@ def _kept(base: str, layers: int, rows: int) -> HiddenStateCache:
 
 def test_what_is_kept_is_shown_and_removed(hatrack: Run, own_cache: Path) -> None:
     empty = hatrack("cache")
-    assert empty.code == 0 and empty.out.startswith(f"Nothing is kept in {own_cache.parent}")
+    assert empty.code == 0 and empty.out.startswith(f"Nothing is cached in {own_cache.parent}")
     _kept("one-base", 20, 30).close()
     older = _kept("another-base", 4, 5)
     older.close()
     os.utime(older.folder / ABOUT, (0, 0))
 
     heading, first, second, blank, total = hatrack("cache").out.splitlines()
-    assert heading.split("  ")[0] == "BASE" and not blank and total.endswith("hatrack cache clear removes it")
+    assert heading.split("  ")[0] == "BASE" and not blank and total.endswith("hatrack cache clear deletes it")
     cells = [cell.strip() for cell in first.split("  ") if cell.strip()]
     assert cells[:3] == ["one-base", "30 rows after 20 layers", "bfloat16"]
     assert cells[3].endswith("KiB") and cells[4] == "now"
@@ -60,7 +60,7 @@ def test_what_is_kept_is_shown_and_removed(hatrack: Run, own_cache: Path) -> Non
 def test_what_a_running_training_uses_stays(hatrack: Run, own_cache: Path) -> None:
     running = _kept("one-base", 20, 3)
     ran = hatrack("cache", "clear")
-    assert ran.code == 0 and ran.out == "0 bytes freed; 1 kept, which running commands use\n"
+    assert ran.code == 0 and ran.out == "0 bytes freed; 1 not deleted: running commands use them\n"
     running.close()
     assert "freed" in hatrack("cache", "clear").out and not list(own_cache.iterdir())
 
@@ -74,8 +74,8 @@ def test_quantised_bases_stand_in_the_same_table(hatrack: Run, own_cache: Path) 
     (quantized_cache.root() / "weights" / ABOUT).write_text(about)
     lines = sorted(hatrack("cache").out.splitlines())
     cells = [[cell.strip() for cell in line.split("  ") if cell.strip()][:4] for line in lines]
-    assert ["big-base", "the base's weights", "float32, 4bit", "4.9 KiB"] in cells
-    assert ["(unfinished)", "the base's weights", "4.9 KiB", "now"] in cells
+    assert ["big-base", "quantised weights", "float32, 4bit", "4.9 KiB"] in cells
+    assert ["(unfinished)", "quantised weights", "4.9 KiB", "now"] in cells
     assert {entry["kind"] for entry in hatrack("cache", "--json").json["entries"]} == {"layers", "weights"}
     with in_use(quantized_cache.root() / ".weights.hatrack-1"):  # somebody is writing it
         assert hatrack("cache", "clear", "--json").json["in_use"] == 1
@@ -93,4 +93,4 @@ def test_a_damaged_entry_is_shown_and_removed(hatrack: Run, own_cache: Path) -> 
 
 def test_another_word_is_refused(hatrack: Run) -> None:
     ran = hatrack("cache", "clean")
-    assert ran.code == 2 and "hatrack cache clear removes; got clean" in ran.complaint
+    assert ran.code == 2 and "unknown action; got clean" in ran.complaint

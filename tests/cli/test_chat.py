@@ -66,15 +66,15 @@ def test_a_conversation_through_a_pipe(say: Run) -> None:
 def test_commands_are_not_said(say: Run) -> None:
     ran = say("/halp me", "/", "//usr/bin is a folder", options=("--json",))
     assert ran.json["messages"][0]["content"] == "/usr/bin is a folder" and len(ran.json["messages"]) == 2
-    assert "there is no /halp: /help lists what there is" in ran.err
+    assert "there is no command /halp; /help lists the commands" in ran.err
     assert all(command in say("/help").err for command in ("/use", "/base", "/system", "/reset", "/save", "/quit"))
 
 
 def test_who_answers_is_changed(say: Run) -> None:
     ran = say("/base", "/use two", "/use nobody", "/hat", "/use", "hello", options=("--json",))
     answering = [line for line in ran.err.splitlines() if line.endswith(" answers")]
-    assert answering == ["the bare base answers", "two answers", "two answers"]
-    assert "nobody" in ran.err and "/use NAME, one of one, two" in ran.err
+    assert answering == ["the base without an adapter answers", "two answers", "two answers"]
+    assert "nobody" in ran.err and "use /use NAME: one, two" in ran.err
     assert ran.code == 0 and ran.json["adapter"] == "two" and ran.json["messages"][1]["content"] == "It."
 
 
@@ -89,7 +89,7 @@ def test_what_is_told_first_stays_when_it_starts_over(say: Run) -> None:
 
 def test_an_answer_that_is_cut_says_so(say: Run) -> None:
     ran = say("hello", options=("--max-new-tokens", 2))
-    assert ran.out == "It\n" and "[cut at 2 tokens: --max-new-tokens allows more]" in ran.err
+    assert ran.out == "It\n" and "[cut at 2 tokens; --max-new-tokens N allows more]" in ran.err
     assert say("a", "b", options=("--max-new-tokens", 2, "--json")).json["cut"] == [1, 3]
 
 
@@ -123,13 +123,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(
     monkeypatch.setenv("HATRACK_HOME", str(home / "home"))
     hat = package.load("one", device="cpu", dtype="float32")
     monkeypatch.setattr(Hat, "stream", interrupted)
-    talk = talking.Talk(hat, "one", ["one", None], {"max_new_tokens": 9}, person=True, aloud=True)
-    talking._answer(talk, "hello")
+    conversation = talking.Chat(hat, "one", ["one", None], {"max_new_tokens": 9}, at_terminal=True, prints=True)
+    talking._answer(conversation, "hello")
     assert capsys.readouterr().out == "one: It is \n"
-    assert [turn["content"] for turn in talk.messages] == ["hello", "It is "]
-    talk.person = False
+    assert [turn["content"] for turn in conversation.messages] == ["hello", "It is "]
+    conversation.at_terminal = False
     with pytest.raises(KeyboardInterrupt):
-        talking._answer(talk, "hello")
+        talking._answer(conversation, "hello")
 
 
 class Screen:
@@ -162,7 +162,7 @@ def test_at_a_terminal_lines_are_edited_and_ctrl_c_twice_leaves(home: Path) -> N
         command, stdin=inside, stdout=inside, stderr=inside, env=environment, start_new_session=True
     )
     try:
-        screen.until("talking with one: /help, /quit")
+        screen.until("chatting with one; /help lists the commands, /quit leaves")
         screen.until("> ")
         os.write(number, b"hellp\x7fo\n")
         screen.until("It.")
@@ -170,7 +170,7 @@ def test_at_a_terminal_lines_are_edited_and_ctrl_c_twice_leaves(home: Path) -> N
         os.write(number, b"\x1b[A\n")  # the line before again
         screen.until("It.")
         screen.until("> ")
-        while not screen.shows("Ctrl-C once more leaves"):  # readline misses a signal that comes as it begins to wait
+        while not screen.shows("press Ctrl-C again to leave"):  # readline misses a signal as it begins to wait
             talk.send_signal(2)
         while talk.poll() is None:  # as above
             talk.send_signal(2)

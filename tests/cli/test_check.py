@@ -15,7 +15,7 @@ Run = Callable[..., Ran]
 def test_a_good_recipe(hatrack: Run, tiny_encoder: Path, reviews: Path) -> None:
     Path("recipe.yaml").write_text(f"base: {tiny_encoder}\ndata: {reviews}\ndevice: cpu\nname: films\n")
     ran = hatrack("check", "recipe.yaml")
-    assert ran.code == 0 and ran.out == "checked films: nothing found\n"
+    assert ran.code == 0 and ran.out == "checked films: no problems found\n"
     assert not list(Path.cwd().glob("films*"))
 
 
@@ -24,7 +24,7 @@ def test_advice_is_exit_0_and_a_refusal_exit_2(hatrack: Run, tiny_encoder: Path,
     advice = hatrack("check", *flags, "--alpha", 1)
     assert advice.code == 0 and advice.out.startswith("advice   [alpha-far-from-2r] alpha is far from 2r")
     assert "         got: alpha 1, r 8: scale 0.125\n         fix: leave --alpha out for 16" in advice.out
-    assert advice.out.endswith("0 refused, 1 to consider; docs/gotchas.md tells more of each\n")
+    assert advice.out.endswith("0 refused, 1 to consider; docs/gotchas.md explains each\n")
     refused = hatrack("check", *flags, "--targets", "qery", "--json")
     assert refused.code == 2 and refused.json["refused"] == 1
     assert refused.json["findings"][0]["gotcha"] == "target-names" and refused.json["findings"][0]["refused"] is True
@@ -61,7 +61,7 @@ def adapter(hatrack: Run, tiny_encoder: Path, reviews: Path) -> Path:
 
 def test_an_adapter_by_folder_and_by_name(hatrack: Run, adapter: Path) -> None:
     for name in ("films", Path.cwd() / "films"):
-        assert hatrack("check", name).out == f"checked {name}: nothing found\n"
+        assert hatrack("check", name).out == f"checked {name}: no problems found\n"
 
 
 def test_broken_adapters(hatrack: Run, adapter: Path, tmp_path: Path, tiny_encoder: Path) -> None:

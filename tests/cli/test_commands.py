@@ -122,7 +122,7 @@ def test_chat_and_generation(
     talk = hatrack("chat", "faq", "--json", "--max-new-tokens", 3)
     messages = talk.json["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
-    assert messages[2]["content"] == "what plot is red ?" and "the bare base answers" in talk.err
+    assert messages[2]["content"] == "what plot is red ?" and "the base without an adapter answers" in talk.err
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert hatrack("chat", "nobody").code == 2
 

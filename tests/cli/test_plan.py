@@ -55,8 +55,8 @@ def test_the_verdict_comes_first_with_the_one_change(hatrack: Run, tiny_decoder:
     assert small[0].startswith("fits: ") and "time       unknown for this machine" in small
     none = hatrack("plan", "--base", tiny_decoder, "--on", "200MiB")
     verdict = none.out.splitlines()[0]
-    assert none.code == 0 and verdict.startswith("does not fit: ") and "190.0 MiB there" in verdict
-    assert none.out.splitlines()[1].startswith("to change: ")
+    assert none.code == 0 and verdict.startswith("does not fit: ") and "190.0 MiB available" in verdict
+    assert none.out.splitlines()[1].startswith("fix: ")
     assert "1,000 rows of 64 tokens are assumed, task chat" in none.err  # 256, or what the base takes
 
 

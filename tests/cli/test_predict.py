@@ -96,7 +96,7 @@ def test_answers_are_written_beside_the_columns(classifier: None, hatrack: Run) 
     Path("rows.csv").write_text(f'id,text,label\n007,"{GOOD}",x\n008,,y\n009,{BAD}\n')
     ran = hatrack("predict", "reviews", "--file", "rows.csv", "--output", "out.csv")
     assert ran.code == 2 and ran.out == "answers to 3 rows are in out.csv\n"
-    assert "the answer's label is in predicted_label" in ran.err
+    assert "label is written to predicted_label" in ran.err
     with Path("out.csv").open(newline="") as file:
         header, *written = list(csv.reader(file))
     assert header == ["id", "text", "label", "predicted_label", "score", "scores", "error"]
@@ -105,7 +105,7 @@ def test_answers_are_written_beside_the_columns(classifier: None, hatrack: Run) 
     assert [row[6] for row in written[:2]] == ["", "the text is empty"] and "2 cells" in written[2][6]
 
     again = hatrack("predict", "reviews", "--file", "rows.csv", "--output", "out.csv")
-    assert again.code == 2 and "--output is there already; got out.csv" in again.complaint
+    assert again.code == 2 and "--output exists already; got out.csv" in again.complaint
     table = hatrack("predict", "reviews", GOOD, BAD, "--output", "out.jsonl", "--json")
     assert table.json == {"output": "out.jsonl", "rows": 2, "failed": 0} and table.code == 0
     found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
@@ -120,10 +120,15 @@ def test_an_argument_that_is_a_file_is_asked_about(hatrack: Run, classifier: Non
     Path("lines.txt").write_text(GOOD)
     ran = hatrack("predict", "reviews", "lines.txt")
     assert ran.code == 2 and ran.out == ""
-    assert "that is a file, not a text; got lines.txt; fix: --file lines.txt answers its rows" in ran.complaint
+    assert (
+        "the text is the name of a file; got lines.txt; fix: use --file lines.txt to answer its rows" in ran.complaint
+    )
     assert hatrack("predict", "reviews", "x" * 5000, ".").code == 0
     assert "--text names a column of a table" in hatrack("predict", "reviews", GOOD, "--text", "a").complaint
-    assert "from the arguments or from --file" in hatrack("predict", "reviews", GOOD, "--file", "lines.txt").complaint
+    assert (
+        "texts are given both as arguments and by --file"
+        in hatrack("predict", "reviews", GOOD, "--file", "lines.txt").complaint
+    )
 
 
 def test_a_text_of_a_megabyte_is_cut_and_said(classifier: None, hatrack: Run) -> None:
@@ -131,7 +136,7 @@ def test_a_text_of_a_megabyte_is_cut_and_said(classifier: None, hatrack: Run) ->
     ran = hatrack("predict", "reviews", "--file", "long.csv", "--json")
     first, second = _answers(ran)
     assert ran.code == 0 and first["cut"] and "cut" not in second and "label" in first
-    assert "a row longer than the adapter takes: cut, as in training" in ran.err
+    assert "a row cut to the longest input of the adapter, as in training" in ran.err
     assert len(ran.err) < 2000
     assert max(map(len, hatrack("predict", "reviews", "--file", "long.csv").out.splitlines())) < 2100
 

@@ -1,4 +1,4 @@
-"""How a command opens an adapter on its base: the same options for all that do."""
+"""The options of every command that loads an adapter."""
 
 import functools
 import inspect
@@ -7,37 +7,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hatrack.cli.options import keyword, with_parameters
 from hatrack.cli.unused_imports import skip_quantizers
 
 if TYPE_CHECKING:
     from hatrack.inference.hat import Hat
 
 
-def names_on_the_rack(incomplete: str) -> list[str]:
-    """What a shell offers for an adapter that is half typed."""
+def complete_name(incomplete: str) -> list[str]:
+    """The registered adapters that begin so, for the shell's completion."""
     from hatrack.adapter.registry import names
 
     return [name for name in names() if name.startswith(incomplete)]
 
 
 Adapter = Annotated[
-    str,
-    typer.Argument(help="A name that `hatrack list` shows, or an adapter's folder.", autocompletion=names_on_the_rack),
+    str, typer.Argument(metavar="ADAPTER", help="An adapter: its name or folder.", autocompletion=complete_name)
 ]
-BaseOption = Annotated[str | None, typer.Option("--base", help="Where the base lies now, if it moved.")]
+Base = Annotated[
+    str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now, if it moved: a hub id or folder.")
+]
 OtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Go on although the adapter was trained on other weights.")
+    bool, typer.Option("--allow-other-base", help="Load the adapter although it was trained on other weights.")
 ]
-Trust = Annotated[str | None, typer.Option("--trust-remote-code", help="The base's name, where its own code may run.")]
-NoProof = Annotated[bool, typer.Option("--no-proof", help="Do not run the adapter's proof first: for huge bases.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or xpu.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Trust = Annotated[
+    str | None,
+    typer.Option(
+        "--trust-remote-code", metavar="MODEL", help="The base's name again, to run code from its repository."
+    ),
+]
+NoProof = Annotated[
+    bool, typer.Option("--no-proof", help="Do not check the adapter with two short forward passes first.")
+]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|mps|xpu", help="Where to compute.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="The base's dtype in memory.")
+]
 Memory = Annotated[
-    str | None, typer.Option("--memory", help="The most memory to take, such as 3GiB. A larger base stays on disk.")
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="The most memory to use, such as 3GiB. A larger base stays on disk."),
 ]
 
-OPTIONS: dict[str, tuple[Any, Any]] = {
-    "base": (BaseOption, None),
+LOAD_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "base": (Base, None),
     "allow_other_base": (OtherBase, False),
     "trust_remote_code": (Trust, None),
     "no_proof": (NoProof, False),
@@ -45,36 +57,31 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
     "dtype": (Dtype, "auto"),
     "memory": (Memory, None),
 }
-"""Each with its default."""
-OpenHat = Callable[[], "Hat"]
+"""Name -> (type, default)."""
+LoadHat = Callable[[], "Hat"]
 
 
-def with_hat(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives `command(adapter, ..., open_hat, ...)` the options that opening `adapter` takes, in place of `open_hat`;
-    `adapter` may be several.
+def with_adapter_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorates `command(adapter, ..., load_hat, ...)`: the options that loading takes replace `load_hat`.
 
-    It is opened when the command calls `open_hat()`, after its own complaints: a base takes seconds to load.
+    `adapter` is one adapter or a list of them. The command calls `load_hat()` once its own options are checked,
+    because loading a base takes seconds.
     """
-    kind = inspect.Parameter.KEYWORD_ONLY
-    opening = [
-        inspect.Parameter(name, kind, default=default, annotation=option) for name, (option, default) in OPTIONS.items()
-    ]
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        parameters += opening if name == "open_hat" else [parameter.replace(kind=kind)]
+        if name == "load_hat":
+            parameters += [keyword(each, kind, default) for each, (kind, default) in LOAD_OPTIONS.items()]
+        else:
+            parameters.append(parameter)
 
-    @functools.wraps(command)
-    def wrapped(**values: Any) -> None:
-        options = {name: values.pop(name) for name in OPTIONS}
-        command(**values, open_hat=functools.partial(_opened, values["adapter"], **options))
+    def run(**values: Any) -> None:
+        options = {name: values.pop(name) for name in LOAD_OPTIONS}
+        command(**values, load_hat=functools.partial(_load, values["adapter"], **options))
 
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del wrapped.__wrapped__  # else the signature of `command` would be read instead
-    return wrapped
+    return with_parameters(run, parameters, doc=command.__doc__)
 
 
-def _opened(adapter: str | list[str], *, no_proof: bool, **options: Any) -> "Hat":
+def _load(adapter: str | list[str], *, no_proof: bool, **options: Any) -> "Hat":
     skip_quantizers(*([adapter] if isinstance(adapter, str) else adapter))
     from hatrack.inference.load import load
 

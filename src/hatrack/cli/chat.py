@@ -11,91 +11,96 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from hatrack.cli.adapter_options import Adapter, OpenHat, with_hat
+from hatrack.cli.adapter_options import Adapter, LoadHat, with_adapter_options
 from hatrack.cli.options import Json
-from hatrack.cli.predict import Length, Temperature
-from hatrack.console import say
+from hatrack.cli.predict import MaxNewTokens, Temperature
+from hatrack.console import ENDING_SIGNALS, say
 from hatrack.errors import HatrackError, RecipeError
 
 if TYPE_CHECKING:
     from hatrack.inference.hat import Hat
 
-HELP = """/help         this list
-/use NAME     another adapter answers; it is loaded where it is not yet
-/base, /hat   the bare base answers; the adapter again
-/system TEXT  what the model is told first, or without TEXT nothing; starts over
-/reset, /new  start over
-/save FILE    write the conversation to FILE, as a row to learn from
-/quit         leave, as Ctrl-D does; Ctrl-C stops an answer
-//TEXT        say /TEXT"""
+HELP = """/help         show this list
+/use NAME     let another adapter answer; it is loaded if need be
+/base         let the base answer without an adapter
+/hat          let the adapter answer again
+/system TEXT  set the system message (without TEXT: none) and start over
+/reset, /new  start over; the system message stays
+/save FILE    add the conversation to FILE, a .jsonl file to train on
+/quit         leave, like Ctrl-D; Ctrl-C stops an answer
+//TEXT        send /TEXT"""
+BASE_ALONE = "the base without an adapter"
 
 
 @dataclass
-class Talk:
-    """A conversation: who answers (names of adapters; None for the bare base), and what was said.
+class Chat:
+    """A conversation and who takes part in it.
 
-    `person` is whether somebody sits at a terminal, `aloud` whether answers are printed as they come. `others` is what
-    those beside the first said, `cut` which of the messages broke off at the most tokens allowed.
+    `adapter`: the adapter that `/hat` returns to. `speakers`: who answers, None for the base alone.
+    The conversation goes on from the first speaker's answers; the second's are in `other_answers`. `at_terminal`: a
+    person types the lines. `prints`: answers are printed as they come. `truncated`: the indices of the messages that
+    ended at the token limit.
     """
 
     hat: "Hat"
     adapter: str | None
     speakers: list[str | None]
     generation: dict[str, Any]
-    person: bool
-    aloud: bool
+    at_terminal: bool
+    prints: bool
     messages: list[dict[str, str]] = field(default_factory=list)
-    others: list[dict[str, str]] = field(default_factory=list)
-    cut: list[int] = field(default_factory=list)
+    other_answers: list[dict[str, str]] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
 
     def start_over(self, system: str = "") -> None:
-        """Forgets what was said; `system` is told first."""
+        """Forgets the conversation and sets the system message."""
         self.messages = [{"role": "system", "content": system}] if system else []
-        self.others, self.cut = [], []
+        self.other_answers, self.truncated = [], []
 
 
-@with_hat
+@with_adapter_options
 def chat(
     adapter: Adapter,
-    beside: Annotated[
-        str | None, typer.Option("--with", help="A second adapter, whose answers are shown below the first's.")
+    second: Annotated[
+        str | None,
+        typer.Option("--with", metavar="ADAPTER", help="A second adapter of the same base, which answers too."),
     ] = None,
     *,
-    open_hat: OpenHat,
-    max_new_tokens: Length = 256,
+    load_hat: LoadHat,
+    max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Talk with an adapter. /help lists what can be typed besides, /quit leaves."""
-    hat = open_hat()
+    """Chat with an adapter. Type /help for the commands, /quit to leave."""
+    hat = load_hat()
     if hat.task == "classify":
-        raise RecipeError(f"{adapter} is a classifier and does not talk", fix=f'use hatrack predict {adapter} "a text"')
-    speakers: list[str | None] = [hat.active, *([hat.add(beside)] if beside else [])]
+        raise RecipeError(f"{adapter} is a classifier: it cannot chat", fix=f'use hatrack predict {adapter} "a text"')
+    speakers: list[str | None] = [hat.active, *([hat.add(second)] if second else [])]
     generation = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    talk = Talk(hat, hat.active, speakers, generation, person=sys.stdin.isatty(), aloud=not as_json)
-    if talk.person:
-        say(f"talking with {' and '.join(map(_name, speakers))}: /help, /quit")
-    for line in _lines(talk):
+    chat = Chat(hat, hat.active, speakers, generation, at_terminal=sys.stdin.isatty(), prints=not as_json)
+    if chat.at_terminal:
+        say(f"chatting with {' and '.join(map(_label, speakers))}; /help lists the commands, /quit leaves")
+    for line in _lines(chat):
         if line == "/quit":
             break
         if line.startswith("/") and not line.startswith("//"):
-            _command(talk, line)
+            _command(chat, line)
         elif line:
-            _answer(talk, line[1:] if line.startswith("//") else line)
+            _answer(chat, line[1:] if line.startswith("//") else line)
     if as_json:
-        told: dict[str, Any] = {"adapter": speakers[0], "messages": talk.messages, "cut": talk.cut}
-        print(json.dumps(told | ({"with": speakers[1], "others": talk.others} if beside else {})))
+        facts: dict[str, Any] = {"adapter": speakers[0], "messages": chat.messages, "cut": chat.truncated}
+        print(json.dumps(facts | ({"with": speakers[1], "others": chat.other_answers} if second else {})))
 
 
-def _lines(talk: Talk) -> Iterator[str]:
-    """What is typed or piped in, line by line. Two times Ctrl-C at the prompt leaves."""
-    prompt = "> " if talk.person and talk.aloud else ""
-    if talk.person:
+def _lines(chat: Chat) -> Iterator[str]:
+    """The lines that are typed or piped in. Ctrl-C twice at the prompt ends them."""
+    prompt = "> " if chat.at_terminal and chat.prints else ""
+    if chat.at_terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # gives input() a line that can be edited, and the lines before it
-        for number in (signal.SIGTERM, signal.SIGHUP):  # these end it at once
+            import readline  # noqa: F401  # gives input() an editable line and a history
+        for number in ENDING_SIGNALS:  # at once, not as Ctrl-C does
             signal.signal(number, _leave)
-    asked_to_leave = False
+    pressed_once = False
     while True:
         try:
             line = input(prompt)
@@ -104,18 +109,18 @@ def _lines(talk: Talk) -> Iterator[str]:
                 print()
             return
         except KeyboardInterrupt:
-            if not talk.person:
+            if not chat.at_terminal:
                 raise
             try:
                 print()
-                if asked_to_leave:
+                if pressed_once:
                     return
-                asked_to_leave = True
-                say("Ctrl-C once more leaves, as /quit does")
-            except KeyboardInterrupt:  # the second one, pressed at once
+                pressed_once = True
+                say("press Ctrl-C again to leave")
+            except KeyboardInterrupt:  # pressed twice at once
                 return
             continue
-        asked_to_leave = False
+        pressed_once = False
         yield line.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
 
 
@@ -123,103 +128,103 @@ def _leave(*_: object) -> NoReturn:
     raise SystemExit(130)
 
 
-def _name(speaker: str | None) -> str:
-    return speaker or "the bare base"
+def _label(speaker: str | None) -> str:
+    return speaker or BASE_ALONE
 
 
-def _answer(talk: Talk, line: str) -> None:
-    """Has everybody answer, and goes on from the first one's answer."""
-    asked = [*talk.messages, {"role": "user", "content": line}]
-    said: list[dict[str, str]] = []
+def _answer(chat: Chat, line: str) -> None:
+    """Lets each speaker answer `line`; the conversation goes on from the first one's answer."""
+    asked = [*chat.messages, {"role": "user", "content": line}]
+    answers: list[dict[str, str]] = []
     try:
-        for speaker in talk.speakers:
-            if len(talk.speakers) > 1 and talk.aloud:
-                print(f"{_name(speaker)}: ", end="", flush=True)
-            text, whole = _said(talk, asked, speaker)
-            if not said and whole is False:
-                talk.cut.append(len(asked))
-            said.append({"role": "assistant", "content": text})
-            if whole is None:
+        for speaker in chat.speakers:
+            if len(chat.speakers) > 1 and chat.prints:
+                print(f"{_label(speaker)}: ", end="", flush=True)
+            text, is_complete = _generate(chat, asked, speaker)
+            if not answers and is_complete is False:
+                chat.truncated.append(len(asked))
+            answers.append({"role": "assistant", "content": text})
+            if is_complete is None:
                 break
-    except HatrackError as error:  # a template that takes no system turn, say
-        if not talk.person:
+    except HatrackError as error:  # such as a chat template that takes no system message
+        if not chat.at_terminal:
             raise
         say(str(error))
         return
-    if whole is not None or said[0]["content"]:
-        talk.messages = [*asked, said[0]]
-        talk.others += said[1:]
+    if is_complete is not None or answers[0]["content"]:
+        chat.messages = [*asked, answers[0]]
+        chat.other_answers += answers[1:]
 
 
-def _said(talk: Talk, asked: list[dict[str, str]], speaker: str | None) -> tuple[str, bool | None]:
-    """One answer, shown as it comes, and whether it is whole; None where Ctrl-C stopped it."""
-    talk.hat.use(speaker)
-    stream, text, whole = talk.hat.stream(asked, **talk.generation), "", None
+def _generate(chat: Chat, asked: list[dict[str, str]], speaker: str | None) -> tuple[str, bool | None]:
+    """One answer, printed as it comes. Returns it and whether it is complete; None where Ctrl-C stopped it."""
+    chat.hat.use(speaker)
+    stream, text, is_complete = chat.hat.stream(asked, **chat.generation), "", None
     try:
         while True:
             piece = next(stream)
             text += piece
-            if talk.aloud:
+            if chat.prints:
                 print(piece, end="", flush=True)
     except StopIteration as ended:
-        whole = bool(ended.value)
+        is_complete = bool(ended.value)
     except KeyboardInterrupt:
-        if not talk.person:
+        if not chat.at_terminal:
             raise
         stream.close()
-    if talk.aloud:
+    if chat.prints:
         print(flush=True)
-    if not whole:
-        most = talk.generation["max_new_tokens"]
-        say("[stopped]" if whole is None else f"[cut at {most} tokens: --max-new-tokens allows more]")
-    return text, whole
+    if not is_complete:
+        limit = chat.generation["max_new_tokens"]
+        say("[stopped]" if is_complete is None else f"[cut at {limit} tokens; --max-new-tokens N allows more]")
+    return text, is_complete
 
 
-def _command(talk: Talk, line: str) -> None:
-    """Does what a line with a slash asks for, or says what is wrong with it: a typing error ends no conversation."""
+def _command(chat: Chat, line: str) -> None:
+    """Runs a line that begins with a slash. A mistake in it is only told: it does not end the conversation."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name == "/help":
         say(HELP)
     elif name == "/use":
-        _use(talk, rest)
+        _use(chat, rest)
     elif name in ("/base", "/hat"):
-        talk.speakers[0] = None if name == "/base" else talk.adapter
-        say(f"{_name(talk.speakers[0])} answers")
+        chat.speakers[0] = None if name == "/base" else chat.adapter
+        say(f"{_label(chat.speakers[0])} answers")
     elif name == "/system":
-        talk.start_over(rest)
-        say("the model is told that first; started over" if rest else "the model is told nothing first; started over")
+        chat.start_over(rest)
+        say("system message set; started over" if rest else "no system message; started over")
     elif name in ("/reset", "/new"):
-        first = talk.messages[0] if talk.messages else {"role": ""}
-        talk.start_over(first["content"] if first["role"] == "system" else "")
+        first = chat.messages[0] if chat.messages else {"role": ""}
+        chat.start_over(first["content"] if first["role"] == "system" else "")
         say("started over")
     elif name == "/save":
-        _save(talk.messages, rest)
+        _save(chat.messages, rest)
     else:
-        say(f"there is no {name}: /help lists what there is, and //... says a text that begins with a slash")
+        say(f"there is no command {name}; /help lists the commands, //TEXT sends a text that begins with a slash")
 
 
-def _use(talk: Talk, name: str) -> None:
-    """Has another adapter answer."""
+def _use(chat: Chat, name: str) -> None:
+    """Lets another adapter answer."""
     if not name:
-        say(f"/use NAME, one of {', '.join(talk.hat.cards)}, or any that hatrack list shows for this base")
+        say(f"use /use NAME: {', '.join(chat.hat.cards)}, or another adapter of this base (see hatrack list)")
         return
     try:
-        talk.adapter = talk.speakers[0] = name if name in talk.hat.cards else talk.hat.add(name)
+        chat.adapter = chat.speakers[0] = name if name in chat.hat.cards else chat.hat.add(name)
     except HatrackError as error:
         say(str(error))
         return
-    say(f"{talk.adapter} answers")
+    say(f"{chat.adapter} answers")
 
 
 def _save(messages: list[dict[str, str]], name: str) -> None:
-    """Writes the conversation as a line of JSON, to a new file or at the end of one that has such lines."""
+    """Appends the conversation to a .jsonl file, as one row; or writes it to a new file."""
     path = Path(name).expanduser()
     if not name or not messages:
-        say("/save FILE, such as talks.jsonl" if messages else "there is nothing to save yet")
+        say("use /save FILE, such as /save chats.jsonl" if messages else "there is nothing to save yet")
         return
     if path.exists() and path.suffix != ".jsonl":
-        say(f"{path} exists already and is no .jsonl file: choose another name")
+        say(f"{path} exists already and is not a .jsonl file: choose another name")
         return
     try:
         with path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""`hatrack check`: every gotcha looked for, in a recipe or in an adapter."""
+"""`hatrack check`: looks for known problems in a recipe or an adapter."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hatrack.cli.options import Json, with_recipe
+from hatrack.cli.options import Json, with_recipe_options
 from hatrack.cli.unused_imports import skip_quantizers, skip_unused_imports
 from hatrack.errors import AdapterError, HatrackError, WrongBase
 from hatrack.recipe import Recipe
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from hatrack.check.finding import Finding
 
 
-OPENING = ("base", "device", "dtype", "trust_remote_code")
-"""Options that an adapter is opened with."""
+LOAD_OPTIONS = ("base", "device", "dtype", "trust_remote_code")
+"""Recipe options that loading an adapter takes too."""
 
 
-def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
+def _check_adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
     from hatrack.check.finding import refusal
 
     try:
@@ -33,17 +33,18 @@ def _adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
     found = check_adapter(adapter, given.get("base"), trust=given.get("trust_remote_code"))
     if not any(finding.refused for finding in found):
         try:
-            load(adapter, **{name: given[name] for name in OPENING if name in given})
+            load(adapter, **{name: given[name] for name in LOAD_OPTIONS if name in given})
         except HatrackError as error:
             found.append(refusal("other-base" if isinstance(error, WrongBase) else "adapter-refused", error))
     _report(adapter, found, as_json)
 
 
-@with_recipe(adapter=_adapter)
+@with_recipe_options(on_adapter=_check_adapter)
 def check(recipe: Recipe, as_json: Json = False) -> None:
-    """Look for every known gotcha before a run, or in an adapter.
+    """Look for known problems before a run, or in an adapter.
 
-    hatrack check RECIPE.yaml, hatrack check FILE --base MODEL, or hatrack check ADAPTER.
+    hatrack check RECIPE.yaml, hatrack check DATA --base MODEL, or hatrack check ADAPTER. It loads the base and trains
+    one step. Exit code 2: train would refuse to start.
     """
     skip_unused_imports(recipe)
     from hatrack.check.checks import check_recipe
@@ -56,7 +57,7 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
 
 
 def _report(what: str, found: "list[Finding]", as_json: bool) -> None:
-    """Prints the findings, the worst first, and ends with exit code 2 where something would be refused."""
+    """Prints the findings, refusals first. Exits with code 2 if there is a refusal."""
     found = sorted(found, key=lambda finding: not finding.refused)
     refused = sum(finding.refused for finding in found)
     if as_json:
@@ -65,10 +66,10 @@ def _report(what: str, found: "list[Finding]", as_json: bool) -> None:
     else:
         for finding in found:
             print(f"{'refused' if finding.refused else 'advice':<8} [{finding.gotcha}] {finding.what}")
-            for word, text in (("got", finding.got), ("fix", finding.fix)):
+            for label, text in (("got", finding.got), ("fix", finding.fix)):
                 if text:
-                    print(f"         {word}: {text}")
-        counted = f"{refused} refused, {len(found) - refused} to consider" if found else "nothing found"
-        print(f"checked {what}: {counted}" + ("; docs/gotchas.md tells more of each" if found else ""))
+                    print(f"         {label}: {text}")
+        summary = f"{refused} refused, {len(found) - refused} to consider" if found else "no problems found"
+        print(f"checked {what}: {summary}" + ("; docs/gotchas.md explains each" if found else ""))
     if refused:
         raise typer.Exit(2)

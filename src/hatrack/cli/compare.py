@@ -1,62 +1,59 @@
-"""`hatrack compare`: the base and adapters on the same rows, which none of them has seen."""
+"""`hatrack compare`: scores adapters and their base on the same held-out rows."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.models import OptionInfo
 
-from hatrack.cli.adapter_options import OpenHat, names_on_the_rack, with_hat
-from hatrack.cli.options import Json
+from hatrack.cli.adapter_options import LoadHat, complete_name, with_adapter_options
+from hatrack.cli.options import Json, recipe_option
 from hatrack.errors import AdapterError
-from hatrack.recipe import Recipe, flag
 
 if TYPE_CHECKING:
     from hatrack.evaluate.compare import Comparison, Comparisons
-
-
-def _as_in_recipes(name: str) -> OptionInfo:
-    option: OptionInfo = typer.Option(flag(name), help=Recipe.model_fields[name].description, rich_help_panel="Data")
-    return option
 
 
 Adapters = Annotated[
     list[str],
     typer.Argument(
         metavar="ADAPTER",
-        help="Names that `hatrack list` shows, or adapters' folders.",
-        autocompletion=names_on_the_rack,
+        help="Adapters of one base: their names or folders.",
+        autocompletion=complete_name,
     ),
 ]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="Rows to compare on. Default: those held out by all.", rich_help_panel="Data"),
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Rows to score. Default: the rows that the adapters' runs held out.",
+        rich_help_panel="Data",
+    ),
 ]
 
 
-@with_hat
+@with_adapter_options
 def compare(
     adapter: Adapters,
     *,
     data: Data = None,
-    text: Annotated[str | None, _as_in_recipes("text")] = None,
-    label: Annotated[str | None, _as_in_recipes("label")] = None,
-    prompt: Annotated[str | None, _as_in_recipes("prompt")] = None,
-    completion: Annotated[str | None, _as_in_recipes("completion")] = None,
-    messages: Annotated[str | None, _as_in_recipes("messages")] = None,
-    bad_rows: Annotated[str | None, _as_in_recipes("bad_rows")] = None,
-    open_hat: OpenHat,
+    text: Annotated[str | None, recipe_option("text")] = None,
+    label: Annotated[str | None, recipe_option("label")] = None,
+    prompt: Annotated[str | None, recipe_option("prompt")] = None,
+    completion: Annotated[str | None, recipe_option("completion")] = None,
+    messages: Annotated[str | None, recipe_option("messages")] = None,
+    bad_rows: Annotated[str | None, recipe_option("bad_rows")] = None,
+    load_hat: LoadHat,
     as_json: Json = False,
 ) -> None:
-    """Score adapters and their base on the same rows.
+    """Score adapters and their base on the same rows: which is better, with a 95% confidence interval.
 
-    Says which is better, and how sure that is.
-    Rows that one of the adapters was trained on are left out, whatever file they are in.
+    Rows that any of the adapters was trained on are left out, whatever file they are in.
     """
     columns = {"text": text, "label": label, "prompt": prompt, "completion": completion, "messages": messages}
     options = {name: value for name, value in {**columns, "bad_rows": bad_rows}.items() if value is not None}
     _check_names(adapter)
-    hat = open_hat()
+    hat = load_hat()
 
     from hatrack.console import say
     from hatrack.evaluate.compare import compare as run
@@ -69,7 +66,10 @@ def compare(
 
 
 def _check_names(adapters: list[str]) -> None:
-    """Before a base is loaded. Raises AdapterError for an adapter named twice, and for some that cannot be compared."""
+    """Checks the adapters before the base is loaded.
+
+    Raises AdapterError where one is named twice, or where they cannot be compared with each other.
+    """
     from hatrack.adapter.card import read_card
     from hatrack.adapter.registry import find_adapter
     from hatrack.evaluate.comparable import check_comparable
@@ -77,10 +77,10 @@ def _check_names(adapters: list[str]) -> None:
     folders = {name: find_adapter(name).resolve() for name in adapters}
     if len(set(folders.values())) < len(adapters):
         raise AdapterError("an adapter is named twice", got=" ".join(adapters), fix="name each once")
-    made = {name: read_card(folder) for name, folder in folders.items()}
-    here = {name: hat for name, hat in made.items() if hat is not None}
-    if len(here) > 1:
-        check_comparable(here)
+    read = {name: read_card(folder) for name, folder in folders.items()}
+    cards = {name: card for name, card in read.items() if card is not None}
+    if len(cards) > 1:
+        check_comparable(cards)
 
 
 def _lines(found: "Comparisons") -> list[str]:
@@ -89,9 +89,9 @@ def _lines(found: "Comparisons") -> list[str]:
         return [
             f"{first.metric:<11} base {first.base:.4f}, adapter {first.adapter:.4f}",
             f"difference  {_difference(first)}",
-            f"verdict     {first.verdict}{_few(first)}",
+            f"verdict     {first.verdict}{_few_rows(first)}",
         ]
-    lines = [f"{first.metric} on {first.rows:,} rows{_few(first)}", f"base: {first.base:.4f}"]
+    lines = [f"{first.metric} on {first.rows:,} rows{_few_rows(first)}", f"base: {first.base:.4f}"]
     lines += [
         f"{name}: {each.adapter:.4f}, {each.verdict}\n  {_difference(each)}" for name, each in found.adapters.items()
     ]
@@ -107,7 +107,7 @@ def _difference(found: "Comparison") -> str:
     return f"{found.difference:+.4f} (95% interval {low:+.4f} to {high:+.4f}, {found.rows:,} rows)"
 
 
-def _few(found: "Comparison") -> str:
+def _few_rows(found: "Comparison") -> str:
     from hatrack.evaluate.held_out import FEWEST_ROWS
 
     return f" (fewer than {FEWEST_ROWS} rows)" if found.rows < FEWEST_ROWS else ""

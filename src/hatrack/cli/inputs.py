@@ -1,6 +1,6 @@
-"""What `hatrack predict` is asked: rows from arguments, standard input or a file, in their order and none left out.
+"""The input of `hatrack predict`: rows from arguments, standard input or a file, in order.
 
-Files are read as data to train on is. Knows nothing of adapters.
+Files are read like training data. Knows nothing of adapters.
 """
 
 import os
@@ -18,10 +18,10 @@ from hatrack.errors import DataError, RecipeError
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One row: the text or conversation to answer, or the `problem` with it; its number, and its `cells` by column."""
+class InputRow:
+    """A row to answer: its number from 1, its text or conversation, what is wrong with it, its cells by column."""
 
-    row: int
+    number: int
     prompt: Any
     problem: str = ""
     cells: Mapping[str, Any] = field(default_factory=dict)
@@ -29,22 +29,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: what messages call it, and either a table or texts, which may come as they are typed."""
+    """Where rows come from: its name in messages, and either a table or texts, `streamed` from a pipe or not."""
 
     name: str
     table: Rows | None = None
     texts: Iterable[str | None] = ()
     streamed: bool = False
 
-    def columns(self, own: str) -> tuple[str, ...]:
-        """The columns of the rows; texts have one, `own`."""
-        return self.table.columns if self.table is not None else (own,)
+    def columns(self, text: str) -> tuple[str, ...]:
+        """The columns of the rows; plain texts have one, called `text`."""
+        return self.table.columns if self.table is not None else (text,)
 
 
 def open_source(texts: Sequence[str] | None, file: Path | None, column: str | None) -> Source:
-    """Where the rows come from. Raises DataError or RecipeError where there are none, or they cannot be read."""
+    """Opens the arguments, `file` or standard input. Raises DataError or RecipeError where there is nothing to read."""
     if texts and file:
-        raise RecipeError("texts come from the arguments or from --file, not both", fix="leave one out")
+        raise RecipeError("texts are given both as arguments and by --file", fix="leave one out")
     table = read_rows(str(file)) if file is not None and is_table(str(file)) else None
     if column is not None and table is None:
         raise RecipeError(
@@ -59,54 +59,51 @@ def open_source(texts: Sequence[str] | None, file: Path | None, column: str | No
     if file is not None:
         return Source(str(file), texts=read_lines(str(file)))
     if texts:
-        return Source("the arguments", texts=[_as_typed(text) for text in texts])
+        return Source("the arguments", texts=[_decode_argument(text) for text in texts])
     if sys.stdin.isatty():
         raise RecipeError("there is no text to answer", fix='add one ("a text"), --file FILE, or pipe lines in')
     regular = stat.S_ISREG(os.fstat(0).st_mode)
     return Source("standard input", texts=_standard_input(whole=regular), streamed=not regular)
 
 
-def read_asked(source: Source, task: str, column: str | None, named: Mapping[str, str]) -> Iterator[Asked]:
-    """Every row of a source, as an adapter for `task` is asked it. `named` are the columns it was trained on, by role.
+def read_input(source: Source, task: str, column: str | None, trained_on: Mapping[str, str]) -> Iterator[InputRow]:
+    """Every row of a source. `column` holds the texts of a table; by default a column that the adapter was trained on.
 
-    Raises DataError where a table does not tell which of its columns is asked.
+    `trained_on`: the columns it was trained on, by role. Raises DataError where it is unclear which column to answer.
     """
     if source.table is not None:
-        yield from _table(source.table, task, column, named)
+        yield from _read_table(source.table, task, column, trained_on)
         return
-    own = "text" if task == "classify" else "prompt"
+    name = "text" if task == "classify" else "prompt"
     for number, text in enumerate(source.texts, 1):
         problem = "the text is not UTF-8" if text is None else text_problem(text)
-        yield Asked(number, text, problem, {own: text})
+        yield InputRow(number, text, problem, {name: text})
 
 
-def _table(table: Rows, task: str, column: str | None, named: Mapping[str, str]) -> Iterator[Asked]:
-    named = named if column is None else {"text": column, "prompt": column}
+def _read_table(table: Rows, task: str, column: str | None, trained_on: Mapping[str, str]) -> Iterator[InputRow]:
+    named = trained_on if column is None else {"text": column, "prompt": column}
     columns = find_prompt_columns(task, table.columns, table.source, named)
-    asked = [Asked(number, None, words) for number, words in table.problems]
+    rows = [InputRow(number, None, words) for number, words in table.problems]
     for number, cells in zip(table.numbers, table.rows, strict=True):
         found = read_prompt(number, cells, task, columns)
         if isinstance(found, BadRow):
-            asked.append(Asked(number, cells.get(next(iter(columns.values()))), found.reason, cells))
+            rows.append(InputRow(number, cells.get(next(iter(columns.values()))), found.reason, cells))
         else:
-            asked.append(Asked(number, found, "", cells))
-    yield from sorted(asked, key=lambda each: each.row)
+            rows.append(InputRow(number, found, "", cells))
+    yield from sorted(rows, key=lambda row: row.number)
 
 
-def _as_typed(argument: str) -> str:
-    """An argument as UTF-8, which is what terminals send, also where the system's locale is a lesser one.
-
-    Raises RecipeError where it is a file: then its content was meant.
-    """
+def _decode_argument(argument: str) -> str:
+    """An argument as UTF-8, which terminals send whatever the locale. Raises RecipeError where it names a file."""
     try:
         is_file = Path(argument).is_file()
-    except (OSError, ValueError):  # far too long for a name, or with a NUL in it
+    except (OSError, ValueError):  # too long for a file name, or with a NUL in it
         is_file = False
     if is_file:
         raise RecipeError(
-            "that is a file, not a text",
+            "the text is the name of a file",
             got=argument,
-            fix=f"--file {argument} answers its rows",
+            fix=f"use --file {argument} to answer its rows",
         )
     try:
         return os.fsencode(argument).decode()
@@ -115,9 +112,9 @@ def _as_typed(argument: str) -> str:
 
 
 def _standard_input(*, whole: bool) -> Iterator[str | None]:
-    """The lines of standard input, from a pipe as they come; None for one that is not UTF-8."""
+    """The lines of standard input: all at once (`whole`), or from a pipe as they come. None: a line is not UTF-8."""
     binary = getattr(sys.stdin, "buffer", None)
-    if binary is None:  # text in memory, put there by whoever runs us in their process
+    if binary is None:  # text in memory: somebody replaced sys.stdin
         yield from decode_lines("standard input", sys.stdin.read().encode())
     elif whole:
         yield from decode_lines("standard input", binary.read())

@@ -1,4 +1,4 @@
-"""Flags, help and docs/options.md, all made from the fields of the recipe.
+"""Makes flags, help texts and docs/options.md from the fields of the recipe.
 
 `python -m hatrack.cli.options FILE` writes the options page.
 """
@@ -6,7 +6,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,78 +18,87 @@ from hatrack.storage import write_file
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-def with_recipe(
-    command: Callable[..., None] | None = None, *, adapter: Callable[..., None] | None = None
+def with_recipe_options(
+    command: Callable[..., None] | None = None, *, on_adapter: Callable[..., None] | None = None
 ) -> Callable[..., Any]:
-    """Gives `command(recipe, **rest)` the flags of every recipe option, and a recipe or data file as its argument.
+    """Decorates `command(recipe, **rest)`: adds a flag for each recipe option, and a recipe or data file as argument.
 
-    With `adapter` the argument may also be an adapter, which goes to `adapter(argument, flags, **rest)`. The values
-    stay text until the recipe checks them, so that each complaint is made in one place, in one form.
+    With `on_adapter` the argument may also be an adapter; then `on_adapter(argument, given options, **rest)` is called
+    instead. Values stay text until the recipe validates them, so that each mistake has one message everywhere.
     """
     if command is None:
-        return functools.partial(with_recipe, adapter=adapter)
+        return functools.partial(with_recipe_options, on_adapter=on_adapter)
     own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "recipe"]
-    metavar, help = (
-        "[RECIPE.yaml|DATA]",
-        "A recipe file; flags override its options. Or the data file, as with --data.",
-    )
-    if adapter is not None:
-        metavar, help = "[RECIPE.yaml|DATA|ADAPTER]", f"{help} Or an adapter: its folder, or its name on the rack."
+    metavar, help = "[RECIPE.yaml|DATA]", "A recipe file (flags override it), or a data file, as with --data."
+    if on_adapter is not None:
+        metavar, help = "[RECIPE.yaml|DATA|ADAPTER]", f"{help} Or an adapter: its name or folder."
     file = Annotated[Path | None, typer.Argument(metavar=metavar, help=help)]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter("recipe_file", kind, default=None, annotation=file)]
-    parameters += [inspect.Parameter(name, kind, default=None, annotation=_flag(name)) for name in Recipe.model_fields]
-    parameters += [parameter.replace(kind=kind) for parameter in own]
 
-    @functools.wraps(command)
-    def wrapped(**values: Any) -> None:
+    def run(**values: Any) -> None:
         rest = {parameter.name: values.pop(parameter.name) for parameter in own}
         path = values.pop("recipe_file")
         given = {name: value for name, value in values.items() if value is not None}
-        if (
-            adapter is not None
-            and path is not None
-            and path.suffix.lower() not in RECIPE_SUFFIXES
-            and not is_data(path)
-        ):
-            adapter(str(path), given, **rest)
+        is_adapter = path is not None and path.suffix.lower() not in RECIPE_SUFFIXES and not is_data(path)
+        if on_adapter is not None and is_adapter:
+            on_adapter(str(path), given, **rest)
             return
         command(Recipe.of(path, **given) if path else Recipe.make(**given), **rest)
 
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del wrapped.__wrapped__  # else the signature of `command` would be read instead
-    return wrapped
+    flags = [
+        keyword(name, Annotated[bool | None if field.annotation is bool else str | None, recipe_option(name)])
+        for name, field in Recipe.model_fields.items()
+    ]
+    return with_parameters(run, [keyword("recipe_file", file), *flags, *own], doc=command.__doc__)
+
+
+def with_parameters(
+    run: Callable[..., None], parameters: Sequence[inspect.Parameter], *, doc: str | None
+) -> Callable[..., None]:
+    """Makes `run(**values)` a command that typer gives these parameters.
+
+    typer reads a command's parameters from `inspect.signature`, and `__signature__` is Python's documented way to say
+    what that returns. typer has no other way to add parameters: it calls a command with every option it
+    has, so options added to its click command would need a function that declares them again.
+    """
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = doc
+    return run
+
+
+def keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    """A parameter for `with_parameters`."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def is_data(path: Path) -> bool:
-    """Whether an argument names a data file: one that is there, or a name with the suffix of one."""
+    """Whether an argument names a data file: one that exists, or has the suffix of one."""
     return path.is_file() or any(suffix.lower() in DATA_SUFFIXES for suffix in path.suffixes)
 
 
-def _flag(name: str) -> Any:
+def recipe_option(name: str) -> Any:
+    """The `typer.Option` of one recipe option: its flag, allowed values, help and default."""
     field = Recipe.model_fields[name]
+    panel = option_detail(field, "group")
     if field.annotation is bool:
-        return Annotated[
-            bool | None, typer.Option(flag(name), help=field.description, rich_help_panel=option_detail(field, "group"))
-        ]
-    shown = "|".join(choices(field)) or option_detail(field, "metavar")
+        return typer.Option(flag(name), help=field.description, rich_help_panel=panel)
     text = f"{field.description} Default: {field.default}." if field.default is not None else field.description
-    option = typer.Option(
+    return typer.Option(
         flag(name),
         help=escape(str(text)),
-        metavar=shown,
-        rich_help_panel=option_detail(field, "group"),
+        metavar="|".join(choices(field)) or option_detail(field, "metavar"),
+        rich_help_panel=panel,
         autocompletion=lambda incomplete: [word for word in choices(field) if word.startswith(incomplete)],
     )
-    return Annotated[str | None, option]
 
 
 def options_page() -> str:
-    """docs/options.md: every option under its heading, with its default and what it does."""
+    """The text of docs/options.md: every option under its heading, with its default and what it does."""
     lines = ["# Options", "", "Made from `src/hatrack/recipe.py` by `make format`; a test fails when it is stale.", ""]
     lines += ["On the command line write `--eval-data FILE`; in a recipe file write `eval_data: FILE`.", ""]
     headings = list(dict.fromkeys(option_detail(field, "group") for field in Recipe.model_fields.values()))

@@ -1,4 +1,4 @@
-"""Answers to rows: printed as text or JSON, or written to a table beside the columns they were asked in."""
+"""Prints answers as text or JSON, or writes them to a table beside the input's columns."""
 
 import contextlib
 import csv
@@ -9,37 +9,37 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from hatrack.cli.inputs import Asked
+from hatrack.cli.inputs import InputRow
 from hatrack.console import say
 from hatrack.errors import CONTROLS_TO_SPACES, DataError, RecipeError, truncate
 from hatrack.storage import new_file
 
 Answer = Mapping[str, Any]
-"""What `Hat.predict` gives for a row, or its `error`."""
+"""What `Hat.predict` returns for a row, or its `error`."""
 
-OWN = {"classify": ("label", "score", "scores"), "chat": ("text",), "complete": ("text",)}
-"""Columns of an answer, by the adapter's task."""
+ANSWER_COLUMNS = {"classify": ("label", "score", "scores"), "chat": ("text",), "complete": ("text",)}
+"""Task -> the columns that an answer adds to a table."""
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
 
 def check_output(path: Path | None) -> None:
-    """Raises RecipeError where answers cannot be written to a file of this name, before anything slow begins."""
+    """Raises RecipeError where answers cannot be written to `path`. Called before the base is loaded."""
     if path is None:
         return
     if path.suffix.lower() not in SEPARATORS:
-        raise RecipeError("--output is a table", got=path, fix="name it .csv, .tsv or .jsonl")
+        raise RecipeError("--output has an unknown suffix", got=path, fix="name it .csv, .tsv or .jsonl")
     if path.exists() or path.is_symlink():
-        raise RecipeError("--output is there already", got=path, fix="choose another name, or remove it first")
+        raise RecipeError("--output exists already", got=path, fix="choose another name, or remove it first")
 
 
 @contextlib.contextmanager
-def written(path: Path, columns: Sequence[str], task: str) -> Iterator[Callable[[Asked, Answer], None]]:
-    """Yields what writes a row and its answer. The file is there once the block ends, whole, or not at all."""
-    names = {own: _free(own, columns) for own in (*OWN[task], "error")}
-    moved = [f"{own} is in {name}" for own, name in names.items() if own != name]
-    if moved:
-        say(f"{path}: the rows have columns of these names, so the answer's {', '.join(moved)}")
+def open_table(path: Path, columns: Sequence[str], task: str) -> Iterator[Callable[[InputRow, Answer], None]]:
+    """Yields a function that writes a row and its answer. The file appears when the block ends without error."""
+    names = {key: _unused_name(key, columns) for key in (*ANSWER_COLUMNS[task], "error")}
+    renamed = [f"{key} is written to {name}" for key, name in names.items() if key != name]
+    if renamed:
+        say(f"{path}: the rows have such columns already: {', '.join(renamed)}")
     separator = SEPARATORS[path.suffix.lower()]
     with new_file(path) as binary:
         file = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="", write_through=True)
@@ -47,36 +47,36 @@ def written(path: Path, columns: Sequence[str], task: str) -> Iterator[Callable[
         if separator:
             table.writerow([*columns, *names.values()])
 
-        def write(asked: Asked, answer: Answer) -> None:
-            told = {name: _told(answer, own) for own, name in names.items()}
+        def write(row: InputRow, answer: Answer) -> None:
+            added = {name: _value(answer, key) for key, name in names.items()}
             if separator:
-                table.writerow([*(_cell(asked.cells.get(column)) for column in columns), *map(_cell, told.values())])
+                table.writerow([*(_cell(row.cells.get(column)) for column in columns), *map(_cell, added.values())])
             else:
-                given = {name: value for name, value in told.items() if value is not None}
-                file.write(json.dumps(dict(asked.cells) | given, default=str) + "\n")
+                present = {name: value for name, value in added.items() if value is not None}
+                file.write(json.dumps(dict(row.cells) | present, default=str) + "\n")
 
         yield write
         file.detach()
 
 
-def print_answer(asked: Asked, answer: Answer, *, as_json: bool) -> None:
-    """One line for a row: JSON, or for people the label, its score and the text."""
+def print_answer(row: InputRow, answer: Answer, *, as_json: bool) -> None:
+    """Prints one line: JSON, or the label, its score and the text."""
     if as_json:
         print(json.dumps(answer, default=str), flush=True)
     elif "error" in answer:
-        print(f"error\t-\trow {asked.row}: {answer['error']}", flush=True)
+        print(f"error\t-\trow {row.number}: {answer['error']}", flush=True)
     else:
         text = truncate(str(answer["text"])).translate(CONTROLS_TO_SPACES)
-        print(f"{_label(answer).translate(CONTROLS_TO_SPACES)}\t{_told(answer, 'score'):.3f}\t{text}", flush=True)
+        print(f"{_label(answer).translate(CONTROLS_TO_SPACES)}\t{_value(answer, 'score'):.3f}\t{text}", flush=True)
 
 
-def refuse_failed(failed: Sequence[tuple[int, str]], rows: int, source: str) -> None:
-    """Raises DataError where rows got no answer, once all others have theirs."""
+def raise_for_failed(failed: Sequence[tuple[int, str]], rows: int, source: str) -> None:
+    """Raises DataError if any of `rows` rows failed; `failed` has their numbers and problems."""
     if failed:
         raise DataError(
             f"{len(failed):,} of {rows:,} rows got no answer" if rows > 1 else "the row got no answer",
             fix="correct them, or leave them out" if len(failed) > 1 else "correct it, or leave it out",
-            complaints=[f"{source} row {row}: {words}" for row, words in failed],
+            complaints=[f"{source} row {row}: {problem}" for row, problem in failed],
         )
 
 
@@ -85,18 +85,18 @@ def _label(answer: Answer) -> str:
     return label if isinstance(label, str) else ",".join(label) or "-"
 
 
-def _told(answer: Answer, what: str) -> Any:
-    """A part of an answer; the `score` is that of its label, of several the lowest. None where it has none."""
-    if what != "score" or "label" not in answer:
-        return answer.get(what)
+def _value(answer: Answer, key: str) -> Any:
+    """A value of an answer, None if it has none. `score` is its label's, or the lowest of several labels."""
+    if key != "score" or "label" not in answer:
+        return answer.get(key)
     chosen = [answer["label"]] if isinstance(answer["label"], str) else answer["label"]
     return min((answer["scores"][name] for name in chosen), default=0.0)
 
 
-def _free(name: str, taken: Sequence[str]) -> str:
-    """A name that no column has."""
-    tries = chain([name, f"predicted_{name}"], (f"predicted_{name}_{number}" for number in count(2)))
-    return next(each for each in tries if each not in taken)
+def _unused_name(name: str, taken: Sequence[str]) -> str:
+    """The name, or a like one that no column has."""
+    candidates = chain([name, f"predicted_{name}"], (f"predicted_{name}_{number}" for number in count(2)))
+    return next(each for each in candidates if each not in taken)
 
 
 def _cell(value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""`hatrack plan`: what a run will take, before any weight is read."""
+"""`hatrack plan`: the memory, disk and time of a run, before any weight is read."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hatrack.cli.options import Json, with_recipe
+from hatrack.cli.options import Json, with_recipe_options
 from hatrack.cli.tables import print_columns
 from hatrack.cli.unused_imports import skip_unused_imports
 from hatrack.console import format_size, say
@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from hatrack.training.forecast import Forecast
 
 
-@with_recipe
+@with_recipe_options
 def plan(
     recipe: Recipe,
     on: Annotated[
-        str | None, typer.Option("--on", metavar="rtx4090|a100|m2|16GiB|...", help="Another machine than this one.")
+        str | None,
+        typer.Option("--on", metavar="rtx4090|a100|m2|16GiB|...", help="Plan for this GPU, laptop or memory instead."),
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Measure this machine first, once: some seconds.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Measure this machine first, in some seconds, and keep the result.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what training will take, and whether it fits, without reading any weight."""
+    """Show the memory, disk and time that training will take, and whether it fits. Reads no weights."""
     skip_unused_imports(recipe)
     from hatrack.training.forecast import plan as forecast
 
@@ -35,12 +38,12 @@ def plan(
     if as_json:
         print(json.dumps(found.as_json()))
         return
-    _show(found, here=on is None)
+    _print_plan(found, here=on is None)
 
 
 def _measure() -> None:
-    """Runs the probe and keeps its result for later plans on the same processor."""
-    skip_unused_imports(Recipe.make())  # as a run does, whose imports are part of what is measured
+    """Measures this machine and keeps the result for later plans on the same CPU."""
+    skip_unused_imports(Recipe.make())  # as a run does: its imports are measured too
     import hatrack.training.train  # noqa: F401
     from hatrack.cpu import has_fast_bfloat16
     from hatrack.planning.machine import save_probe
@@ -53,32 +56,32 @@ def _measure() -> None:
     speed = found.speeds["bfloat16" if has_fast_bfloat16() else "float32"]
     speeds += "".join(f", {name} {1e-9 / operation:,.0f}" for name, operation in speed.rounded.items())
     say(
-        f"products: {speeds} GFLOP/s; beside them {1e9 * speed.seconds_per_element:.2f} s for 10^9 numbers, "
-        f"{1e6 * speed.seconds_per_call:.0f} us a call; disk {speed.disk_bytes_per_second / 1e6:,.0f} MB/s"
+        f"matmuls: {speeds} GFLOP/s; other operations: {1e9 * speed.seconds_per_element:.2f} s for 10^9 elements, "
+        f"{1e6 * speed.seconds_per_call:.0f} us a call; disk: {speed.disk_bytes_per_second / 1e6:,.0f} MB/s"
     )
-    say(f"to start: {speed.start_seconds:.1f} s, {format_size(found.imported_bytes)}")
+    say(f"start-up: {speed.start_seconds:.1f} s, {format_size(found.imported_bytes)}")
 
 
-def _show(found: "Forecast", *, here: bool) -> None:
-    """The verdict first, then the table. `here` is whether the plan is for this machine."""
+def _print_plan(found: "Forecast", *, here: bool) -> None:
+    """Prints the verdict, then the table. `here`: the plan is for this machine."""
     from hatrack.adapter.count import trainable_line
     from hatrack.planning import fit
 
-    where, peeked, chosen, cure = found.where, found.base, found.plan, found.change
+    where, base, chosen, suggestion = found.where, found.base, found.plan, found.change
     machine, schedule = where.machine, where.schedule(chosen.micro_batch)
-    needed, there = format_size(chosen.peak_memory_bytes), format_size(where.limit)
+    needed, available = format_size(chosen.peak_memory_bytes), format_size(where.limit)
     at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
-    again = ", activations computed again" if chosen.method.checkpointing else ""
-    again = ", the base left on disk and streamed layer by layer" if chosen.method.streamed else again
+    again = ", with activation checkpointing" if chosen.method.checkpointing else ""
+    again = ", the base streamed from disk layer by layer" if chosen.method.streamed else again
     if chosen.fits:
-        print(f"fits: {needed} of {there} ({at_a_time}{again})")
+        print(f"fits: {needed} of {available} ({at_a_time}{again})")
         if chosen.peak_memory_bytes > where.limit:
             pages = format_size(chosen.peak_memory_bytes - fit.required_bytes(chosen.memory))
-            print(f"           {pages} of it only while loading: pages of files that the system takes back at need")
+            print(f"           {pages} of it while loading only: file pages that the system frees when it needs them")
     else:
-        print(f"does not fit: {needed} needed, {there} there ({machine.reason})")
-        print(f"to change: {cure}" if cure else "to change: a smaller base; no option makes it fit")
-    rounded = "" if where.recipe.compute == "auto" else f", products in {where.recipe.compute}"
+        print(f"does not fit: {needed} needed, {available} available ({machine.reason})")
+        print(f"fix: {suggestion}" if suggestion else "fix: use a smaller base; no option makes it fit")
+    rounded = "" if where.recipe.compute == "auto" else f", matmuls in {where.recipe.compute}"
     print(f"machine    {machine.name}, base in {where.dtype}{rounded}")
     print(f"params     {trainable_line(chosen.trainable, chosen.total)}")
     print(
@@ -89,23 +92,23 @@ def _show(found: "Forecast", *, here: bool) -> None:
         source = machine.speed.source
         hint = "; --probe measures this machine" if here and source != "probe" else ""
         print(
-            f"time       {_duration(chosen.seconds)} of training, {_duration(chosen.whole_seconds)} in all "
+            f"time       {_duration(chosen.seconds)} of training, {_duration(chosen.whole_seconds)} in total "
             f"({source}{hint})"
         )
     else:
         print("time       unknown for this machine")
-    download = f", {format_size(peeked.to_download)} to download" if peeked.to_download else ""
-    kept = f"; results of lower layers {format_size(chosen.disk['kept'])}" if "kept" in chosen.disk else ""
-    kept += f"; the quantised base {format_size(chosen.disk['packed'])}" if "packed" in chosen.disk else ""
+    download = f", {format_size(base.to_download)} to download" if base.to_download else ""
+    cached = f"; cached hidden states {format_size(chosen.disk['kept'])}" if "kept" in chosen.disk else ""
+    cached += f"; quantised base {format_size(chosen.disk['packed'])}" if "packed" in chosen.disk else ""
     print(
         f"disk       base {format_size(chosen.disk['base'])}{download}; "
-        f"adapter {format_size(chosen.disk['adapter'])}{kept}\n"
+        f"adapter {format_size(chosen.disk['adapter'])}{cached}\n"
     )
-    _table(found.ways)
+    _print_table(found.ways)
 
 
-def _table(ways: dict[str, "Plan"]) -> None:
-    """Ways to train beside each other, memory by term."""
+def _print_table(ways: dict[str, "Plan"]) -> None:
+    """Prints the ways to train side by side, with memory by term."""
     terms = [term for term in next(iter(ways.values())).memory if any(way.memory[term] for way in ways.values())]
     rows = [["", *ways]]
     rows += [["fits", *("yes" if way.fits else "no" for way in ways.values())]]
@@ -113,16 +116,16 @@ def _table(ways: dict[str, "Plan"]) -> None:
     rows += [["rows at a time", *(f"{way.micro_batch}" + ("*" * way.method.checkpointing) for way in ways.values())]]
     rows += [["memory", *(format_size(way.peak_memory_bytes) for way in ways.values())]]
     rows += [[f"  {term}", *(format_size(way.memory[term]) for way in ways.values())] for term in terms]
-    rows += [["read a step", *(format_size(way.read_per_step) for way in ways.values())]]
-    rows += [["time a step", *(_duration(way.step_seconds) for way in ways.values())]]
-    rows += [["time in all", *(_duration(way.whole_seconds) for way in ways.values())]]
+    rows += [["read per step", *(format_size(way.read_per_step) for way in ways.values())]]
+    rows += [["time per step", *(_duration(way.step_seconds) for way in ways.values())]]
+    rows += [["total time", *(_duration(way.whole_seconds) for way in ways.values())]]
     print_columns(rows)
     if any(way.method.checkpointing for way in ways.values()):
-        print("* activations are computed again in the backward pass: less memory, more time")
+        print("* with activation checkpointing: less memory, more time")
 
 
 def _duration(seconds: float | None) -> str:
-    """Seconds for people: `0.21 s`, `45 s`, `3.5 min`, `2.1 h`.
+    """Formats seconds: `0.21 s`, `45 s`, `3.5 min`, `2.1 h`.
 
     >>> _duration(210.0)
     '3.5 min'

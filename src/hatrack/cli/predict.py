@@ -1,4 +1,4 @@
-"""`hatrack predict`: one answer for each text."""
+"""`hatrack predict`: answers texts with an adapter, one answer each."""
 
 import functools
 import json
@@ -10,127 +10,132 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hatrack.cli.adapter_options import Adapter, OpenHat, with_hat
+from hatrack.cli.adapter_options import Adapter, LoadHat, with_adapter_options
 from hatrack.cli.options import Json
 from hatrack.console import format_rows, say
 from hatrack.errors import DataError, truncate
 
 if TYPE_CHECKING:
-    from hatrack.cli.inputs import Asked
+    from hatrack.cli.inputs import InputRow
     from hatrack.inference.hat import Hat
 
-Bare = Annotated[bool, typer.Option("--without-adapter", help="Answer with the bare base instead.")]
-Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest words.")]
+WithoutAdapter = Annotated[bool, typer.Option("--without-adapter", help="Answer with the base alone.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", metavar="NUMBER", min=0.0, help="0: always the most likely token; above 0: sampled."),
+]
 
 BATCH = 32
-Show = Callable[["Asked", dict[str, Any]], None]
+Show = Callable[["InputRow", dict[str, Any]], None]
 
 
-@with_hat
+@with_adapter_options
 def predict(
     adapter: Adapter,
     *,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts. Without any, one a line from standard input.")
+        list[str] | None,
+        typer.Argument(metavar="TEXT", help="Texts. Without any, standard input is read, a text a line."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", help="Take the texts from a file: a line each, or a column of a table.")
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="Read the texts from a text file (one a line) or a table."),
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="The column of --file that holds the text.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="COLUMN", help="The column of --file that holds the text.")
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="Write a new .csv, .tsv or .jsonl: the columns of the rows, and the answers."),
+        typer.Option("--output", metavar="FILE", help="Write rows and answers to a new .csv, .tsv or .jsonl file."),
     ] = None,
-    open_hat: OpenHat,
-    without_adapter: Bare = False,
-    max_new_tokens: Length = 128,
+    load_hat: LoadHat,
+    without_adapter: WithoutAdapter = False,
+    max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Answer texts: hatrack predict NAME "a text".
+    """Answer texts: hatrack predict NAME "a text", or hatrack predict NAME < lines.txt
 
-    Or a text a line from standard input: hatrack predict NAME < lines.txt
-
-    Each row gets one answer, in order; one that cannot be answered gets an error, and the exit code is then 2.
+    Prints one line for each text, in order; with --json an object a line. Exit code 2: some texts got no answer.
     """
-    from hatrack.cli.inputs import open_source, read_asked
-    from hatrack.cli.outputs import check_output, print_answer, refuse_failed, written
+    from hatrack.cli.inputs import open_source, read_input
+    from hatrack.cli.outputs import check_output, open_table, print_answer, raise_for_failed
 
     check_output(output)
     source = open_source(texts, file, text)
-    hat = open_hat()
+    hat = load_hat()
     generates, several = hat.task != "classify", not source.streamed and len(texts or ()) != 1
     trained_on = next(iter(hat.cards.values())).recipe
     if without_adapter:
         hat.use(None)
-    rows = read_asked(source, hat.task, text, trained_on)
+    rows = read_input(source, hat.task, text, trained_on)
     generation = {"max_new_tokens": max_new_tokens, "temperature": temperature} if generates else {}
     answers = _answers(hat, rows, 1 if generates or source.streamed else BATCH, generation)
     show: Show = functools.partial(print_answer, as_json=as_json)
     count = shortened = 0
     failed: list[tuple[int, str]] = []
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         if output is not None:
             columns = source.columns("prompt" if generates else "text")
-            show = opened.enter_context(written(output, columns, hat.task))
+            show = stack.enter_context(open_table(output, columns, hat.task))
         elif generates and not as_json:
-            answers = _aloud(hat, rows, generation, several=several)
-            show = _shown_already
-        for asked, answer in answers:
-            show(asked, answer)
+            answers = _print_answers(hat, rows, generation, several=several)
+            show = _ignore
+        for row, answer in answers:
+            show(row, answer)
             count, shortened = count + 1, shortened + bool(answer.get("cut"))
-            failed += [(asked.row, answer["error"])] if "error" in answer else []
+            failed += [(row.number, answer["error"])] if "error" in answer else []
     if shortened:
-        say(f"{format_rows(shortened)} longer than the adapter takes: cut, as in training")
+        say(f"{format_rows(shortened)} cut to the longest input of the adapter, as in training")
     if output is not None:
-        told = {"output": str(output), "rows": count, "failed": len(failed)}
-        print(json.dumps(told) if as_json else f"answers to {format_rows(count)} are in {output}")
-    refuse_failed(failed, count, source.name)
+        facts = {"output": str(output), "rows": count, "failed": len(failed)}
+        print(json.dumps(facts) if as_json else f"answers to {format_rows(count)} are in {output}")
+    raise_for_failed(failed, count, source.name)
 
 
 def _answers(
-    hat: "Hat", rows: Iterable["Asked"], at_once: int, generation: dict[str, Any]
-) -> Iterator[tuple["Asked", dict[str, Any]]]:
-    """Each row with its answer, or with its error, so many at a time."""
+    hat: "Hat", rows: Iterable["InputRow"], batch_size: int, generation: dict[str, Any]
+) -> Iterator[tuple["InputRow", dict[str, Any]]]:
+    """Each row with its answer, or with its error."""
     iterator = iter(rows)
-    while batch := list(islice(iterator, at_once)):
-        found = iter(_predicted(hat, [asked for asked in batch if not asked.problem], generation))
-        for asked in batch:
-            yield asked, _error(hat, asked, asked.problem) if asked.problem else next(found)
+    while batch := list(islice(iterator, batch_size)):
+        found = iter(_predict(hat, [row for row in batch if not row.problem], generation))
+        for row in batch:
+            yield row, _error(hat, row, row.problem) if row.problem else next(found)
 
 
-def _predicted(hat: "Hat", batch: list["Asked"], generation: dict[str, Any]) -> list[dict[str, Any]]:
+def _predict(hat: "Hat", batch: list["InputRow"], generation: dict[str, Any]) -> list[dict[str, Any]]:
     try:
-        return hat.predict([asked.prompt for asked in batch], **generation) if batch else []
-    except DataError as error:  # one prompt that is too long, or that the chat template refuses
+        return hat.predict([row.prompt for row in batch], **generation) if batch else []
+    except DataError as error:  # one prompt is too long, or the chat template refuses it
         if len(batch) > 1:
-            return [answer for asked in batch for answer in _predicted(hat, [asked], generation)]
+            return [answer for row in batch for answer in _predict(hat, [row], generation)]
         return [_error(hat, batch[0], str(error))]
 
 
-def _aloud(
-    hat: "Hat", rows: Iterable["Asked"], generation: dict[str, Any], *, several: bool
-) -> Iterator[tuple["Asked", dict[str, Any]]]:
-    """The same for people, who read the answer of a generator while it comes."""
-    for asked in rows:
-        problem = asked.problem
+def _print_answers(
+    hat: "Hat", rows: Iterable["InputRow"], generation: dict[str, Any], *, several: bool
+) -> Iterator[tuple["InputRow", dict[str, Any]]]:
+    """Prints each answer while it is generated, below its prompt if there are `several`. Yields rows and errors."""
+    for row in rows:
+        problem = row.problem
         if several:
-            print(f"> {truncate(str(asked.prompt))}", flush=True)
+            print(f"> {truncate(str(row.prompt))}", flush=True)
         try:
-            for piece in hat.stream(asked.prompt, **generation) if not problem else ():
+            for piece in hat.stream(row.prompt, **generation) if not problem else ():
                 print(piece, end="", flush=True)
         except DataError as error:
             problem = str(error)
         if problem:
-            print(f"error: row {asked.row}: {problem}", end="")
+            print(f"error: row {row.number}: {problem}", end="")
         print("\n" if several else "", flush=True)
-        yield asked, _error(hat, asked, problem) if problem else {}
+        yield row, _error(hat, row, problem) if problem else {}
 
 
-def _shown_already(asked: "Asked", answer: dict[str, Any]) -> None:
-    """What an answer is shown with that was printed while it came."""
+def _ignore(row: "InputRow", answer: dict[str, Any]) -> None:
+    """Shows nothing: `_print_answers` has printed the answer already."""
 
 
-def _error(hat: "Hat", asked: "Asked", problem: str) -> dict[str, Any]:
-    return {"text" if hat.task == "classify" else "prompt": asked.prompt, "error": problem}
+def _error(hat: "Hat", row: "InputRow", problem: str) -> dict[str, Any]:
+    return {"text" if hat.task == "classify" else "prompt": row.prompt, "error": problem}

@@ -1,4 +1,4 @@
-"""`hatrack list`, `show`, `add`, `rename`, `remove`: the rack."""
+"""`hatrack list`, `show`, `add`, `rename` and `remove`: the adapters on the rack."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hatrack.cli.adapter_options import names_on_the_rack
+from hatrack.cli.adapter_options import Adapter, complete_name
 from hatrack.cli.options import Json
 from hatrack.cli.tables import print_facts, print_table
 from hatrack.console import format_size
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from hatrack.adapter.registry import RegisteredAdapter
 
 Name = Annotated[
-    str, typer.Argument(help="A name on the rack, or an adapter's folder.", autocompletion=names_on_the_rack)
+    str, typer.Argument(metavar="NAME", help="An adapter's name on the rack.", autocompletion=complete_name)
 ]
 
 
-def list_hats(as_json: Json = False) -> None:
-    """Show every adapter on the rack."""
+def list_rack(as_json: Json = False) -> None:
+    """List the adapters on the rack: every adapter that was trained or added here."""
     from hatrack.adapter.registry import list_adapters
 
     found = list_adapters()
     if as_json:
-        print(json.dumps({"hats": [_entry(hat) for hat in found]}))
+        print(json.dumps({"hats": [_as_json(hat) for hat in found]}))
         return
     if not found:
-        print("The rack is empty. hatrack train makes an adapter, hatrack add hangs one up.")
+        print("The rack is empty. hatrack train puts an adapter on it, hatrack add FOLDER one that is already trained.")
         return
     rows = [["NAME", "BASE", "TASK", "SIZE", "METRIC", "AGE"]]
     rows += [
@@ -47,8 +47,8 @@ def list_hats(as_json: Json = False) -> None:
     print_table(rows)
 
 
-def show(adapter: Name, as_json: Json = False) -> None:
-    """Show one adapter: its base, data, scores and folder."""
+def show(adapter: Adapter, as_json: Json = False) -> None:
+    """Show an adapter: its base, data, scores, settings and folder."""
     from hatrack.adapter.files import read_adapter
     from hatrack.adapter.registry import find_adapter, registered_name
 
@@ -59,17 +59,18 @@ def show(adapter: Name, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"name": name, "folder": str(folder), "config": files.config, "hat": hat}, default=str))
         return
-    print_facts(_facts(name, folder, files.config, hat or {}))
+    print_facts(_show_lines(name, folder, files.config, hat or {}))
 
 
 def add(
-    folder: Annotated[Path, typer.Argument(help="The folder of an adapter.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter's folder, made by hatrack or peft.")],
     name: Annotated[
-        str | None, typer.Option("--name", help="Its name on the rack. Default: the one it has, or else the folder's.")
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Its name on the rack. Default: its own, or else the folder's."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Hang an adapter on the rack, where it lies."""
+    """Put an adapter on the rack. Its folder stays where it is."""
     from hatrack.adapter.card import valid_name
     from hatrack.adapter.files import read_adapter
     from hatrack.adapter.registry import register
@@ -77,33 +78,39 @@ def add(
     files = read_adapter(folder)
     name = name or valid_name(files.card.name if files.card and files.card.name else folder.resolve().name)
     register(name, folder)
-    _done({"name": name, "folder": str(folder)}, f"{name} hangs on the rack", as_json)
+    _print_result(
+        {"name": name, "folder": str(folder)}, f"{name} is on the rack; hatrack show {name} shows it", as_json
+    )
 
 
-def rename(old: Name, new: Annotated[str, typer.Argument(help="Its new name.")], as_json: Json = False) -> None:
-    """Give an adapter another name on the rack."""
+def rename(
+    old: Name, new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")], as_json: Json = False
+) -> None:
+    """Rename an adapter on the rack. Its folder stays where it is."""
     from hatrack.adapter import registry
 
     registry.rename(old, new)
-    _done({"name": new}, f"{old} is now {new}", as_json)
+    _print_result({"name": new}, f"{old} is now {new}", as_json)
 
 
 def remove(
-    name: Annotated[str, typer.Argument(help="A name on the rack.", autocompletion=names_on_the_rack)],
-    files: Annotated[bool, typer.Option("--files", help="Delete the adapter's folder as well.")] = False,
+    name: Name,
+    files: Annotated[bool, typer.Option("--files", help="Delete the adapter's folder too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Take an adapter off the rack. Its files stay, unless --files."""
+    """Remove an adapter from the rack. Its folder is kept without --files."""
     from hatrack.adapter import registry
 
     registry.unregister(name, delete_files=files)
-    _done(
-        {"name": name, "deleted": files}, f"{name} is off the rack{', its files are deleted' if files else ''}", as_json
+    _print_result(
+        {"name": name, "deleted": files},
+        f"{name} is off the rack; {'its folder is deleted' if files else 'its folder is kept'}",
+        as_json,
     )
 
 
 def age(created: str | None) -> str:
-    """How long ago, in the largest unit that fits: `3 h`, `12 d`."""
+    """The time since an ISO date, in its largest unit: `3 h`, `12 d`."""
     if not created:
         return ""
     made = datetime.fromisoformat(created)
@@ -114,8 +121,8 @@ def age(created: str | None) -> str:
     return "now"
 
 
-def _facts(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any]) -> dict[str, str]:
-    """The lines of `hatrack show`."""
+def _show_lines(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any]) -> dict[str, str]:
+    """What `hatrack show` prints, by label."""
     from hatrack.storage import folder_size
 
     facts = {"name": name, "folder": f"{folder} ({format_size(folder_size(folder))})"}
@@ -123,7 +130,7 @@ def _facts(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any])
     facts["base"] = str(base.get("source") or config.get("base_model_name_or_path") or "not named")
     facts["adapter"] = f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}"
     targets = config.get("target_modules") or []
-    if isinstance(targets, str):  # a regular expression, or all-linear: whole
+    if isinstance(targets, str):  # a regular expression, or all-linear
         targets = [targets]
     facts["targets"] = ", ".join(targets[:8]) + (f" and {len(targets) - 8} more" if len(targets) > 8 else "")
     if hat:
@@ -139,9 +146,9 @@ def _facts(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any])
     return facts
 
 
-def _entry(hat: "RegisteredAdapter") -> dict[str, Any]:
+def _as_json(hat: "RegisteredAdapter") -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(hat).items()}
 
 
-def _done(facts: dict[str, Any], line: str, as_json: bool) -> None:
+def _print_result(facts: dict[str, Any], line: str, as_json: bool) -> None:
     print(json.dumps(facts) if as_json else line)

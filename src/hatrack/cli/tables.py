@@ -1,6 +1,6 @@
-"""Tables and lists of facts on standard output, no wider than the terminal.
+"""Prints tables and facts no wider than the terminal.
 
-Where there is none, `COLUMNS` says how wide; without it a row stays on one line, for whatever reads it.
+Without a terminal, `COLUMNS` gives the width; without either, a row stays on one line.
 """
 
 import os
@@ -19,15 +19,14 @@ UNLIMITED = 10**6
 
 
 def width() -> int:
-    """Columns of the terminal, or of `COLUMNS`."""
-    known = os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty()
-    return shutil.get_terminal_size().columns if known else UNLIMITED
+    """The width to print in."""
+    is_known = os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_known else UNLIMITED
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows of as many cells each, the header first. Where they are too wide, each row's first cell on a line of its own
-    and the others below it."""
-    rows = [[cell.translate(CONTROLS_TO_SPACES) for cell in row] for row in rows]  # names from strangers' files
+    """Prints rows of cells, the header first. Where they are too wide, each row's cells are listed below its first."""
+    rows = [[cell.translate(CONTROLS_TO_SPACES) for cell in row] for row in rows]  # from other people's files
     widths = _widths(rows)
     if sum(widths) + GAP * (len(widths) - 1) <= width():
         for row in rows:
@@ -39,8 +38,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """A table of numbers: the first column names the rows, the first row the columns. Where it is too wide, some
-    columns below the others."""
+    """Prints numbers with a row and a column of names. Columns that do not fit come below, as a table of their own."""
     names, limit = [row[0] for row in rows], width()
     first = max(map(cell_len, names))
     columns = [[row[place] for row in rows] for place in range(1, len(rows[0]))]
@@ -63,13 +61,13 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """A line for each fact, its name before it; long ones go on below themselves."""
+    """Prints `name  value` lines; long values are wrapped."""
     for name, value in facts.items():
         print(_wrapped(f"{name:<{LABEL}} {value}".translate(CONTROLS_TO_SPACES), " " * (LABEL + 1)).rstrip())
 
 
 def _wrapped(text: str, indent: str, first: str = "") -> str:
-    """A text in lines that fit. No word is broken, paths least of all."""
+    """The text in lines that fit. Words, such as paths, are not broken."""
     wrapper = textwrap.TextWrapper(
         width(),
         initial_indent=first,

@@ -1,4 +1,4 @@
-"""`hatrack train`: from a data file to an adapter."""
+"""`hatrack train`: trains an adapter on a data file."""
 
 import gc
 import json
@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from hatrack.cli.adapter_options import names_on_the_rack
-from hatrack.cli.options import Json, with_recipe
+from hatrack.cli.adapter_options import complete_name
+from hatrack.cli.options import Json, with_recipe_options
 from hatrack.cli.unused_imports import skip_unused_imports
 from hatrack.recipe import Recipe
 
 
-@with_recipe
+@with_recipe_options
 def train(
     recipe: Recipe,
     like: Annotated[
@@ -20,13 +20,13 @@ def train(
         typer.Option(
             "--like",
             metavar="ADAPTER",
-            help="Repeat the run of this adapter; flags change it.",
-            autocompletion=names_on_the_rack,
+            help="Take the options of this adapter's run; flags override them.",
+            autocompletion=complete_name,
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter: hatrack train FILE --base MODEL."""
+    """Train an adapter: hatrack train DATA --base MODEL."""
     if like is not None:
         from hatrack.training.repeat import recipe_of_adapter
 
@@ -35,7 +35,7 @@ def train(
     from hatrack.training.callbacks import format_metrics
     from hatrack.training.train import train as run
 
-    gc.freeze()  # a search for garbage, one before the first step, looked through all that was imported: half a second
+    gc.freeze()  # the search for garbage before the first step need not look at imported modules: half a second
     hat = run(recipe)
     result = hat.result
     if as_json:
@@ -49,5 +49,7 @@ def train(
         f"({result['tokens_per_second']:,.0f} a second)"
     )
     name = result["name"]
-    ask = f"hatrack chat {name}" if hat.task == "chat" else f'hatrack predict {name} "your text"'
-    print(f"try it     {ask}")
+    use = f"hatrack chat {name}" if hat.task == "chat" else f'hatrack predict {name} "your text"'
+    print(f"next       {use}")
+    print(f"           hatrack compare {name}")
+    print(f"           hatrack show {name}")
