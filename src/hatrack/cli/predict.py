@@ -73,8 +73,6 @@ def predict(
     generation = {"max_new_tokens": max_new_tokens, "temperature": temperature} if generates else {}
     answers = _answers(hat, rows, 1 if generates or source.streamed else BATCH, generation)
     show: Show = functools.partial(print_answer, as_json=as_json)
-    count = shortened = 0
-    failed: list[tuple[int, str]] = []
     with ExitStack() as stack:
         if output is not None:
             columns = source.columns("prompt" if generates else "text")
@@ -82,16 +80,25 @@ def predict(
         elif generates and not as_json:
             answers = _print_answers(hat, rows, generation, several=several)
             show = _ignore
-        for row, answer in answers:
-            show(row, answer)
-            count, shortened = count + 1, shortened + bool(answer.get("cut"))
-            failed += [(row.number, answer["error"])] if "error" in answer else []
+        count, shortened, failed = _show_all(answers, show)
     if shortened:
         say(f"{format_rows(shortened)} cut to the longest input of the adapter, as in training")
     if output is not None:
         facts = {"output": str(output), "rows": count, "failed": len(failed)}
         print(json.dumps(facts) if as_json else f"answers to {format_rows(count)} are in {output}")
     raise_for_failed(failed, count, source.name)
+
+
+def _show_all(
+    answers: Iterable[tuple["InputRow", dict[str, Any]]], show: Show
+) -> tuple[int, int, list[tuple[int, str]]]:
+    """Shows each answer. Returns how many there are, how many of shortened texts, and the failed rows' problems."""
+    count, shortened, failed = 0, 0, []
+    for row, answer in answers:
+        show(row, answer)
+        count, shortened = count + 1, shortened + bool(answer.get("cut"))
+        failed += [(row.number, answer["error"])] if "error" in answer else []
+    return count, shortened, failed
 
 
 def _answers(
