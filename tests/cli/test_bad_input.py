@@ -90,7 +90,7 @@ CASES = [
     (["--learning-rate", "1e-4"], "there is no option --learning-rate", "did you mean --lr?"),
     (["--per_device_train_batch_size=4"], "there is no option --per_device_train_batch_size", "--batch-size?"),
     (["--load-in-4bit"], "there is no option --load-in-4bit", "did you mean --quantize 4bit?"),
-    (["--warmup-steps", "10"], "there is no option --warmup-steps", "leave it out: the learning rate warms up"),
+    (["--warmup-steps", "10"], "there is no option --warmup-steps", "leave it out: hatrack warms the learning rate up"),
     (["--xyz", "10"], "there is no option --xyz", "see hatrack train --help"),
     (["nowhere.yaml"], "there is no such recipe file; got nowhere.yaml", "check the path"),
 ]

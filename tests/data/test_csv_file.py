@@ -191,7 +191,7 @@ def test_a_line_that_names_the_separator(
 ) -> None:
     found = read(text)
     assert found.rows == rows and found.numbers == [1]
-    assert "names the separator and is no row" in capfd.readouterr().err
+    assert "names the separator and is not a row" in capfd.readouterr().err
 
 
 def test_lines_are_counted_in_the_file_with_its_sep_line() -> None:

@@ -445,4 +445,4 @@ def test_what_only_tools_or_marks_tell_apart_is_no_duplicate() -> None:
 
 def test_message_keys_that_are_not_read_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     _prepare([{"prompt": [{**_turn("user", str(i)), "id": i}], "completion": "b"} for i in range(3)])
-    assert capsys.readouterr().err.count("not read in the messages: id\n") == 1
+    assert capsys.readouterr().err.count("message keys not read: id\n") == 1

@@ -91,7 +91,7 @@ BAD: list[tuple[str, bytes, str]] = [
     ("empty.jsonl", b"\n", "empty.jsonl has no rows"),
     ("no.parquet", b"PAR1", "no.parquet cannot be read as Parquet"),
     ("rows.xlsx", b"PK", "cannot tell what kind of file this is"),
-    ("prose.txt", b"Once upon a time.\n", 'of plain text make a .jsonl with a line {"text": "..."} for each piece'),
+    ("prose.txt", b"Once upon a time.\n", 'turn plain text into a .jsonl with a line {"text": "..."} for each piece'),
 ]
 
 

@@ -72,7 +72,7 @@ def test_what_is_not_learned_is_said_once(capsys: pytest.CaptureFixture[str]) ->
     say_once.cache_clear()
     talk = [("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "<think>y</think>d")]
     _spoken(QWEN3, talk), _spoken(QWEN3, talk)
-    assert capsys.readouterr().err.count("of such conversations only the last answer is learned") == 1
+    assert capsys.readouterr().err.count("only the last answer of such conversations is learned") == 1
     chat_template(tiny_tokenizer(chat=False)), chat_template(tiny_tokenizer(chat=False))
     assert capsys.readouterr().err.count("the base has no chat template") == 1
 
@@ -322,7 +322,7 @@ def test_an_answer_that_is_asked_for_in_another_way_than_learned_is_refused(open
 
 def test_a_template_that_draws_lots_is_refused() -> None:
     drawn = "{{ range(99999) | random }}" + LLAMA3
-    with pytest.raises(ModelError, match=r"writes something else each time; got '\d+.*\[template-changes\]"):
+    with pytest.raises(ModelError, match=r"differently each time; got '\d+.*\[template-changes\]"):
         check_deterministic(turns(*TALK), tiny_tokenizer(chat=False), drawn)
     check_deterministic(turns(*TALK), tiny_tokenizer(chat=False), LLAMA3)
     check_deterministic(turns(*TALK), tiny_tokenizer(chat=False), "{{ raise_exception('no') }}")

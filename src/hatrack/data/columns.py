@@ -35,15 +35,8 @@ EXTRA_MESSAGES = {
 WEIGHT_NAMES: tuple[str, ...] = ("weight", "weights", "sample_weight", "loss_weight", "loss_scale", "mask", "loss_mask")
 WEIGHT_NAMES += ("loss", "train", "training", "trainable")
 TRUE_VALUES, FALSE_VALUES = ("1", "1.0", "true"), ("0", "0.0", "false")
-UNSUPPORTED_NAMES: tuple[str, ...] = (
-    "functions",
-    "function_call",
-    "tool_calls",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
-UNSUPPORTED_NAMES += ("cot", "chain_of_thought", "rationale", "thought", "thoughts", "masked")
+UNSUPPORTED_NAMES: tuple[str, ...] = ("functions", "function_call", "tool_calls", "reasoning_content", "reasoning")
+UNSUPPORTED_NAMES += ("thinking", "cot", "chain_of_thought", "rationale", "thought", "thoughts", "masked")
 UNSUPPORTED_NAMES += ("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio")
 SECOND_TEXT_NAMES = ("text_pair", "text2", "text_b", "sentence2", "sentence_b", "premise", "hypothesis")
 """The second text in data sets that classify pairs."""

@@ -68,7 +68,7 @@ def read_csv(source: str, text: str, separator: str) -> Rows:
     named = _SEPARATOR_LINE.match(text)
     if named:
         separator = named[1]
-        say_once(f"{source}: the first line, {named[0].strip()!r}, names the separator and is no row")
+        say_once(f"{source}: the first line, {named[0].strip()!r}, names the separator and is not a row")
     lines = list(io.StringIO(text, newline=""))
     skipped = 1 if named else 0
     if not any(line.strip() for line in lines[skipped:]):
@@ -265,14 +265,15 @@ class _RowTest:
         """Whether each cell fits its column; cells at the places `free`, or with a quote, may be anything."""
         has_few_values = self.has_few_values(free)
         return len(cells) == self.width and all(
-            place in free or '"' in cell or self._fits(place, cell, has_few_values) for place, cell in enumerate(cells)
+            place in free or '"' in cell or self._cell_fits(place, cell, has_few_values)
+            for place, cell in enumerate(cells)
         )
 
     def has_few_values(self, free: Container[int] = ()) -> bool:
         """Whether the table has a column of a few labels, which tells rows from prose."""
         return any(few_values and place not in free for place, few_values in enumerate(self.few_values))
 
-    def _fits(self, place: int, cell: str, has_few_values: bool) -> bool:
+    def _cell_fits(self, place: int, cell: str, has_few_values: bool) -> bool:
         if self.few_values[place]:
             return cell in self.values[place]
         if self.numeric[place]:

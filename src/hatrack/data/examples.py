@@ -130,7 +130,7 @@ def make_examples(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> 
     try:
         _refuse_or_skip(sources.parts, recipe.bad_rows)
     except BadRows as error:
-        with suppress(DataError):  # too few rows or one class: to be refused once these are corrected
+        with suppress(DataError):  # too few rows or one class: refused once these are corrected
             error.others = _split(sources, recipe.seed)
         raise
     return _split(sources, recipe.seed)
@@ -305,7 +305,7 @@ def _read(recipe: Recipe, sources: Sequence[Rows]) -> _Sources:
                 names.append(name)
         parts.append(_Part(rows.source, columns.get("label", ""), examples, names, bad))
     if unread:
-        say(f"not read in the messages: {', '.join(sorted(unread))}")
+        say(f"message keys not read: {', '.join(sorted(unread))}")
     return _Sources(task, columns, parts, classes=[], multi_label=False)
 
 

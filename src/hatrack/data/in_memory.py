@@ -25,10 +25,10 @@ def cache_rows(data: Any) -> str:
     pandas, polars, pyarrow or datasets; the class numbers of a datasets.Dataset become their names.
     Raises DataError if it is anything else, or holds values that JSON cannot hold.
     """
-    rows = _rows(data)
+    rows = _to_dicts(data)
     if not rows:
         raise DataError("the data has no rows", got=f"an empty {type(data).__name__}", fix="give it at least 2")
-    lines = [json.dumps(_to_json(row, number), ensure_ascii=True) for number, row in enumerate(rows, 1)]
+    lines = [json.dumps(_json_value(row, number), ensure_ascii=True) for number, row in enumerate(rows, 1)]
     content = "\n".join(lines) + "\n"
     path = cache_dir("data") / hashlib.sha256(content.encode()).hexdigest()[:16] / FILE
     if not path.exists():
@@ -42,7 +42,7 @@ def source_name(source: str, option: str = "data") -> str:
     return option if path.name == FILE and path.parent.parent == cache_dir("data") else source
 
 
-def _rows(data: Any) -> Sequence[Any]:
+def _to_dicts(data: Any) -> Sequence[Any]:
     """The rows, each a dict."""
     if isinstance(data, Mapping) and any(hasattr(part, "column_names") for part in data.values()):
         parts = ", ".join(map(str, data))
@@ -83,18 +83,18 @@ def _rows(data: Any) -> Sequence[Any]:
     )
 
 
-def _to_json(value: Any, row: int) -> Any:
+def _json_value(value: Any, row: int) -> Any:
     """A value that JSON can hold: numpy numbers as numbers, missing values as None."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return None if math.isnan(value) else value
     if isinstance(value, Mapping):
-        return {str(name): _to_json(item, row) for name, item in value.items()}
+        return {str(name): _json_value(item, row) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item, row) for item in value]
+        return [_json_value(item, row) for item in value]
     if hasattr(value, "tolist"):  # numpy numbers and arrays
-        return _to_json(value.tolist(), row)
+        return _json_value(value.tolist(), row)
     if hasattr(value, "isoformat"):
         return value.isoformat() if value == value else None  # a missing time does not equal itself
     if type(value).__name__ == "NAType":

@@ -36,19 +36,19 @@ def read_json_lines(source: str, text: str) -> Rows:
 
     A line that is not an object becomes a problem. Raises DataError if most lines are not.
     """
-    values, python = _by_line(text)
+    values, python = _parse_lines(text)
     good = sum(isinstance(value, dict) for value in values)
-    layouts = (_array, _under_a_key, _one_by_one, _python_list) if good < len(values) else (_under_a_key,)
+    layouts = (_one_array, _under_a_key, _one_by_one, _python_list) if good < len(values) else (_under_a_key,)
     found = _other_layout(text, layouts) if good < len(values) or len(values) == 1 else None
     if found:
         say_once(f"{source} {found[1]}, not one object a line: read as such")
-        return _rows(source, found[0])
+        return _make_rows(source, found[0])
     if 2 * good < len(values):
         raise _not_json(source, text, "JSON Lines", values)
     if python:
         lines = f"{python:,} lines are" if python > 1 else "a line is"
         say_once(f"{source}: {lines} not JSON but objects as Python prints them: read as such")
-    return _rows(source, values)
+    return _make_rows(source, values)
 
 
 def read_json_array(source: str, text: str) -> Rows:
@@ -58,15 +58,15 @@ def read_json_array(source: str, text: str) -> Rows:
     """
     if not text.strip():
         return Rows(source, (), [], [])
-    found = _other_layout(text, (_array, _under_a_key, _as_columns, _lines, _one_by_one, _python_list))
+    found = _other_layout(text, (_one_array, _under_a_key, _as_columns, _object_lines, _one_by_one, _python_list))
     if found is None or (found[0] and not any(isinstance(value, dict) for value in found[0])):
         raise _not_json(source, text, "JSON", found[0] if found else [])
     if found[1] != ARRAY:
         say_once(f"{source} {found[1]}, not one array of objects: read as such")
-    return _rows(source, found[0])
+    return _make_rows(source, found[0])
 
 
-def _rows(source: str, values: Values) -> Rows:
+def _make_rows(source: str, values: Values) -> Rows:
     rows, problems = [], []
     for number, value in enumerate(values, 1):
         repeated = _find_repeated_key(value)
@@ -91,7 +91,7 @@ def split_lines(text: str) -> list[str]:
     return re.split(r"\r\n|\r|\n", text)
 
 
-def _by_line(text: str) -> tuple[Values, int]:
+def _parse_lines(text: str) -> tuple[Values, int]:
     """The value of each line that is not empty, and how many of them are objects as Python prints them."""
     values: Values = []
     python = 0
@@ -116,7 +116,7 @@ def _other_layout(text: str, layouts: Sequence[Layout]) -> tuple[Values, str] | 
     return None
 
 
-def _array(text: str, whole: Any) -> tuple[Values, str] | None:
+def _one_array(text: str, whole: Any) -> tuple[Values, str] | None:
     return (whole, ARRAY) if isinstance(whole, list) else None
 
 
@@ -151,8 +151,8 @@ def _as_columns(text: str, whole: Any) -> tuple[Values, str] | None:
     return [dict(zip(whole, row, strict=True)) for row in rows], "holds columns"
 
 
-def _lines(text: str, whole: Any) -> tuple[Values, str] | None:
-    values, _ = _by_line(text)
+def _object_lines(text: str, whole: Any) -> tuple[Values, str] | None:
+    values, _ = _parse_lines(text)
     several = len(values) > 1 and _are_objects(values)
     return (values, "holds one object a line") if several else None
 

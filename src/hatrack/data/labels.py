@@ -124,7 +124,7 @@ def mixed_type_complaints(labels: Sequence[Label], *, merge: bool = False) -> li
 
     1 among "1"s is a mistake, and it is not clear which one is meant; with `merge` both are the label 1.
     """
-    kinds = [_type_name(label, merge) for label in labels]
+    kinds = [_label_type(label, merge) for label in labels]
     ranked = [kind for kind, _ in Counter(kinds).most_common()]
     if len(ranked) < 2:
         return [""] * len(labels)
@@ -138,10 +138,10 @@ def mixed_type_complaints(labels: Sequence[Label], *, merge: bool = False) -> li
     ]
 
 
-def _type_name(label: object, merge: bool) -> str:
+def _label_type(label: object, merge: bool) -> str:
     """The type of a label in words, for a list with the types of its labels."""
     if isinstance(label, list):
-        inside = sorted({_type_name(item, merge) for item in label})
+        inside = sorted({_label_type(item, merge) for item in label})
         return f"a list of {' and '.join(inside)}" if inside else EMPTY_LIST
     if isinstance(label, str) or merge:
         return "text"
@@ -326,9 +326,7 @@ def unknown_label_complaints(labels: Sequence[Label], classes: Sequence[str], mu
     for label in labels:
         item = next((item for item in label_names(label) if item not in known), None)
         if item is not None and item in spelled:
-            alike = (
-                f"spelled {short_repr(spelled[item])} in the training rows ({flag('merge_labels')} takes it for that)"
-            )
+            alike = f"spelled {short_repr(spelled[item])} in the training rows ({flag('merge_labels')} merges them)"
             found.append(f"label {short_repr(item)} is {alike}")
         elif item is not None:
             found.append(f"label {short_repr(item)} does not occur in the training rows")

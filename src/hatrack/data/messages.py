@@ -133,7 +133,7 @@ def join_completion(prompt: Conversation, completion: Conversation) -> Conversat
     repeated = completion.turns[: len(prompt.turns)]
     if [_role_and_text(turn) for turn in repeated] != [_role_and_text(turn) for turn in prompt.turns]:
         return prompt + completion
-    say_once("the completions hold the whole conversation, the prompt too: it is read once")
+    say_once("the completions repeat the prompt: it is read once")
     context_only = tuple(sorted({*prompt.context_only, *completion.context_only}))
     return Conversation(completion.turns, context_only, prompt.unread | completion.unread)
 

@@ -49,7 +49,7 @@ def read_rows(source: str, option: str = "data") -> Rows:
         raise wrong_kind_error(path, "a file of rows", DataError) or DataError(
             "hatrack cannot tell what kind of file this is",
             got=source,
-            fix="name it .csv, .tsv, .jsonl, .json or .parquet, as what it is; of plain text make a .jsonl with a line "
+            fix="name it .csv, .tsv, .jsonl, .json or .parquet, by its kind; turn plain text into a .jsonl with a line "
             '{"text": "..."} for each piece',
         )
     if kind == "parquet":

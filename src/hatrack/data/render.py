@@ -173,7 +173,7 @@ def render(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings
 def encode(example: Example, tokenizer: Any, template: str | None) -> Encoded:
     """One example's tokens, uncut, and which of them are learned.
 
-    Raises DataError where the template refuses its conversation, ModelError as `render_chat` does.
+    Raises DataError if the template refuses its conversation, ModelError as `render_chat` does.
     """
     if example.messages:
         return render_chat(
@@ -271,7 +271,7 @@ def _check_answer(encoded: Encoded, max_length: int) -> tuple[str, str, str]:
 
 def wrong_end_count(count: int) -> str:
     """The complaint about a row that has the end token `count` times, on a base that classifies at its only one."""
-    return f"{f'{count} end tokens' if count else 'no end token'}, where this base classifies at its only one"
+    return f"{f'{count} end tokens' if count else 'no end token'} where this base classifies at its only one"
 
 
 def _encode_completion(example: Example, tokenizer: Any) -> Encoded:

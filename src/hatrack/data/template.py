@@ -174,7 +174,7 @@ def check_deterministic(messages: Sequence[Turn], tokenizer: Any, template: str)
             start = len(_shared_prefix(first, again))
             end = start + SHOWN_CHARACTERS
             raise ModelError(
-                "the chat template writes something else each time",
+                "the chat template writes the same conversation differently each time",
                 got=f"{first[start:end]!r}, then {again[start:end]!r}",
                 fix="use a base with another template",
                 gotcha="template-changes",
@@ -191,7 +191,7 @@ def assistant_spans(write: Writer, turns: list[Turn], whole: str, learned: Seque
     if not all(spans) and learned and learned[-1] == len(turns) - 1:
         spans = spans[-1:]
         if spans[0] is not None:
-            say_once("the chat template rewrites earlier turns: of such conversations only the last answer is learned")
+            say_once("the chat template rewrites earlier turns: only the last answer of such conversations is learned")
     return [span for span in spans if span is not None] if all(spans) else []
 
 
@@ -208,7 +208,7 @@ def _answer_span(write: Writer, turns: list[Turn], whole: str, index: int) -> tu
     if start < len(before):
         since = len(_shared_prefix(write(turns[:index]), before[:start]))
         raise DataError(
-            "the chat template asks for answers in another way than it writes them: what is learned is never asked for",
+            "the chat template's generation prompt differs from what it writes before an answer",
             got=f"asked for after {before[since:]!r}, learned after {before[since:start]!r}",
             fix="use a base with another template, or --task complete with prompt and completion",
             gotcha="prompt-never-trained",

@@ -105,12 +105,12 @@ def _jinja_sandbox() -> Any:
         raise TemplateError(message)
 
     found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    found.filters["tojson"] = _to_json  # Jinja's own escapes < and >
+    found.filters["tojson"] = _dump_json  # Jinja's own escapes < and >
     found.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return found
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def _dump_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
