@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.loss import count_losses, losses
-from hatrack.evaluate.score import f1, score
+from hatrack.evaluate.score import ScoreSettings, f1, score
 
 CPU = torch.device("cpu")
 
@@ -49,8 +49,8 @@ def test_token_loss_is_transformers_own(decoder: torch.nn.Module) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_a_score_does_not_depend_on_the_batches(decoder: torch.nn.Module, batch_size: int) -> None:
     rows = _rows([5, 17, 9, 12, 3, 8, 20])
-    found = score(decoder, rows, task="chat", batch_size=batch_size, pad_id=0, device=CPU)
-    each = [score(decoder, _one(rows, i), task="chat", batch_size=1, pad_id=0, device=CPU) for i in range(len(rows))]
+    found = score(decoder, rows, ScoreSettings("chat", batch_size, 0, CPU))
+    each = [score(decoder, _one(rows, i), ScoreSettings("chat", 1, 0, CPU)) for i in range(len(rows))]
     assert found.outcomes == pytest.approx([float(s.outcomes[0]) for s in each], rel=1e-5)
     assert found.weights.tolist() == [float(s.weights[0]) for s in each]
     assert found.metrics["loss"] == pytest.approx(found.outcomes.sum() / found.weights.sum())
@@ -68,7 +68,7 @@ def test_classes_are_counted_right(tiny_encoder: Path, several: bool) -> None:
     random = np.random.default_rng(1)
     labels = random.integers(0, 2, (9, 3)).astype(np.float32) if several else random.integers(0, 3, 9)
     rows = _rows([5, 7, 5, 9, 4, 6, 8, 3, 7], labels)
-    found = score(model, rows, task="classify", batch_size=4, pad_id=0, device=CPU)
+    found = score(model, rows, ScoreSettings("classify", 4, 0, CPU))
     guesses = []
     for index in range(9):
         logits = model(torch.tensor(rows.row(index)[0][None].astype(np.int64))).logits[0]
@@ -94,5 +94,5 @@ def test_f1_is_scikit_learns(several: bool) -> None:
 
 def test_scoring_leaves_the_mode_and_holds_no_graph(decoder: torch.nn.Module) -> None:
     decoder.train()
-    score(decoder, _rows([5, 6]), task="chat", batch_size=2, pad_id=0, device=CPU)
+    score(decoder, _rows([5, 6]), ScoreSettings("chat", 2, 0, CPU))
     assert decoder.training

@@ -12,7 +12,7 @@ import numpy as np
 
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.held_out import FEWEST_ROWS
-from hatrack.evaluate.score import Score, main_metric, score
+from hatrack.evaluate.score import Score, ScoreSettings, main_metric, score
 from hatrack.inference.hat import Hat
 
 RESAMPLES = 2000
@@ -82,9 +82,7 @@ def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, se
         for name in (None, *rows):
             hat.use(name)
             mine = first if name is None else rows[name]
-            scores[name] = score(
-                hat.model, mine, task=hat.task, batch_size=batch_size, pad_id=hat.pad_id, device=hat.base.device
-            )
+            scores[name] = score(hat.model, mine, ScoreSettings(hat.task, batch_size, hat.pad_id, hat.base.device))
     finally:
         hat.use(before)
     metric = main_metric(hat.task)

@@ -1,8 +1,7 @@
-"""The loss a model is trained on and scored by, one number for each thing it had to get right.
+"""The loss that a model is trained on and scored by: one value per row, or per supervised token.
 
-Sums rather than means are kept, so that a step split into micro-batches weighs every supervised token (or row) alike.
-Tokens that are not learned from never reach the output head (`kernels/loss.py` says how the others do).
-Knows nothing of batching, optimizers or reports.
+They are summed, not averaged, so that a step split into micro-batches weighs all supervised tokens (or rows) alike.
+Unsupervised tokens never reach the output head (`kernels/loss.py`).
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ from hatrack.upstream.torch import has_hooks
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `attention_mask` and `labels`, as `data.batch.collate` makes them."""
 Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""What `losses` gives."""
+"""The result of `losses`."""
 
 
 def losses(model: Any, batch: Batch, task: str) -> Losses:
@@ -34,21 +33,21 @@ def losses(model: Any, batch: Batch, task: str) -> Losses:
     if task == "classify":
         logits = model(**inputs).logits
         return _classify(logits, labels), torch.arange(len(labels), device=labels.device), logits
-    supervised = labels[:, 1:] != -100  # (B, T - 1): the state at t is to tell the token at t + 1
-    hidden, W, b, rounding = _before_head(model, inputs)
+    supervised = labels[:, 1:] != -100  # (B, T - 1): the hidden state at t predicts the token at t + 1
+    hidden, W, b, rounding = _run_to_head(model, inputs)
     values = next_token_losses(hidden[:, :-1][supervised], W, b, labels[:, 1:][supervised], rounding)
     return values, supervised.nonzero()[:, 0], None
 
 
 def detect_output_head(model: Any, task: str) -> None:
-    """Finds out what `losses` would find out about a model when it first meets it, by a pass of its own."""
-    whole = _inside(model)
-    if task != "classify" and _is_plain(whole.get_output_embeddings()):
-        _ends_with_head(whole, whole.get_output_embeddings())
+    """Tests a model's output head now, with a forward pass that `losses` would else run at its first call."""
+    inner = _unwrap(model)
+    if task != "classify" and _is_plain_linear(inner.get_output_embeddings()):
+        _logits_are_heads(inner, inner.get_output_embeddings())
 
 
 def count_losses(batch: Batch, task: str) -> int:
-    """How many losses `losses` gives for this batch: its rows, or its supervised tokens."""
+    """How many losses a batch has: its rows (classify), or its supervised tokens."""
     labels = batch["labels"]
     return len(labels) if task == "classify" else int((labels[:, 1:] != -100).sum())
 
@@ -60,54 +59,55 @@ def _classify(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
 
 
-class _Pass(nn.Module):
-    """Stands in for the output head and hands its input on; `given` holds what it was handed. It has the head's weight,
-    since some models ask that for its format."""
+class _Identity(nn.Module):
+    """Replaces the output head, returns its input and records it in `inputs`. It has the head's weight, since some
+    models read its dtype."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = weight
-        self.given: list[torch.Tensor] = []
+        self.inputs: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.given.append(x)
+        self.inputs.append(x)
         return x
 
 
-def _before_head(
+def _run_to_head(
     model: Any, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str | None]:
-    """Runs `model` up to its output head: (states (B, T, d), W, b, what the head's products are rounded to); or all of
-    it: (logits (B, T, V), None, None, None), where the head is not a plain frozen linear layer or the model does more
-    after it."""
-    whole = _inside(model)
-    head = whole.get_output_embeddings()
-    if not _is_plain(head) or not _ends_with_head(whole, head):
+    """Runs `model` up to its output head: (hidden states (B, T, d), W, b, what the head rounds its matmuls to); or all
+    of it: (logits (B, T, V), None, None, None), where the head is not a plain frozen linear layer or not the last
+    operation."""
+    inner = _unwrap(model)
+    head = inner.get_output_embeddings()
+    if not _is_plain_linear(head) or not _logits_are_heads(inner, head):
         return model(**inputs).logits, None, None, None
-    return _headless(model, whole, inputs)[0], head.weight, head.bias, active_rounding(head)
+    return _run_headless(model, inner, inputs)[0], head.weight, head.bias, active_rounding(head)
 
 
-def _headless(model: Any, whole: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
-    """What `model` gives as logits without the head of `whole` inside it: states (B, T, d), and whether they are the
-    very tensor that the head would have been given."""
-    head = whole.get_output_embeddings()
-    stand_in = _Pass(head.weight)
-    whole.set_output_embeddings(stand_in)
+def _run_headless(model: Any, inner: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """Runs `model` without the output head of `inner`, the model inside it: the logits it then returns, and whether
+    they are the very tensor that the head would have got, (B, T, d)."""
+    head = inner.get_output_embeddings()
+    identity = _Identity(head.weight)
+    inner.set_output_embeddings(identity)
     try:
         logits = model(**inputs).logits
     finally:
-        whole.set_output_embeddings(head)
-    return logits, len(stand_in.given) == 1 and logits is stand_in.given[0]
+        inner.set_output_embeddings(head)
+    return logits, len(identity.inputs) == 1 and logits is identity.inputs[0]
 
 
-def _inside(model: Any) -> Any:
-    """The Hugging Face model within peft's and accelerate's wrappers."""
+def _unwrap(model: Any) -> Any:
+    """The Hugging Face model inside the wrappers of peft and accelerate."""
     while not hasattr(model, "get_output_embeddings") or hasattr(model, "get_base_model"):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model.module
     return model
 
 
-def _is_plain(head: Any) -> bool:
+def _is_plain_linear(head: Any) -> bool:
+    """Whether a head is a frozen linear layer that nothing was hooked into."""
     return (
         type(head) in (nn.Linear, FrozenLinear)
         and not any(parameter.requires_grad for parameter in head.parameters())
@@ -115,21 +115,22 @@ def _is_plain(head: Any) -> bool:
     )
 
 
-_endings: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_tested_models: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Model -> result of `_logits_are_heads`."""
 
 
 @torch.no_grad()
-def _ends_with_head(whole: Any, head: nn.Linear) -> bool:
-    """Whether the model's logits are what its head gives and nothing else, found out once by a pass over one token.
+def _logits_are_heads(inner: Any, head: nn.Linear) -> bool:
+    """Whether the model returns its head's output as it is, tested once by a pass over one token.
 
-    Some models scale or bound their logits afterwards (Cohere, Gemma 2): their states alone do not tell the loss.
+    Some models scale or cap their logits afterwards (Cohere, Gemma 2): hidden states and head do not give their loss.
     """
-    if whole not in _endings:
+    if inner not in _tested_models:
         inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)}
-        was_training = whole.training
-        whole.eval()
+        was_training = inner.training
+        inner.eval()
         try:
-            _endings[whole] = _headless(whole, whole, inputs)[1]
+            _tested_models[inner] = _run_headless(inner, inner, inputs)[1]
         finally:
-            whole.train(was_training)
-    return _endings[whole]
+            inner.train(was_training)
+    return _tested_models[inner]

@@ -14,7 +14,7 @@ from hatrack.console import say
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.errors import ModelError
 from hatrack.evaluate.loss import Batch
-from hatrack.evaluate.score import LossRunner, Score, main_metric, score
+from hatrack.evaluate.score import LossRunner, Score, ScoreSettings, main_metric, score
 from hatrack.planning.schedule import Schedule
 from hatrack.recipe import Recipe
 from hatrack.training.adapted_model import load_adapted_model
@@ -84,7 +84,7 @@ def _make_trial(base: Base, prepared: Prepared, count: int) -> DepthTrial:
 
     def score_model(model: Any, run: LossRunner | None) -> Score:
         pad_id = base.tokenizer.pad_token_id
-        return score(model, held_out, task=prepared.task, batch_size=8, pad_id=pad_id, device=base.device, run=run)
+        return score(model, held_out, ScoreSettings(prepared.task, 8, pad_id, base.device), run)
 
     steps = _first_steps(base, prepared, small, count)
     whole = _first_steps(base, prepared, prepared.schedule, TIMED_STEPS)

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from hatrack.data.batch import LengthBatches, RowsDataset, collate
 from hatrack.data.render import TokenRows
 from hatrack.evaluate.loss import Batch, count_losses, losses
-from hatrack.evaluate.score import Score, score
+from hatrack.evaluate.score import Score, ScoreSettings, score
 from hatrack.training import checkpoint
 from hatrack.training.layer_streaming import LayerStreaming
 from hatrack.training.prefix_cache import FrozenPrefix
@@ -231,11 +231,8 @@ class HatTrainer(HookedTrainer):
         return score(
             self.model,
             self.rows.held_out if rows is None else self.rows.held_out.first(rows),
-            task=self.rows.task,
-            batch_size=self.args.per_device_eval_batch_size,
-            pad_id=self.rows.pad_id,
-            device=self.args.device,
-            run=lower.losses if lower else None,
+            ScoreSettings(self.rows.task, self.args.per_device_eval_batch_size, self.rows.pad_id, self.args.device),
+            lower.losses if lower else None,
         )
 
     def load_best(self) -> None:
