@@ -69,7 +69,7 @@ def test_the_training_file_itself_gives_no_verdict(trained: Any, hatrack: Run, r
     assert "--task" not in held_out.err  # compare has no such option
     left = held_out.json["rows"]
     assert found.code == 2 and found.out == ""
-    assert f"these {rows - left} rows were trained on, and do not tell how good an adapter is" in found.complaint
+    assert f"these {rows - left} rows were trained on, so they cannot be scored" in found.complaint
     assert "[scored-on-training-rows]" in found.complaint
     _written("learned.csv", [row for row in _learned(reviews) if row["label"] == "yes"])
     assert "rows were trained on" in hatrack("compare", "hat", "--data", "learned.csv").complaint
@@ -116,9 +116,7 @@ def test_an_older_adapter_is_asked_for_its_data(trained: Any, hatrack: Run, revi
     assert found.json["rows"] == len(_learned(mixed))
     assert "hat does not record the rows it was trained on" in found.err
     changed = hatrack("compare", "hat")
-    assert (
-        changed.code == 2 and "is not what hat was trained on any more; fix: name rows with --data" in changed.complaint
-    )
+    assert changed.code == 2 and "is no longer what hat was trained on; fix: name rows with --data" in changed.complaint
 
 
 def test_rows_that_moved_are_asked_for(trained: Any, hatrack: Run, reviews: Path) -> None:
@@ -179,7 +177,7 @@ def test_an_adapter_made_elsewhere_is_scored_on_what_it_is_given(trained: Any, h
     assert hatrack("compare", "foreign", "--data", _written("l.csv", learned), "--json").json["rows"] == len(learned)
     words = hatrack("compare", "foreign", "--data", "new.csv")
     assert words.code == 2 and "its labels are 'LABEL_0', 'LABEL_1'" in words.complaint
-    assert "foreign does not remember what it was trained on" in hatrack("compare", "foreign").complaint
+    assert "foreign does not record what it was trained on" in hatrack("compare", "foreign").complaint
     pair = hatrack("compare", "hat", "foreign", "--data", "new.csv")
     assert pair.code == 2 and "hat and foreign cannot be compared with each other" in pair.complaint
 

@@ -61,6 +61,9 @@ def test_of_a_longer_conversation_only_what_is_new_is_scored(
     hat = hatrack.train(base=str(tiny_decoder), data=write(first), device="cpu", steps=2, output=str(tmp_path / "a"))
     more = [("user", "so ?"), ("assistant", "it is so .")]
     (rows,) = held_out_rows(hat, write([[*talk, *more] for talk in first])).values()
-    assert "29 rows go on from what was trained on: only their new answers are scored" in capsys.readouterr().err
+    assert (
+        "29 rows continue conversations that were trained on: only their new answers are scored"
+        in capsys.readouterr().err
+    )
     learned = {int(count) for count in rows.sizes[:, 1]}
     assert len(learned) == 2 and max(learned) == 2 * min(learned)  # one answer of two; both of those held out

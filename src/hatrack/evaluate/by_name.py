@@ -1,4 +1,4 @@
-"""`hatrack.compare`: adapters by their names, on rows in a file or in memory. Knows nothing of how it is shown."""
+"""`hatrack.compare`: compares adapters given by name, on rows in a file or in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from hatrack.inference.load import load
 def compare(
     *adapters: str | Path | Hat | list[str | Path], data: Any = None, **options: Any
 ) -> Comparison | Comparisons:
-    """Scores the base and adapters on the same rows, which none of them was trained on.
+    """Compares adapters with their base on rows that none of them was trained on.
 
-    `adapters` are folders or names on the rack (a list of them too), or one loaded `Hat` with all that is attached to
-    it. `data` is a path, or rows as `hatrack.train` takes them; without it, the rows that all adapters held out.
-    `options` name its columns (`text`, `label`, `prompt`, `completion`, `messages`), say `bad_rows="skip"`, or are
-    options of `hatrack.load`.
-    One adapter gives its `Comparison` with the base (`metric`, `base`, `adapter`, `difference`, `ci95`, `rows`,
-    `verdict`), several give `Comparisons` (`adapters`, `pairs`).
-    Raises AdapterError where they cannot be compared, DataError where too few rows are left.
+    `adapters`: folders or names on the rack (or a list of them), or one loaded `Hat` with all its adapters. `data`: a
+    path, or rows as `hatrack.train` takes them; by default the rows that all adapters held out. `options`: the columns
+    of `data` (`text`, `label`, `prompt`, `completion`, `messages`), `bad_rows` (refuse or skip), and the options of
+    `hatrack.load`.
+
+    Returns a `Comparison` for one adapter, `Comparisons` for several. Raises AdapterError where they cannot be
+    compared, DataError where too few rows are left, RecipeError for an invalid option, and what `hatrack.load` raises.
     """
     several = [each for given in adapters for each in (given if isinstance(given, list) else [given])]
     if not several:

@@ -1,4 +1,4 @@
-"""Which adapters can be compared with each other. Imports no torch."""
+"""Checks that adapters can be compared with each other; imports no torch."""
 
 from collections.abc import Mapping
 
@@ -6,22 +6,22 @@ from hatrack.adapter.card import AdapterCard
 from hatrack.errors import AdapterError
 
 
-def check_comparable(hats: Mapping[str, AdapterCard]) -> None:
-    """Raises AdapterError where adapters answer in ways that cannot be compared: of other tasks, with other labels."""
-    (first, one), *others = hats.items()
-    for name, other in others:
-        ours, theirs = _answers_as(one), _answers_as(other)
-        if ours != theirs:
+def check_comparable(cards: Mapping[str, AdapterCard]) -> None:
+    """Raises AdapterError where two adapters have different tasks or labels."""
+    (first, first_card), *others = cards.items()
+    for name, card in others:
+        if _answer_format(first_card) != _answer_format(card):
             raise AdapterError(
                 f"{first} and {name} cannot be compared with each other",
-                got=f"{ours} and {theirs}",
+                got=f"{_answer_format(first_card)} and {_answer_format(card)}",
                 fix=f"compare each with the base: hatrack compare {first}, then hatrack compare {name}",
                 gotcha="adapters-not-alike",
             )
 
 
-def _answers_as(hat: AdapterCard) -> str:
-    if hat.task != "classify":
-        return f"task {hat.task}"
-    kind = "any of the labels" if hat.multi_label else "one of the labels"
-    return f"task classify, {kind} {', '.join(sorted(hat.labels))}"
+def _answer_format(card: AdapterCard) -> str:
+    """The task, and for classifiers the labels: `task classify, one of the labels bad, good`."""
+    if card.task != "classify":
+        return f"task {card.task}"
+    kind = "any of the labels" if card.multi_label else "one of the labels"
+    return f"task classify, {kind} {', '.join(sorted(card.labels))}"

@@ -1,7 +1,4 @@
-"""Base against adapters, and adapters against each other, on the same rows: which is better, by how much, how surely.
-
-Knows nothing of where the rows come from or how the answer is shown.
-"""
+"""Compares adapters with the base and with each other on the same rows, with confidence intervals."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,9 +17,11 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Comparison:
-    """`difference` = adapter - base of `metric`, with its 95% confidence interval over `rows` rows.
+    """One adapter against its base on `rows` rows.
 
-    `verdict` is better, worse, or undecided where the interval holds 0 or the rows are too few to tell.
+    `metric`: accuracy (classify; higher is better) or loss (lower is better); `base` and `adapter`: its values;
+    `difference` = adapter - base; `ci95`: 95% confidence interval of the difference; `verdict`: better, worse, or
+    undecided where the interval holds 0 or there are fewer than 20 rows.
     """
 
     metric: str
@@ -34,24 +33,24 @@ class Comparison:
     verdict: str
 
     def as_json(self) -> dict[str, Any]:
-        """The object `hatrack compare --json` prints."""
+        """The object that `hatrack compare --json` prints."""
         return {**asdict(self), "ci95": list(self.ci95)}
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """`adapters`: each by its name, against the base. `pairs`: each pair of names, the second against the first, which
-    stands where the base stands else."""
+    """`adapters`: name -> that adapter against the base. `pairs`: two names -> the second adapter against the
+    first, whose score is in `base`."""
 
     adapters: dict[str, Comparison]
     pairs: dict[tuple[str, str], Comparison]
 
     def better(self, pair: tuple[str, str]) -> str | None:
-        """The name of the better one of a pair, where that is sure."""
+        """The name of the better adapter of a pair; None where that is undecided."""
         return {"better": pair[1], "worse": pair[0]}.get(self.pairs[pair].verdict)
 
     def as_json(self) -> dict[str, Any]:
-        """The object `hatrack compare --json` prints: one adapter's comparison, or those of all."""
+        """The object that `hatrack compare --json` prints: of one adapter its comparison, else of all."""
         if len(self.adapters) == 1:
             return next(iter(self.adapters.values())).as_json()
         return {
@@ -72,17 +71,17 @@ class Comparisons:
 
 
 def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, seed: int = 0) -> Comparisons:
-    """Scores the bare base and each adapter in `rows`, which has the same rows for all as their tokens.
+    """Scores the bare base and each adapter named in `rows`, which holds the same rows as tokens of each adapter.
 
-    The adapter in use is in use again afterwards.
+    The adapter in use stays in use.
     """
     before, first = hat.active, next(iter(rows.values()))
     scores: dict[str | None, Score] = {}
     try:
         for name in (None, *rows):
             hat.use(name)
-            mine = first if name is None else rows[name]
-            scores[name] = score(hat.model, mine, ScoreSettings(hat.task, batch_size, hat.pad_id, hat.base.device))
+            tokens = first if name is None else rows[name]
+            scores[name] = score(hat.model, tokens, ScoreSettings(hat.task, batch_size, hat.pad_id, hat.base.device))
     finally:
         hat.use(before)
     metric = main_metric(hat.task)
@@ -96,7 +95,7 @@ def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, se
 
 
 def compare_scores(metric: str, base: Score, adapter: Score, *, seed: int = 0) -> Comparison:
-    """The verdict from two scores of the same rows: a paired bootstrap over rows, percentile interval.
+    """Compares two scores of the same rows by a paired bootstrap over rows, percentile interval.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. A row is drawn with its weight,
     so the mean of a loss stays a mean over tokens.

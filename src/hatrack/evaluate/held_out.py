@@ -1,7 +1,7 @@
-"""The rows to compare adapters on: none that one of them was trained on.
+"""Finds the rows to compare adapters on: none that one of them was trained on.
 
-What an adapter was trained on is known by content, from the file beside it (`data/trained_rows.py`); without such a
-file, from the rows that its hatrack.json names, as long as they are the same.
+Rows are told apart by content: by the keys in the adapter's folder (`data/trained_rows.py`) or, without such a file, by
+the data that its hatrack.json names, if that has not changed.
 """
 
 import contextlib
@@ -27,50 +27,50 @@ from hatrack.inference.hat import Hat
 from hatrack.recipe import Recipe, flag
 
 FEWEST_ROWS = 20
-"""A bootstrap of fewer rows is surer than it has reason to be, so there is no verdict."""
+"""With fewer rows the bootstrap's interval is too narrow, so there is no verdict."""
 COLUMNS = ("text", "label", "prompt", "completion", "messages")
 
 
 def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str, TokenRows]:
-    """The rows of `data`, else those that all attached adapters hold out, without any that one was trained on: the same
-    rows for each adapter, by its name, as the tokens that it takes them as.
+    """Name of each attached adapter -> the rows to score, as its tokens: the same rows for all, those of `data`, else
+    those that all adapters held out, without any that one of them was trained on.
 
-    `options` say how `data` is to be read: `text`, `label`, `prompt`, `completion`, `messages` name its columns,
-    `bad_rows` is refuse or skip. Raises AdapterError where the adapters cannot be compared or do not remember their
-    data, DataError where that has changed since, or where too few rows are left.
+    `options` say how to read `data`: `text`, `label`, `prompt`, `completion`, `messages` name its columns, `bad_rows`
+    is refuse or skip. Raises AdapterError where the adapters cannot be compared or do not record their data, DataError
+    where that has changed, or too few rows are left.
     """
     check_comparable(hat.cards)
     if data is None:
-        earlier = {name: _its_data(hat, name, made) for name, made in hat.cards.items()}
+        earlier = {name: _read_training_rows(hat, name, card) for name, card in hat.cards.items()}
         task, examples = hat.task, _held_out_by_all(earlier)
-        source = " and ".join(dict.fromkeys(str(made.recipe["data"]) for made in hat.cards.values()))
+        source = " and ".join(dict.fromkeys(str(card.recipe["data"]) for card in hat.cards.values()))
     else:
         earlier, source = {}, source_name(data)
-        task, examples = _given(next(iter(hat.cards.values())), data, options)
-    fresh = _never_seen(hat, examples, earlier, source)
+        task, examples = _read_data(next(iter(hat.cards.values())), data, options)
+    fresh = _leave_out_trained(hat, examples, earlier, source)
     skip = options.get("bad_rows", next(iter(hat.cards.values())).recipe.get("bad_rows", "refuse"))
-    return _as_tokens(hat, task, fresh, source, skip)
+    return _render_for_each(hat, task, fresh, source, skip)
 
 
-def _its_data(hat: Hat, name: str, made: AdapterCard) -> Examples:
-    """The rows that an adapter was trained on and scored by, read again."""
-    if not made.recipe.get("data"):
-        raise AdapterError(f"{name} does not remember what it was trained on", fix=f"name rows with {flag('data')}")
-    recipe = Recipe.make(**{**made.recipe, "task": made.task})
+def _read_training_rows(hat: Hat, name: str, card: AdapterCard) -> Examples:
+    """Reads an adapter's training and held-out rows again. Raises DataError where they have changed."""
+    if not card.recipe.get("data"):
+        raise AdapterError(f"{name} does not record what it was trained on", fix=f"name rows with {flag('data')}")
+    recipe = Recipe.make(**{**card.recipe, "task": card.task})
     others = f"name rows with {flag('data')}; that may be the same file: rows that were trained on are left out"
     try:
         rows, more = read_rows(str(recipe.data)), read_rows(recipe.eval_data) if recipe.eval_data else None
     except DataError as error:
-        told = f"the rows that {name} was trained on cannot be read: {error.what}"
-        raise DataError(told, got=error.got, fix=others) from error
+        what = f"the rows that {name} was trained on cannot be read: {error.what}"
+        raise DataError(what, got=error.got, fix=others) from error
     examples = make_examples(recipe, rows, more)
-    if recipe.bad_rows == "skip" and made.max_length:  # also those that only the base's tokenizer and template find
+    if recipe.bad_rows == "skip" and card.max_length:  # also those that only the base's tokenizer and template find
         tokenizer = hat.base.tokenizer
-        end_token = single_end_token(tokenizer, hat.base.model.config, made.task)
-        settings = render_settings(examples, made.max_length, made.template, end_token)
+        end_token = single_end_token(tokenizer, hat.base.model.config, card.task)
+        settings = render_settings(examples, card.max_length, card.template, end_token)
         examples, _, _ = render_both(recipe, examples, tokenizer, settings)
-    if examples.digest != made.data.get("digest"):
-        raise DataError(f"{recipe.data} is not what {name} was trained on any more", fix=others)
+    if examples.digest != card.data.get("digest"):
+        raise DataError(f"{recipe.data} is no longer what {name} was trained on", fix=others)
     return examples
 
 
@@ -78,7 +78,7 @@ def _held_out_by_all(earlier: Mapping[str, Examples]) -> list[Example]:
     first, *others = earlier.values()
     shared = first.held_out
     for other in others:
-        shared = _chosen(shared, np.isin(trained_rows.row_keys(shared), trained_rows.row_keys(other.held_out)))
+        shared = _select(shared, np.isin(trained_rows.row_keys(shared), trained_rows.row_keys(other.held_out)))
     if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in earlier.values())):
         raise DataError(
             f"{' and '.join(earlier)} hold out other rows",
@@ -89,50 +89,52 @@ def _held_out_by_all(earlier: Mapping[str, Examples]) -> list[Example]:
     return shared
 
 
-def _given(made: AdapterCard, data: str, options: Mapping[str, str]) -> tuple[str, list[Example]]:
-    """The task of the rows in a file, and these rows with the adapter's labels."""
+def _read_data(card: AdapterCard, data: str, options: Mapping[str, str]) -> tuple[str, list[Example]]:
+    """Reads the rows of a file with the adapter's labels; returns their task too."""
     rows = read_rows(data)
-    kept = {role: made.recipe[role] for role in COLUMNS if made.recipe.get(role) in rows.columns}
-    kept |= {"bad_rows": made.recipe["bad_rows"]} if "bad_rows" in made.recipe else {}
-    elsewhere = made.task != "classify" and not made.recipe  # then its rows may be of either kind that generates
-    numbers = {str(index): f"LABEL_{index}" for index in range(len(made.labels))}
-    also = numbers if made.labels == list(numbers.values()) else {}
+    kept = {role: card.recipe[role] for role in COLUMNS if card.recipe.get(role) in rows.columns}
+    kept |= {"bad_rows": card.recipe["bad_rows"]} if "bad_rows" in card.recipe else {}
+    elsewhere = card.task != "classify" and not card.recipe  # then its rows may be of either kind that generates
+    numbers = {str(index): f"LABEL_{index}" for index in range(len(card.labels))}
+    also = numbers if card.labels == list(numbers.values()) else {}
     problems: list[DataError] = []
-    for task in ["chat", "complete"] if elsewhere else [made.task]:
+    for task in ["chat", "complete"] if elsewhere else [card.task]:
         recipe = Recipe.make(task=task, **{**kept, **options})
         try:
-            return examples_to_score(recipe, rows, made.labels, made.multi_label, also)
+            return examples_to_score(recipe, rows, card.labels, card.multi_label, also)
         except DataError as error:
             problems.append(error)
     raise problems[0]
 
 
-def _never_seen(hat: Hat, examples: list[Example], earlier: Mapping[str, Examples], source: str) -> list[Example]:
-    """The rows that no adapter was trained on. Raises DataError where they are too few because of that."""
+def _leave_out_trained(
+    hat: Hat, examples: list[Example], earlier: Mapping[str, Examples], source: str
+) -> list[Example]:
+    """The rows that no adapter was trained on. Raises DataError where too few are left."""
     keys = [np.empty(0, dtype=np.uint64)]
-    for name, made in hat.cards.items():
-        known = _trained_on(hat, name, made, earlier.get(name))
+    for name, card in hat.cards.items():
+        known = _trained_keys(hat, name, card, earlier.get(name))
         if known is None:
             say(f"{name} does not record the rows it was trained on: some of these may be among them")
         else:
             keys.append(known)
     every = np.concatenate(keys)
     trained = np.isin(trained_rows.row_keys(examples), every)
-    count, fresh = int(trained.sum()), _chosen(examples, ~trained)
-    if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # of held-out rows few may be all there are
+    count, fresh = int(trained.sum()), _select(examples, ~trained)
+    if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # a run may hold out few rows
         raise DataError(
-            f"these {count:,} rows were trained on, and do not tell how good an adapter is",
+            f"these {count:,} rows were trained on, so they cannot be scored",
             got=f"{source}, with {format_rows(len(fresh)) if fresh else 'no row'} beside them",
             fix=f"name at least {FEWEST_ROWS} other rows with {flag('data')}",
             gotcha="scored-on-training-rows",
         )
     if count:
         say(f"{count:,} of {len(examples):,} rows were trained on and are left out")
-    return _new_answers(fresh, every)
+    return _score_new_turns(fresh, every)
 
 
-def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
-    """Conversations that go on from one that was trained on with only what is new in them to score."""
+def _score_new_turns(examples: list[Example], known: np.ndarray) -> list[Example]:
+    """Marks turns that were trained on as context, so that only the new turns of a conversation are scored."""
     found = [
         replace(each, context_only=tuple(sorted({*each.context_only, *turns})))
         if (turns := trained_rows.seen_turns(each, known))
@@ -141,42 +143,42 @@ def _new_answers(examples: list[Example], known: np.ndarray) -> list[Example]:
     ]
     longer = sum(new is not old for new, old in zip(found, examples, strict=True))
     if longer:
-        say(f"{format_rows(longer)} go on from what was trained on: only their new answers are scored")
+        say(f"{format_rows(longer)} continue conversations that were trained on: only their new answers are scored")
     return found
 
 
-def _trained_on(hat: Hat, name: str, made: AdapterCard, earlier: Examples | None) -> np.ndarray | None:
-    """The keys of the rows that an adapter was trained on; None where nothing tells."""
+def _trained_keys(hat: Hat, name: str, card: AdapterCard, earlier: Examples | None) -> np.ndarray | None:
+    """The keys of the rows that an adapter was trained on; None where they are not known."""
     path = hat.adapters[name].folder / trained_rows.FILE
     if path.exists():
         try:
             return trained_rows.from_bytes(path.read_bytes())
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path} is damaged", got=error, fix="copy the adapter again") from error
-    if earlier is None and made.recipe.get("data"):
+    if earlier is None and card.recipe.get("data"):
         with contextlib.suppress(HatrackError):  # the file is gone, or another one now
-            earlier = _its_data(hat, name, made)
+            earlier = _read_training_rows(hat, name, card)
     return None if earlier is None else trained_rows.keys(earlier.train)
 
 
-def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
-    """The rows as each adapter takes them: with its own numbers for labels, all written and cut alike.
+def _render_for_each(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
+    """The rows as tokens of each adapter, with its own label ids, all with the same template and maximum length.
 
     Raises BadRows where some cannot be, unless `bad_rows` is skip.
     """
     config, first = hat.base.model.config, next(iter(hat.cards.values()))
-    template = _template(hat) if task == "chat" else None
+    template = _shared_template(hat) if task == "chat" else None
     limits = {name: length_limit(hat.tokenizer_of(name).model_max_length, config.to_dict()) for name in hat.cards}
-    lengths = {made.max_length or choose_max_length(None, limits[name], task)[0] for name, made in hat.cards.items()}
+    lengths = {card.max_length or choose_max_length(None, limits[name], task)[0] for name, card in hat.cards.items()}
     if len(lengths) > 1:
         say(f"rows are cut at {min(lengths)} tokens, the least that one of the adapters was trained with")
     rows = {}
     try:
-        for name, made in hat.cards.items():
-            numbers, tokenizer = [made.labels.index(label) for label in first.labels], hat.tokenizer_of(name)
+        for name, card in hat.cards.items():
+            numbers, tokenizer = [card.labels.index(label) for label in first.labels], hat.tokenizer_of(name)
             end_token = single_end_token(tokenizer, config, task)
-            settings = RenderSettings(task, min(lengths), len(made.labels), made.multi_label, template, end_token)
-            renumbered = [_renumbered(each, numbers) for each in examples]
+            settings = RenderSettings(task, min(lengths), len(card.labels), card.multi_label, template, end_token)
+            renumbered = [_with_label_ids(each, numbers) for each in examples]
             rows[name] = render_cached(renumbered, tokenizer, settings, source)
             check_known_tokens(rows[name], tokenizer, config)
     except BadRows as error:
@@ -185,13 +187,13 @@ def _as_tokens(hat: Hat, task: str, examples: list[Example], source: str, bad_ro
         left = [example for example in examples if example.row not in gone]
         if not left:
             raise
-        return _as_tokens(hat, task, left, source, bad_rows)
+        return _render_for_each(hat, task, left, source, bad_rows)
     return rows
 
 
-def _template(hat: Hat) -> str:
-    """The one chat template of all, its tokenizer's for one made elsewhere. Raises AdapterError where they differ."""
-    found = {made.template or chat_template(hat.tokenizer_of(name))[0] for name, made in hat.cards.items()}
+def _shared_template(hat: Hat) -> str:
+    """The chat template of all adapters, or their tokenizer's. Raises AdapterError where they differ."""
+    found = {card.template or chat_template(hat.tokenizer_of(name))[0] for name, card in hat.cards.items()}
     if len(found) > 1:
         raise AdapterError(
             f"{' and '.join(hat.cards)} were trained with different chat templates: their losses cannot be compared",
@@ -201,7 +203,7 @@ def _template(hat: Hat) -> str:
     return found.pop()
 
 
-def _renumbered(example: Example, numbers: Sequence[int]) -> Example:
+def _with_label_ids(example: Example, numbers: Sequence[int]) -> Example:
     """The example with the label `numbers[i]` in place of label i."""
     label = example.label
     if label is None:
@@ -211,5 +213,5 @@ def _renumbered(example: Example, numbers: Sequence[int]) -> Example:
     )
 
 
-def _chosen(examples: Sequence[Example], chosen: np.ndarray) -> list[Example]:
+def _select(examples: Sequence[Example], chosen: np.ndarray) -> list[Example]:
     return [example for example, one in zip(examples, chosen, strict=True) if one]
