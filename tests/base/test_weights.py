@@ -246,7 +246,7 @@ def test_a_name_in_front_of_all_tensors_is_named(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path, "Llama", "causal")
     change(folder, lambda tensors: {f"llm.{name}": tensor for name, tensor in tensors.items()})
     with pytest.raises(
-        ModelError, match=r"have other names than its config.json asks for; got llm\..*take 'llm\.' out"
+        ModelError, match=r"have other names than its config.json asks for; got llm\..*remove 'llm\.' from"
     ):
         load(folder)
 
