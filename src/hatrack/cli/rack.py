@@ -22,7 +22,10 @@ Name = Annotated[
 
 
 def list_rack(as_json: Json = False) -> None:
-    """List the adapters on the rack: every adapter that was trained or added here."""
+    """List the adapters on the rack.
+
+    The rack names the adapters of this user: train puts them on it, and add. It is in ~/.hatrack (or $HATRACK_HOME).
+    """
     from hatrack.adapter.registry import list_adapters
 
     found = list_adapters()
