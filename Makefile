@@ -1,15 +1,21 @@
 # make demo: set up, then fine-tune two real models.  make test: set up, then every check there is.
+# make test-oldest: the tests on the oldest supported versions of the libraries, in an environment of their own.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check fuzz kills bench format clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-oldest check fuzz kills bench format clean
 
 demo: $(READY)
 	$(BIN)/hatrack demo
 
 test: $(READY)
 	$(MAKE) check
+
+test-oldest: $(OLDEST)/.ready
+	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=3000 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile
 
 check:
 	$(BIN)/ruff format --check .
@@ -34,10 +40,18 @@ format: $(READY)
 	$(BIN)/python -m tests.rooms
 
 $(READY): pyproject.toml constraints.txt
+	$(call set-up,.venv,constraints.txt)
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(call set-up,$(OLDEST),constraints-oldest.txt)
+
+# set-up FOLDER CONSTRAINTS: an environment with hatrack and what its checks need
+define set-up
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"hatrack needs Python 3.11 or newer, this is {sys.version}"'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,quantize]'
-	touch $(READY)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --editable '.[dev,quantize]'
+	touch $(1)/.ready
+endef
 
 clean:
-	rm -rf .venv hatrack-demo
+	rm -rf .venv $(OLDEST) hatrack-demo

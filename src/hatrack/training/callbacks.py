@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from hatrack.base.free_memory import resident_bytes, trim_heap
-from hatrack.console import console, format_size, say, say_in_signal
+from hatrack.console import ENDING_SIGNALS, console, format_size, say, say_in_signal
 from hatrack.storage import machine_errors, write_file
 from hatrack.training.trainer import BEST
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPS = (signal.SIGINT, *ENDING_SIGNALS)
 SAVE_EVERY_SECONDS = 600
 SAY_EVERY_SECONDS = 15
 ABOVE_FIRST_STEP = 1.03

@@ -5,16 +5,21 @@ allocates there. Knows nothing of how a run trains.
 """
 
 import contextlib
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from hatrack.console import format_size
 from hatrack.planning.fit import Plan
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 STATUS, CLEAR, IO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/io")
 
@@ -63,8 +68,15 @@ def peak_memory() -> int:
     try:
         return int(next(line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))) * 1024
     except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return _peak_resident()
+
+
+def _peak_resident() -> int:
+    """The peak memory of this process where there is no VmHWM: on macOS, Windows, and Linux without /proc."""
+    if resource is None:
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _bytes_read() -> int:
