@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from hatrack.errors import ModelError
 from hatrack.kernels import int8
 from hatrack.kernels.limits import WEIGHT_CHUNK
+from hatrack.upstream.bitsandbytes import dequantize, four_bit_layers, is_repacked, never_repack, quant_state
 
 MIN_ROUNDED_ROWS = 64
 """A matmul is rounded if its input has so many rows: for fewer, rounding W takes more time than it saves."""
@@ -139,43 +140,37 @@ def _nonzero_rows(g: torch.Tensor) -> torch.Tensor | None:
 
 def weight_shape(W: torch.Tensor) -> tuple[int, int]:
     """(d_out, d_in), of a 4-bit weight too."""
-    d_out, d_in = W.quant_state.shape if hasattr(W, "quant_state") else W.shape
+    state = quant_state(W)
+    d_out, d_in = W.shape if state is None else state.shape
     return d_out, d_in
 
 
 def can_unpack(W: Any) -> bool:
     """Whether W is a 4-bit weight of bitsandbytes, in an order in which single rows can be unpacked."""
-    state = getattr(W, "quant_state", None)
+    state = quant_state(W)
     return (
         state is not None
         and not state.nested
-        and not _is_repacked(state)
+        and not is_repacked(state)
         and len(state.shape) == 2
         and state.shape[1] % state.blocksize == 0
     )
-
-
-def _is_repacked(state: Any) -> bool:
-    """Whether bitsandbytes has repacked a 4-bit weight. Undoing it restores the bits but not the scales: (blocks,)
-    before, (d_in / blocksize, d_out) afterwards."""
-    return bool(getattr(state, "packing_format_for_cpu", False)) or (not state.nested and state.absmax.dim() != 1)
 
 
 def prevent_repacking(base: nn.Module) -> None:
     """Stops bitsandbytes from repacking the 4-bit weights of a base for inference.
 
     On a CPU with AVX512-BF16 its layers do so at their first evaluation. Then no gradient flows through them, without
-    any message, and reading or saving the weights restores them wrongly (`_is_repacked`): a model that was evaluated
+    any message, and reading or saving the weights restores them wrongly (`is_repacked`): a model that was evaluated
     before its training would not learn.
 
     Raises ModelError if a weight has been repacked already.
     """
-    for name, layer in base.named_modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-            state = getattr(layer.weight, "quant_state", None)
-            if state is not None and _is_repacked(state):
-                raise _repacked_error(name)
+    for name, layer in four_bit_layers(base):
+        never_repack(layer)
+        state = quant_state(layer.weight)
+        if state is not None and is_repacked(state):
+            raise _repacked_error(name)
 
 
 def _repacked_error(name: str) -> ModelError:
@@ -188,7 +183,7 @@ def _repacked_error(name: str) -> ModelError:
 
 def _is_whole(x: torch.Tensor, W: torch.Tensor) -> bool:
     """Whether W is multiplied as a whole. On an accelerator it is: many launches would cost more than a copy."""
-    return not hasattr(W, "quant_state") and (x.dtype == W.dtype or x.device.type != "cpu")
+    return quant_state(W) is None and (x.dtype == W.dtype or x.device.type != "cpu")
 
 
 def _converted_rows(x: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -198,7 +193,7 @@ def _converted_rows(x: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[slice, t
         yield slice(0, d_out), W
         return
     count = max(WEIGHT_CHUNK // d_in // 128 * 128, 128)
-    read = _unpack(W, x.dtype) if hasattr(W, "quant_state") else _cast(W, x.dtype, count)
+    read = _unpack(W, x.dtype) if quant_state(W) is not None else _cast(W, x.dtype, count)
     for start in range(0, d_out, count):
         rows = slice(start, min(start + count, d_out))
         yield rows, read(rows)
@@ -212,15 +207,14 @@ def _cast(W: torch.Tensor, dtype: torch.dtype, count: int) -> Callable[[slice], 
 
 def _unpack(W: torch.Tensor, dtype: torch.dtype) -> Callable[[slice], torch.Tensor]:
     """Unpacks some rows of a 4-bit W."""
-    state: Any = W.quant_state  # type: ignore[attr-defined]
-    if _is_repacked(state):
+    state: Any = quant_state(W)
+    if is_repacked(state):
         raise _repacked_error(f"one of {tuple(state.shape)}")
     bits, width, size = W.detach().view(torch.uint8).view(-1), state.shape[1], state.blocksize
 
     def read(rows: slice) -> torch.Tensor:
         packed = bits[rows.start * width // 2 : rows.stop * width // 2, None]
         scales = state.absmax[rows.start * width // size : rows.stop * width // size]
-        shape = [rows.stop - rows.start, width]
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, size, state.quant_type, shape, dtype)  # type: ignore[no-any-return]
+        return dequantize(packed, scales, state, rows.stop - rows.start, dtype)
 
     return read

@@ -1,6 +1,6 @@
-"""Internals of bitsandbytes: how it keeps a matrix in four bits, and when it repacks one.
+"""Internals of bitsandbytes: how it stores 4-bit weights, and when it repacks them.
 
-Imports it only where a model has such matrices.
+Imports it only if a model has such weights.
 """
 
 import functools
@@ -29,7 +29,7 @@ def check() -> None:
 
 
 def quant_state(W: torch.Tensor) -> Any | None:
-    """How bitsandbytes keeps a matrix in four bits (its `QuantState`); None for any other matrix."""
+    """How bitsandbytes stores a 4-bit weight (its `QuantState`); None for any other weight."""
     state = getattr(W, "quant_state", None)
     if state is not None:
         check()
@@ -37,13 +37,13 @@ def quant_state(W: torch.Tensor) -> Any | None:
 
 
 def is_repacked(state: Any) -> bool:
-    """Whether a matrix in four bits was put into the order for AVX512-BF16, or was and has been put back: that turns
-    the bits back and leaves the scales, one a block (blocks,) before, as they are (d_in / blocksize, d_out)."""
+    """Whether bitsandbytes has repacked a 4-bit weight. Undoing it restores the bits but not the scales: (blocks,)
+    before, (d_in / blocksize, d_out) afterwards."""
     return bool(getattr(state, "packing_format_for_cpu", False)) or (not state.nested and state.absmax.dim() != 1)
 
 
 def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Full name and layer of each of a model's linear layers in four bits."""
+    """Full name and layer of each 4-bit linear layer of a model."""
     loaded = sys.modules.get("bitsandbytes")
     if loaded is not None:
         check()
@@ -51,11 +51,11 @@ def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def never_repack(layer: Any) -> None:
-    """Has a layer in four bits keep its order: on a CPU with AVX512-BF16 it would be repacked when first evaluated."""
+    """Stops a 4-bit layer from repacking its weight at its first evaluation, on a CPU with AVX512-BF16."""
     layer.support_avx512bf16_for_cpu = False
 
 
 def dequantize(packed: torch.Tensor, scales: torch.Tensor, state: Any, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows (rows, d_in) of a matrix from their bits (bytes, 1) uint8 and their blocks' scales."""
+    """Some rows (rows, d_in) of a 4-bit weight, from their bits (bytes, 1) uint8 and the scales of their blocks."""
     shape = [rows, state.shape[1]]
     return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, state.blocksize, state.quant_type, shape, dtype)  # type: ignore[no-any-return]
