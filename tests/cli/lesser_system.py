@@ -18,7 +18,7 @@ MODULES = {"Windows": ["fcntl", "resource", "termios", "pwd", "grp", "readline"]
 SIGNALS = {"Windows": ["SIGHUP", "SIGKILL", "SIGUSR1", "SIGQUIT", "SIGALRM"], "Darwin": [], "Linux": ["SIGHUP"]}
 PLATFORMS = {"Windows": "win32", "Darwin": "darwin", "Linux": "linux"}
 FUNCTIONS = ("sendfile", "posix_fadvise", "sched_getaffinity")
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "filelock", "psutil", "rich", "typer", "trl")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "filelock", "psutil", "rich.progress", "typer")
 
 
 def become(system: str) -> None:
@@ -32,8 +32,8 @@ def become(system: str) -> None:
     for name in FUNCTIONS:
         delattr(os, name)
     os.environ["PATH"] = os.environ["CXX"] = ""
-    builtins.open = io.open = _without_proc(io.open)  # type: ignore[assignment]
-    os.stat = _without_proc(os.stat)  # type: ignore[assignment]
+    builtins.open = io.open = _without_proc(io.open)
+    os.stat = _without_proc(os.stat)
     platform.system = lambda: system
     sys.platform = PLATFORMS[system]
 
