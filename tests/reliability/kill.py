@@ -27,6 +27,8 @@ from hatrack.wheels import fetch_member
 
 # a checkpoint a second instead of one in ten minutes: in a run of seconds there is something to lose as well
 OFTEN = "import hatrack.training.callbacks as c; c.SAVE_EVERY_SECONDS = 1; from hatrack.cli.main import main; main()"
+DEADLINE = 600
+"""Seconds that a run may take at most."""
 COMPARED = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -110,7 +112,7 @@ def _start(arguments: list[str], output: Path) -> "subprocess.Popen[str]":
 
 def _run(arguments: list[str], output: Path) -> tuple[int, str]:
     running = _start(arguments, output)
-    said = running.communicate()[1]
+    said = running.communicate(timeout=DEADLINE)[1]
     return running.returncode, said
 
 
@@ -127,7 +129,7 @@ def _kill_and_resume(job: Job, output: Path, chance: random.Random) -> list[str]
         if running.poll() is not None:
             break
         running.send_signal(signal.SIGKILL)
-        running.communicate()
+        running.communicate(timeout=DEADLINE)
         moments.append(_where(run, output))
         arguments = ["--resume"] if (run / "run.json").exists() else job.arguments
     if not output.exists() or run.exists():
@@ -139,7 +141,9 @@ def _kill_and_resume(job: Job, output: Path, chance: random.Random) -> list[str]
 def _await_saving(running: "subprocess.Popen[str]", run: Path, *, skip: int) -> None:
     """Waits until the run begins to save, for the `skip`-th time from now."""
     seen: set[str] = set()
+    deadline = time.monotonic() + DEADLINE
     while running.poll() is None:
+        assert time.monotonic() < deadline
         seen |= {path.name for path in run.glob(".checkpoint-*")}
         if len(seen) > skip:
             return

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from hatrack.training import callbacks
 from hatrack.training.trainer import HatTrainer
 from tests.reliability.child import Child
 
+DEADLINE = 120
+"""Seconds that a test waits for a run at most."""
 ADAPTER = "adapter_model.safetensors"
 OWN = re.compile(r"/hat(?![a-z]|\.cpython)|/rack/")
 """A path of the run itself, in its folders or on the rack: not of the cache, nor what Python compiles of hatrack."""
@@ -170,9 +173,11 @@ def test_a_closed_terminal_saves_first(straight: Any, tmp_path: Path) -> None:
     output = tmp_path / "hat"
     ours, theirs = os.openpty()
     child = Child([*arguments, "--output", output], tmp_path / "said", _slow_steps, terminal=os.ttyname(theirs))
-    seen = b""
+    seen, deadline = b"", time.monotonic() + DEADLINE
     while b"/7" not in seen:  # the bar
-        seen += os.read(ours, 1000)
+        shown = _shown_next(ours, deadline)
+        assert shown, seen
+        seen += shown
     os.close(theirs)
     os.close(ours)
     assert child.end() == 130
@@ -188,19 +193,27 @@ def test_an_interrupted_progress_bar_leaves_the_terminal_in_order(straight: Any,
     child = Child(
         [*arguments, "--output", tmp_path / "hat"], tmp_path / "said", _slow_steps, terminal=os.ttyname(theirs)
     )
-    seen = b""
-    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
-        while read := os.read(ours, 1000):
-            seen += read
-            if b"/7" in seen and not child.sent:
-                os.close(theirs)
-                child.send(signal.SIGINT)
+    seen, deadline = b"", time.monotonic() + DEADLINE
+    while shown := _shown_next(ours, deadline):
+        seen += shown
+        if b"/7" in seen and not child.sent:
+            os.close(theirs)
+            child.send(signal.SIGINT)
     assert child.end() == 130
     text = seen.decode()
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
     lines = [re.sub(r"\x1b\[[0-9?;]*[a-zA-Z]", "", line.rpartition("\x1b[2K")[2]) for line in text.splitlines()]
     assert "stopping: this step is finished and saved first (again to stop at once)" in lines
     assert lines[-1].startswith("hatrack: stopped; step ")
+
+
+def _shown_next(terminal: int, deadline: float) -> bytes:
+    """What a terminal shows next; nothing once nobody writes to it any more. Fails at the deadline."""
+    readable, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+    assert readable, "nothing was shown in time"
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        return os.read(terminal, 1000)
+    return b""
 
 
 def _slow_steps() -> None:
@@ -244,7 +257,9 @@ def test_two_runs_into_one_folder(straight: Any, tmp_path: Path) -> None:
     arguments, expected, _ = straight
     output = tmp_path / "hat"
     first = Child([*arguments, "--output", output], tmp_path / "said", _slow_steps)
+    deadline = time.monotonic() + DEADLINE
     while not (tmp_path / "hat.run/run.json").exists():
+        assert time.monotonic() < deadline and first.process.is_alive(), first.said
         time.sleep(0.01)
     for words in (arguments, ["train", "--resume"]):
         second = Child([*words, "--output", output], tmp_path / f"said {len(words)}")

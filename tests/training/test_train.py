@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import hatrack
@@ -24,6 +25,7 @@ from hatrack.planning import fit
 from hatrack.planning.memory import Method
 from hatrack.training.divergence import DivergenceWatch
 from hatrack.training.trainer import HatTrainer
+from tests.conftest import WORDS
 from tests.training.stopping import stopped_at_five
 
 FAST = {"device": "cpu", "dtype": "float32", "lr": 0.02, "batch_size": 8}
@@ -110,23 +112,37 @@ def test_several_labels_a_row(tmp_path: Path, tiny_encoder: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("variant", ["dora", "rslora", "pissa"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "pissa"])
 def test_variants_reach_peft(tmp_path: Path, tiny_encoder: Path, reviews: Path, variant: str) -> None:
-    hat = _train(tmp_path, tiny_encoder, reviews, variant=variant, epochs=1, r=4)
+    """A PiSSA adapter is saved as LoRA of twice the rank: the second half of B is its start, which is not zero."""
+    _train(tmp_path, tiny_encoder, reviews, variant=variant, epochs=1, r=4)
     config = json.loads((tmp_path / "hat/adapter_config.json").read_text())
     assert config["use_dora"] == (variant == "dora")
-    assert hat.result["steps"] > 0
+    assert config["use_rslora"] == (variant == "rslora")
+    assert config["r"] == (8 if variant == "pissa" else 4)
+    tensors = load_file(tmp_path / "hat/adapter_model.safetensors")
+    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    assert len(ups) == 12 and all(up.any(axis=0).all() for up in ups)
+    assert any("magnitude" in name for name in tensors) == (variant == "dora")
 
 
-def test_micro_batches_learn_what_whole_batches_do(tmp_path: Path, tiny_decoder: Path, questions: Path) -> None:
-    """Rows weigh by their tokens, so 8 at a time or 1 x 8 give the same adapter."""
-    whole = _train(tmp_path, tiny_decoder, questions, name="whole", epochs=1, dropout=0.0)
+def test_micro_batches_learn_what_whole_batches_do(tmp_path: Path, tiny_decoder: Path) -> None:
+    """Every supervised token weighs the same, so a step of 8 rows and one of 8 times 1 row give the same adapter."""
+    data, held_out = tmp_path / "data.jsonl", tmp_path / "held_out.jsonl"
+    rows = [{"prompt": f"what {w} is", "completion": " ".join([w] * n)} for n, w in enumerate(WORDS[6:15], 1)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    held_out.write_text(json.dumps(rows[8]) + "\n")
+    run = {"eval_data": str(held_out), "steps": 4, "dropout": 0.0}
+    whole = _train(tmp_path, tiny_decoder, data, name="whole", **run)
     with pytest.MonkeyPatch.context() as patch:
         original = fit.plan_run
         patch.setattr(fit, "plan_run", lambda where, method=None, rows=None: original(where, method, 1))
-        split = _train(tmp_path, tiny_decoder, questions, name="split", epochs=1, dropout=0.0)
-    assert split.result["train_loss"] == pytest.approx(whole.result["train_loss"], rel=0.05)
-    assert split.result["steps"] == whole.result["steps"]
+        split = _train(tmp_path, tiny_decoder, data, name="split", **run)
+    assert (whole.result["planned"]["micro_batch"], split.result["planned"]["micro_batch"]) == (8, 1)
+    assert split.result["train_loss"] == pytest.approx(whole.result["train_loss"], rel=1e-5)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "split"))
+    for name, tensor in one.items():
+        np.testing.assert_allclose(other[name], tensor, atol=1e-3, err_msg=name)
 
 
 def _start(base: Path, data: Path, output: Path, *, resume: bool) -> "subprocess.Popen[str]":
@@ -200,7 +216,17 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path: Path, tiny_encoder: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.csv"]
 
 
-def test_a_memory_limit_lowers_the_micro_batch_or_refuses(tmp_path: Path, tiny_encoder: Path, reviews: Path) -> None:
+def test_a_memory_limit_lowers_the_micro_batch_or_refuses(
+    tmp_path: Path, tiny_encoder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hatrack.training.prepare.resident_bytes", lambda: 2**28)  # of the process, the same each time
+    monkeypatch.setattr("hatrack.training.callbacks.resident_bytes", lambda: 0)  # what a step takes is another test's
+    run: dict[str, Any] = {"batch_size": 32, "steps": 12}
+    whole = _train(tmp_path, tiny_encoder, reviews, name="whole", **run).result["planned"]
+    limit = whole["peak_memory_bytes"] - 1
+    less = _train(tmp_path, tiny_encoder, reviews, name="less", memory=limit, **run).result
+    assert whole["micro_batch"] == 28 > less["planned"]["micro_batch"] >= 1 and less["steps"] == 12
+    assert less["planned"]["peak_memory_bytes"] <= limit
     with pytest.raises(RecipeError, match="too little even for one row"):
         _train(tmp_path, tiny_encoder, reviews, memory="10MB")
     assert not list(tmp_path.glob("hat*"))
@@ -341,10 +367,19 @@ def test_a_run_that_does_not_fit_is_refused_unless_forced(tmp_path: Path, tiny_e
 def test_activations_computed_again_give_the_same_adapter(
     tmp_path: Path, base: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropout included: what is drawn is drawn again."""
+    """Dropout included: the same random numbers are drawn again."""
+    ran: list[str] = []
+
+    def count(module: Any, _inputs: Any) -> None:
+        if type(module).__name__ in ("BertIntermediate", "LlamaMLP") and module.training and torch.is_grad_enabled():
+            ran.append(type(module).__name__)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    request.addfinalizer(hook.remove)
     data = request.getfixturevalue("reviews" if base == "tiny_encoder" else "questions")
     folder = request.getfixturevalue(base)
     kept = _train(tmp_path, folder, data, name="kept", steps=4)
+    once = len(ran)
     original = fit.plan_run
 
     def checkpointed(where: fit.PlanRequest, method: Any = None, rows: int | None = None) -> fit.Plan:
@@ -352,6 +387,7 @@ def test_activations_computed_again_give_the_same_adapter(
 
     monkeypatch.setattr(fit, "plan_run", checkpointed)
     again = _train(tmp_path, folder, data, name="again", steps=4)
+    assert once == 4 * 2 and len(ran) == once + 2 * once  # steps x layers, and each once more in the backward pass
     assert again.result["planned"]["checkpointing"] and not kept.result["planned"]["checkpointing"]
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "again"))
     # layers of one input add their gradients in another order when they are computed apart, as they are then
