@@ -215,14 +215,14 @@ def plan_run(request: PlanRequest, method: Method | None = None, rows: int | Non
     tries = [method] if method.streamed else [method, dataclasses.replace(method, checkpointing=True)]
     for tried in tries:
         memory_for = functools.partial(_memory_for, request, tried)
-        found, memory = (
-            (rows, memory_for(rows)) if rows else largest_micro_batch(memory_for, request.batch_size, request.limit)
-        )
+        if rows:
+            micro_batch, memory = rows, memory_for(rows)
+        else:
+            micro_batch, memory = largest_micro_batch(memory_for, request.batch_size, request.limit)
         if required_bytes(memory) <= request.limit:
             break
-    return _with_costs(
-        request, Plan(_trainable(request, tried), request.model.counts.total, found, memory, tried, request.limit)
-    )
+    total = request.model.counts.total
+    return _with_costs(request, Plan(_trainable(request, tried), total, micro_batch, memory, tried, request.limit))
 
 
 def largest_micro_batch(
@@ -251,20 +251,13 @@ def suggest_change(request: PlanRequest, plan: Plan) -> str | None:
 
 def too_large_error(request: PlanRequest, plan: Plan) -> RecipeError:
     """The error for a run that does not fit: what it needs, what is available, and what to change."""
-    largest = max(plan.memory, key=lambda term: plan.memory[term])
-    needed = (
-        f"{format_size(required_bytes(plan.memory))} needed, of which {largest} {format_size(plan.memory[largest])}"
-    )
-    asked = request.recipe.memory is not None and request.recipe.memory <= request.limit
-    limit = (
-        f"--memory {format_size(request.limit)}"
-        if asked
-        else f"{format_size(request.limit)} of memory ({request.machine.reason})"
-    )
-    suggestion = (
-        suggest_change(request, plan)
-        or f"a smaller base, or a machine with {format_size(required_bytes(plan.memory) / MARGIN)}"
-    )
+    required, largest = required_bytes(plan.memory), max(plan.memory, key=lambda term: plan.memory[term])
+    needed = f"{format_size(required)} needed, of which {largest} {format_size(plan.memory[largest])}"
+    limit = f"--memory {format_size(request.limit)}"
+    if request.recipe.memory is None or request.recipe.memory > request.limit:
+        limit = f"{format_size(request.limit)} of memory ({request.machine.reason})"
+    suggestion = suggest_change(request, plan)
+    suggestion = suggestion or f"a smaller base, or a machine with {format_size(required / MARGIN)}"
     return RecipeError(f"{limit} is too little even for one row at a time", got=needed, fix=f"{suggestion}; or --force")
 
 
@@ -281,17 +274,14 @@ def _candidate_changes(request: PlanRequest, plan: Plan) -> list[tuple[str, Reci
         for bits in ("8bit", "4bit")
         if method.quantize == "none"
     ]
+    options = ("--variant lora", "variant", "lora"), ("no --lr auto", "lr", None), ("--layers all", "layers", "all")
     streamed = [
         (
             f"{words}, and the base streamed layer by layer",
             request.recipe.changed(**{name: value}),
             Method(streamed=True),
         )
-        for words, name, value in (
-            ("--variant lora", "variant", "lora"),
-            ("no --lr auto", "lr", None),
-            ("--layers all", "layers", "all"),
-        )
+        for words, name, value in options
         if _option_against_streaming(request) == name
     ]
     by_rows = sum(plan.memory[term] for term in ("activations", "heap", "scoring")) > plan.memory["weights"]

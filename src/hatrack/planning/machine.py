@@ -141,10 +141,10 @@ def machine_named(name: str) -> Machine:
         return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, speed=speed)
     if key in LAPTOPS:
         gib, speed_16bit, bandwidth = LAPTOPS[key]
-        why = f"{LAPTOP_SHARE:.0%} of {gib} GiB, the least there is of it"
+        reason = f"{LAPTOP_SHARE:.0%} of {gib} GiB, the least there is of it"
         speed = _sheet_speed(speed_16bit, bandwidth)
         return Machine(
-            key, int(gib * GIB * LAPTOP_SHARE), why, "bfloat16", accelerator=True, speed=speed, can_stream=False
+            key, int(gib * GIB * LAPTOP_SHARE), reason, "bfloat16", accelerator=True, speed=speed, can_stream=False
         )
     if key.isdigit():
         raise RecipeError(f"--on {name}: a size has a unit", got=name, fix=f"--on {name}GiB, or a GPU's name")
@@ -183,13 +183,13 @@ def this_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     if device in ("auto", "cuda") and (found := _accelerator()) is not None:
         return found
     fast = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
-    memory, why = available_memory()
+    memory, reason = available_memory()
     probe = load_probe()
     speed = probe.speeds.get(fast if dtype == "auto" else dtype) if probe else None
     return Machine(
         cpu_name(),
         memory,
-        why,
+        reason,
         fast,
         speed=speed or _guess_speed(),
         imported_bytes=probe.imported_bytes if probe else None,

@@ -118,21 +118,21 @@ def describe_model(base: BaseDescription, recipe: Recipe, *, task: str, labels: 
     )
     check_rank(recipe.r, choice, linears)
     adapted = [linears[name] for name in choice.names]
-    shape = dimensions_of(config, linears)
+    dims = dimensions_of(config, linears)
     inside = _inside_layers(linears)
-    dense = sum(d_in * d_out for d_in, d_out in inside.values())
+    matmul_weights = sum(d_in * d_out for d_in, d_out in inside.values())
     dora = recipe.variant == "dora"
-    inputs, reach = _input_elements(choice.names, linears, shape), _backward_layers(choice, linears)
-    all_inputs = _input_elements(inside, linears, shape) * reach // max(shape.layers, 1)
+    inputs, backward_layers = _input_elements(choice.names, linears, dims), _backward_layers(choice, linears)
+    all_inputs = _input_elements(inside, linears, dims) * backward_layers // max(dims.layers, 1)
     return ModelShape(
-        dims=shape,
+        dims=dims,
         counts=count_parameters(shapes, adapted, r=recipe.r, variant=recipe.variant, heads=heads),
         decoder=task != "classify",
-        matmul_weights=dense,
+        matmul_weights=matmul_weights,
         linear_layers=len(inside),
         largest_matrix=max((d_in * d_out for d_in, d_out in inside.values()), default=0),
-        head_weights=shape.vocabulary * shape.hidden if task != "classify" else 0,
-        other_weights=parameter_count(shapes) - dense,
+        head_weights=dims.vocabulary * dims.hidden if task != "classify" else 0,
+        other_weights=parameter_count(shapes) - matmul_weights,
         adapter_inputs=inputs,
         other_inputs=max(0, all_inputs - inputs),
         peft_copies=sum(d_in for d_in, _ in adapted),
@@ -140,8 +140,8 @@ def describe_model(base: BaseDescription, recipe: Recipe, *, task: str, labels: 
         adapted_layers=len(adapted),
         dora_weights=sum(d_in * d_out for d_in, d_out in adapted) if dora else 0,
         dora_outputs=2 * sum(d_out for _, d_out in adapted) if dora else 0,
-        backward_layers=reach,
-        cached_layers=max(0, shape.layers - (recipe.top_layers or shape.layers)) if recipe.cache_limit != 0 else 0,
+        backward_layers=backward_layers,
+        cached_layers=max(0, dims.layers - (recipe.top_layers or dims.layers)) if recipe.cache_limit != 0 else 0,
         stored_dtype=STORED.get(base.stored_dtype, "other"),
         disk_bytes=weight_bytes(base.tensors),
     )
@@ -164,16 +164,16 @@ def _backward_layers(choice: TargetChoice, linears: Collection[str]) -> int:
     return max(depths, default=-1) + 1 - lowest
 
 
-def _input_elements(names: Collection[str], linears: Mapping[str, tuple[int, int]], shape: Dimensions) -> int:
+def _input_elements(names: Collection[str], linears: Mapping[str, tuple[int, int]], dims: Dimensions) -> int:
     """Elements a token in the inputs of the named layers: each distinct input once, however many layers read it."""
     distinct: dict[tuple[tuple[int, ...], str], int] = {}
     for name in names:
         d_in, d_out = linears[name]
-        if d_out in (shape.intermediate, 2 * shape.intermediate) and d_in == shape.hidden:
+        if d_out in (dims.intermediate, 2 * dims.intermediate) and d_in == dims.hidden:
             kind = "into the MLP"
-        elif d_in == shape.intermediate:
+        elif d_in == dims.intermediate:
             kind = "out of the MLP"
-        elif name.rpartition(".")[2] in AFTER_ATTENTION and d_out == shape.hidden:
+        elif name.rpartition(".")[2] in AFTER_ATTENTION and d_out == dims.hidden:
             kind = "out of attention"
         else:
             kind = "into attention"

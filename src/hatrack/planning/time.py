@@ -46,16 +46,14 @@ class OpCounts:
         return OpCounts(operations, elements, self.calls + other.calls, self.base_operations + other.base_operations)
 
     def __mul__(self, times: float) -> "OpCounts":
-        return OpCounts(
-            self.operations * times, self.elements * times, self.calls * times, self.base_operations * times
-        )
+        operations, base_operations = self.operations * times, self.base_operations * times
+        return OpCounts(operations, self.elements * times, self.calls * times, base_operations)
 
     def seconds(self, speed: MachineSpeed, compute: str = "auto") -> float:
         """How long it takes, with matmuls of the base's weights in `compute`."""
-        exact = self.operations - self.base_operations
-        matmuls = exact * speed.seconds_per_operation + self.base_operations * speed.rounded.get(
-            compute, speed.seconds_per_operation
-        )
+        rounded = speed.rounded.get(compute, speed.seconds_per_operation)
+        exact_operations = self.operations - self.base_operations
+        matmuls = exact_operations * speed.seconds_per_operation + self.base_operations * rounded
         return matmuls + self.elements * speed.seconds_per_element + self.calls * speed.seconds_per_call
 
 
@@ -64,15 +62,14 @@ def forward_counts(model: ModelShape, batch: MicroBatch) -> OpCounts:
 
     Each weight takes 2 operations a token; attention takes 4 T operations for each token and element of its query.
     """
-    shape, tokens = model.dims, batch.tokens
-    attention = 4 * batch.longest * shape.query * shape.layers * tokens
-    width = 4 * shape.hidden + shape.query + 2 * shape.key + (3 if shape.gated else 2) * shape.intermediate
-    width += shape.heads * batch.longest  # the softmax
-    elements = tokens * (width * shape.layers + model.adapted_width) + batch.supervised * shape.vocabulary
-    calls = 2 * model.linear_layers + 8 * shape.layers + 3 * model.adapted_layers
-    return OpCounts(
-        2 * model.matmul_weights * tokens + attention + 2 * model.head_weights * batch.supervised, elements, calls
-    )
+    dims, tokens = model.dims, batch.tokens
+    attention = 4 * batch.longest * dims.query * dims.layers * tokens
+    width = 4 * dims.hidden + dims.query + 2 * dims.key + (3 if dims.gated else 2) * dims.intermediate
+    width += dims.heads * batch.longest  # the softmax
+    elements = tokens * (width * dims.layers + model.adapted_width) + batch.supervised * dims.vocabulary
+    calls = 2 * model.linear_layers + 8 * dims.layers + 3 * model.adapted_layers
+    operations = 2 * model.matmul_weights * tokens + attention + 2 * model.head_weights * batch.supervised
+    return OpCounts(operations, elements, calls)
 
 
 def cached_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
@@ -90,11 +87,11 @@ def step_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCount
     inputs; twice as many if the weights are trained. Attention computes its scores again. DoRA multiplies with the
     adapted weights a second time and takes their norms. A quantized base is unpacked in each pass.
     """
-    shape, share = model.dims, model.backward_layers / max(model.dims.layers, 1)
+    dims, share = model.dims, model.backward_layers / max(model.dims.layers, 1)
     once = forward_counts(model, batch)
-    head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * shape.vocabulary, 0)
+    head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * dims.vocabulary, 0)
     layers = once + head * -1
-    attention = OpCounts(6 * batch.longest * shape.query * shape.layers * batch.tokens, 0, 0)
+    attention = OpCounts(6 * batch.longest * dims.query * dims.layers * batch.tokens, 0, 0)
     counts = once + head + (layers + attention) * share
     if method.full:
         counts += OpCounts(2 * model.matmul_weights * batch.tokens, 6 * model.frozen, 0)
