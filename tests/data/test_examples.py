@@ -126,6 +126,13 @@ def test_conversations_are_not_learned_as_text(task: str, row: dict[str, Any], w
         _prepare([row, row], task=task)
 
 
+@pytest.mark.parametrize("task", ["chat", "complete"])
+def test_an_input_that_is_no_text_is_a_complaint_of_its_row(task: str) -> None:
+    rows = [{"instruction": f"name {n}", "input": "Peru", "output": f"Lima {n}"} for n in range(5)]
+    with pytest.raises(DataError, match=r"file\.csv row 3, column input: mixed types: int where text was expected"):
+        _prepare([row | {"input": 5} if n == 2 else row for n, row in enumerate(rows)], task=task)
+
+
 def test_equal_complaints_are_one(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*_labelled(20), *[{"text": "", "label": "class 0"}] * 3, {"text": 1, "label": "class 0"}, {"text": ""}]
     with pytest.raises(DataError) as caught:

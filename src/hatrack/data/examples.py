@@ -331,9 +331,7 @@ def _with_classes(sources: _Sources, *, merge: bool) -> _Sources:
     labels.refuse_scores_and_texts(train.names, train.source, train.label_column)
     spelling = labels.merge_spellings(train.names, train.source, train.label_column, merge=merge)
     train = _without_duplicates(_respelled(train, spelling))
-    while any(
-        complaints := labels.seen_once_complaints(train.names)
-    ):  # dropping a row may leave another label with one row
+    while any(complaints := labels.seen_once_complaints(train.names)):  # dropping rows may leave another label with one
         train = _drop_bad(train, complaints)
     classes, multi_label = labels.find_classes(train.names)
     held_out = [_respelled(part, labels.match_classes(part.names, classes) if merge else {}) for part in parts[1:]]
