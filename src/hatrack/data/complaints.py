@@ -60,7 +60,8 @@ def refuse_or_skip(error: BadRows, bad_rows: str) -> None:
 def group_complaints(source: str, bad: Sequence[BadRow]) -> list[str]:
     """The complaints about a source in the order of its rows, equal ones as one.
 
-    >>> listed("f.csv", [Bad(3, "empty", "text"), Bad(4, "empty", "text"), Bad(9, "empty", "text"), Bad(5, "odd")])
+    >>> bad = [BadRow(3, "empty", "text"), BadRow(4, "empty", "text"), BadRow(9, "empty", "text"), BadRow(5, "odd")]
+    >>> group_complaints("f.csv", bad)
     ['f.csv rows 3-4, 9, column text: empty', 'f.csv row 5: odd']
     """
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -75,7 +76,7 @@ def group_complaints(source: str, bad: Sequence[BadRow]) -> list[str]:
 def format_row_numbers(rows: Sequence[int]) -> str:
     """Row numbers in short form.
 
-    >>> numbered([4]), numbered([1, 2, 3, 7]), numbered(range(1, 41, 2))
+    >>> format_row_numbers([4]), format_row_numbers([1, 2, 3, 7]), format_row_numbers(range(1, 41, 2))
     ('row 4', 'rows 1-3, 7', 'rows 1, 3, 5, 7, 9, 11, 13, 15, ... (20 rows)')
     """
     if len(rows) == 1:

@@ -68,7 +68,7 @@ def with_fixed_date(template: str, today: datetime) -> str:
     The date becomes part of the template, so training and later use write the same. A template that does not use
     `strftime_now` is returned unchanged.
 
-    >>> with_its_clock_stopped("{{ strftime_now('%d %b') }}", datetime(2026, 5, 4, 15, 30)).splitlines()[0]
+    >>> with_fixed_date("{{ strftime_now('%d %b') }}", datetime(2026, 5, 4, 15, 30)).splitlines()[0]
     '{% macro strftime_now(format) %}{{ format | replace("%d", "04") | replace("%b", "May") }}{% endmacro %}'
     """
     if not re.search(r"\bstrftime_now\b", template) or "macro strftime_now(" in template:
