@@ -1,14 +1,13 @@
-"""Reads the rows of a recipe, and complains of all bad ones at once."""
+"""Reads the rows of a recipe, as examples and as tokens, and complains of all bad ones at once."""
 
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
-from hatrack.base.description import is_on_hub
+from hatrack.base.description import BaseDescription, is_on_hub
 from hatrack.base.load import load_config, load_tokenizer
 from hatrack.base.sources import find_base
 from hatrack.data.complaints import BadRows
 from hatrack.data.examples import Examples, add_complaints, read_examples
-from hatrack.data.tokens import tokenize
+from hatrack.data.tokens import Tokens, tokenize
 from hatrack.recipe import Recipe, Task
 
 
@@ -23,11 +22,23 @@ def read_recipe_examples(recipe: Recipe) -> Examples:
     except BadRows as error:
         if recipe.base is None or is_on_hub(recipe.base):
             raise
-        raise add_complaints(error, partial(_tokenize, recipe)) from None
+        raise add_complaints(error, lambda examples: _check_tokens(recipe, examples)) from None
 
 
-def _tokenize(recipe: Recipe, examples: Examples) -> None:
-    files = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
+def tokenize_for_base(
+    recipe: Recipe, base: BaseDescription, examples: Examples, template: str | None = None
+) -> tuple[Any, Examples, Tokens]:
+    """The base's tokenizer, the examples that can be learned from, and these as tokens.
+
+    `template` is the chat template to use, by default the base's own. Raises ModelError where the base cannot do the
+    task, otherwise as `tokenize` does.
+    """
     task = cast(Task, examples.task)
-    config = load_config(files, task=task, labels=examples.labels, multi_label=examples.multi_label)
-    tokenize(recipe, examples, load_tokenizer(files), config)
+    config = load_config(base, task=task, labels=examples.labels, multi_label=examples.multi_label)
+    tokenizer = load_tokenizer(base)
+    return tokenizer, *tokenize(recipe, examples, tokenizer, config, template=template)
+
+
+def _check_tokens(recipe: Recipe, examples: Examples) -> None:
+    base = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
+    tokenize_for_base(recipe, base, examples)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -15,21 +15,21 @@ import transformers
 from hatrack.base.description import BaseDescription
 from hatrack.base.fingerprint import lineage
 from hatrack.base.free_memory import resident_bytes, trim_heap
-from hatrack.base.load import choose_device, choose_dtype, dtype_name, free_memory, load_config, load_tokenizer
+from hatrack.base.load import choose_device, choose_dtype, dtype_name, free_memory
 from hatrack.base.quantized_cache import cache_key, is_cached
 from hatrack.base.sources import find_base
 from hatrack.check.prepared import Prepared
-from hatrack.check.reading import read_recipe_examples
+from hatrack.check.reading import read_recipe_examples, tokenize_for_base
 from hatrack.console import format_size, say
 from hatrack.data.examples import Examples
-from hatrack.data.tokens import Tokens, tokenize
+from hatrack.data.tokens import Tokens
 from hatrack.layers.fast_base import check_rounding
 from hatrack.planning import fit
 from hatrack.planning.fit import Plan, PlanRequest, Workload
 from hatrack.planning.machine import Machine, check_compute, this_machine
 from hatrack.planning.model_shape import dimensions_of
 from hatrack.planning.schedule import Schedule
-from hatrack.recipe import Recipe, Task
+from hatrack.recipe import Recipe
 from hatrack.training.hidden_states import HiddenStateCache, open_hidden_state_cache, row_key
 
 
@@ -56,10 +56,7 @@ def read_inputs(recipe: Recipe, template: str | None = None) -> RunInputs:
     """
     examples = read_recipe_examples(recipe)
     base = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
-    task = cast(Task, examples.task)
-    config = load_config(base, task=task, labels=examples.labels, multi_label=examples.multi_label)
-    tokenizer = load_tokenizer(base)
-    examples, tokens = tokenize(recipe, examples, tokenizer, config, template=template)
+    tokenizer, examples, tokens = tokenize_for_base(recipe, base, examples, template)
     device = choose_device(recipe.device)[0]
     check_compute(recipe.compute, device.type)
     check_rounding(recipe.compute, device.type)

@@ -1,7 +1,7 @@
-"""A run on disk: one process at a time, nothing lost when it stops, and found again by its output's name.
+"""A run on disk: its folders, its lock, what it remembers to be resumed, and its move to the rack.
 
-The finished adapter goes to `OUTPUT`; until then everything is in `OUTPUT.run`, so OUTPUT never exists half-made.
-Knows nothing of models or data.
+The finished adapter goes to `OUTPUT`; until then everything is in `OUTPUT.run`, so OUTPUT is never incomplete. One
+process at a time may use them. Knows nothing of models or data.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from hatrack.training.output import RUN, Output, find_interrupted, name_from_dat
 
 MAY_CHANGE = {"resume", "output", "name", "device", "report_to", "memory", "force", "data", "eval_data", "base"}
 MAY_CHANGE |= {"cache_limit", "overwrite"}
-"""Options that a resumed run may be given anew. Moved files are told apart from changed ones by their digests."""
+"""Options that may differ when a run is resumed. Base and data may have moved: digests tell whether they changed."""
 
 LOCK, ADAPTER, METRICS, REPLACED = "lock", "adapter", "metrics.jsonl", "replaced"
-OURS = re.compile(r"lock$|\.?(run\.json|metrics\.jsonl|adapter|replaced|checkpoint-\d+)($|\.)")
-"""What a run's folder has; anything else in a folder without `run.json` is somebody's, and stays."""
+RUN_FILES = re.compile(r"lock$|\.?(run\.json|metrics\.jsonl|adapter|replaced|checkpoint-\d+)($|\.)")
+"""The names in a run's folder. A folder that has others, and no `run.json`, belongs to somebody and is left alone."""
 
 
 @dataclass(frozen=True)
@@ -48,68 +48,70 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line, for every logged step and evaluation."""
+        """A JSON-lines file: an object for each logged step and evaluation."""
         return self.folder / METRICS
 
     @property
     def adapter(self) -> Path:
-        """Where the adapter is saved until it is proven."""
+        """The folder of the adapter until its proof has passed."""
         return self.folder / ADAPTER
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint. All that are there are whole: they are looked through when a run is resumed."""
+        """The newest checkpoint. Damaged ones were removed when the run was resumed."""
         return next(
             (checkpoint.folder_of_step(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
         )
 
     def remember(self, recipe: Recipe, facts: dict[str, Any]) -> None:
-        """Keeps the recipe and what it was applied to; a resumed run must find the same facts.
+        """Writes the recipe and `facts` (digests of what it is applied to, schedule) to run.json.
 
-        Raises RecipeError where they differ from what the interrupted run saw.
+        Raises RecipeError where the run is resumed and the facts differ from those of the interrupted run.
         """
         path = self.folder / RUN
-        then = json.loads(path.read_text()) if self.resumed else {"recipe": {}, "facts": {}}
-        options, before, facts = recipe.explicit_options(), then["facts"], json.loads(json.dumps(facts))
+        stored = json.loads(path.read_text()) if self.resumed else {"recipe": {}, "facts": {}}
+        options, before, facts = recipe.explicit_options(), stored["facts"], json.loads(json.dumps(facts))
         changed = sorted(name for name in before if facts.get(name) != before[name])
         if changed:
             raise RecipeError(
                 f"the interrupted run in {self.folder} saw another {' and '.join(changed)}",
                 got="; ".join(
-                    f"{_told(name, options, facts)}, then {_told(name, then['recipe'], before)}" for name in changed
+                    f"{_describe_fact(name, options, facts)}, then {_describe_fact(name, stored['recipe'], before)}"
+                    for name in changed
                 ),
                 fix="give it what it was started with, or start anew without --resume",
             )
         content = {"recipe": options | {"resume": False, "name": self.name}, "facts": facts}
         write_file(path, json.dumps(content, indent=2))
 
+    def recall(self, fact: str) -> Any:
+        """A fact that the interrupted run remembered; None where it has none of this name, or no run is resumed."""
+        path = self.folder / RUN
+        return json.loads(path.read_text())["facts"].get(fact) if self.resumed and path.exists() else None
+
     def interrupted(self) -> Interrupted:
-        """What to say when the person stops the run."""
+        """The error for a run that a person stopped: what is saved, and how to resume."""
         step = next(iter(checkpoint.saved_steps(self.folder)), None)
         if not (self.folder / RUN).exists():
             return Interrupted(f"stopped at the very end: the adapter in {self.output} is finished")
         if step is None:
             return Interrupted("stopped before anything was learned", fix="start it again as before")
         return Interrupted(
-            f"stopped; step {step:,} is saved in {self.folder}, which stays", fix=f"go on with: {self._go_on()}"
+            f"stopped; step {step:,} is saved in {self.folder}, which stays",
+            fix=f"go on with: {self._resume_command()}",
         )
 
-    def kept(self) -> str | None:
-        """What is left of a run that failed."""
+    def saved_progress(self) -> str | None:
+        """What to tell about the newest checkpoint of a run that failed; None where there is none."""
         step = next(iter(checkpoint.saved_steps(self.folder)), None)
-        return f"step {step:,} is saved in {self.folder}; go on with: {self._go_on()}" if step else None
+        return f"step {step:,} is saved in {self.folder}; go on with: {self._resume_command()}" if step else None
 
-    def _go_on(self) -> str:
+    def _resume_command(self) -> str:
         return f"hatrack train --resume --output {self.output}"
 
-    def recall(self, fact: str) -> Any:
-        """What the interrupted run remembered under this name; None where none is resumed."""
-        path = self.folder / RUN
-        return json.loads(path.read_text())["facts"].get(fact) if self.resumed and path.exists() else None
-
     def finish(self) -> None:
-        """Moves the proven adapter to its place, hangs it on the rack and removes the checkpoints.
+        """Moves the proven adapter to `output`, registers its name, and removes the run's folder.
 
-        Raises RecipeError where something else came to lie in its place, AdapterError where its name was taken.
+        Raises RecipeError where something else is at `output` by now, AdapterError where the name was taken meanwhile.
         """
         if self.output.exists() and self.overwrite:
             _check_replaceable(self.output)
@@ -123,33 +125,34 @@ class Run:
         try:
             registry.register(self.name, self.output, replace=self.overwrite)
         except AdapterError as error:
-            self._remove()
+            self._remove_folder()
             raise AdapterError(
                 f"the adapter is saved in {self.output}, but the name {self.name} was taken meanwhile",
                 got=error.got,
                 fix=f"hatrack add {self.output} --name ANOTHER",
             ) from error
-        self._remove()
+        self._remove_folder()
 
-    def _remove(self) -> None:
-        (self.folder / RUN).unlink()  # first of all: a folder without it is nobody's, and goes the next time it is met
+    def _remove_folder(self) -> None:
+        (self.folder / RUN).unlink()  # first: a folder without it is left over, and the next run removes it
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _told(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
-    """A fact with the option it came from: `bases/small (0f3a...)`."""
+def _describe_fact(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
+    """A fact after the option that it belongs to: `bases/small (0f3a...)`."""
     source = options.get({"rows": "data"}.get(fact, fact))
     return f"{source} ({short_repr(facts.get(fact))})" if source else short_repr(facts.get(fact))
 
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe) -> Iterator[tuple[Run, Recipe]]:
-    """Yields a new run, or with `resume` the interrupted one, whose recipe goes on; no other process may have it.
+    """Yields a new run and its recipe, or with `resume` the interrupted run and its recipe. Locks the run's folder.
 
-    A folder or name that is derived steps aside for what is there, which is said. Whatever stops the block, the newest
-    checkpoint stays, and how to go on from it is said. Where there is none, nothing is left behind.
-    Raises RecipeError where the output exists, the name is taken, another process or an interrupted run is in the way,
-    or there is nothing to resume; Interrupted for Ctrl-C.
+    Where a folder or name that hatrack derived is taken, another one is derived, and said. However the block ends, the
+    newest checkpoint stays, and how to resume is said; without a checkpoint, the run's folder is removed.
+
+    Raises RecipeError where the output exists, the name is taken, the folder is used by another process or holds an
+    interrupted run, or there is nothing to resume; Interrupted on Ctrl-C.
     """
     with contextlib.ExitStack() as claimed:
         run, recipe = _resume(recipe, claimed) if recipe.resume else (_begin(recipe, claimed), recipe)
@@ -157,43 +160,43 @@ def open_run(recipe: Recipe) -> Iterator[tuple[Run, Recipe]]:
             yield run, recipe
         except KeyboardInterrupt:
             raise run.interrupted() from None
-        except (Interrupted, Diverged):  # these say themselves what is kept
+        except (Interrupted, Diverged):  # their messages say what is saved
             raise
         except BaseException:
-            if kept := run.kept():
-                say(kept)
+            if saved := run.saved_progress():
+                say(saved)
             raise
 
 
 def _begin(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
-    """A new run in a folder that `claimed` keeps others out of."""
+    """Makes a new run. `claimed` holds the lock of its folder."""
     for option in ("base", "data"):
         if getattr(recipe, option) is None:
             raise RecipeError(
                 f"{flag(option)} is missing", fix=f"add {flag(option)} or a line '{option}:' to the recipe"
             )
-    first: InTheWay | None = None
+    first_reason: OutputTaken | None = None
     for output in output_candidates(recipe):
         with contextlib.ExitStack() as tried:
             try:
                 _claim(recipe, output, tried)
-            except InTheWay as reason:
+            except OutputTaken as reason:
                 if reason.part not in output.derived:
                     raise
-                first = first or reason
+                first_reason = first_reason or reason
                 continue
             claimed.push(tried.pop_all())
             break
-    if first is not None:
-        say(f"{first.what} ({first.got}): this run makes {output.name}")
-    _clear(output.run_folder)
+    if first_reason is not None:
+        say(f"{first_reason.what} ({first_reason.got}): this run makes {output.name}")
+    _remove_leftovers(output.run_folder)
     run = Run(output.folder, output.run_folder, output.name, overwrite=recipe.overwrite)
     run.remember(recipe, {})  # from here on --resume finds it
     return run
 
 
-class InTheWay(RecipeError):
-    """Something has a run's folder or name already; `part` says which of the two, `folder` or `name`."""
+class OutputTaken(RecipeError):
+    """The folder or the name of a run is taken; `part` says which, `folder` or `name`."""
 
     def __init__(self, part: str, what: str, *, got: object, fix: str) -> None:
         super().__init__(what, got=got, fix=fix)
@@ -201,9 +204,9 @@ class InTheWay(RecipeError):
 
 
 def _claim(recipe: Recipe, output: Output, claimed: contextlib.ExitStack) -> None:
-    """Has `claimed` keep others out of an output that is free. Raises InTheWay where it is not."""
+    """Locks the folder of an output that is free; `claimed` holds the lock. Raises OutputTaken where it is not free."""
     if output.folder.exists() and not recipe.overwrite:
-        raise InTheWay(
+        raise OutputTaken(
             "folder",
             "the output exists already",
             got=output.folder,
@@ -214,10 +217,10 @@ def _claim(recipe: Recipe, output: Output, claimed: contextlib.ExitStack) -> Non
     try:
         registry.check_free(output.name, output.folder, replace=recipe.overwrite)
     except AdapterError as error:
-        raise InTheWay("name", error.what, got=error.got, fix=str(error.fix)) from error
-    claimed.enter_context(_own_folder(output.run_folder))
+        raise OutputTaken("name", error.what, got=error.got, fix=str(error.fix)) from error
+    claimed.enter_context(_lock_folder(output.run_folder))
     if (output.run_folder / RUN).exists() and checkpoint.saved_steps(output.run_folder) and not recipe.overwrite:
-        raise InTheWay(
+        raise OutputTaken(
             "folder",
             "an interrupted run is in the way",
             got=output.run_folder,
@@ -229,35 +232,35 @@ def _check_replaceable(output: Path) -> None:
     """Raises RecipeError for a folder that is not an adapter's: --overwrite removes nothing else."""
     if not (output / CONFIG).is_file():
         raise RecipeError(
-            "--overwrite replaces adapters only", got=f"{output}, which is none", fix="choose another --output"
+            "--overwrite replaces adapters only", got=f"{output}, which is not one", fix="choose another --output"
         )
 
 
 def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> tuple[Run, Recipe]:
-    """The interrupted run that is meant, in a folder that `claimed` keeps others out of."""
+    """Finds the interrupted run that the recipe means. `claimed` holds the lock of its folder."""
     output = find_interrupted(recipe)
     folder = run_folder(output)
-    claimed.enter_context(_own_folder(folder))
-    recipe = _resumed(recipe, folder, output)
+    claimed.enter_context(_lock_folder(folder))
+    recipe = _merge_recipes(recipe, folder, output)
     checkpoint.remove_damaged(folder)
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not yet proven
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # it was saved, but its proof had not passed
     name = recipe.name or name_from_data(recipe.data)
     registry.check_free(name, output, replace=recipe.overwrite)
     return Run(output, folder, name, resumed=True, overwrite=recipe.overwrite), recipe
 
 
 @contextlib.contextmanager
-def _own_folder(folder: Path) -> Iterator[None]:
-    """Makes a run's folder and keeps others out of it. Afterwards it goes, where nothing in it can be gone on from."""
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Makes a run's folder and locks it. Removes it afterwards, unless it can be resumed from."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, made)
-        _make(folder)
+        _make_folder(folder)
         try:
             stack.enter_context(locked(folder / LOCK, wait=False))
         except BlockingIOError as error:
             holder = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
-            raise InTheWay(
+            raise OutputTaken(
                 "folder",
                 f"another run is writing to {folder}",
                 got=f"process {holder or 'unknown'}",
@@ -270,8 +273,8 @@ def _own_folder(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clear(folder: Path) -> None:
-    """Removes what is left of a run that ended, or was killed before its first checkpoint."""
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the files of an earlier run that ended, or was killed before its first checkpoint."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -285,8 +288,8 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _make(folder: Path) -> None:
-    """Makes a run's folder, or refuses: before hours of work, not after them, and before touching what is not ours."""
+def _make_folder(folder: Path) -> None:
+    """Makes a run's folder. Raises RecipeError where it cannot be one, or holds files that are not a run's."""
     try:
         with machine_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -295,26 +298,24 @@ def _make(folder: Path) -> None:
         raise RecipeError(
             "the output cannot be a folder", got=f"{file} is a file", fix="choose another --output"
         ) from error
-    theirs = [] if (folder / RUN).exists() else [path for path in folder.iterdir() if not OURS.match(path.name)]
-    if theirs:
+    if (folder / RUN).exists():
+        return
+    others = [path.name for path in folder.iterdir() if not RUN_FILES.match(path.name)]
+    if others:
         raise RecipeError(
-            f"{folder}, where the run would lie, has other files", got=min(theirs).name, fix="choose another --output"
+            f"{folder}, the folder for this run, has other files", got=min(others), fix="choose another --output"
         )
 
 
-def _resumed(recipe: Recipe, folder: Path, output: Path) -> Recipe:
-    """The interrupted run's recipe; options given now must not contradict it."""
+def _merge_recipes(recipe: Recipe, folder: Path, output: Path) -> Recipe:
+    """The interrupted run's recipe with the options given now. Raises RecipeError where they contradict it."""
     path = folder / RUN
     if not path.exists():
-        ours = (output / HATRACK_JSON).exists()
-        there = (
-            f"{output} is {'finished' if ours else 'not a run of hatrack'}"
-            if output.exists()
-            else f"there is no {path}"
-        )
+        is_adapter = (output / HATRACK_JSON).exists()
+        found = f"{output} is {'finished' if is_adapter else 'not a run of hatrack'}"
         raise RecipeError(
             "there is no interrupted run to resume",
-            got=there,
+            got=found if output.exists() else f"there is no {path}",
             fix="name its folder with --output, or leave out --resume",
         )
     before = json.loads(path.read_text())["recipe"]

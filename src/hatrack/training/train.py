@@ -38,7 +38,7 @@ def train(recipe: Recipe) -> Hat:
     """
     with open_run(recipe) as (run, recipe):
         meter = start_cost_meter()
-        find_trackers(recipe)
+        find_trackers(recipe)  # refuses unknown ones before anything is read
         inputs = read_inputs(recipe, template=run.recall("template"))
         if recipe.layers == "auto":
             recipe = choose_layers(prepare(recipe, inputs))
