@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says: a Git LFS pointer, a web page, an archive, a spreadsheet.
+"""Identifies a file by its first bytes: a Git LFS pointer, a web page, an archive, a spreadsheet.
 
 Knows nothing of what is inside it, and no torch.
 """
@@ -13,10 +13,10 @@ from typing import BinaryIO, TypeVar
 from hatrack.errors import HatrackError, join_first
 
 START_BYTES = 1024
-"""Bytes that are looked at; of a zip archive the names in it too."""
+"""Bytes that are read; of a zip archive the names in it too."""
 
 LARGEST_HEADER = 100 * 2**20
-"""Bytes of a safetensors header, whose length stands before it."""
+"""The largest safetensors header, in bytes."""
 
 GZIP, BZIP2, PARQUET = "compressed with gzip", "compressed with bzip2", "a Parquet file"
 SPREADSHEET, SAFETENSORS, GGUF = "a spreadsheet", "a safetensors file", "a GGUF file"
@@ -50,7 +50,7 @@ INSIDE_ZIP = {
     r"(.*/)?data\.pkl$": PICKLE,  # as torch.save writes it
     r".*\.npy$": "a NumPy archive",
 }
-"""What the names in a zip archive match -> what the archive is."""
+"""Pattern of the names in a zip archive -> what the archive is."""
 
 FIXES = {
     LFS: "run git lfs pull in its folder, which fetches the file itself",
@@ -78,7 +78,7 @@ _ERROR = TypeVar("_ERROR", bound=HatrackError)
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is ("a zip archive"), how that was seen, and what to do with it where another kind was wanted."""
+    """What a file is ("a zip archive"), how that shows, and what to do where another kind was wanted."""
 
     kind: str
     got: str
@@ -86,9 +86,9 @@ class FileKind:
 
 
 def identify(file: BinaryIO) -> FileKind | None:
-    """What an open file is; None for plain text, and for whatever else has no beginning of its own.
+    """What an open file is; None for plain text and other files without a typical beginning.
 
-    Reads from where the file stands, and moves it.
+    Reads from the current position, and moves it.
     """
     start = file.read(START_BYTES)
     kind = next((kind for mark, kind in STARTS.items() if start.startswith(mark)), "")
@@ -108,8 +108,8 @@ def identify(file: BinaryIO) -> FileKind | None:
 
 
 def wrong_kind_error(path: Path, wanted: str, error: type[_ERROR]) -> _ERROR | None:
-    """The error that says what a file is in place of the kind `wanted` ("a safetensors file"); None where its first
-    bytes do not tell, or where it cannot be read."""
+    """The error for a file that is not of the kind `wanted` ("a safetensors file"); None where its first bytes do not
+    show what it is, or where it cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         found = identify(file)
         if found and found.kind != wanted and (found.kind, wanted) != (DAMAGED_ZIP, PICKLE):  # as torch.save makes

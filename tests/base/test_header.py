@@ -146,9 +146,9 @@ def damaged_files() -> list[tuple[str, bytes, str]]:
         ("short", b"\x10\0\0", "3 bytes, shorter than its own header"),
         ("pickle", b"\x80\x05" + bytes(200), "202 bytes, shorter than its own header"),
         ("long header", (1000).to_bytes(8, "little") + b"{}", "10 bytes, shorter than its own header"),
-        ("no json", file({})[:8] + b"no", "a header that is no JSON"),
-        ("list", file([]), "a header that is no JSON object"),
-        ("truncated", file({"a": good}, 4), r"\d+ bytes where its header tells of \d+"),
+        ("no json", file({})[:8] + b"no", "a header that is not JSON"),
+        ("list", file([]), "a header that is not a JSON object"),
+        ("truncated", file({"a": good}, 4), r"\d+ bytes where its header says \d+"),
         ("wrong size", file({"a": good | {"shape": [3]}}, 8), r"a with shape \[3\] in bytes 0 to 8"),
         ("negative", file({"a": good | {"shape": [-2]}}, 8), r"a with shape \[-2\]"),
         ("text shape", file({"a": good | {"shape": ["2"]}}, 8), r"a with shape \['2'\]"),
@@ -162,7 +162,7 @@ def damaged_files() -> list[tuple[str, bytes, str]]:
 def test_a_damaged_file_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(
-        ModelError, match=rf"model\.safetensors is damaged or no safetensors file; got {said}.*; fix: copy"
+        ModelError, match=rf"model\.safetensors is damaged or not a safetensors file; got {said}.*; fix: copy"
     ) as caught:
         read_tensors(tmp_path)
     assert "\n" not in str(caught.value)
@@ -200,7 +200,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_config_without_a_width_is_refused() -> None:
-    with pytest.raises(ModelError, match="tells no hidden_size; got odd; fix: use another base"):
+    with pytest.raises(ModelError, match="has no hidden_size; got odd; fix: use another base"):
         head_shapes({"model_type": "odd"}, 2)
 
 

@@ -260,7 +260,7 @@ def test_truncated_weights_are_refused_by_name(tmp_path: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
     said = refused(folder)
-    assert "model.safetensors is damaged or no safetensors file; got " in said
+    assert "model.safetensors is damaged or not a safetensors file; got " in said
     assert "fix: copy or download the base again" in said
 
 

@@ -1,1 +1,1 @@
-"""The frozen model: found, described by its headers, loaded, told apart, streamed layer by layer."""
+"""The frozen model: found, described, fingerprinted, loaded, streamed layer by layer."""

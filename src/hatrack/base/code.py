@@ -1,4 +1,4 @@
-"""Code that a base brings along (`auto_map` in its JSON files): run only where a person named that very base.
+"""Custom code of a base (`auto_map` in its JSON files): runs only where a person named that base.
 
 Knows nothing of adapters: no field of one, and none of a base, can ask for code to be run.
 """

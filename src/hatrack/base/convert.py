@@ -1,4 +1,4 @@
-"""Bases in other formats -> a folder of safetensors in the cache, once: GGUF files and pickled checkpoints.
+"""Converts GGUF files and pickled checkpoints, once, to a folder of safetensors in the cache.
 
 Knows nothing of where a base came from or what it is used for.
 """
@@ -27,13 +27,13 @@ from hatrack.file_kind import PICKLE as PICKLED
 from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""Configuration and tokenizer files, which a converted base takes along."""
+"""Configuration and tokenizer files, which are copied to a converted base."""
 CODE = "*.py"
-"""Fetched from a hub only where it may run."""
+"""Downloaded only where it may run."""
 
 
 def from_gguf(file: Path) -> Path:
-    """The base of a GGUF file as a folder: bf16 safetensors, tokenizer, chat template.
+    """Converts a GGUF file to a folder: bfloat16 safetensors, tokenizer, chat template.
 
     Converted once; the folder's name carries the sha256 of the file. Raises ModelError where the file is no GGUF, is
     damaged, or holds an architecture that cannot be converted; MachineError where the disk is full.
@@ -45,11 +45,11 @@ def from_gguf(file: Path) -> Path:
     say(f"converting {file.name} to bfloat16 safetensors, once")
     with new_folder(final) as working, _full_disk(final):
         try:
-            with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its dequantising bar knows no switch
+            with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
                 _convert_gguf(file, working)
         except (HatrackError, MemoryError, OSError, SafetensorError):
             raise
-        except Exception as error:  # the parsers raise whatever a damaged file leads them to
+        except Exception as error:  # the parsers raise all kinds of errors for a damaged file
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise ModelError(
                 f"{file} cannot be converted", got=reason, fix="download it again, or use a safetensors base"
@@ -59,7 +59,7 @@ def from_gguf(file: Path) -> Path:
 
 
 def from_pickle(folder: Path) -> Path:
-    """A base with only `pytorch_model.bin` as a folder with safetensors; tensor names and dtypes stay.
+    """Converts a base with only `pytorch_model.bin` to a folder with safetensors; tensor names and dtypes stay.
 
     Only plain tensors are unpickled (`weights_only`). Converted once. Raises ModelError where a file is damaged or
     holds anything else, MachineError where the disk is full.
@@ -88,13 +88,13 @@ def from_pickle(folder: Path) -> Path:
 
 
 def has_pickle(folder: Path) -> bool:
-    """Whether a folder holds a pickled checkpoint under one of the names that transformers gives it."""
+    """Whether a folder has a pickled checkpoint under one of transformers' names for it."""
     return (folder / PICKLE).is_file() or (folder / PICKLE_INDEX).is_file()
 
 
 @contextlib.contextmanager
 def _full_disk(folder: Path) -> Iterator[None]:
-    """safetensors tells of a full disk in an error of its own: here it becomes the usual one."""
+    """Turns safetensors' own error for a full disk into the usual one."""
     try:
         yield
     except SafetensorError as error:
@@ -142,7 +142,7 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file, each with memory of its own, as safetensors wants them."""
+    """The tensors of one file, none of which share memory, as safetensors requires."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:

@@ -68,7 +68,7 @@ def describe_folder(
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a base's name is one to look for on the hub: no folder, no file, no wheel."""
+    """Whether a base's name is to be looked up on the hub: it is no folder, file or wheel."""
     return not (wheels.is_pypi(source) or Path(source).expanduser().exists() or looks_like_path(source))
 
 

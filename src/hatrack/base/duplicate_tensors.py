@@ -1,4 +1,4 @@
-"""Tensors that a base's files hold several times. Needs no torch."""
+"""Finds tensors that a base's files have several times. Needs no torch."""
 
 import hashlib
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Which base is this: a short digest of its weights, whatever folder, shards or names' prefix they come in.
+"""A base's fingerprint: a digest of its weights that ignores folders, shards and name prefixes.
 
 Knows nothing of models or devices, and needs no torch.
 """
@@ -17,16 +17,16 @@ from hatrack.errors import ModelError, WrongBase
 from hatrack.storage import cache_dir
 
 READ_WHOLE = 512 * 2**20
-"""Bytes up to which a base is read whole."""
+"""Bytes up to which all of a base is read."""
 BUDGET = 128 * 2**20
-"""Bytes read of a larger one, the same share of each tensor: about a second where no part of it is in memory yet."""
+"""Bytes read of a larger base, the same share of each tensor: about a second if it is not in the page cache."""
 SAMPLE = 64 * 2**10
-"""Bytes of one sample: so large that a disk reads them about as fast as in one piece."""
+"""Bytes of one sample: large enough for a disk to read samples about as fast as whole files."""
 DIGITS = 16
 FINGERPRINT_KIND = 2
-"""Raised when the same weights would get another fingerprint; kept beside each: two kinds are never compared."""
+"""Version of the fingerprint, stored beside each: fingerprints of different versions are not compared."""
 EMBEDDING_COPIES = ("lm_head.weight", "embed_out.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
-"""Names under which a checkpoint may hold its embedding a second time, or not at all."""
+"""Names under which a checkpoint may have a second copy of its embedding."""
 
 
 def fingerprint(base: BaseDescription) -> str:
@@ -48,15 +48,15 @@ def fingerprint(base: BaseDescription) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, TensorInfo]) -> str:
-    """The same of any tensors, under the names they have. Raises ModelError where a file cannot be read."""
+    """The fingerprint of any tensors, with their names. Raises ModelError where a file cannot be read."""
     return _combine(dict(_tensor_digests(tensors)))
 
 
 def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
-    """What hatrack.json says of a base: where it came from, its fingerprint, and in which form it was trained on.
+    """What hatrack.json says about a base: where it came from, its fingerprint, and in which form it was trained on.
 
-    The fingerprint is of the weights as they lie on disk. `form` tells of a base that was converted from a GGUF or
-    pickled file, or held in fewer bits while training: of the full base it is a relative, not the same.
+    The fingerprint is that of the weights on disk. `form` says that a base was converted from a GGUF or pickled file,
+    or quantised for training: its weights are then only close to those of the full base.
     """
     source, revision = _portable_name(base)
     converted = base.folder.parent == cache_dir("bases")  # into a folder named after the file
@@ -81,12 +81,11 @@ def check_base(
     allow_other: bool = False,
     known: str | None = None,
 ) -> None:
-    """Refuses a base that an adapter was not trained on; says once what cannot be known of one made elsewhere.
+    """Raises WrongBase, naming both, where an adapter was not trained on a base; says once where that is unknown.
 
-    `made_on` is what `lineage` gave when the adapter was made, or of a foreign one `source` and `revision` alone.
-    A fingerprint of another version's kind counts as none. With `allow_other` another base is said, not refused.
-    `known` is the base's fingerprint, where it was taken before.
-    Raises WrongBase, naming both.
+    `made_on`: what `lineage` returned when the adapter was made, or `source` and `revision` alone for an adapter made
+    elsewhere; a fingerprint of another version is ignored. `allow_other`: another base is only said. `known`: the
+    base's fingerprint, where it is known already.
     """
     wanted, why = made_on.get("fingerprint"), "was not made by hatrack"
     if wanted and made_on.get("fingerprint_kind") != FINGERPRINT_KIND:
@@ -103,7 +102,7 @@ def check_base(
         here = base.source + (f" at {base.revision}" if base.revision and revision else "")
     else:
         by = "name and shapes" if made_on.get("named", True) else "shapes alone, as it names no base"
-        say_once(f"{adapter} {why}: it fits {base.source} by {by}, its weights unknown")
+        say_once(f"{adapter} {why}: it fits {base.source} by {by}; its weights were not compared")
         return
     if not allow_other:
         raise WrongBase(
@@ -122,7 +121,7 @@ def _combine(digests: Mapping[str, bytes]) -> str:
 
 
 def _tensor_digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
-    """Name and digest of type, shape and bytes, or samples of them; each file opened once and read front to back."""
+    """Name and digest of dtype, shape and bytes, or samples of them; each file is opened once and read in order."""
     total_bytes = sum(info.bytes for info in tensors.values())
     share = 1.0 if total_bytes <= READ_WHOLE else BUDGET / total_bytes
     by_file: dict[Path, list[tuple[int, str]]] = {}
@@ -143,7 +142,7 @@ def _tensor_digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, by
 
 
 def sample_ranges(size: int, share: float) -> list[tuple[int, int]]:
-    """(start, length) of the parts of `size` bytes to read for about this `share` of them: first, last, and between.
+    """(start, length) of the samples of `size` bytes that are about this `share` of them, first and last included.
 
     >>> samples(10, 1.0)
     [(0, 10)]
@@ -155,7 +154,7 @@ def sample_ranges(size: int, share: float) -> list[tuple[int, int]]:
 
 
 def _same_name(made_on: Mapping[str, Any], base: BaseDescription) -> bool:
-    """Whether a foreign adapter can mean this base: the last part of the name, and the commit where both tell one."""
+    """Whether an adapter made elsewhere may mean this base: by the last part of its name and the commit if known."""
     names = [re.split(r"[/\\]", str(source).rstrip("/\\"))[-1].lower() for source in (made_on["source"], base.source)]
     commits = [str(commit) for commit in (made_on.get("revision"), base.revision) if commit]
     known = [commit for commit in commits if re.fullmatch(r"[0-9a-f]{40}", commit)]
@@ -163,8 +162,8 @@ def _same_name(made_on: Mapping[str, Any], base: BaseDescription) -> bool:
 
 
 def _portable_name(base: BaseDescription) -> tuple[str, str | None]:
-    """The base's name and commit as they mean the same on another machine: its hub id, its name on a package index, or
-    else its path. A folder in the hub's cache is the hub's."""
+    """The base's name and commit as another machine understands them: its hub id, its name on a package index, else its
+    path. A folder in the hub's cache counts as the hub's."""
     path = Path(base.source).expanduser()
     if not path.exists():
         return base.source, base.revision

@@ -1,4 +1,4 @@
-"""How much memory there is for a base, whether it fits in there, and what can be given back.
+"""Free memory: how much there is, whether a base fits in it, and how to release some.
 
 Knows no torch and reads no weights.
 """
@@ -18,20 +18,20 @@ from hatrack.console import format_size
 from hatrack.errors import RecipeError
 
 OVERHEAD = 640 * 2**20
-"""Bytes for all but the base where answers are given: torch itself, an adapter, a few rows."""
+"""Bytes for all but the base during inference: torch itself, an adapter, a few rows."""
 
 
 def fits_in_memory(header: Mapping[str, TensorInfo], dtype: str, free: int, limit: int | None) -> bool:
-    """Whether a base in `dtype` can be in memory as a whole: in `limit` bytes, and in what is `free`."""
+    """Whether a base in `dtype` fits in memory: in `limit` bytes, and in the `free` ones."""
     weights = sum(math.prod(info.shape) for info in header.values()) * (4 if dtype == "float32" else 2)
     return weights <= free and (limit is None or weights + OVERHEAD <= limit)
 
 
 def available_memory(root: Path = Path("/")) -> tuple[int, str]:
-    """Bytes a process can still get, and what sets the limit: the system, or a control group (version 1 or 2).
+    """Bytes a process can still allocate, and what sets the limit: the system, or a control group (version 1 or 2).
 
-    What a group's limit leaves is the limit less what is in use, of which cached files that can be dropped do not
-    count. `root` is where the file systems lie.
+    A group leaves its limit less what is in use; cached files that can be dropped do not count as used. `root` is the
+    root of the file system.
     """
     found = [(psutil.virtual_memory().available, "free on this machine")]
     for group in _control_groups(root):
@@ -49,36 +49,36 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
 
 
 def missing_device_error(asked: str, there: Sequence[str]) -> RecipeError:
-    """The complaint about a device that this machine does not have."""
+    """The error for a device that this machine does not have."""
     return RecipeError(f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}")
 
 
 def check_bitsandbytes(quantize: str) -> None:
-    """Raises RecipeError where a base is to be quantised, and bitsandbytes is not installed."""
+    """Raises RecipeError where a base is to be quantised and bitsandbytes is not installed."""
     if quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
 
 
 def resident_bytes() -> int:
-    """Bytes this process holds in memory."""
+    """Resident bytes of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def release_memory() -> None:
-    """Drops what nobody refers to any more, and hands the memory back to the system. The search takes half a second."""
+    """Collects garbage, which takes half a second, and returns free memory to the system."""
     gc.collect()
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Hands memory that is free, in holes between blocks as well, back to the system (glibc)."""
+    """Returns free heap memory to the system, where glibc can."""
     found = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
     if found is not None:
         found(0)
 
 
 def _control_groups(root: Path) -> list[Path]:
-    """The folders of this process's memory control groups, up to the top, of version 1 and 2."""
+    """The folders of this process's memory control groups and their parents, of version 1 and 2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -95,7 +95,7 @@ def _control_groups(root: Path) -> list[Path]:
 
 
 def _read_number(file: Path) -> int | None:
-    """The number in a file; None for `max`, or where there is none."""
+    """The number in a file; None for `max` or an unreadable file."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

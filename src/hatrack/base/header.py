@@ -1,4 +1,4 @@
-"""What a base is, from its config.json and safetensors headers alone: names, shapes, bytes, family.
+"""Reads config.json and safetensors headers: a base's tensor names, shapes, bytes, and its family.
 
 Reads no weights and knows no torch. The safetensors layout (8 bytes of length, a JSON header, then the data) is the
 one of https://github.com/huggingface/safetensors#format.
@@ -30,12 +30,12 @@ ITEM_BITS |= {"F64": 64, "C64": 64}
 WRAPPERS = re.compile(
     r"^(?:module\.|_orig_mod\.)+|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-"""What DistributedDataParallel, torch.compile and FSDP put into the names of a model that is saved through them."""
+"""What DistributedDataParallel, torch.compile and FSDP add to tensor names of a model that is saved through them."""
 
 PACKED_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6", "F8")
-"""Beginnings of the formats that quantised weights are packed in."""
+"""Prefixes of the dtypes that quantised weights are packed in."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""Where config.json tells of quantised weights."""
+"""The keys of config.json that describe quantised weights."""
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
 # fmt: off
@@ -47,7 +47,7 @@ ENCODERS = frozenset((
     "roformer", "splinter", "squeezebert", "tapas", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
 ))
 # fmt: on
-"""Model types that read a text as a whole and cannot go on with it, unless their config says `is_decoder`."""
+"""Model types that read a text as a whole and cannot continue it, unless their config says `is_decoder`."""
 
 
 PREFIXES = {"bert": "bert", "megatron-bert": "bert", "big_bird": "bert", "roberta": "roberta", "camembert": "roberta"}
@@ -67,15 +67,15 @@ HEAD_KINDS |= dict.fromkeys(("big_bird", "convbert", "nystromformer", "ibert", "
 
 POOLERS = dict.fromkeys(("bert", "megatron-bert", "ernie", "mobilebert", "rembert", "squeezebert"), "pooler.dense")
 POOLERS |= {"albert": "pooler", "big_bird": "pooler"}
-"""Model types whose classifier reads a pooler that belongs to the base model; the others have none there."""
+"""Model types whose classifier reads a pooler in the base model -> the pooler's name."""
 
 LANGUAGE_HEADS = ("lm_head.", "embed_out.", "head.")
 """A language model's output head; the last one is RWKV's."""
 ROUTER_BUFFERS = ("e_score_correction_bias", "expert_bias", "balancing_biases")
-"""Buffers that steer how many tokens each expert gets: in the files, but no parameters."""
+"""Buffers of an expert router that are in the files but are no parameters."""
 
 IGNORE_MASK = ("fnet",)
-"""Model types that see padding, whatever the attention mask says."""
+"""Model types that have no attention mask, so that padding changes their outputs."""
 
 OTHER_HEADS: tuple[str, ...] = (
     "cls.",
@@ -211,16 +211,18 @@ def check_trainable(source: str, config: Mapping[str, Any], header: Mapping[str,
 
 
 def quantization_in_config(config: Mapping[str, Any]) -> str | None:
-    """What config.json tells of quantised weights: `4 bits (bitsandbytes)`; None where it tells of none."""
+    """The quantisation that config.json describes, such as `4 bits (bitsandbytes)`; None where it describes none."""
     parts = (config, config.get("text_config") or {})
-    told = next((part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key)), None)
-    if told is None:
+    described = next((part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key)), None)
+    if described is None:
         return None
-    told = told if isinstance(told, dict) else {}
+    described = described if isinstance(described, dict) else {}
     named = {"_load_in_4bit": 4, "load_in_4bit": 4, "_load_in_8bit": 8, "load_in_8bit": 8}
-    bits = next((told[key] for key in ("bits", "nbits", "w_bit", "num_bits") if type(told.get(key)) is int), None)
-    bits = bits or next((number for key, number in named.items() if told.get(key) is True), None)
-    method = str(told.get("quant_method") or "quantization_config")[:40]
+    bits = next(
+        (described[key] for key in ("bits", "nbits", "w_bit", "num_bits") if type(described.get(key)) is int), None
+    )
+    bits = bits or next((number for key, number in named.items() if described.get(key) is True), None)
+    method = str(described.get("quant_method") or "quantization_config")[:40]
     return f"{bits} bits ({method})" if bits else method
 
 
@@ -230,7 +232,7 @@ def check_task(source: str, config: Mapping[str, Any], task: str) -> None:
     described = f"{source} ({config.get('model_type', 'unknown type')})"
     if task == "classify" and config.get("model_type") in IGNORE_MASK:
         raise ModelError(
-            f"{source} mixes padding into its answers: a text's label would depend on its neighbours",
+            f"{source} has no attention mask: a text's label would depend on the padding, and so on its batch",
             got=str(config["model_type"]),
             fix="use another base, such as a BERT",
         )
@@ -266,20 +268,20 @@ def read_file_header(path: Path, largest: int = MAX_HEADER_BYTES) -> dict[str, T
     except (ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
-        raise _damaged_error(path, "a header that is no JSON") from error
+        raise _damaged_error(path, "a header that is not JSON") from error
     if not isinstance(content, dict):
-        raise _damaged_error(path, "a header that is no JSON object")
+        raise _damaged_error(path, "a header that is not a JSON object")
     tensors = {
         name: _parse_entry(path, name, entry, 8 + length) for name, entry in content.items() if name != "__metadata__"
     }
     end = max((tensor.offset + tensor.bytes for tensor in tensors.values()), default=8 + length)
     if end > size:
-        raise _damaged_error(path, f"{size:,} bytes where its header tells of {end:,}")
+        raise _damaged_error(path, f"{size:,} bytes where its header says {end:,}")
     return tensors
 
 
 def parameter_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many numbers tensors of these shapes hold together."""
+    """The number of elements in tensors of these shapes together."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -289,7 +291,7 @@ def weight_bytes(header: Mapping[str, TensorInfo]) -> int:
 
 
 def stored_dtype(header: Mapping[str, TensorInfo]) -> str:
-    """The number format that most of a base's bytes are in, as safetensors names it: `BF16`. `F32` of no tensors."""
+    """The dtype of most of a base's bytes, as safetensors names it: `BF16`. `F32` for no tensors."""
     formats: dict[str, int] = defaultdict(int)
     for tensor in header.values():
         formats[tensor.dtype] += tensor.bytes
@@ -297,7 +299,7 @@ def stored_dtype(header: Mapping[str, TensorInfo]) -> str:
 
 
 def family(config: Mapping[str, Any]) -> Family:
-    """Whether a base only reads (encoder), goes on with a text (decoder), or turns one text into another."""
+    """Whether a base only reads text (encoder), continues it (decoder), or turns one text into another."""
     if config.get("is_encoder_decoder"):
         return "encoder-decoder"
     architectures = config.get("architectures") or [""]
@@ -311,8 +313,8 @@ def family(config: Mapping[str, Any]) -> Family:
 def head_shapes(config: Mapping[str, Any], labels: int) -> dict[str, tuple[int, ...]]:
     """The classification head that transformers puts on a base: parameter name -> shape, for `labels` outputs.
 
-    Families it does not know by type get the head usual for their kind: one linear layer on an encoder, a dense layer
-    and a projection on an encoder-decoder, `score` on a decoder. Raises ModelError where the config tells no width.
+    Unknown model types get the usual head of their family: one linear layer on an encoder, a dense layer and a
+    projection on an encoder-decoder, `score` on a decoder. Raises ModelError where the config has no hidden size.
     """
     width = hidden_size(config)
     square = {"weight": (width, width), "bias": (width,)}
@@ -384,16 +386,16 @@ def without_prefix(name: str, config: Mapping[str, Any]) -> str:
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
-    """The width of the base, under whichever name its architecture has for it."""
+    """The hidden size, under whichever name the architecture has for it. Raises ModelError where there is none."""
     for part in (config, config.get("text_config") or {}):
         for name in ("hidden_size", "n_embd", "dim", "d_model"):
             if type(part.get(name)) is int:
                 return int(part[name])
-    raise ModelError("config.json tells no hidden_size", got=config.get("model_type"), fix="use another base")
+    raise ModelError("config.json has no hidden_size", got=config.get("model_type"), fix="use another base")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises ModelError naming it."""
+    """Reads a file with one JSON object. Raises ModelError naming it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -417,7 +419,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
-    """One header entry, once its shape, type and place agree. `data` is the byte where the file's data begins."""
+    """Checks and returns one header entry. `data` is the byte where the file's data begins."""
     try:
         shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
         fits = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
@@ -430,7 +432,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
 
 
 def _prefix(config: Mapping[str, Any]) -> str:
-    """What a task's model puts before the names of the base's parameters, with its dot."""
+    """The prefix of the base's parameters in a task's model, with its dot."""
     kind = str(config.get("model_type"))
     return PREFIXES.get(kind, kind if family(config) == "encoder" else "model") + "."
 
@@ -440,12 +442,12 @@ def _prefixed(module: str, parts: Mapping[str, tuple[int, ...]]) -> dict[str, tu
 
 
 def _modern_name(name: str) -> str:
-    """LayerNorm's parameters as transformers names them now; the oldest checkpoints say gamma and beta."""
+    """A name as transformers has it now; the oldest checkpoints call LayerNorm's parameters gamma and beta."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Tensors of old checkpoints that are no parameters: positions, rotary frequencies, causal masks."""
+    """Whether a tensor is a buffer of an old checkpoint: positions, rotary frequencies, a causal mask."""
     last = name.rsplit(".", 1)[-1]
     return last in ("position_ids", "token_type_ids", "inv_freq", "masked_bias") or (last == "bias" and len(shape) == 4)
 
@@ -465,5 +467,5 @@ def _is_tied(name: str, body: Mapping[str, tuple[int, ...]]) -> bool:
 
 def _damaged_error(path: Path, got: str) -> ModelError:
     return wrong_kind_error(path, SAFETENSORS, ModelError) or ModelError(
-        f"{path} is damaged or no safetensors file", got=got, fix="copy or download the base again"
+        f"{path} is damaged or not a safetensors file", got=got, fix="copy or download the base again"
     )

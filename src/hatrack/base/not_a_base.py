@@ -1,4 +1,4 @@
-"""Why a path that was given for a base is none, and what to give instead. Reads names of files, knows no torch."""
+"""Explains why a path is not a base, and what to give instead, by file names. Needs no torch."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -11,7 +11,7 @@ from hatrack.errors import ModelError
 from hatrack.recipe import flag
 
 SUBFOLDERS = ("*", "*/*", "models--*/snapshots/*", "*/models--*/snapshots/*")
-"""Where models lie in a folder of models, in the hub's cache, and in the folder around that."""
+"""Where models are in a folder of models, in the hub's cache, and in that cache's parent."""
 WEIGHT_FILES = (WEIGHTS, INDEX, PICKLE, PICKLE_INDEX)
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.distcp")
 OTHER_FORMATS = (
@@ -31,11 +31,11 @@ OTHER_FORMATS = (
         "use the version for transformers (on the hub its name often ends in -hf)",
     ),
 )
-"""What a folder may hold in place of a model that transformers reads: patterns of names, what it is, what helps."""
+"""Formats that transformers does not read: patterns of file names, a description, a fix."""
 
 
 def no_model_error(path: Path, names: Collection[str], source: str) -> ModelError:
-    """Why a folder with files of these `names`, given as `source`, is no base."""
+    """The error for a folder without a model, with files of these `names`, given as `source`."""
     if ADAPTER_CONFIG in names:
         return adapter_error(str(path), path)
     return (
@@ -44,19 +44,19 @@ def no_model_error(path: Path, names: Collection[str], source: str) -> ModelErro
 
 
 def adapter_error(source: str, folder: Path) -> ModelError:
-    """Why an adapter's `folder`, given as `source`, is no base, and what its base is."""
+    """The error for an adapter's `folder`, given as `source`: it names the adapter's base."""
     return ModelError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_base_of(folder))
 
 
 def _base_of(folder: Path, whose: str = "its") -> str:
-    """What to do with an adapter's folder: use its base, which peft and mlx-lm name each in their way."""
-    told = read_json(folder / ADAPTER_CONFIG)
-    base = told.get("base_model_name_or_path") or told.get("model")
+    """The advice to use an adapter's base, which peft and mlx-lm name under different keys."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path") or config.get("model")
     return f"use {whose} base: {base}" if base else f"use {whose} base, which {ADAPTER_CONFIG} does not name"
 
 
 def missing_path_error(source: str) -> ModelError:
-    """Why there is no base at a path that does not exist."""
+    """The error for a path that does not exist."""
     fix = "give its path on this machine with --base FOLDER, or its hub id"
     hub_id = _hub_id_in(source)
     if hub_id:
@@ -77,14 +77,14 @@ def missing_path_error(source: str) -> ModelError:
 
 
 def list_names(names: Iterable[str], most: int = 6) -> str:
-    """The first few names in order; `nothing in it` where there are none."""
+    """The first few names in order; `nothing in it` for none."""
     ordered = sorted(names, key=_natural_order)
     more = len(ordered) - most
     return ", ".join(ordered[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
 
 
 def _models_below(path: Path) -> ModelError | None:
-    """Several models or one inside of a folder: checkpoints, a folder of models, the hub's cache."""
+    """The error for a folder around models: checkpoints, a folder of models, the hub's cache; None for others."""
     models = _find_below(path, CONFIG, WEIGHT_FILES)
     if not models:
         return None
@@ -112,7 +112,7 @@ def _other_format(path: Path, names: Collection[str]) -> ModelError | None:
 
 
 def _no_weights(path: Path, names: Collection[str], source: str) -> ModelError:
-    """No model, nor a sign of one elsewhere: no config, no weights, or a folder that only has a model's name."""
+    """The error for a folder without config or weights, or one that only has a model's name."""
     weights = [name for name in names if any(fnmatch(name, pattern) for pattern in OTHER_WEIGHTS)]
     if CONFIG in names:
         return ModelError(
@@ -131,7 +131,7 @@ def _no_weights(path: Path, names: Collection[str], source: str) -> ModelError:
 
 
 def _find_below(path: Path, needed: str, any_of: tuple[str, ...]) -> list[Path]:
-    """The folders that have the `needed` file and one of `any_of`, of the least depth there are any in."""
+    """The subfolders that have the `needed` file and one of `any_of`, at the smallest depth that has any."""
     for pattern in SUBFOLDERS:
         files = path.glob(f"{pattern}/{needed}")
         found = [file.parent for file in files if any((file.parent / name).exists() for name in any_of)]
@@ -141,7 +141,7 @@ def _find_below(path: Path, needed: str, any_of: tuple[str, ...]) -> list[Path]:
 
 
 def _main_model(models: list[Path]) -> Path:
-    """The one to name first: of snapshots the one that the hub's `main` was, of checkpoints the last."""
+    """The model to suggest: of snapshots the hub's `main`, of checkpoints the last, else the first."""
     for model in models:
         main = model.parent.parent / "refs" / "main"
         if model.parent.name == "snapshots" and main.is_file() and main.read_text().strip() == model.name:

@@ -1,4 +1,4 @@
-"""Keeps transformers from talking while a base loads: what matters of it, hatrack says itself. Knows no models."""
+"""Turns off transformers' warnings and progress bars while a base loads; hatrack says what matters."""
 
 import contextlib
 from collections.abc import Iterator

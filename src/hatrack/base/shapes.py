@@ -1,4 +1,4 @@
-"""A base's tensors from its config.json alone, as transformers would make them: shapes without weights."""
+"""Describes a base by its config.json alone: the tensors that transformers would make, without weights."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 
 def describe_shapes(folder: Path, source: str) -> BaseDescription:
-    """What is known of a base of which only config.json is there.
+    """Describes a base of which only config.json is there.
 
     Raises ModelError where transformers makes no model of it.
     """

@@ -1,4 +1,4 @@
-"""A base's name -> its files on disk: a hub id, a folder, a GGUF file, or a wheel on a package index.
+"""Finds a base by its name: a hub id, a folder, a GGUF file, or a wheel on a package index.
 
 Knows nothing of tasks, devices or adapters.
 """
@@ -59,12 +59,12 @@ def check_trusted_name(trust: str, source: str) -> None:
 
 
 def _same_base(one: str, other: str) -> bool:
-    """Whether two names mean one base: letter for letter, or as folders."""
+    """Whether two names mean one base: the same name, or the same folder."""
     return one.strip() == other or (Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
 def _as_safetensors(path: Path, source: str) -> Path:
-    """A folder with config.json and safetensors, out of a folder or file; converted where it has another format."""
+    """The folder with config.json and safetensors of a folder or file, converted where it has another format."""
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return from_gguf(path)
@@ -86,8 +86,8 @@ def _as_safetensors(path: Path, source: str) -> Path:
 
 
 def _check_file_kinds(folder: Path, weights: str) -> Path:
-    """The same folder, once each of its files looks like what its name says: a tokenizer would take a pointer's lines
-    for words."""
+    """The same folder. Raises ModelError where a file is not what its name says: a tokenizer would read the lines of a
+    Git LFS pointer as words."""
     kinds = {weights: SAFETENSORS if weights.endswith(".safetensors") else PICKLED}
     kinds |= {pattern: f"a {pattern.removeprefix('*')} file" for pattern in SMALL_FILES}
     for pattern, kind in kinds.items():
@@ -132,7 +132,7 @@ def _from_hub(source: str, revision: str | None, *, trusted: bool) -> BaseDescri
 
 
 def _snapshot(source: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
-    """One snapshot of a hub repository, its top folder only. Raises ModelError for whatever stands in the way."""
+    """Downloads a snapshot of a hub repository, its top folder only. Raises as `hub_errors` does."""
     with hub_errors(source, revision):
         folder = snapshot_download(
             source, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]
