@@ -227,7 +227,7 @@ def test_what_cannot_be_compared_is_refused_before_a_base_is_loaded(
     trained("chat", data=questions, base=tiny_decoder)
     words = {"yes": "glad", "no": "sad"}
     trained("mood", data=_written("mood.csv", [{**row, "label": words[row["label"]]} for row in _learned(reviews)]))
-    monkeypatch.setattr("hatrack.inference.hat.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    monkeypatch.setattr("hatrack.inference.load.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
     for names, got in (
         (("hat", "mood"), "one of the labels no, yes and task classify, one of the labels glad, sad"),
         (("hat", "chat"), "one of the labels no, yes and task chat"),

@@ -19,7 +19,7 @@ from hatrack.adapter import registry
 from hatrack.adapter.attach import name_in_model
 from hatrack.base.description import describe_folder
 from hatrack.errors import AdapterError, ModelError, RecipeError, WrongBase
-from hatrack.inference.generate import generation_options
+from hatrack.inference.generate import generation_options, prompt_ids
 
 TEXTS = ["it was good", "the film was so very bad !", "a red scene"]
 
@@ -263,6 +263,15 @@ def test_a_generator_and_a_classifier_do_not_share_a_base(
     stream = chat.stream("what film is red ?", max_new_tokens=30)
     next(stream)
     stream.close()  # stops generating, and does not hang
+
+    completing = shutil.copytree(tmp_path / "chat", tmp_path / "completing")
+    content = json.loads((completing / "hatrack.json").read_text())
+    (completing / "hatrack.json").write_text(json.dumps(content | {"task": "complete"}))
+    chat.use(chat.add(completing, name="completing"))
+    assert chat.task == "complete"
+    assert prompt_ids(chat.active_model, "what film") == chat.tokenizer("what film")["input_ids"]
+    chat.use("questions")
+    assert chat.task == "chat" and len(prompt_ids(chat.active_model, "what film")) > 2
 
 
 def test_an_adapter_made_elsewhere_is_used_with_a_word_about_it(

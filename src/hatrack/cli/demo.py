@@ -110,7 +110,7 @@ def _train(output: Path, name: str, **options: Any) -> dict[str, Any]:
     from hatrack.training.train import train
 
     shutil.rmtree(output / name, ignore_errors=True)
-    if any(hat.name == f"demo-{name}" for hat in registry.list_adapters()):
+    if f"demo-{name}" in registry.names():
         registry.unregister(f"demo-{name}")
     if (output / f"{name}.run" / "run.json").exists():
         recipe = recipe.changed(resume=True)  # an interrupted demo is continued
@@ -197,8 +197,8 @@ def _files(result: dict[str, Any], tell: Print) -> None:
     from hatrack.base.sources import find_base
 
     folder = Path(result["adapter"])
-    hat = read_adapter(folder).card
-    base = find_base(hat.base["source"] if hat else ENCODER).folder
+    card = read_adapter(folder).card
+    base = find_base(card.base["source"] if card else ENCODER).folder
     tell(trainable_line(result["trainable"], result["total"]))
     tell(f"{folder}:")
     for path in sorted(folder.iterdir()):

@@ -58,11 +58,11 @@ def show(adapter: Adapter, as_json: Json = False) -> None:
     folder = find_adapter(adapter)
     files = read_adapter(folder)
     name = registered_name(adapter, folder)
-    hat = dataclasses.asdict(files.card) | {"name": name} if files.card else None
+    card = dataclasses.asdict(files.card) | {"name": name} if files.card else None
     if as_json:
-        print(json.dumps({"name": name, "folder": str(folder), "config": files.config, "hat": hat}, default=str))
+        print(json.dumps({"name": name, "folder": str(folder), "config": files.config, "hat": card}, default=str))
         return
-    print_facts(_show_lines(name, folder, files.config, hat or {}))
+    print_facts(_show_lines(name, folder, files.config, card or {}))
 
 
 def add(

@@ -20,13 +20,14 @@ def recipe_of_adapter(adapter: str | Path, **changes: Any) -> Recipe:
     invalid.
     """
     folder = find_adapter(adapter)
-    hat = read_card(folder)
-    if hat is None or not hat.recipe:
+    card = read_card(folder)
+    if card is None or not card.recipe:
         raise AdapterError(
             "only an adapter that hatrack trained can be trained again",
             got=f"{adapter}, which has no recipe",
             fix="give base and data",
         )
     dropped = {*NOT_REPEATED, *(REPLACES[name] for name in changes if name in REPLACES)}
-    options = {name: value for name, value in hat.recipe.items() if name in Recipe.model_fields and name not in dropped}
+    recipe = card.recipe
+    options = {name: value for name, value in recipe.items() if name in Recipe.model_fields and name not in dropped}
     return Recipe.make(**(options | changes))
