@@ -1,7 +1,4 @@
-"""Block sizes of the kernels that memory plans count with too. Imports no torch.
-
-A new value changes what is in memory at a time, not what is computed.
-"""
+"""Block sizes of the kernels that memory plans count with too. Imports no torch."""
 
 ATTENTION_BLOCK = 2**22
 """Attention probabilities held at a time: small enough for the CPU's cache."""

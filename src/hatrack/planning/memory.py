@@ -97,7 +97,7 @@ class MemoryRequest:
     quantized_cached: bool = False
 
     @property
-    def item(self) -> int:
+    def item_bytes(self) -> int:
         """Bytes of an element in `dtype`."""
         return ITEM_BYTES[self.dtype]
 
@@ -120,8 +120,8 @@ def training_bytes(run: MemoryRequest) -> dict[str, int]:
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
         "activations": activations,
-        "logits": _logits(run, run.batch) * (2 * run.item + (8 if run.accelerator else 0)),
-        "workspace": _workspace(run) + run.item * _converted_weights(run),
+        "logits": _logits(run, run.batch) * (2 * run.item_bytes + (8 if run.accelerator else 0)),
+        "workspace": _workspace(run) + run.item_bytes * _converted_weights(run),
         "heap": 0 if run.accelerator else round(HEAP * (activations + inputs)),
         "matmuls": STORED_MATMULS * STORED_MATMUL if run.stored_matmuls and not run.accelerator else 0,
         "framework": ACCELERATOR if run.accelerator else _process_bytes(run),
@@ -159,12 +159,12 @@ def _activations(run: MemoryRequest) -> tuple[int, float]:
     model, tokens = run.model, run.batch.tokens
     layers, boundaries = model.dims.layers if run.method.full else model.backward_layers, 0
     if run.method.streamed:
-        passed = run.step_tokens * model.dims.hidden * run.item  # from one layer to the next, and their gradients
-        states = streamed_state_bytes(model, run.step_tokens, run.item)
+        passed = run.step_tokens * model.dims.hidden * run.item_bytes  # from one layer to the next, and their gradients
+        states = streamed_state_bytes(model, run.step_tokens, run.item_bytes)
         layers, boundaries = 1, min(STATES_IN_MEMORY, states) + 2 * passed
     elif run.method.checkpointing:
-        layers, boundaries = 1, tokens * model.dims.hidden * run.item * model.backward_layers
-    inputs = 0.0 if run.method.full else model.other_inputs / max(model.backward_layers, 1) * run.item
+        layers, boundaries = 1, tokens * model.dims.hidden * run.item_bytes * model.backward_layers
+    inputs = 0.0 if run.method.full else model.other_inputs / max(model.backward_layers, 1) * run.item_bytes
     return boundaries + round(tokens * _kept_in_layer(run) * layers), tokens * inputs * layers
 
 
@@ -174,13 +174,13 @@ def _kept_in_layer(run: MemoryRequest) -> float:
     elements = 2 * dims.hidden + dims.query + 2 * dims.key + dims.intermediate * (3 if dims.gated else 1)
     if run.method.full:
         inputs = float(2 * dims.hidden + dims.query + dims.intermediate)
-        return (elements + inputs) * run.item
-    kept = (elements + model.adapter_inputs / layers) * run.item
+        return (elements + inputs) * run.item_bytes
+    kept = (elements + model.adapter_inputs / layers) * run.item_bytes
     kept += model.adapted_layers / layers * 8 * 4  # the narrow side of each adapter, in float32
     if not run.fast_layers:  # peft keeps a float32 copy of the input, and of it after dropout with its mask
-        copies = (4 if run.item < 4 else 0) + (5 if run.dropout else 0)
-        kept += model.peft_copies / layers * copies + model.dora_outputs / layers * run.item
-    return kept + (dims.query * run.item if run.accelerator else 0)  # attention's output
+        copies = (4 if run.item_bytes < 4 else 0) + (5 if run.dropout else 0)
+        kept += model.peft_copies / layers * copies + model.dora_outputs / layers * run.item_bytes
+    return kept + (dims.query * run.item_bytes if run.accelerator else 0)  # attention's output
 
 
 def _process_bytes(run: MemoryRequest) -> int:
@@ -190,7 +190,7 @@ def _process_bytes(run: MemoryRequest) -> int:
 
 def _unread_bytes(run: MemoryRequest) -> int:
     """Bytes of the layers that are not read while training."""
-    weight = QUANTIZED_BYTES.get(run.method.quantize, run.item)
+    weight = QUANTIZED_BYTES.get(run.method.quantize, run.item_bytes)
     return round(run.model.matmul_weights * weight * run.unread_layers / max(run.model.dims.layers, 1))
 
 
@@ -207,7 +207,7 @@ def _while_scoring(run: MemoryRequest, batch: MicroBatch) -> int:
     """Bytes of one layer that keeps nothing, as much again freed between (measured), and a block of logits."""
     dims = run.model.dims
     elements = batch.tokens * (4 * dims.hidden + dims.query + 2 * dims.key + 3 * dims.intermediate)
-    return round(2 * elements + 2 * _attention_scores(run, batch) + 2 * _logits(run, batch)) * run.item
+    return round(2 * elements + 2 * _attention_scores(run, batch) + 2 * _logits(run, batch)) * run.item_bytes
 
 
 def _logits(run: MemoryRequest, batch: MicroBatch) -> int:
@@ -227,9 +227,9 @@ def _converted_weights(run: MemoryRequest) -> int:
 def _workspace(run: MemoryRequest) -> int:
     """Bytes held for a moment: attention probabilities with their gradients, and gradients of one MLP."""
     mlp = run.batch.tokens * run.model.dims.intermediate
-    return 3 * _attention_scores(run, run.batch) * run.item + 3 * mlp * run.item
+    return 3 * _attention_scores(run, run.batch) * run.item_bytes + 3 * mlp * run.item_bytes
 
 
 def _attention_scores(run: MemoryRequest, batch: MicroBatch) -> int:
     """Attention probabilities held at a time: in float32 none are."""
-    return min(ATTENTION_BLOCK, batch.rows * run.model.dims.heads * batch.longest**2) if run.item < 4 else 0
+    return min(ATTENTION_BLOCK, batch.rows * run.model.dims.heads * batch.longest**2) if run.item_bytes < 4 else 0
