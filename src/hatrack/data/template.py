@@ -37,7 +37,7 @@ def chat_template(tokenizer: Any, *, tools: bool = False, today: datetime | None
     """The template to write conversations with, and whether it is the base's own.
 
     If the base has several, takes `tool_use` for rows with `tools`, else `default`, or the only one. A template that
-    writes the date gets that of `today` for good. Raises ModelError if the base has several and no default.
+    writes the date always gets that of `today`. Raises ModelError if the base has several and no default.
     """
     own = _base_template(tokenizer.chat_template, tools)
     if own:
