@@ -354,7 +354,7 @@ def test_a_base_that_changes_in_a_run_is_told(tmp_path: Path, half_decoder: Path
             return real(sweep, *args)
 
         patch.setattr(LayerStreaming, "step", harmed)
-        said = {"gone": "is gone", "unreadable": "cannot be read; got Input/output error"}.get(harm, "was changed")
+        said = {"gone": "was removed", "unreadable": "cannot be read; got Input/output error"}.get(harm, "was changed")
         with pytest.raises(MachineError, match=rf"model.safetensors {said}.*fix: put the base back"):
             hatrack.train(output=str(tmp_path / "hat"), name="hat", **run)
     file.write_bytes(whole)
