@@ -71,3 +71,13 @@ def test_training_goes_without_them(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_predicting_goes_without_the_trainer(tmp_path: Path) -> None:
+    """transformers' Trainer imports datasets and pandas: 130 MiB."""
+    script = (
+        "import sys, hatrack.inference.load\n"
+        "print([name for name in ('transformers.trainer', 'datasets', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,6 +15,7 @@ from hatrack.errors import MachineError
 from hatrack.upstream import bitsandbytes, names
 from hatrack.upstream import peft as upstream_peft
 from hatrack.upstream import torch as upstream_torch
+from hatrack.upstream import trainer as upstream_trainer
 from hatrack.upstream import transformers as upstream_transformers
 from tests.rooms import FILES, SOURCE
 
@@ -25,6 +26,7 @@ MODULES = {
     "bitsandbytes": bitsandbytes,
 }
 EVERY = [(library, name) for library, module in MODULES.items() for name in module.NAMES]
+EVERY += [("transformers", name) for name in upstream_trainer.NAMES]
 
 
 class Renamed:
@@ -60,12 +62,12 @@ def test_a_name_that_is_gone_is_one_line(library: str, name: str, monkeypatch: p
 def test_a_method_with_other_parameters_is_one_line(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.Trainer, "_get_grad_norm", eval(function))
     with pytest.raises(MachineError, match=r"which has no .*_get_grad_norm\(model, grad_norm\); got transformers 5"):
-        names.require("transformers", *upstream_transformers.NAMES)
+        names.require("transformers", *upstream_trainer.NAMES)
 
 
 def test_a_method_may_have_further_optional_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.Trainer, "_get_grad_norm", lambda self, model, grad_norm=None, more=1, **rest: 0)
-    names.require("transformers", *upstream_transformers.NAMES)
+    names.require("transformers", *upstream_trainer.NAMES)
 
 
 def test_the_command_line_says_which_versions_it_works_with() -> None:
@@ -86,7 +88,7 @@ def test_the_command_line_says_which_versions_it_works_with() -> None:
 
 
 def test_a_trainer_that_no_longer_asks_for_the_gradients_norm_is_one_line() -> None:
-    check = upstream_transformers._HookCheck()
+    check = upstream_trainer._HookCheck()
     check.called = True
     check.on_step_end(None, None, None)
     with pytest.raises(MachineError, match=r"does not call _get_grad_norm; got transformers 5.*fix: pip install"):

@@ -24,7 +24,7 @@ from hatrack.training import checkpoint
 from hatrack.training.layer_streaming import LayerStreaming
 from hatrack.training.prefix_cache import FrozenPrefix
 from hatrack.training.smoothed_loss import SmoothedLoss
-from hatrack.upstream.transformers import HookedTrainer
+from hatrack.upstream.trainer import HookedTrainer
 
 StepWatch = Callable[[int, float, float, Callable[[], list[int]]], None]
 """Called before each optimizer step with its number (from 1), loss, gradient norm, and a function that returns the
