@@ -67,7 +67,7 @@ def train(recipe: Recipe | str | Path | None = None, /, *, like: Any = None, **o
 
     Raises RecipeError for invalid options or a run that does not fit, DataError for rows that cannot be learned from,
     ModelError for a base that cannot be used, TargetError for `targets` it lacks, AdapterError for an adapter that
-    changes nothing, Diverged where the loss is lost, Interrupted on Ctrl-C, MachineError where memory or disk run
+    changes nothing, Diverged where the loss diverges, Interrupted on Ctrl-C, MachineError where memory or disk run
     out. All of them are HatrackErrors.
     """
     made = _recipe(recipe, options, like)

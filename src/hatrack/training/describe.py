@@ -60,7 +60,7 @@ def _generation_config(prepared: Prepared, base: Base) -> str:
 
 
 def run_result(run: Run, trained: Trained, model: Any) -> dict[str, Any]:
-    """What `hatrack train --json` prints, but for the costs that are known at the very end.
+    """What `hatrack train --json` prints, without the costs, which are known at the very end.
 
     `seconds` are those of training and scoring, without loading and sample answers.
     """

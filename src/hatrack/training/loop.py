@@ -58,7 +58,7 @@ def train_adapter(
     """Trains the adapter of `adapted`, and leaves the best epoch's adapter in it.
 
     The largest micro-batch comes first. If it takes too much memory, training starts over with a smaller one: the
-    largest that divides the batch. Raises Diverged where the loss is lost, Interrupted where a person stops the run.
+    largest that divides the batch. Raises Diverged where the loss diverges, Interrupted where a person stops the run.
     """
     while True:
         _remember(run, prepared, schedule)
@@ -155,8 +155,8 @@ def _sample_answers(prepared: Prepared, adapted: AdaptedModel, metrics: MetricsF
 
 
 def _memory_watch(run: Run, prepared: Prepared, paths: LayerPaths) -> MemoryWatch:
-    """Without a limit where the micro-batch must not change: a resumed run keeps it, and layer streaming, whose steps
-    hold what the plan says, does as well."""
+    """The callback that holds the run to its memory limit. It has none where the micro-batch must not change: in a
+    resumed run, and with layer streaming, whose steps hold what was planned."""
     is_fixed = run.resumed or paths.streaming is not None
     return MemoryWatch(prepared.plan.peak_memory_bytes, None if is_fixed else prepared.plan.limit)
 

@@ -43,7 +43,7 @@ def train(recipe: Recipe) -> Hat:
         if recipe.layers == "auto":
             recipe = choose_layers(prepare(recipe, inputs))
         with open_cache(recipe, inputs) as cache:
-            prepared = prepare(recipe, inputs, cache=cache, micro_batch=_micro_batch_before(run))
+            prepared = prepare(recipe, inputs, cache=cache, micro_batch=_interrupted_micro_batch(run))
             advise(prepared)
             saved = _train_and_save(run, prepared, cache, meter)
             release_memory()  # the trained model's memory, before the base is loaded a second time
@@ -51,7 +51,7 @@ def train(recipe: Recipe) -> Hat:
 
 
 class _Saved(NamedTuple):
-    """A trained adapter in the run's folder: what to report of it, and the logits that it gave for the probe."""
+    """A trained adapter in the run's folder: what to report, the plan it followed, and its logits for the probe."""
 
     result: dict[str, Any]
     plan: Plan
@@ -75,7 +75,7 @@ def _train_and_save(run: Run, prepared: Prepared, cache: HiddenStateCache | None
 
 
 def _prove_and_report(run: Run, prepared: Prepared, saved: _Saved, meter: CostMeter) -> Hat:
-    """Loads the saved adapter, holds it against the trained one, and moves it to its place on the rack."""
+    """Loads the saved adapter, compares it with the trained one, moves it to its folder and registers its name."""
     hat = read_back(run.adapter, saved.logits, prepared.recipe)
     check_answers_end(hat, prepared.tokens.train, prepared.tokens.stops.tokens)
     run.finish()
@@ -85,16 +85,16 @@ def _prove_and_report(run: Run, prepared: Prepared, saved: _Saved, meter: CostMe
     return hat.with_result(run.output, saved.result | cost)
 
 
-def _micro_batch_before(run: Run) -> int | None:
-    """The micro-batch of an interrupted run; None where it had not chosen one, or none is resumed."""
+def _interrupted_micro_batch(run: Run) -> int | None:
+    """The micro-batch of the interrupted run; None where no run is resumed, or it stopped before it had a schedule."""
     schedule = run.recall("schedule")
     return schedule["micro_batch"] if schedule else None
 
 
 def _complete_schedule(run: Run, prepared: Prepared, adapted: AdaptedModel) -> Schedule:
-    """The schedule to train by. With `--lr auto` its learning rate is measured, or that of the interrupted run."""
+    """The schedule to train by. With `--lr auto`, measures its learning rate, or takes that of the interrupted run."""
     if prepared.recipe.lr != "auto":
         return prepared.schedule
-    before = run.recall("schedule")
-    lr = before["lr"] if before else measure_learning_rate(adapted.base, adapted.model, prepared)
+    interrupted = run.recall("schedule")
+    lr = interrupted["lr"] if interrupted else measure_learning_rate(adapted.base, adapted.model, prepared)
     return replace(prepared.schedule, lr=lr)
