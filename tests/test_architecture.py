@@ -23,7 +23,21 @@ WITHOUT_TORCH += [
 WITHOUT_TORCH += ["data/trained_rows", "evaluate/comparable"]
 WITHOUT_TORCH += [f"planning/{name}" for name in ("schedule", "fit", "machine", "memory", "model_shape", "time")]
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes")
-MAX_LINES, MAX_FUNCTION_LINES = 500, 60
+MAX_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 500, 60, 5
+MORE_ARGUMENTS = {
+    "cli/chat.chat": "a command's options",
+    "cli/compare.compare": "a command's options",
+    "cli/predict.predict": "a command's options",
+    "inference/hat.Hat.__init__": "keyword-only options of a public class",
+    "inference/load.load": "keyword-only options of a public function",
+    "kernels/attention.attention": "keyword-only options, as transformers' attention functions have",
+    "kernels/attention._KernelAttention.forward": "torch.autograd.Function passes each input",
+    "kernels/attention._MatmulAttention.forward": "torch.autograd.Function passes each input",
+    "kernels/loss._NextToken.forward": "torch.autograd.Function passes each input",
+    "layers/fast_base.attend": "transformers' AttentionInterface",
+    "layers/fast_base.mask": "transformers' AttentionMaskInterface",
+}
+"""Functions of more than five arguments, and why they may be."""
 
 
 def _room(path: Path) -> str:
@@ -84,6 +98,33 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     assert not long
 
 
+def _arguments(node: ast.AST, prefix: str) -> Iterator[tuple[str, int]]:
+    """Each function by its full name, and how many arguments it takes besides self."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
+            yield prefix + child.name, len([each for each in arguments if each.arg not in ("self", "cls")])
+        named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        yield from _arguments(child, f"{prefix}{child.name}." if named else prefix)  # type: ignore[attr-defined]
+
+
+def test_functions_take_few_arguments() -> None:
+    many = {
+        name
+        for path in FILES
+        for name, count in _arguments(
+            ast.parse(path.read_text()), f"{path.relative_to(SOURCE).with_suffix('').as_posix()}."
+        )
+        if count > MAX_ARGUMENTS
+    }
+    assert many == set(MORE_ARGUMENTS)
+
+
+def test_what_counts_arguments_counts_them() -> None:
+    code = "class A:\n    def f(self, a, b, /, c, *, d, e, g): ...\ndef h(): ..."
+    assert dict(_arguments(ast.parse(code), "m.")) == {"m.A.f": 6, "m.h": 0}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     tree = ast.parse(path.read_text())
@@ -117,3 +158,13 @@ def test_ground_floor_stands_on_nothing() -> None:
 
 def test_the_page_shows_the_rooms_as_they_are() -> None:
     assert PAGE.read_text() == page(), "write it anew: .venv/bin/python -m tests.rooms"
+
+
+def test_the_page_follows_the_tree() -> None:
+    lines = PAGE.read_text().splitlines()
+    for path in FILES:
+        if path.name != "__init__.py":
+            name = path.name if path.parent == SOURCE else f"  {path.name}"
+            assert any(line.startswith(f"  {name} ") for line in lines), path
+    listed = [line for line in lines if line.startswith("  ") and line.split()[0].endswith(".py")]
+    assert len(listed) == len([path for path in FILES if path.name != "__init__.py"])
