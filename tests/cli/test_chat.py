@@ -170,12 +170,16 @@ def test_at_a_terminal_lines_are_edited_and_ctrl_c_twice_leaves(home: Path) -> N
         os.write(number, b"\x1b[A\n")  # the line before again
         screen.until("It.")
         screen.until("> ")
-        while not screen.shows("press Ctrl-C again to leave"):  # readline misses a signal as it begins to wait
+        for _ in range(20):  # readline misses a signal as it begins to wait
+            if screen.shows("press Ctrl-C again to leave"):
+                break
             talk.send_signal(2)
-        while talk.poll() is None:  # as above
-            talk.send_signal(2)
+        for _ in range(20):
+            if talk.poll() is None:
+                talk.send_signal(2)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 talk.wait(10)
+                break
         assert talk.returncode == 0
     finally:
         talk.kill()
