@@ -39,7 +39,9 @@ def cache_rows(data: Any) -> str:
 def source_name(source: str, option: str = "data") -> str:
     """What messages call a source: its path or name, or `option` if `cache_rows` saved it."""
     path = Path(source)
-    return option if path.name == FILE and path.parent.parent == cache_dir("data") else source
+    if path.name != FILE or path.parent.parent.name != "data":  # asking for the cache's folder would make it
+        return source
+    return option if path.parent.parent == cache_dir("data") else source
 
 
 def _to_dicts(data: Any) -> Sequence[Any]:
