@@ -74,7 +74,7 @@ def test_training_goes_without_them(tmp_path: Path) -> None:
 
 
 def test_predicting_goes_without_the_trainer(tmp_path: Path) -> None:
-    """transformers' Trainer imports datasets and pandas: 130 MiB."""
+    """transformers' Trainer imports datasets and pandas: 55 MiB."""
     script = (
         "import sys, hatrack.inference.load\n"
         "print([name for name in ('transformers.trainer', 'datasets', 'pandas') if name in sys.modules])"

@@ -1,6 +1,6 @@
 """Private names of transformers that any use of a model needs: tied weights, and how it computes attention.
 
-Those of its Trainer are in `trainer.py`: importing the Trainer imports datasets and pandas too, 130 MiB.
+Those of its Trainer are in `trainer.py`: importing the Trainer imports datasets and pandas too, 55 MiB.
 """
 
 from collections.abc import Callable
