@@ -12,7 +12,7 @@ import pytest
 
 from hatrack.console import format_size
 from hatrack.errors import MAX_COMPLAINTS, DataError, HatrackError, MachineError
-from hatrack.storage import cache_dir, folder_size, locked, machine_errors, new_folder, write_file
+from hatrack.storage import cache_dir, data_dir, folder_size, locked, machine_errors, new_folder, write_file
 
 
 def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
@@ -130,6 +130,20 @@ def test_a_file_that_goes_while_we_look_counts_nothing(tmp_path: Path, monkeypat
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "c"))
     assert cache_dir("a", "b") == tmp_path / "c" / "a" / "b"
+
+
+def test_folders_of_earlier_versions_go_on_being_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HATRACK_CACHE", "HATRACK_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert (cache_dir(), data_dir()) == (tmp_path / "caches" / "hatrack", tmp_path / "data" / "hatrack")
+    for name in (".cache/hatrack", ".hatrack"):
+        (tmp_path / name).mkdir(parents=True)
+    assert (cache_dir(), data_dir()) == (tmp_path / ".cache" / "hatrack", tmp_path / ".hatrack")
+    monkeypatch.setenv("HATRACK_HOME", str(tmp_path / "home"))
+    assert data_dir() == tmp_path / "home"
 
 
 @pytest.mark.parametrize(

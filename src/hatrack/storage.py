@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_dir, user_data_dir
 
 from hatrack.errors import HatrackError, MachineError
 
@@ -46,12 +47,25 @@ class CacheEntry:
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder in the cache, which is `$HATRACK_CACHE` or `~/.cache/hatrack`. Everything in it can be made again."""
-    root = os.environ.get("HATRACK_CACHE") or Path.home() / ".cache" / "hatrack"
+    """A folder in the cache: `$HATRACK_CACHE`, an existing `~/.cache/hatrack`, or else the system's folder for caches.
+
+    Everything in it can be made again.
+    """
+    root = os.environ.get("HATRACK_CACHE") or _first_existing("~/.cache/hatrack", user_cache_dir("hatrack", False))
     folder = Path(root).expanduser().joinpath(*parts)
     with machine_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def data_dir() -> Path:
+    """Where the rack is: `$HATRACK_HOME`, an existing `~/.hatrack`, or else the system's folder for a user's data."""
+    root = os.environ.get("HATRACK_HOME") or _first_existing("~/.hatrack", user_data_dir("hatrack", False))
+    return Path(root).expanduser()
+
+
+def _first_existing(before: str, new: str) -> str:
+    return before if Path(before).expanduser().is_dir() else new
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """The rack: registers names for adapter folders on this machine.
 
-It is a folder, `$HATRACK_HOME/rack` (default `~/.hatrack/rack`), with one small file per name and a lock for writers.
+It is the folder `rack` in `storage.data_dir()`, with one small file per name and a lock for writers.
 """
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from hatrack.adapter.card import (
 from hatrack.console import say
 from hatrack.errors import AdapterError, HatrackError
 from hatrack.recipe import nearest
-from hatrack.storage import folder_size, locked, machine_errors, write_file
+from hatrack.storage import data_dir, folder_size, locked, machine_errors, write_file
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def unregister(name: str, *, delete_files: bool = False) -> None:
 
 
 def _rack() -> Path:
-    return Path(os.environ.get("HATRACK_HOME") or Path.home() / ".hatrack").expanduser() / "rack"
+    return data_dir() / "rack"
 
 
 def _locked_rack() -> contextlib.AbstractContextManager[None]:

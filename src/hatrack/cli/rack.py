@@ -24,7 +24,8 @@ Name = Annotated[
 def list_rack(as_json: Json = False) -> None:
     """List the adapters on the rack.
 
-    The rack names the adapters of this user: train puts them on it, and add. It is in ~/.hatrack (or $HATRACK_HOME).
+    The rack names the adapters of this user: train puts them on it, and add. It is in ~/.hatrack (or $HATRACK_HOME);
+    where there is no ~/.hatrack, in your system's folder for data.
     """
     from hatrack.adapter.registry import list_adapters
 
