@@ -264,7 +264,7 @@ def test_truncated_weights_are_refused_by_name(tmp_path: Path) -> None:
     assert "fix: copy or download the base again" in said
 
 
-# --- device, number format, quantisation -------------------------------------------------------------------------
+# --- device, number format, quantization -------------------------------------------------------------------------
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, cuda: int = 0, mps: bool = False, xpu: int = 0) -> None:
@@ -348,7 +348,7 @@ def test_weights_are_mapped_not_copied(tmp_path: Path) -> None:
     assert base.model.num_parameters() * 4 <= size
 
 
-def test_quantising_without_bitsandbytes_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_without_bitsandbytes_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.save(tmp_path, "Llama", "causal")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
@@ -359,7 +359,7 @@ def test_quantising_without_bitsandbytes_says_how_to_get_it(tmp_path: Path, monk
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 @pytest.mark.parametrize(("kind", "task"), [("Llama", "chat"), ("Llama", "classify"), ("Bert", "classify")])
-def test_a_quantised_base_answers_nearly_the_same_and_keeps_its_head(
+def test_a_quantized_base_answers_nearly_the_same_and_keeps_its_head(
     kind: str, task: str, quantize: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
@@ -368,9 +368,9 @@ def test_a_quantised_base_answers_nearly_the_same_and_keeps_its_head(
     plain, small = load_tiny(folder, task), load_tiny(folder, task, quantize=quantize)
     classes = {name: type(module).__name__ for name, module in small.model.named_modules()}
     wanted = "Linear4bit" if quantize == "4bit" else "Linear8bitLt"
-    quantised = {name for name, kind in classes.items() if kind == wanted}
-    assert quantised
-    assert all(name.startswith(small.model.base_model_prefix + ".") for name in quantised)
+    quantized = {name for name, kind in classes.items() if kind == wanted}
+    assert quantized
+    assert all(name.startswith(small.model.base_model_prefix + ".") for name in quantized)
     assert not any(parameter.requires_grad for parameter in small.model.parameters())
     assert all(torch.equal(head(plain)[name], tensor) for name, tensor in head(small).items() if "lm_head" not in name)
     ids = torch.tensor([[3, 4, 5, 6]])

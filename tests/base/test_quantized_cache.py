@@ -1,4 +1,4 @@
-"""A quantised base from the disk is the base as quantised; nothing else there is ever used."""
+"""A quantized base from the disk is the base as quantized; nothing else there is ever used."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def llama(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unkept(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Base]:
-    """Loads without the disk: quantised then and there, as the plain twin of what is kept."""
+    """Loads without the disk: quantized then and there, as the plain twin of what is kept."""
 
     def load_fresh(*given: Any, **options: Any) -> Base:
         with monkeypatch.context() as there:
@@ -78,7 +78,7 @@ def _same(wanted: tuple[torch.Tensor, ...], found: tuple[torch.Tensor, ...], qua
         ("Albert", "body", "classify"),
     ],
 )
-def test_what_is_kept_is_what_was_quantised(
+def test_what_is_kept_is_what_was_quantized(
     kind: str, head: str, task: str, quantize: str, tmp_path: Path, unkept: Callable[..., Base]
 ) -> None:
     folder = tiny.save(tmp_path, kind, head)
@@ -114,7 +114,7 @@ def test_the_weights_are_pages_of_the_file(llama: Path, quantize: str) -> None:
 def test_a_head_is_fresh_by_the_seed_and_its_own_where_it_fits(
     quantize: str, tmp_path: Path, unkept: Callable[..., Base]
 ) -> None:
-    """One base with a head for three labels: whichever number of labels quantised it first."""
+    """One base with a head for three labels: whichever number of labels quantized it first."""
     folder = tiny.save(tmp_path, "Bert", "classify", num_labels=3)
     heads = {}
     for labels, seed in ((2, 1), (2, 2), (3, 1)):
@@ -194,10 +194,10 @@ def test_a_damaged_one_is_said_and_made_again(
     capsys.readouterr()
     found = _answers(load_tiny(llama, "chat", quantize="4bit"))
     said = capsys.readouterr().err
-    assert f"{folder} is damaged: it is not used" in said and "quantising" in said
+    assert f"{folder} is damaged: it is not used" in said and "quantizing" in said
     assert _same(wanted, found)
     load_tiny(llama, "chat", quantize="4bit")
-    assert "as quantised before" in capsys.readouterr().err
+    assert "as quantized before" in capsys.readouterr().err
 
 
 def test_what_a_killed_process_began_is_not_looked_at(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ def test_what_a_killed_process_began_is_not_looked_at(llama: Path, capsys: pytes
     folder.rename(folder.with_name(f".{folder.name}.hatrack-1"))
     capsys.readouterr()
     load_tiny(llama, "chat", quantize="4bit")
-    assert "quantising" in capsys.readouterr().err
+    assert "quantizing" in capsys.readouterr().err
 
 
 def _full(*_: Any, **__: Any) -> None:
@@ -247,7 +247,7 @@ def test_without_room_on_disk_it_goes_on_and_says_so_once(
     for _ in range(2):
         found = _answers(load_tiny(llama, "chat", quantize="4bit"))
         assert _same(wanted, found)
-    assert capsys.readouterr().err.count("the quantised base is not cached") == 1
+    assert capsys.readouterr().err.count("the quantized base is not cached") == 1
 
 
 def test_a_base_that_lacks_weights_is_refused_and_not_kept(tmp_path: Path) -> None:

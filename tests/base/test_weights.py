@@ -60,7 +60,7 @@ def refused(folder: Path, task: str = "chat") -> str:
     return str(caught.value).replace(str(folder), "some/base")
 
 
-# --- what config.json tells of quantisation ------------------------------------------------------------------------
+# --- what config.json tells of quantization ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("told", LEFT_OVER)
@@ -76,7 +76,7 @@ def test_full_weights_are_used_as_what_they_are(told: str, tmp_path: Path, capsy
     assert load(tmp_path, "classify").model.config.num_labels == 2
 
 
-def test_full_weights_under_a_left_over_config_can_be_quantised(tmp_path: Path) -> None:
+def test_full_weights_under_a_left_over_config_can_be_quantized(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     wide = {"hidden_size": 64, "intermediate_size": 128}
     change(tiny.save(tmp_path, "Llama", "causal", **wide), quantization_config=LEFT_OVER["4 bits (gptq)"])
@@ -128,7 +128,7 @@ def test_integer_buffers_are_no_packed_weights(tmp_path: Path) -> None:
     assert load(tmp_path, "classify").model.config.num_labels == 2
 
 
-def test_quantisation_of_a_part_is_told(tmp_path: Path) -> None:
+def test_quantization_of_a_part_is_told(tmp_path: Path) -> None:
     assert quantization_in_config({"text_config": {"quantization_config": BNB}}) == "4 bits (bitsandbytes)"
     assert (
         quantization_in_config({"compression_config": {"quant_method": "compressed-tensors"}}) == "compressed-tensors"

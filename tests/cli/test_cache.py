@@ -65,7 +65,7 @@ def test_what_a_running_training_uses_stays(hatrack: Run, own_cache: Path) -> No
     assert "freed" in hatrack("cache", "clear").out and not list(own_cache.iterdir())
 
 
-def test_quantised_bases_stand_in_the_same_table(hatrack: Run, own_cache: Path) -> None:
+def test_quantized_bases_stand_in_the_same_table(hatrack: Run, own_cache: Path) -> None:
     _kept("one-base", 20, 30).close()
     for name in ("weights", ".weights.hatrack-1"):
         (quantized_cache.root() / name).mkdir()
@@ -74,8 +74,8 @@ def test_quantised_bases_stand_in_the_same_table(hatrack: Run, own_cache: Path) 
     (quantized_cache.root() / "weights" / ABOUT).write_text(about)
     lines = sorted(hatrack("cache").out.splitlines())
     cells = [[cell.strip() for cell in line.split("  ") if cell.strip()][:4] for line in lines]
-    assert ["big-base", "quantised weights", "float32, 4bit", "4.9 KiB"] in cells
-    assert ["(unfinished)", "quantised weights", "4.9 KiB", "now"] in cells
+    assert ["big-base", "quantized weights", "float32, 4bit", "4.9 KiB"] in cells
+    assert ["(unfinished)", "quantized weights", "4.9 KiB", "now"] in cells
     assert {entry["kind"] for entry in hatrack("cache", "--json").json["entries"]} == {"layers", "weights"}
     with in_use(quantized_cache.root() / ".weights.hatrack-1"):  # somebody is writing it
         assert hatrack("cache", "clear", "--json").json["in_use"] == 1

@@ -48,7 +48,7 @@ def test_only_what_the_run_has_no_use_for(
 @pytest.mark.parametrize(
     ("recipe", "skipped"), [({}, {"bitsandbytes", "scipy"}), ({"quantize": "4bit"}, set()), (None, set())]
 )
-def test_quantisers_are_skipped_for_a_base_that_was_not_quantised(
+def test_quantizers_are_skipped_for_a_base_that_was_not_quantized(
     tmp_path: Path, skipped_here: Callable[[], set[str]], recipe: dict[str, Any] | None, skipped: set[str]
 ) -> None:
     if recipe is not None:

@@ -271,13 +271,13 @@ def test_recomputed_layers_drop_the_same_numbers(reentrant: bool, autocast: bool
         assert one is not None and other is not None and torch.equal(one, other)
 
 
-def test_quantised_layers_are_left_to_peft() -> None:
-    class Quantised(nn.Linear):
+def test_quantized_layers_are_left_to_peft() -> None:
+    class Quantized(nn.Linear):
         pass
 
     config = LoraConfig(r=2)
     assert isinstance(fast_layer(nn.Linear(2, 2), "default", config, r=2, lora_alpha=2), FastLinear)
-    assert fast_layer(Quantised(2, 2), "default", config, r=2, lora_alpha=2) is None
+    assert fast_layer(Quantized(2, 2), "default", config, r=2, lora_alpha=2) is None
 
 
 class _Heads(nn.Module):

@@ -5,7 +5,7 @@
 The tests come from peft's source distribution, fetched from the package index, checked against its sha256 and kept in
 the cache. A test is run where its parameters or its source name `LoraConfig`: in the files below, all that can run on a
 processor without a model hub. The hub's tiny models are stood in for by random ones of the same shape; a test that asks
-for anything else of the hub counts as skipped. Left out are the files about other methods, about GPUs and quantisers,
+for anything else of the hub counts as skipped. Left out are the files about other methods, about GPUs and quantizers,
 and those that need images or diffusion models; also four tests of what a layer's class is called. What fails is run
 once more with peft's own layers, to tell hatrack's faults from those of the machine. `--stock` runs it all with peft's
 own layers.

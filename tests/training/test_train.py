@@ -234,7 +234,7 @@ def test_a_memory_limit_lowers_the_micro_batch_or_refuses(
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs hatrack[quantize]")
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
-def test_a_quantised_base_learns_and_reproduces(
+def test_a_quantized_base_learns_and_reproduces(
     tmp_path: Path, tiny_decoder: Path, questions: Path, quantize: str
 ) -> None:
     hat = _train(tmp_path, tiny_decoder, questions, epochs=6, quantize=quantize, dtype="bfloat16")
@@ -258,13 +258,13 @@ def test_a_saved_adapter_is_compared_in_the_arithmetic_of_training(
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
-def test_a_quantised_base_that_is_kept_trains_the_same_adapter_and_resumes(
+def test_a_quantized_base_that_is_kept_trains_the_same_adapter_and_resumes(
     tmp_path: Path, tiny_decoder: Path, questions: Path, quantize: str
 ) -> None:
     pytest.importorskip("bitsandbytes")
     run = {"epochs": 2, "quantize": quantize}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "_quantized_folder", lambda *_: None)  # quantised at each load
+        patch.setattr(load, "_quantized_folder", lambda *_: None)  # quantized at each load
         first = _train(tmp_path, tiny_decoder, questions, name="fresh", **run)
     assert quantized_cache.list_entries() == [] and first.result["planned"]["disk"]["packed"] > 0
     _train(tmp_path, tiny_decoder, questions, name="kept", **run)

@@ -115,12 +115,12 @@ def _check_magic(file: Path) -> None:
 
 
 def _convert_gguf(file: Path, working: Path) -> None:
-    """Dequantises the weights and writes them beside tokenizer and chat template."""
+    """Dequantizes the weights and writes them beside tokenizer and chat template."""
     place = {"gguf_file": file.name, "local_files_only": True}
     model: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **place
     )
-    # save_pretrained refuses a model that still counts as quantised, and readers would take the weights for packed
+    # save_pretrained refuses a model that still counts as quantized, and readers would take the weights for packed
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(working)

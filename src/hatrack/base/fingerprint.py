@@ -56,7 +56,7 @@ def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
     """What hatrack.json says about a base: where it came from, its fingerprint, and in which form it was trained on.
 
     The fingerprint is that of the weights on disk. `form` says that a base was converted from a GGUF or pickled file,
-    or quantised for training: its weights are then only close to those of the full base.
+    or quantized for training: its weights are then only close to those of the full base.
     """
     source, revision = _portable_name(base)
     converted = base.folder.parent == cache_dir("bases")  # into a folder named after the file

@@ -54,7 +54,7 @@ def missing_device_error(asked: str, there: Sequence[str]) -> RecipeError:
 
 
 def check_bitsandbytes(quantize: str) -> None:
-    """Raises RecipeError where a base is to be quantised and bitsandbytes is not installed."""
+    """Raises RecipeError where a base is to be quantized and bitsandbytes is not installed."""
     if quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
 

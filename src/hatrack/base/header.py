@@ -33,9 +33,9 @@ WRAPPERS = re.compile(
 """What DistributedDataParallel, torch.compile and FSDP add to tensor names of a model that is saved through them."""
 
 PACKED_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6", "F8")
-"""Prefixes of the dtypes that quantised weights are packed in."""
+"""Prefixes of the dtypes that quantized weights are packed in."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""The keys of config.json that describe quantised weights."""
+"""The keys of config.json that describe quantized weights."""
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
 # fmt: off
@@ -211,7 +211,7 @@ def check_trainable(source: str, config: Mapping[str, Any], header: Mapping[str,
 
 
 def quantization_in_config(config: Mapping[str, Any]) -> str | None:
-    """The quantisation that config.json describes, such as `4 bits (bitsandbytes)`; None where it describes none."""
+    """The quantization that config.json describes, such as `4 bits (bitsandbytes)`; None where it describes none."""
     parts = (config, config.get("text_config") or {})
     described = next((part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key)), None)
     if described is None:

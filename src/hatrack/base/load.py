@@ -76,7 +76,7 @@ class Base:
     """A frozen model, ready to run: no parameter requires a gradient, dropout is off.
 
     `device` and `dtype` are those of its floating-point weights, or of what is computed with them where they are
-    quantised or `streamed`.
+    quantized or `streamed`.
     """
 
     description: BaseDescription
@@ -135,11 +135,11 @@ def free_memory(device: torch.device) -> int:
 def load_base(description: BaseDescription, options: BaseOptions) -> Base:
     """Loads a base for a task, frozen and in evaluation mode.
 
-    Weights are mapped from the files, not copied, where device and dtype allow it. Quantised ones are cached on disk
+    Weights are mapped from the files, not copied, where device and dtype allow it. Quantized ones are cached on disk
     from the first time on, and mapped from there (`quantized_cache.py`). Code of the base runs only if it is trusted.
 
     Raises ModelError where the base cannot do the task or its files do not fit together, RecipeError for a device or
-    quantisation this machine does not have, MachineError where memory runs out.
+    quantization this machine does not have, MachineError where memory runs out.
     """
     device, _ = choose_device(options.device)
     dtype, _ = choose_dtype(options.dtype, device)
@@ -228,7 +228,7 @@ def _read_model_config(base: BaseDescription, extra: Mapping[str, Any] = Mapping
 
 
 def _drop_quantization_config(base: BaseDescription, config: Any) -> Any:
-    """Removes, and says so, a quantisation that config.json still names for full weights, as after a merge."""
+    """Removes, and says so, a quantization that config.json still names for full weights, as after a merge."""
     quantization = quantization_in_config(config.to_dict())
     if quantization:
         dtype = base.stored_dtype
@@ -295,7 +295,7 @@ def _load_quantized(loading: _Loading, quantize: str) -> tuple[Any, dict[str, An
     folder = _quantized_folder(from_full, quantize)
     if folder is None:
         return _load_model(from_full)
-    arguments["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantised
+    arguments["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantized
     with folder_to_load(folder, base.folder) as there:
         model, info = _load_model(replace(loading, base=replace(base, folder=there, wrappers=())))
     model.name_or_path = model.config.name_or_path = str(base.folder)
@@ -303,16 +303,16 @@ def _load_quantized(loading: _Loading, quantize: str) -> tuple[Any, dict[str, An
 
 
 def _quantized_folder(loading: _Loading, quantize: str) -> Path | None:
-    """The folder with the base's quantised weights, made where there is none yet; None where they cannot be cached."""
+    """The folder with the base's quantized weights, made where there is none yet; None where they cannot be cached."""
     base, dtype = loading.base, dtype_name(loading.arguments["dtype"])
     key = quantized_cache.cache_key(base, task=loading.task, quantize=quantize, dtype=dtype, device=loading.device.type)
     folder = quantized_cache.find_cached(key)
     if folder is not None:
-        say_once(f"base in {quantize}, as quantised before: {folder} ({format_size(folder_size(folder))})")
+        say_once(f"base in {quantize}, as quantized before: {folder} ({format_size(folder_size(folder))})")
         return folder
     if not quantized_cache.has_disk_space(base, quantize):
         return None
-    say(f"quantising {base.source} to {quantize}, once ({format_size(weight_bytes(base.tensors))} to read)")
+    say(f"quantizing {base.source} to {quantize}, once ({format_size(weight_bytes(base.tensors))} to read)")
     write = partial(save_file, _quantized_weights(loading))
     folder = quantized_cache.write_cached(key, base.source, write)
     if folder is not None:
@@ -324,7 +324,7 @@ def _quantized_folder(loading: _Loading, quantize: str) -> Path | None:
 
 
 def _quantized_weights(loading: _Loading) -> dict[str, torch.Tensor]:
-    """Name -> weight of the quantised base, with its own head if it has one and without fresh weights, so that they do
+    """Name -> weight of the quantized base, with its own head if it has one and without fresh weights, so that they do
     not depend on the task's labels. Raises ModelError as `load_base` does."""
     loading = replace(loading.with_arguments(config=_read_model_config(loading.base)), seed=0)
     model, info = _load_model(loading)
@@ -335,7 +335,7 @@ def _quantized_weights(loading: _Loading) -> dict[str, torch.Tensor]:
 
 
 def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], task: Task) -> Any:
-    """The settings for bitsandbytes: heads that are trained are not quantised."""
+    """The settings for bitsandbytes: heads that are trained are not quantized."""
     check_bitsandbytes(quantize)
     skipped = quantized_cache.skipped_modules(config, task)
     if quantize == "8bit":

@@ -1,11 +1,11 @@
 """Caches bases in 4 or 8 bits on disk: later runs load them in seconds, without the memory for full weights.
 
 A folder for each, named by all that its weights depend on, which `about.json` tells: which base, in how many bits, with
-which dtype, by which versions. `model.safetensors` has the quantised model's weights under transformers' names, without
+which dtype, by which versions. `model.safetensors` has the quantized model's weights under transformers' names, without
 those that are made for a task. A folder appears whole or not at all, and is used only while it is as it was written: up
 to 512 MiB are read to check that, of larger ones samples, as for a base's fingerprint.
 
-Needs no torch: `load.py` quantises and loads.
+Needs no torch: `load.py` quantizes and loads.
 """
 
 import contextlib
@@ -50,15 +50,15 @@ def remove_entry(entry: CacheEntry) -> bool:
 
 
 def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
-    """The modules that are not quantised, by the ends of their names: a classifier's heads, which are trained, and its
+    """The modules that are not quantized, by the ends of their names: a classifier's heads, which are trained, and its
     pooler, which may be fresh. None leaves it to transformers, which skips the output head."""
     pooler = POOLERS.get(str(config.get("model_type")))
     return [*head_modules(config), *([pooler] if pooler else [])] if task == "classify" else None
 
 
 def cache_key(base: BaseDescription, *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
-    """All that the quantised weights of a base depend on. `dtype` is that of the other weights and of the matmuls,
-    `device` the kind of device (cpu, cuda) that quantised them.
+    """All that the quantized weights of a base depend on. `dtype` is that of the other weights and of the matmuls,
+    `device` the kind of device (cpu, cuda) that quantized them.
 
     Raises RecipeError where bitsandbytes is not installed, ModelError where the base cannot be read.
     """
@@ -95,13 +95,13 @@ def find_cached(about: Mapping[str, Any]) -> Path | None:
             return folder
     except (OSError, MachineError):
         return None
-    say(f"the quantised base in {folder} is damaged: it is not used")
+    say(f"the quantized base in {folder} is damaged: it is not used")
     shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
 def has_disk_space(base: BaseDescription, quantize: str) -> bool:
-    """Whether the disk may have room for the quantised base; says once why not."""
+    """Whether the disk may have room for the quantized base; says once why not."""
     least = parameter_count({n: info.shape for n, info in base.tensors.items()}) * BITS[quantize] // 8
     try:
         there, free = root(), shutil.disk_usage(root()).free
@@ -166,5 +166,5 @@ def _is_whole(folder: Path, about: Mapping[str, Any]) -> bool:
 
 def _say_not_cached(why: str) -> bool:
     """Says once why a base is not cached. Always False."""
-    say_once(f"the quantised base is not cached, but quantised at each load: {why}")
+    say_once(f"the quantized base is not cached, but quantized at each load: {why}")
     return False

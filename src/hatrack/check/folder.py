@@ -86,14 +86,14 @@ def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     )
 
 
-def quantised_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """Merged into the full base, the adapter answers differently: it was trained on a quantised one."""
+def quantized_base(files: AdapterFiles, tensors: Tensors) -> Finding | None:
+    """Merged into the full base, the adapter answers differently: it was trained on a quantized one."""
     quantize = (files.card.recipe if files.card else {}).get("quantize", "none")
     if quantize == "none":
         return None
     return Finding(
         "quantised-base",
-        "the adapter was trained on a quantised base, whose errors it learned to correct",
+        "the adapter was trained on a quantized base, whose errors it learned to correct",
         f"--quantize {quantize}",
         f"use it on the {quantize} base, or compare before merging it into the full one",
     )
@@ -137,6 +137,6 @@ GOTCHAS: tuple[Callable[[AdapterFiles, Any], Finding | None], ...] = (
     scale_far_from_2,
     inert_adapter,
     embeddings_saved,
-    quantised_base,
+    quantized_base,
     no_better_than_base,
 )

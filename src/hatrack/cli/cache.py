@@ -23,7 +23,7 @@ def cache(
 ) -> None:
     """Show what runs have cached on disk, or clear it.
 
-    Cached are the hidden states below the adapted layers (train --layers top-N) and quantised bases (--quantize).
+    Cached are the hidden states below the adapted layers (train --layers top-N) and quantized bases (--quantize).
     """
     from hatrack.base import quantized_cache
     from hatrack.training import hidden_states
@@ -46,7 +46,7 @@ def cache(
     elif not found:
         print(
             f"Nothing is cached in {cache_dir()}. hatrack train --layers top-N caches hidden states, "
-            "--quantize a quantised base."
+            "--quantize a quantized base."
         )
     else:
         _print_entries(found)
@@ -57,7 +57,7 @@ def _print_entries(found: list[dict[str, Any]]) -> None:
     for facts in found:
         base = facts["base"] or ("(unfinished)" if facts["folder"].rpartition("/")[2].startswith(".") else "(damaged)")
         dtype = f"{facts['dtype'] or ''}" + ("" if facts["quantize"] in (None, "none") else f", {facts['quantize']}")
-        cached = "quantised weights"
+        cached = "quantized weights"
         if facts["kind"] == "layers":
             cached = f"{facts['rows']:,} rows" + (f" after {facts['layers_below']} layers" if facts["base"] else "")
         rows.append([base, cached, dtype, format_size(facts["bytes"]), age(facts["last_used"])])

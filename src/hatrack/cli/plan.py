@@ -102,7 +102,7 @@ def _print_plan(found: "Forecast", *, here: bool) -> None:
         print("time       unknown for this machine")
     download = f", {format_size(base.to_download)} to download" if base.to_download else ""
     cached = f"; cached hidden states {format_size(chosen.disk['kept'])}" if "kept" in chosen.disk else ""
-    cached += f"; quantised base {format_size(chosen.disk['packed'])}" if "packed" in chosen.disk else ""
+    cached += f"; quantized base {format_size(chosen.disk['packed'])}" if "packed" in chosen.disk else ""
     print(
         f"disk       base {format_size(chosen.disk['base'])}{download}; "
         f"adapter {format_size(chosen.disk['adapter'])}{cached}\n"

@@ -31,7 +31,7 @@ def skip_unused_imports(recipe: Recipe) -> None:
 
 
 def skip_quantizers(*adapters: str) -> None:
-    """Skips the quantisers where none of the adapters was trained on a quantised base.
+    """Skips the quantizers where none of the adapters was trained on a quantized base.
 
     Raises AdapterError, before anything slow is imported, if an adapter is missing or its hatrack.json is damaged.
     """
