@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/runs.py [--seeds 0,1,2] [--sides hatrack,int16,int8,peft,command,textbook] [--output DIR]
 
-Training is timed from rows in memory to the last step, tokenising included; a process is timed from its start to its
+Training is timed from rows in memory to the last step, tokenizing included; a process is timed from its start to its
 end, with imports, loading, evaluation and saving. peft's side is tuned as well as it goes with the stock parts: the
 dtype that the CPU is fast at, dynamic padding, rows grouped by length, the same rank, targets, dropout,
 learning rate, batch and steps. Sides that train unequal numbers of parameters are refused.

@@ -46,19 +46,19 @@ def test_rows_of_several_lengths_are_learned_and_asked(base: Path) -> None:
     hat = _train(base, ROWS)
     texts = ["a good film", "the cat sat on a mat"]
     assert [answer["label"] in ("good", "bad") for answer in hat.predict(texts)] == [True, True]
-    with pytest.raises(DataError, match="2 end tokens where this base classifies at its only one"):
+    with pytest.raises(DataError, match="2 end tokens, but this base classifies at its end token and needs one"):
         hat.predict(["good", "a </s> film"])
 
 
 def test_an_end_token_in_a_text_is_named(base: Path) -> None:
-    with pytest.raises(DataError, match=r"2 end tokens where this base classifies.*one-end-token"):
+    with pytest.raises(DataError, match=r"2 end tokens, but this base classifies.*one-end-token"):
         _train(base, [*ROWS, "a </s> mat,good"])
     assert _train(base, [*ROWS, "a </s> mat,good"], bad_rows="skip").result
 
 
 def test_a_tokenizer_that_ends_no_text_is_named(base: Path) -> None:
     _ends(base, ends=False)
-    with pytest.raises(DataError, match=r"12 rows.*no end token where this base classifies"):
+    with pytest.raises(DataError, match=r"12 rows.*no end token, but this base classifies"):
         _train(base, ROWS)
 
 

@@ -24,7 +24,12 @@ TEXTS = [Example(1, text="it was good", label=0), Example(2, text="the film was 
 
 def test_classified_rows_are_whole_texts() -> None:
     rows = render(TEXTS, tiny_tokenizer(chat=False), RenderSettings(task="classify", max_length=64, labels=2))
-    assert len(rows) == 2 and rows.lengths.tolist() == [3, 7] and rows.cut == 0 and rows.rows.tolist() == [1, 2]
+    assert (
+        len(rows) == 2
+        and rows.lengths.tolist() == [3, 7]
+        and rows.cut_count == 0
+        and rows.row_numbers.tolist() == [1, 2]
+    )
     assert rows.labels.tolist() == [0, 1] and not rows.supervised.any()
     ids, _, label = rows.row(1)
     assert tiny_tokenizer(chat=False).decode(ids) == "the film was so very bad !" and label == 1
@@ -63,13 +68,16 @@ def test_of_a_prompt_and_its_completion_only_the_latter_is_learned() -> None:
 
 def test_long_rows_are_cut_and_counted() -> None:
     rows = render(TEXTS, tiny_tokenizer(chat=False), RenderSettings(task="classify", max_length=4, labels=2))
-    assert rows.cut == 1 and rows.lengths.tolist() == [3, 4]
+    assert rows.cut_count == 1 and rows.lengths.tolist() == [3, 4]
 
 
 def test_a_cut_text_keeps_its_ends_as_it_does_in_use(minilm: Any) -> None:
     text = "one two three four five six seven"
     rows = render([Example(1, text=text, label=0)], minilm, RenderSettings(task="classify", max_length=5, labels=1))
-    assert minilm.convert_ids_to_tokens(rows.row(0)[0]) == ["[CLS]", "one", "two", "three", "[SEP]"] and rows.cut == 1
+    assert (
+        minilm.convert_ids_to_tokens(rows.row(0)[0]) == ["[CLS]", "one", "two", "three", "[SEP]"]
+        and rows.cut_count == 1
+    )
     assert rows.row(0)[0].tolist() == minilm(text, truncation=True, max_length=5)["input_ids"]
     assert len(rows.row(0)[1]) == 5
 
@@ -100,8 +108,8 @@ def test_texts_of_no_tokens_are_named() -> None:
     examples = [Example(row, text=text, label=0) for row, text in ((1, "it was good"), (4, "!!!"), (6, "42"))]
     with pytest.raises(DataError) as caught:
         render(examples, tokenizer, RenderSettings(task="classify", max_length=8, labels=1), source="f.csv")
-    assert caught.value.complaints == ["f.csv rows 4, 6: the tokenizer makes no token of this text"]
-    assert str(caught.value.fix).startswith("give them text that this base's tokenizer knows, or leave them out with")
+    assert caught.value.complaints == ["f.csv rows 4, 6: the tokenizer returns no tokens for this text"]
+    assert str(caught.value.fix).startswith("replace the text, or leave them out with")
 
 
 def test_rows_that_would_teach_nothing_are_refused_with_the_length_that_helps() -> None:
@@ -121,7 +129,7 @@ def test_rows_that_would_teach_nothing_are_refused_with_the_length_that_helps() 
     assert (
         render(
             examples, tokenizer, RenderSettings(task="chat", max_length=needed, template=tokenizer.chat_template)
-        ).cut
+        ).cut_count
         == 0
     )
 
@@ -162,7 +170,7 @@ def _same(one: TokenRows, other: TokenRows) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in TokenRows.__dataclass_fields__)
 
 
-def test_nothing_is_tokenised_twice(cache: Path) -> None:
+def test_nothing_is_tokenized_twice(cache: Path) -> None:
     tokenizer = _Counting(tiny_tokenizer(chat=False))
     first = _cached(tokenizer)
     assert tokenizer.seen == 2
@@ -211,8 +219,8 @@ def test_damage_anywhere_in_a_cache_file_is_noticed_or_harmless(cache: Path) -> 
 def test_rows_of_another_number_are_not_trusted(cache: Path) -> None:
     first = _cached(tiny_tokenizer(chat=False))
     [file] = cache.glob("*/rows.npz")
-    arrays = {key: getattr(first, name) for name, key in ARRAYS.items()} | {"cut": np.array(first.cut)}
-    np.savez(file, **(arrays | {"rows": first.rows[:1], "offsets": first.offsets[:2]}))
+    arrays = {key: getattr(first, name) for name, key in ARRAYS.items()} | {"cut": np.array(first.cut_count)}
+    np.savez(file, **(arrays | {"rows": first.row_numbers[:1], "offsets": first.offsets[:2]}))
     assert _same(first, _cached(tiny_tokenizer(chat=False)))
 
 

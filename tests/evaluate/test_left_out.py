@@ -33,9 +33,9 @@ def test_what_was_left_out_in_training_is_left_out_of_a_comparison(
     hat = hatrack.train(**options, bad_rows="skip", output=str(tmp_path / "b"), name="b")
     (rows,) = held_out_rows(hat).values()
     told = json.loads((tmp_path / "b/hatrack.json").read_text())["data"]
-    assert len(rows) == told["held_out"] == 6 and told["rows"] == 54 and not any((rows.rows - 1) % 4 == 0)
+    assert len(rows) == told["held_out"] == 6 and told["rows"] == 54 and not any((rows.row_numbers - 1) % 4 == 0)
     (others,) = held_out_rows(hat, str(_others(talks)), bad_rows="skip").values()
-    assert len(others) == 60 and not any((others.rows - 1) % 4 == 0)
+    assert len(others) == 60 and not any((others.row_numbers - 1) % 4 == 0)
     with pytest.raises(BadRows):
         held_out_rows(hat, str(_others(talks)), bad_rows="refuse")
 

@@ -24,8 +24,8 @@ def _rows(lengths: list[int], labels: np.ndarray | None = None) -> TokenRows:
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         supervised=random.random(total) < 0.6,
         labels=np.empty(0) if labels is None else labels,
-        rows=np.arange(len(lengths)),
-        cut=0,
+        row_numbers=np.arange(len(lengths)),
+        cut_count=0,
     )
 
 

@@ -20,7 +20,9 @@ def _rows(*lengths: int, learned: int | None = None) -> TokenRows:
     learn = np.zeros(offsets[-1], dtype=bool)
     for end, length in zip(offsets[1:], lengths, strict=True):
         learn[end - (length if learned is None else learned) : end] = learned != 0
-    return TokenRows(np.zeros(offsets[-1], dtype=np.int32), offsets, learn, np.empty(0), np.arange(len(lengths)), cut=0)
+    return TokenRows(
+        np.zeros(offsets[-1], dtype=np.int32), offsets, learn, np.empty(0), np.arange(len(lengths)), cut_count=0
+    )
 
 
 def test_of_equal_lengths_it_is_the_mean_of_the_last_steps() -> None:

@@ -66,7 +66,7 @@ def near_duplicates(prepared: Prepared) -> Finding | None:
 def answers_cut(prepared: Prepared) -> Finding | None:
     """Answers break off, because the ends of rows were cut off."""
     tokens = prepared.tokens
-    cut, rows = tokens.train.cut + tokens.held_out.cut, len(tokens.train) + len(tokens.held_out)
+    cut, rows = tokens.train.cut_count + tokens.held_out.cut_count, len(tokens.train) + len(tokens.held_out)
     if cut < MANY_CUT * rows:
         return None
     cut_off = "the ends of the texts are" if prepared.task == "classify" else "the ends of the answers are"

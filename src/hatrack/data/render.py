@@ -1,6 +1,6 @@
-"""Examples -> token rows, with the tokens that are learned marked. Knows nothing of files or models.
+"""Turns examples into token rows, with the supervised tokens marked. Knows nothing of files or models.
 
-The tokenizer comes as an argument, from transformers.
+Supervised tokens are those that the loss is computed on. The tokenizer, from transformers, is an argument.
 """
 
 import hashlib
@@ -22,12 +22,13 @@ from hatrack.errors import DataError, MachineError
 from hatrack.storage import cache_dir, new_folder
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""The tokens of a row (int32), and which of them are learned (bool)."""
+"""The token ids of a row (int32), and its loss mask (bool): True for supervised tokens."""
 
 CACHE_FORMAT = 5
-ARRAYS = {"ids": "ids", "offsets": "offsets", "supervised": "learn", "labels": "labels", "rows": "rows"}
-"""Fields of `TokenRows` -> the names of their arrays in a cache file."""
-TEXTS_AT_ONCE = 1000
+ARRAYS = {"ids": "ids", "offsets": "offsets", "supervised": "learn", "labels": "labels"}
+ARRAYS |= {"row_numbers": "rows"}
+"""Field of `TokenRows` -> name of its array in a cache file."""
+TEXTS_PER_CALL = 1000
 ONE_END_FIX = "leave the end token out of the text; the tokenizer must add one itself"
 
 
@@ -35,10 +36,10 @@ ONE_END_FIX = "leave the end token out of the text; the tokenizer must add one i
 class RenderSettings:
     """How examples become tokens.
 
-    `task` is classify, chat or complete; rows longer than `max_length` tokens are cut. classify: `labels` classes, of
-    which a row may have several with `multi_label`; each row must have `end_token`, where given, exactly once. chat:
-    `template` is the chat template. `limit` is the longest row that the base takes, for messages; default: what the
-    tokenizer says.
+    `task` is classify, chat or complete; rows longer than `max_length` tokens are cut. classify: `labels` is the number
+    of classes; a row may have several with `multi_label`. If `end_token` is given, each text must have exactly one.
+    chat: `template` is the chat template. `limit`, the longest row that the base takes, is used only in error messages;
+    the default is the tokenizer's limit.
     """
 
     task: str
@@ -50,58 +51,63 @@ class RenderSettings:
     limit: int | None = None
 
     def cache_key(self) -> dict[str, Any]:
-        """All that the tokens depend on."""
+        """The settings that the tokens depend on."""
         names = ("task", "max_length", "labels", "multi_label", "template")
         return {name: getattr(self, name) for name in names} | {"end": self.end_token}
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """n rows of tokens, one after another.
+    """The tokens of n rows, in one array.
 
-    `ids` (tokens,) int32; `offsets` (n + 1,) where each row begins; `supervised` (tokens,) bool: the tokens that are
-    learned, none to classify; `labels` (n,) int64, (n, L) float32 for several labels a row, or empty; `rows` (n,) the
-    row numbers in the file; `cut` counts the rows that were too long.
+    `ids` (tokens,) int32; `offsets` (n + 1,) is where each row begins, and the end; `supervised` (tokens,) bool is the
+    loss mask, all False for classify; `labels` is (n,) int64, (n, L) float32 if rows can have several labels, or empty;
+    `row_numbers` (n,) are the numbers of the rows in the file; `cut_count` is how many rows were too long and were cut.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     supervised: np.ndarray
     labels: np.ndarray
-    rows: np.ndarray
-    cut: int
+    row_numbers: np.ndarray
+    cut_count: int
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.row_numbers)
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n,) tokens of each row."""
+        """(n,) the token count of each row."""
         return np.diff(self.offsets)
 
     @property
     def sizes(self) -> np.ndarray:
-        """(n, 2) tokens of each row, and how many of these are learned."""
-        learned = np.concatenate([[0], np.cumsum(self.supervised)])[self.offsets]
-        return np.stack([self.lengths, np.diff(learned)], axis=1)
+        """(n, 2) the token count and the supervised-token count of each row."""
+        supervised_before = np.concatenate([[0], np.cumsum(self.supervised)])[self.offsets]
+        return np.stack([self.lengths, np.diff(supervised_before)], axis=1)
 
     def first(self, count: int) -> "TokenRows":
         """The first `count` rows, or all if there are fewer."""
         end = self.offsets[min(count, len(self))]
-        offsets, labels, rows = self.offsets[: count + 1], self.labels[:count], self.rows[:count]
-        supervised = self.supervised[:end]
-        return replace(self, ids=self.ids[:end], offsets=offsets, supervised=supervised, labels=labels, rows=rows)
+        return replace(
+            self,
+            ids=self.ids[:end],
+            offsets=self.offsets[: count + 1],
+            supervised=self.supervised[:end],
+            labels=self.labels[:count],
+            row_numbers=self.row_numbers[:count],
+        )
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray, Any]:
-        """The ids of one row, which of them are learned, and its label."""
+        """The token ids of one row, its loss mask, and its label (None if there are no labels)."""
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[part], self.supervised[part], self.labels[index] if len(self.labels) else None
 
 
 def render_cached(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings, source: str = "") -> TokenRows:
-    """`render`, with a cache on disk for rows of the same content, tokenizer and settings.
+    """`render`, cached on disk by the examples' content, the tokenizer and the settings.
 
-    A damaged cache file is written again. If the cache cannot be written, the run goes on without it and says so.
+    A damaged cache file is replaced. If the cache cannot be written, says so and goes on without it.
     """
     try:
         folder = cache_dir("tokens") / _cache_key(examples, tokenizer, settings)
@@ -120,32 +126,32 @@ def _read_cache(folder: Path, count: int) -> TokenRows | None:
     try:
         with (folder / "rows.npz").open("rb") as file, np.load(file, allow_pickle=False) as cached:
             arrays = {name: cached[key] for name, key in ARRAYS.items()}
-            rows = TokenRows(**arrays, cut=int(cached["cut"]))
-    except Exception:  # a damaged archive raises almost anything, and all of it means the same: tokenize again
+            rows = TokenRows(**arrays, cut_count=int(cached["cut"]))
+    except Exception:  # a damaged archive raises almost any exception; each means: tokenize again
         return None
     complete = len(rows) == count and len(rows.offsets) == count + 1 and rows.offsets[-1] == len(rows.ids)
     return rows if complete and len(rows.supervised) == len(rows.ids) else None
 
 
 def _write_cache(rows: TokenRows, folder: Path) -> None:
-    """Writes the rows for the next run, in place of damaged ones. A failure is only reported."""
+    """Caches the rows for the next run, replacing a damaged cache. A failure is only reported."""
     try:
         if folder.exists():
             shutil.rmtree(folder)
         with new_folder(folder) as unfinished:
             arrays = {key: getattr(rows, name) for name, key in ARRAYS.items()}
-            np.savez(unfinished / "rows.npz", **arrays, cut=np.array(rows.cut))
+            np.savez(unfinished / "rows.npz", **arrays, cut=np.array(rows.cut_count))
     except (OSError, MachineError) as error:
         say_once(f"the tokens are not cached for the next run: {str(error).replace(str(folder), str(folder.parent))}")
 
 
 def render(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings, source: str = "") -> TokenRows:
-    """Tokenizes every example; rows longer than `max_length` are cut and counted.
+    """Tokenizes the examples. Cuts rows that are longer than `max_length`, and counts them.
 
-    classify: the whole text; a cut one keeps the special tokens that the tokenizer adds around a text. complete: the
-    text and the end-of-text token; of a prompt and its completion only the completion is learned. chat: the
-    conversation as the template writes it; the assistant's turns are learned. `source` is the file's name in messages.
-    Raises BadRows, with every such row, where the template refuses a row or nothing would be learned from it.
+    classify: the text; a cut text still has the special tokens that the tokenizer adds at both ends. complete: the text
+    and the end-of-text token, all supervised; of a prompt and a completion, only the completion is. chat: the
+    conversation as the template writes it; the assistant's turns are supervised. `source` is the file's name in
+    messages. Raises BadRows, with every such row, if the template refuses a row or a row has no supervised tokens.
     """
     classify, max_length = settings.task == "classify", settings.max_length
     found: Sequence[Encoded | DataError] = (
@@ -154,24 +160,24 @@ def render(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings
     encoded = check_learnable(
         examples, found, replace(settings, limit=settings.limit or tokenizer.model_max_length), source
     )
-    cut = [(ids[:max_length], learned[:max_length]) for ids, learned in encoded]
-    if classify:
-        for index, (ids, learned) in enumerate(encoded):
-            if len(ids) > max_length:
-                cut[index] = _truncate(examples[index].text, tokenizer, max_length), learned[:max_length]
-    lengths = [len(ids) for ids, _ in cut]
+    too_long = [index for index, (ids, _) in enumerate(encoded) if len(ids) > max_length]
+    for index in too_long:
+        ids, supervised = encoded[index]
+        ids = _truncate(examples[index].text, tokenizer, max_length) if classify else ids[:max_length]
+        encoded[index] = ids, supervised[:max_length]
+    lengths = [len(ids) for ids, _ in encoded]
     return TokenRows(
-        ids=np.concatenate([ids for ids, _ in cut]).astype(np.int32),
+        ids=np.concatenate([ids for ids, _ in encoded]).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        supervised=np.concatenate([learned for _, learned in cut]).astype(bool),
+        supervised=np.concatenate([supervised for _, supervised in encoded]).astype(bool),
         labels=_label_array(examples, settings) if classify else np.empty(0),
-        rows=np.array([example.row for example in examples], dtype=np.int64),
-        cut=sum(len(whole) > max_length for whole, _ in encoded),
+        row_numbers=np.array([example.row for example in examples], dtype=np.int64),
+        cut_count=len(too_long),
     )
 
 
 def encode(example: Example, tokenizer: Any, template: str | None) -> Encoded:
-    """One example's tokens, uncut, and which of them are learned.
+    """The token ids of one example, uncut, and its loss mask.
 
     Raises DataError if the template refuses its conversation, ModelError as `render_chat` does.
     """
@@ -185,24 +191,24 @@ def encode(example: Example, tokenizer: Any, template: str | None) -> Encoded:
 
 
 def _encode_texts(examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
-    """The texts to classify, none of whose tokens is learned."""
+    """Encodes texts to classify, without supervised tokens."""
     encoded = []
     texts = [example.text for example in examples]
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        ids = tokenizer(texts[start : start + TEXTS_AT_ONCE], verbose=False)["input_ids"]
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        ids = tokenizer(texts[start : start + TEXTS_PER_CALL], verbose=False)["input_ids"]
         encoded += [(np.array(row, dtype=np.int32), np.zeros(len(row), dtype=bool)) for row in ids]
-        if start and start % (50 * TEXTS_AT_ONCE) == 0:
+        if start and start % (50 * TEXTS_PER_CALL) == 0:
             say(f"tokenized {start:,} of {len(texts):,} rows")
     return encoded
 
 
 def _truncate(text: str, tokenizer: Any, max_length: int) -> np.ndarray:
-    """A text cut by the tokenizer itself, as it is when the adapter is used."""
+    """The ids of a text that the tokenizer itself cuts, as it does when the adapter is used."""
     return np.array(tokenizer(text, truncation=True, max_length=max_length)["input_ids"], dtype=np.int32)
 
 
 def _encode_each(examples: Sequence[Example], tokenizer: Any, template: str | None) -> list[Encoded | DataError]:
-    """Each example encoded, or why it cannot be."""
+    """Encodes each example, or returns the error in its place."""
     found = []
     for index, example in enumerate(examples):
         found.append(try_encode(example, tokenizer, template))
@@ -220,62 +226,74 @@ def try_encode(example: Example, tokenizer: Any, template: str | None) -> Encode
 
 
 def check_learnable(
-    examples: Sequence[Example], found: Sequence[Encoded | DataError], settings: RenderSettings, source: str
+    examples: Sequence[Example], encoded: Sequence[Encoded | DataError], settings: RenderSettings, source: str
 ) -> list[Encoded]:
-    """`found`, what each example was encoded to, if all of them can be learned from.
+    """Returns the encodings of the examples.
 
-    Raises BadRows, with every such row, where one could not be encoded or nothing would be learned from it.
+    Raises BadRows, with every such row, if one is an error, has no supervised tokens, or is a text that cannot be
+    classified.
     """
-    bad, fixes, gotchas, needed = [], [], [], 0
-    for example, each in zip(examples, found, strict=True):
-        if isinstance(each, DataError):
-            reason = each.what + (f" ({each.got})" if each.got else "")
-            fix, gotcha = each.fix or "check their messages", each.gotcha
-        elif example.label is not None:
-            reason, fix, gotcha = _check_classified(each[0], settings.end_token)
-        else:
-            reason, fix, gotcha = _check_answer(each, settings.max_length)
-            needed = max(needed, len(each[0]) if reason and not fix else 0)
-        if reason:
-            bad.append(BadRow(example.row, reason))
-            fixes += [fix] if fix else []
-            gotchas.append(gotcha)
-    if needed:
+    found = [
+        (example.row, _find_fault(example, each, settings)) for example, each in zip(examples, encoded, strict=True)
+    ]
+    faults = [(row, fault) for row, fault in found if fault is not None]
+    if not faults:
+        return [each for each in encoded if not isinstance(each, DataError)]
+    fixes = [fault.fix for _, fault in faults if fault.fix]
+    needed_length = max(fault.needed_length for _, fault in faults)
+    if needed_length:
         fixes.append(
-            f"--max-length {needed} keeps the answers"
-            if settings.limit is None or needed <= settings.limit
+            f"--max-length {needed_length} keeps the answers"
+            if settings.limit is None or needed_length <= settings.limit
             else f"shorten what comes before the answers: this model takes {settings.limit:,} tokens"
         )
-    if bad:
-        raise BadRows([(source, bad)], len(examples), fixes, next(filter(None, gotchas), ""))
-    return [each for each in found if not isinstance(each, DataError)]
+    gotcha = next((fault.gotcha for _, fault in faults if fault.gotcha), "")
+    raise BadRows([(source, [BadRow(row, fault.reason) for row, fault in faults])], len(examples), fixes, gotcha)
 
 
-def _check_classified(ids: np.ndarray, end_token: int | None) -> tuple[str, str, str]:
-    """Why a text cannot be classified, the fix and the gotcha; the reason is empty if it can be."""
-    if not len(ids):  # a model would be asked to read padding
-        return "the tokenizer makes no token of this text", "give them text that this base's tokenizer knows", ""
+@dataclass(frozen=True)
+class _Fault:
+    """Why a row cannot be learned from. `needed_length`: the `max_length` that would keep its answer, or 0."""
+
+    reason: str
+    fix: str = ""
+    gotcha: str = ""
+    needed_length: int = 0
+
+
+def _find_fault(example: Example, encoded: Encoded | DataError, settings: RenderSettings) -> _Fault | None:
+    if isinstance(encoded, DataError):
+        reason = encoded.what + (f" ({encoded.got})" if encoded.got else "")
+        return _Fault(reason, encoded.fix or "check their messages", encoded.gotcha)
+    if example.label is not None:
+        return _find_classification_fault(encoded[0], settings.end_token)
+    return _find_answer_fault(encoded, settings.max_length)
+
+
+def _find_classification_fault(ids: np.ndarray, end_token: int | None) -> _Fault | None:
+    if not len(ids):  # the model would read only padding
+        return _Fault("the tokenizer returns no tokens for this text", "replace the text")
     count = 1 if end_token is None else int((ids == end_token).sum())
-    return ("", "", "") if count == 1 else (wrong_end_count(count), ONE_END_FIX, "one-end-token")
+    return None if count == 1 else _Fault(wrong_end_count(count), ONE_END_FIX, "one-end-token")
 
 
-def _check_answer(encoded: Encoded, max_length: int) -> tuple[str, str, str]:
-    """Why no answer would be learned, the fix (empty: a larger `max_length`) and the gotcha."""
-    ids, learned = encoded
-    if learned[1:max_length].any():  # the first token is never predicted from anything
-        return "", "", ""
-    if len(ids) > max_length and learned[max_length:].any():
-        return f"the answer begins after the {max_length} tokens that are kept", "", ""
-    return "no tokens to learn", "put an answer in them", ""
+def _find_answer_fault(encoded: Encoded, max_length: int) -> _Fault | None:
+    ids, supervised = encoded
+    if supervised[1:max_length].any():  # no token precedes the first, so nothing predicts it
+        return None
+    if len(ids) > max_length and supervised[max_length:].any():
+        reason = f"the answer begins after the {max_length} tokens that are kept"
+        return _Fault(reason, needed_length=len(ids))
+    return _Fault("no tokens to learn", "add an answer")
 
 
 def wrong_end_count(count: int) -> str:
-    """The complaint about a row that has the end token `count` times, on a base that classifies at its only one."""
-    return f"{f'{count} end tokens' if count else 'no end token'} where this base classifies at its only one"
+    """The complaint about a text that has the end token `count` times, for a base that classifies at its end token."""
+    return f"{count or 'no'} end token{'s' * (count > 1)}, but this base classifies at its end token and needs one"
 
 
 def _encode_completion(example: Example, tokenizer: Any) -> Encoded:
-    """The prompt's tokens, then those to learn, then the end of text."""
+    """The tokens of the prompt, the completion and the end of text; without a completion, the text is supervised."""
     end = tokenizer.eos_token_id
     ids = tokenizer(example.text, verbose=False)["input_ids"]
     ids = ids[:-1] if ids and ids[-1] == end else ids
@@ -297,7 +315,7 @@ def _label_array(examples: Sequence[Example], settings: RenderSettings) -> np.nd
 
 
 def _cache_key(examples: Sequence[Example], tokenizer: Any, settings: RenderSettings) -> str:
-    """A hash of all that the tokens depend on: content, the tokenizer's own definition, settings and cache format."""
+    """A hash of what the tokens depend on: content, the tokenizer's own definition, settings and cache format."""
     hasher = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     definition = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()

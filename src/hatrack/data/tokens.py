@@ -50,8 +50,8 @@ def tokenize(
     examples, train, held_out = render_both(recipe, examples, tokenizer, settings)
     for part in (train, held_out):
         check_known_tokens(part, tokenizer, config)
-    if train.cut or held_out.cut:
-        say(f"{train.cut + held_out.cut:,} rows are longer than {max_length} tokens ({why}) and were cut")
+    if train.cut_count or held_out.cut_count:
+        say(f"{train.cut_count + held_out.cut_count:,} rows are longer than {max_length} tokens ({why}) and were cut")
     stops = Stops() if examples.task == "classify" else find_stops(train, tokenizer, max_length, template)
     return examples, Tokens(train, held_out, template, max_length, stops)
 
@@ -80,7 +80,7 @@ def check_known_tokens(rows: TokenRows, tokenizer: Any, config: Any) -> None:
     if not len(rows.ids) or rows.ids.max() < count:
         return
     place = int((rows.ids >= count).argmax())
-    row = rows.rows[np.searchsorted(rows.offsets, place, side="right") - 1]
+    row = rows.row_numbers[np.searchsorted(rows.offsets, place, side="right") - 1]
     raise ModelError(
         "the tokenizer has tokens that the base has no embedding for",
         got=f"{_describe_token(tokenizer, int(rows.ids[place]), count)} in row {row}",

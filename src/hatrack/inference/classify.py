@@ -29,7 +29,7 @@ def _classify_batch(active: ActiveModel, texts: Sequence[str]) -> list[dict[str,
     inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     lengths = inputs["attention_mask"].sum(1).tolist()
     if not all(lengths):
-        raise DataError("the tokenizer makes no tokens of this text", fix="give text that the base's tokenizer knows")
+        raise DataError("the tokenizer returns no tokens for this text", fix="replace the text")
     check_prompt_tokens(inputs["input_ids"].numpy(), tokenizer, base.model.config, card.task)
     logits = active.model(
         input_ids=inputs["input_ids"].to(base.device), attention_mask=inputs["attention_mask"].to(base.device)

@@ -32,7 +32,7 @@ def one_step(prepared: Prepared) -> list[Finding]:
     found = [parameter.grad for parameter in trained if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
     adapted.model.zero_grad()
-    rows = [int(learn.rows[index]) for index in chosen]
+    rows = [int(learn.row_numbers[index]) for index in chosen]
     step = Step(1, loss, norm, rows, str(prepared.recipe.data))
     settings = LearningSettings(prepared.schedule.lr, prepared.usual_lr, prepared.dtype, prepared.recipe.r)
     findings = [loss_not_a_number(step, settings), no_gradient(step)]

@@ -47,7 +47,7 @@ def find_questions(rows: TokenRows, count: int, longest: int = MAX_PROMPT) -> li
         if not len(starts) or starts[-1] > longest:
             continue
         start = int(starts[-1])
-        found.append(Question(int(rows.rows[index]), ids[:start], ids[start:][learn[start:]]))
+        found.append(Question(int(rows.row_numbers[index]), ids[:start], ids[start:][learn[start:]]))
         if len(found) == count:
             break
     return found

@@ -115,7 +115,7 @@ class HatTrainer(HookedTrainer):
         epoch, index = divmod(number - 1, -(-len(batches) // per_step))
         batches.set_epoch(epoch)
         chosen = list(batches)[index * per_step : (index + 1) * per_step]
-        return [int(self.rows.train.rows[row]) for batch in chosen for row in batch]
+        return [int(self.rows.train.row_numbers[row]) for batch in chosen for row in batch]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
