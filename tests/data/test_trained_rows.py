@@ -24,7 +24,7 @@ def _system(example: Example, content: str) -> Example:
 
 
 def _is_seen(row: Example, *trained: Example) -> bool:
-    return bool(np.isin(trained_rows.row_keys([row]), trained_rows.keys(trained))[0])
+    return bool(trained_rows.are_known([row], trained_rows.keys(trained))[0])
 
 
 @pytest.mark.parametrize(

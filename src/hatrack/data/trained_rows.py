@@ -37,6 +37,11 @@ def row_keys(examples: Iterable["Example"]) -> np.ndarray:
     return np.array([_hash(_texts_up_to_answers(each)[-1]) for each in examples], dtype=np.uint64)
 
 
+def are_known(examples: Iterable["Example"], known: np.ndarray) -> np.ndarray:
+    """(rows,) bool: whether the key of each whole row is in `known`."""
+    return np.isin(row_keys(examples), known, kind="sort")  # numpy 2.0's other way overflows on uint64
+
+
 def seen_turns(example: "Example", known: np.ndarray) -> tuple[int, ...]:
     """The indices of the turns that were trained on: the answers whose keys are in `known`."""
     turns = [index for index, turn in enumerate(example.messages) if turn["role"] == "assistant"]

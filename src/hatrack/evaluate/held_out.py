@@ -78,7 +78,7 @@ def _held_out_by_all(earlier: Mapping[str, Examples]) -> list[Example]:
     first, *others = earlier.values()
     shared = first.held_out
     for other in others:
-        shared = _select(shared, np.isin(trained_rows.row_keys(shared), trained_rows.row_keys(other.held_out)))
+        shared = _select(shared, trained_rows.are_known(shared, trained_rows.row_keys(other.held_out)))
     if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in earlier.values())):
         raise DataError(
             f"{' and '.join(earlier)} hold out other rows",
@@ -119,7 +119,7 @@ def _leave_out_trained(
         else:
             keys.append(known)
     every = np.concatenate(keys)
-    trained = np.isin(trained_rows.row_keys(examples), every)
+    trained = trained_rows.are_known(examples, every)
     count, fresh = int(trained.sum()), _select(examples, ~trained)
     if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # a run may hold out few rows
         raise DataError(

@@ -93,9 +93,15 @@ def open_cache(recipe: Recipe, inputs: RunInputs) -> Iterator[HiddenStateCache |
 
 
 def prepare(
-    recipe: Recipe, inputs: RunInputs, *, cache: HiddenStateCache | None = None, micro_batch: int | None = None
+    recipe: Recipe,
+    inputs: RunInputs,
+    *,
+    cache: HiddenStateCache | None = None,
+    micro_batch: int | None = None,
+    quiet: bool = False,
 ) -> Prepared:
-    """Plans the run and says what was derived. `micro_batch` is that of an interrupted run, which a resumed one keeps.
+    """Plans the run and, unless `quiet`, says what was derived. `micro_batch` is that of an interrupted run, which a
+    resumed one keeps.
 
     Raises RecipeError where the run does not fit in this machine's memory, unless the recipe says `force`; TargetError
     where no layer of the base has the names of `targets`.
@@ -116,7 +122,8 @@ def prepare(
         recipe, inputs.base, work, _this_machine(inputs.device, inputs.dtype), micro_batch
     )
     schedule = request.schedule(plan.micro_batch)
-    _say_plan(request, plan, schedule)
+    if not quiet:
+        _say_plan(request, plan, schedule)
     return Prepared(
         recipe=recipe,
         base=inputs.base,

@@ -41,7 +41,7 @@ def train(recipe: Recipe) -> Hat:
         find_trackers(recipe)  # refuses unknown ones before anything is read
         inputs = read_inputs(recipe, template=run.recall("template"))
         if recipe.layers == "auto":
-            recipe = choose_layers(prepare(recipe, inputs))
+            recipe = choose_layers(prepare(recipe, inputs, quiet=True))
         with open_cache(recipe, inputs) as cache:
             prepared = prepare(recipe, inputs, cache=cache, micro_batch=_interrupted_micro_batch(run))
             advise(prepared)
