@@ -141,7 +141,7 @@ Made = tuple[Any, Callable[[], float]]
 def _streamed(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> Made:
     from hatrack.adapter.place import place
     from hatrack.base.layer_stack import find_layer_stack
-    from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
+    from hatrack.base.offload import move_all_but_layers, open_layers, placeholders_if_streamed
     from hatrack.layers.fast_base import speed_up
     from hatrack.layers.fast_lora import LAYER_CLASSES
     from hatrack.training.layer_streaming import LayerInputs, LayerStreaming
@@ -150,7 +150,7 @@ def _streamed(asked: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> 
     trunk = find_layer_stack(base.model)
     move_all_but_layers(base.model, trunk, base.dtype, base.device)
     speed_up(base.model, trunk)
-    with fake_loaded(base):
+    with placeholders_if_streamed(base):
         model = place(base.model, RECIPE, task="complete", layer_classes=LAYER_CLASSES)
     folder = Path(asked["base"])
     window = open_layers(base.model, trunk, base.dtype, folder, base.device)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hatrack.base.layer_stack import LayerStack, find_layer_stack
-from hatrack.base.mapped_layers import OUTSIDE
+from hatrack.base.mapped_layers import NON_LAYER_WEIGHTS
 from hatrack.base.offload import OffloadedLayers
 from tests.base.tiny import save
 
@@ -69,7 +69,7 @@ def test_a_layer_that_is_shown_holds_its_own_weights(
 ) -> None:
     _, trunk, window = lent
     stored = [_weights(trunk, number) for number in range(LAYERS)]
-    for number, then in zip(order, [*range(1, LAYERS), OUTSIDE, OUTSIDE], strict=False):
+    for number, then in zip(order, [*range(1, LAYERS), NON_LAYER_WEIGHTS, NON_LAYER_WEIGHTS], strict=False):
         window.load(number, next_part=then)
         for found, wanted in zip(_weights(trunk, number), stored[number], strict=True):
             assert found.dtype == torch.float32 and torch.equal(found, wanted.float())
@@ -84,7 +84,7 @@ def test_the_next_layer_never_goes_where_the_shown_one_is(lent: tuple[Any, Layer
     for number in (0, 1, 2, 3, 2, 1, 0):
         window.load(number, next_part=(number + 1) % LAYERS)
         before = _weights(trunk, number)
-        for reading in window._ahead.values():
+        for reading in window._pending_reads.values():
             reading.result()
         assert all(map(torch.equal, _weights(trunk, number), before))
         assert len({weight.data_ptr() for weight in trunk.layers[number].parameters()}) == len(before)

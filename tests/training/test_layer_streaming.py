@@ -18,7 +18,7 @@ import hatrack
 import hatrack.planning.fit
 from hatrack.adapter.place import place
 from hatrack.base.layer_stack import find_layer_stack
-from hatrack.base.mapped_layers import MappedLayers, fake_dtype, read_ahead, unmap
+from hatrack.base.mapped_layers import MappedLayers, find_mappings, placeholder_weights, read_ahead, release_pages
 from hatrack.errors import MachineError, ModelError, RecipeError
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.layers.fast_base import speed_up
@@ -62,7 +62,7 @@ def _adapted(folder: Path, kind: str, dtype: torch.dtype, *, fast: bool = True, 
         speed_up(base)
     torch.manual_seed(5)
     recipe = Recipe.make(**({"r": 4, "dropout": 0.1, "targets": "all-linear"} | options))
-    with fake_dtype(base.base_model, torch.float32):
+    with placeholder_weights(base.base_model, torch.float32):
         made = place(base, recipe, task=_task(kind), layer_classes=LAYER_CLASSES)
     for name, parameter in made.named_parameters():
         if "lora_B" in name:
@@ -147,14 +147,16 @@ def test_a_bfloat16_base_is_widened_exactly(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(after[name], p) and after[name].dtype == p.dtype for name, p in before.items())
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="unmapping needs Linux")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="releasing pages needs Linux")
 def test_what_was_touched_is_let_go(tmp_path: Path) -> None:
     """A look at a base, before its first sweep, leaves none of its pages in memory, and every weight as it was."""
     folder = _saved(tmp_path / "base", "Llama")
     base = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
     before = {name: weight.clone() for name, weight in base.named_parameters()}
     assert _resident(folder) > 0
-    assert unmap(folder)
+    mappings = find_mappings(folder)
+    assert mappings
+    release_pages(mappings)
     assert _resident(folder) == 0
     assert all(torch.equal(weight, before[name]) for name, weight in base.named_parameters())
 
@@ -328,7 +330,7 @@ def test_a_file_that_was_cut_short_is_found_before_its_pages_are_touched(tmp_pat
     assert len(window.files) == 1 and all(window.spans.values())
     read_ahead(window.spans[1])
     os.truncate(window.files[0].path, 4096)
-    with pytest.raises(MachineError, match="cannot be read; got it is shorter than it was"):
+    with pytest.raises(MachineError, match="cannot be read; got the file was truncated"):
         read_ahead(window.spans[1])
 
 
@@ -355,7 +357,7 @@ def test_a_base_that_changes_in_a_run_is_told(tmp_path: Path, half_decoder: Path
 
         patch.setattr(LayerStreaming, "step", harmed)
         said = {"gone": "was removed", "unreadable": "cannot be read; got Input/output error"}.get(harm, "was changed")
-        with pytest.raises(MachineError, match=rf"model.safetensors {said}.*fix: put the base back"):
+        with pytest.raises(MachineError, match=rf"model.safetensors {said}.*fix: check the disk"):
             hatrack.train(output=str(tmp_path / "hat"), name="hat", **run)
     file.write_bytes(whole)
     with too_large():

@@ -1,8 +1,8 @@
 """Layers of a frozen base larger than an accelerator's memory, copied to it one at a time.
 
 Everything but the layers stays on the accelerator, which has two slots for a layer: while one is computed with, a
-thread reads the next into page-locked memory and copies it to the other slot on a stream of its own, so that reading,
-copying and computing run side by side. Knows nothing of what the layers compute.
+thread reads the next into page-locked memory and copies it to the other slot on a stream of its own, so that
+reading, copying and computing overlap. Knows nothing of what the layers compute.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from torch import nn
 
 from hatrack.base.layer_stack import LayerStack
 from hatrack.base.load import Base
-from hatrack.base.mapped_layers import OUTSIDE, MappedLayers, fake_dtype, read_ahead
+from hatrack.base.mapped_layers import NON_LAYER_WEIGHTS, MappedLayers, placeholder_weights, read_ahead
 
 ALIGNED = 256
-"""Each weight begins at a multiple of so many bytes, as the accelerator's own allocations do."""
+"""Each weight begins at a multiple of this many bytes, as the accelerator's own allocations do."""
 
 
 class _Slot(NamedTuple):
@@ -54,10 +54,12 @@ def move_all_but_layers(model: nn.Module, layer_stack: LayerStack, dtype: torch.
             setattr(module, name, buffer.to(device))
 
 
-def fake_loaded(base: Base) -> AbstractContextManager[None]:
-    """While the block runs, the frozen weights of a streamed base look like ones of its dtype on its device, so that an
-    adapter is made for these."""
-    return fake_dtype(base.model.base_model, base.dtype, base.device) if base.streamed else nullcontext()
+def placeholders_if_streamed(base: Base) -> AbstractContextManager[None]:
+    """While the block runs, the frozen weights of a streamed base are placeholders in its dtype on its device.
+
+    Does nothing if the base is in memory.
+    """
+    return placeholder_weights(base.model.base_model, base.dtype, base.device) if base.streamed else nullcontext()
 
 
 class OffloadedLayers(MappedLayers):
@@ -69,19 +71,19 @@ class OffloadedLayers(MappedLayers):
         self.device = device
         super().__init__(model, layer_stack, dtype, folder)
 
-    def _allocate(self) -> None:
-        self.parts[OUTSIDE] = []
-        count = max(sum(_aligned_bytes(weight) for weight in weights) for weights in self.parts.values())
+    def _allocate_buffers(self) -> None:
+        self.parts[NON_LAYER_WEIGHTS] = []
+        slot_bytes = max(sum(_aligned_bytes(weight) for weight in weights) for weights in self.parts.values())
         self._stream = torch.Stream(self.device)
-        self._slots = [self._make_slot(count) for _ in range(2)]
+        self._slots = [self._make_slot(slot_bytes) for _ in range(2)]
         self._current = 0
 
-    def _make_slot(self, count: int) -> _Slot:
-        locked = torch.empty(count, dtype=torch.uint8, pin_memory=True)
-        offloaded = torch.empty(count, dtype=torch.uint8, device=self.device)
+    def _make_slot(self, size: int) -> _Slot:
+        locked = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        offloaded = torch.empty(size, dtype=torch.uint8, device=self.device)
         return _Slot(locked, offloaded, torch.Event(self.device), torch.Event(self.device))
 
-    def _read(self, part: int) -> Future[Any]:
+    def _start_reading(self, part: int) -> Future[Any]:
         return self._reader.submit(self._offload, part, 1 - self._current)
 
     def _offload(self, part: int, number: int) -> int:
@@ -98,12 +100,12 @@ class OffloadedLayers(MappedLayers):
             slot.arrived.record(self._stream)
         return number
 
-    def _use(self, part: int, reading: Future[Any] | None) -> None:
-        if part == OUTSIDE:
+    def _activate(self, part: int, reading: Future[Any] | None) -> None:
+        if part == NON_LAYER_WEIGHTS:
             return
-        if reading is None:  # its slot is that of the part that was read ahead
-            self._ahead.clear()
-            reading = self._read(part)
+        if reading is None:  # the slot is taken from the part that was read ahead
+            self._pending_reads.clear()
+            reading = self._start_reading(part)
         self._current = reading.result()
         slot, weights = self._slots[self._current], self.parts[part]
         torch.accelerator.current_stream(self.device).wait_event(slot.arrived)
@@ -112,7 +114,7 @@ class OffloadedLayers(MappedLayers):
             weight.data = offloaded.to(self.dtype)
 
     def unload(self) -> None:
-        """As `MappedLayers.unload`; the slot is free once all that computes with it is done."""
+        """As `MappedLayers.unload`; the slot is free once the matmuls queued so far are done."""
         if self._stored:
             self._slots[self._current].free.record(torch.accelerator.current_stream(self.device))
         super().unload()
@@ -123,7 +125,7 @@ def _aligned_bytes(weight: nn.Parameter) -> int:
 
 
 def _split(memory: torch.Tensor, weights: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-    """Tensors like the weights, one after the other in the bytes of `memory`."""
+    """Views of `memory` with the dtypes and shapes of the weights, one after the other."""
     found, start = [], 0
     for weight in weights:
         found.append(memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape))

@@ -16,7 +16,7 @@ from hatrack.adapter.tokenizer import load_adapter_tokenizer
 from hatrack.base.fingerprint import check_base, fingerprint
 from hatrack.base.load import Base
 from hatrack.base.mapped_layers import MappedLayers
-from hatrack.base.offload import fake_loaded
+from hatrack.base.offload import placeholders_if_streamed
 from hatrack.errors import AdapterError, short_repr
 from hatrack.inference.active import ActiveModel
 from hatrack.inference.classify import classify
@@ -169,7 +169,7 @@ class Hat:
             )
         check_base(folder, card.base, self.base.description, allow_other=allow_other_base, known=self._fingerprint)
         before, tokenizer = self.active, load_adapter_tokenizer(folder, self.base)
-        with fake_loaded(self.base):
+        with placeholders_if_streamed(self.base):
             self.model = attach(self.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)
         self.adapters[name] = AttachedAdapter(card, folder, tokenizer)
         try:

@@ -18,7 +18,7 @@ from hatrack.base.free_memory import fits_in_memory
 from hatrack.base.layer_stack import find_layer_stack
 from hatrack.base.load import Base, BaseOptions, choose_device, choose_dtype, dtype_name, free_memory, load_base
 from hatrack.base.mapped_layers import MappedLayers
-from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
+from hatrack.base.offload import move_all_but_layers, open_layers, placeholders_if_streamed
 from hatrack.console import say
 from hatrack.errors import AdapterError
 from hatrack.inference.hat import AttachedAdapter, Hat
@@ -96,7 +96,7 @@ def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
     base = _load_base(base_files, card, quantize, options)
     mapped_layers = _stream_layers(base) if base.streamed else None
     name = registered_name(adapter, folder)
-    with fake_loaded(base):
+    with placeholders_if_streamed(base):
         model = attach(base.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)
     attached = AttachedAdapter(card, folder, load_adapter_tokenizer(folder, base))
     hat = Hat(base, model, {name: attached}, quantize=quantize, mapped_layers=mapped_layers)

@@ -9,8 +9,8 @@ from transformers import set_seed
 from hatrack.adapter.place import place
 from hatrack.base.layer_stack import LayerStack, find_layer_stack
 from hatrack.base.load import Base
-from hatrack.base.mapped_layers import OUTSIDE, unmap
-from hatrack.base.offload import fake_loaded, move_all_but_layers, open_layers
+from hatrack.base.mapped_layers import NON_LAYER_WEIGHTS, find_mappings, release_pages
+from hatrack.base.offload import move_all_but_layers, open_layers, placeholders_if_streamed
 from hatrack.check.prepared import Prepared
 from hatrack.console import say
 from hatrack.errors import ModelError
@@ -57,7 +57,7 @@ def load_adapted_model(prepared: Prepared) -> AdaptedModel:
     if base.streamed and stack is not None:
         move_all_but_layers(base.model, stack, base.dtype, base.device)
     speed_up(base.model, stack if base.streamed or prepared.cached_fraction == 1 else None, recipe.compute)
-    with fake_loaded(base):
+    with placeholders_if_streamed(base):
         model = place(base.model, recipe, task=prepared.task, layer_classes=LAYER_CLASSES)
     if prepared.plan.method.checkpointing:
         base.model.config.use_cache = False
@@ -74,7 +74,7 @@ def open_layer_paths(
     if stack is None or not base.streamed:
         return LayerPaths(None, _open_prefix(adapted, prepared, cache))
     mapped_layers = open_layers(base.model, stack, base.dtype, base.description.folder, base.device)
-    mapped_layers.load(OUTSIDE)
+    mapped_layers.load(NON_LAYER_WEIGHTS)
     prefix = _open_prefix(adapted, prepared, cache)
     streaming = LayerStreaming(adapted.model, mapped_layers, prepared.task, LayerInputs(folder), prefix)
     mapped_layers.stream()
@@ -88,7 +88,7 @@ def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
     try:
         stack = find_layer_stack(base.model)
         if base.streamed:
-            unmap(base.description.folder)
+            release_pages(find_mappings(base.description.folder))
         return stack
     except ModelError as error:
         if base.streamed:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hatrack.base.layer_stack import Call
-from hatrack.base.mapped_layers import OUTSIDE, MappedLayers
+from hatrack.base.mapped_layers import NON_LAYER_WEIGHTS, MappedLayers
 from hatrack.evaluate.loss import Batch, Losses, detect_output_head, losses
 from hatrack.planning.memory import STATES_IN_MEMORY
 from hatrack.storage import machine_errors
@@ -64,7 +64,7 @@ class LayerStreaming:
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device)
         self._entry_layer = None if prefix else 0  # the first layer that a pass needs, where that is certain
         if task != "classify":
-            mapped_layers.load(OUTSIDE)
+            mapped_layers.load(NON_LAYER_WEIGHTS)
             with torch.no_grad(), self.stack.only_last_layers(0):
                 detect_output_head(model, task)  # without a stack of no layers it would read all of them
         is_trained = (any(p.requires_grad for p in layer.parameters()) for layer in self.stack.layers)
@@ -79,7 +79,7 @@ class LayerStreaming:
         is full.
         """
         last = len(self.stack.layers) - 1
-        self.mapped_layers.load(OUTSIDE, next_part=self._entry_layer)
+        self.mapped_layers.load(NON_LAYER_WEIGHTS, next_part=self._entry_layer)
         with torch.enable_grad():
             micros = [self._enter(batch, loss_of, seed) for batch, seed in zip(batches, seeds, strict=True)]
         is_trained_below = any(micro.hidden.requires_grad for micro in micros)
@@ -88,14 +88,14 @@ class LayerStreaming:
         first = 0 if is_trained_below else self._first_trained
         with closing(self.inputs):
             self._forward(micros, first)
-            self.mapped_layers.load(OUTSIDE, next_part=last)
+            self.mapped_layers.load(NON_LAYER_WEIGHTS, next_part=last)
             total = torch.stack([self._loss(micro, loss_of, first <= last) for micro in micros]).sum()
             for number in range(last, first - 1, -1):
-                self.mapped_layers.load(number, next_part=number - 1 if number > first else OUTSIDE)
+                self.mapped_layers.load(number, next_part=number - 1 if number > first else NON_LAYER_WEIGHTS)
                 for index, micro in enumerate(micros):
                     self._backward(number, micro, self.inputs.take((number, index)), number > first or is_trained_below)
         if is_trained_below:
-            self.mapped_layers.load(OUTSIDE)
+            self.mapped_layers.load(NON_LAYER_WEIGHTS)
             for micro, seed in zip(micros, seeds, strict=True):
                 torch.autograd.backward(self._enter(micro.batch, loss_of, seed).hidden, micro.hidden)
         self.mapped_layers.unload()
@@ -108,7 +108,7 @@ class LayerStreaming:
         waiting = iter(batches)
         more = True
         while more:
-            self.mapped_layers.load(OUTSIDE, next_part=self._entry_layer)
+            self.mapped_layers.load(NON_LAYER_WEIGHTS, next_part=self._entry_layer)
             group: list[_MicroBatch] = []
             while more and (not group or sum(micro.hidden.nbytes for micro in group) < self.inputs.budget):
                 batch = next(waiting, None)
@@ -116,7 +116,7 @@ class LayerStreaming:
                 if batch is not None:
                     group.append(self._enter(batch, self._batch_losses, None))
             self._forward(group, None)
-            self.mapped_layers.load(OUTSIDE, next_part=self._entry_layer)
+            self.mapped_layers.load(NON_LAYER_WEIGHTS, next_part=self._entry_layer)
             for micro in group:
                 with self.stack.replace_layers(partial(getattr, micro, "hidden")):
                     yield losses(self.model, micro.batch, self.task)
@@ -142,7 +142,7 @@ class LayerStreaming:
         """Passes all micro-batches through all layers; stores what enters the layers from `store_from` on."""
         last = len(self.stack.layers) - 1
         for number in range(min((micro.first_layer for micro in micros), default=0), last + 1):
-            self.mapped_layers.load(number, next_part=number + 1 if number < last else OUTSIDE)
+            self.mapped_layers.load(number, next_part=number + 1 if number < last else NON_LAYER_WEIGHTS)
             for index, micro in enumerate(micros):
                 if number < micro.first_layer:
                     continue
