@@ -237,7 +237,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no head": (
         lambda f: _tensors(f, lambda t: {n: v for n, v in t.items() if "lora_" in n}),
-        "adapter_model.safetensors has no classification head; got no classifier; fix: train it with a task type",
+        "adapter_model.safetensors has no classification head; got no classifier; fix: .* the head in modules_to_save",
     ),
 }
 

@@ -16,7 +16,7 @@ from peft.tuners._buffer_dict import BufferDict
 
 import hatrack
 from hatrack.adapter import registry
-from hatrack.adapter.attach import name_in_model
+from hatrack.adapter.attach import peft_adapter_name
 from hatrack.base.description import describe_folder
 from hatrack.errors import AdapterError, ModelError, RecipeError, WrongBase
 from hatrack.inference.generate import generation_options, prompt_ids
@@ -154,10 +154,10 @@ CONTAINERS = (torch.nn.ModuleDict, torch.nn.ParameterDict, BufferDict)
 
 def test_no_two_names_are_one_inside_a_model() -> None:
     names = ["".join(letters) for length in (1, 2, 3, 4) for letters in itertools.product("a-_.", repeat=length)]
-    inside = {name_in_model(name) for name in names}
+    inside = {peft_adapter_name(name) for name in names}
     assert len(inside) == len(names) and not any("." in name for name in inside)
     attributes = {name for kind in CONTAINERS for name in dir(kind())}
-    assert not attributes & {name_in_model(name) for name in attributes}
+    assert not attributes & {peft_adapter_name(name) for name in attributes}
 
 
 def test_one_name_everywhere(trained: dict[str, Path], tmp_path: Path) -> None:

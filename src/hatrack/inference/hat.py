@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from hatrack.adapter.attach import attach, detach, name_in_model
+from hatrack.adapter.attach import attach, detach, peft_adapter_name
 from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import read_adapter
 from hatrack.adapter.origin import card_of
@@ -139,7 +139,7 @@ class Hat:
             self._check_attached(name)
             if self.active is None:
                 self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(name_in_model(name), inference_mode=True)
+            self.model.set_adapter(peft_adapter_name(name), inference_mode=True)
         self.active = name
 
     def add(
@@ -170,7 +170,7 @@ class Hat:
         check_base(folder, card.base, self.base.description, allow_other=allow_other_base, known=self._fingerprint)
         before, tokenizer = self.active, load_adapter_tokenizer(folder, self.base)
         with placeholders_if_streamed(self.base):
-            self.model = attach(self.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)
+            self.model = attach(self.model, folder, peft_adapter_name(name), layer_classes=LAYER_CLASSES)
         self.adapters[name] = AttachedAdapter(card, folder, tokenizer)
         try:
             if prove:
@@ -191,7 +191,7 @@ class Hat:
         self._check_attached(name)
         before = None if self.active == name else self.active
         self.use(None if len(self.adapters) == 1 else next(other for other in self.adapters if other != name))
-        self.model = detach(self.model, name_in_model(name))
+        self.model = detach(self.model, peft_adapter_name(name))
         del self.adapters[name]
         self._restore(before)
 

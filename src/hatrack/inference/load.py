@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from hatrack.adapter.attach import attach, name_in_model
+from hatrack.adapter.attach import attach, peft_adapter_name
 from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import read_adapter
 from hatrack.adapter.origin import card_of, find_base_of
@@ -97,7 +97,7 @@ def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
     mapped_layers = _stream_layers(base) if base.streamed else None
     name = registered_name(adapter, folder)
     with placeholders_if_streamed(base):
-        model = attach(base.model, folder, name_in_model(name), layer_classes=LAYER_CLASSES)
+        model = attach(base.model, folder, peft_adapter_name(name), layer_classes=LAYER_CLASSES)
     attached = AttachedAdapter(card, folder, load_adapter_tokenizer(folder, base))
     hat = Hat(base, model, {name: attached}, quantize=quantize, mapped_layers=mapped_layers)
     if options.prove:
