@@ -127,9 +127,9 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
 
 
 def read_card(folder: Path) -> AdapterCard | None:
-    """Reads an adapter's hatrack.json; None where there is none. Keys of later versions are ignored.
+    """Reads an adapter's hatrack.json; None if there is none. Keys of later versions are ignored.
 
-    Raises AdapterError where the file is malformed.
+    Raises AdapterError if the file is malformed.
     """
     path = folder / HATRACK_JSON
     if not path.exists() and not path.is_symlink():
@@ -154,7 +154,7 @@ def valid_name(text: str) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object. Raises AdapterError where it does not."""
+    """Reads a file that holds one JSON object. Raises AdapterError if it does not."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe or a device could block
             raise AdapterError(f"{path} is not a regular file", fix="copy the adapter again")
@@ -197,9 +197,9 @@ def not_an_adapter(folder: Path) -> AdapterError:
 
 
 def rename_in_files(folder: Path, new: str) -> None:
-    """Writes an adapter's new name into its hatrack.json and model card; does nothing where there is no hatrack.json.
+    """Writes an adapter's new name into its hatrack.json and model card; does nothing if there is no hatrack.json.
 
-    Raises AdapterError or MachineError where they cannot be read or written.
+    Raises AdapterError or MachineError if they cannot be read or written.
     """
     if not (folder / HATRACK_JSON).is_file():
         return

@@ -182,7 +182,7 @@ def _check_format(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_task(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises AdapterError where hatrack does not support the task, or the config has none."""
+    """Raises AdapterError if hatrack does not support the task, or the config has none."""
     task, base = config.get("task_type"), config.get("base_model_name_or_path")
     if task in SUPPORTED_TASKS:
         return
@@ -202,7 +202,7 @@ def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) ->
     """Makes peft's config for a base whose modules and parameters are called `layers`; each regular expression in it is
     replaced by the names it matches.
 
-    Raises AdapterError, naming `path`, where a regular expression is malformed or takes too long, or no layer matches.
+    Raises AdapterError, naming `path`, if a regular expression is malformed or takes too long, or no layer matches.
     """
     given = {field: config[field] for field in USED if config.get(field) is not None}
     patterns = {field: given[field] for field in ("target_modules", "exclude_modules") if _is_pattern(given.get(field))}
@@ -247,7 +247,7 @@ print(json.dumps([[name for name in names if re.fullmatch(pattern, name)] for pa
 def match_patterns(path: Path, patterns: Sequence[str], names: Iterable[str]) -> list[list[str]]:
     """The names that each regular expression matches, found in a child process with a time limit.
 
-    Raises AdapterError, naming `path`, where a regular expression is malformed, too long or takes too long.
+    Raises AdapterError, naming `path`, if a regular expression is malformed, too long or takes too long.
     """
     longest = max(patterns, key=len)
     if len(longest) > MAX_PATTERN_LENGTH:

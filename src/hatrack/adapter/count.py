@@ -23,7 +23,7 @@ _LIKE_QWEN = (
 # fmt: on
 EXPERT_NAMES = dict.fromkeys(_LIKE_QWEN, ("gate_proj", "up_proj", "down_proj"))
 EXPERT_NAMES |= dict.fromkeys(("mixtral", "minimax", "minimax_m2"), ("w1", "w2", "w3"))
-"""Model type -> names that peft takes for experts (`_convert_peft_config_moe`), also where dense layers have them."""
+"""Model type -> names that peft takes for experts (`_convert_peft_config_moe`), also if dense layers have them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def linear_layers_from_shapes(shapes: Mapping[str, tuple[int, ...]], model_type:
 
 @dataclass(frozen=True)
 class Experts:
-    """A model's experts, where loading joins them into one tensor per layer.
+    """A model's experts, if loading joins them into one tensor per layer.
 
     `modules`: full names of the modules that hold them, such as `model.layers.0.mlp.experts`. `names`: last parts of
     names that peft takes for experts, wherever in the model they are.

@@ -57,7 +57,7 @@ def save_adapter(
     """Writes the adapter in use as a folder, all or nothing: peft's two files, hatrack.json, a model card.
 
     `base`: the base's name for other machines: a hub id, a `pypi:` name, or a path. `extra_files`: name -> content.
-    Raises AdapterError where `folder` is not empty, or where a tensor that was placed would not be saved.
+    Raises AdapterError if `folder` is not empty, or if a tensor that was placed would not be saved.
     """
     if folder.exists() and any(folder.iterdir()):
         raise AdapterError("the adapter's folder exists already", got=folder, fix="choose another one")

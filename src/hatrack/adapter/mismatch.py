@@ -20,7 +20,7 @@ GIVE_ITS_BASE = "give it the base it was trained on"
 @dataclass
 class Mismatches:
     """Names of an adapter's tensors that do not fit: `missing` from the file, `unexpected` in it, with other `shapes`
-    than the model's (name -> the model's), `unlike_base` where the adapter cannot have its own, `not_finite`."""
+    than the model's (name -> the model's), `unlike_base` if the adapter cannot have its own, `not_finite`."""
 
     files: AdapterFiles
     modules: Mapping[str, nn.Module]

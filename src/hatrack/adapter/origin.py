@@ -17,9 +17,9 @@ HEADS = (".score.", ".classifier.", ".classification_head.")
 
 
 def card_of(files: AdapterFiles, base: str | None = None) -> AdapterCard:
-    """The adapter's hatrack.json, or a card made from peft's config where it has none.
+    """The adapter's hatrack.json, or a card made from peft's config if it has none.
 
-    `base`: its base, where the config does not name one. Raises AdapterError where neither does.
+    `base`: its base, if the config does not name one. Raises AdapterError if neither does.
     """
     if files.card is not None:
         return files.card
@@ -38,10 +38,10 @@ def card_of(files: AdapterFiles, base: str | None = None) -> AdapterCard:
 
 
 def find_base_of(files: AdapterFiles, base: str | None = None, *, trust: str | None = None) -> BaseDescription:
-    """Finds an adapter's base: `base` where given, else the base it was trained on.
+    """Finds an adapter's base: `base` if given, else the base it was trained on.
 
-    `trust`: the base whose own code may run. Raises AdapterError where the adapter names no base; ModelError or
-    MachineError, which suggest `--base`, where that base is not available.
+    `trust`: the base whose own code may run. Raises AdapterError if the adapter names no base; ModelError or
+    MachineError, which suggest `--base`, if that base is not available.
     """
     if base is not None:
         return find_base(base, trust=trust)

@@ -28,7 +28,7 @@ def place(
     """Wraps a frozen base with a new adapter as `recipe` says. Only adapter and head are trainable; both are float32.
 
     `task`: classify, chat or complete. `layer_classes`: class of a layer -> adapted layer to use in place of peft's.
-    Raises TargetError for layer names that match nothing, RecipeError for a rank that does not fit, AdapterError where
+    Raises TargetError for layer names that match nothing, RecipeError for a rank that does not fit, AdapterError if
     the base has an adapter already.
     """
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):

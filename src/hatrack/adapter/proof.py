@@ -81,7 +81,7 @@ def probabilities(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
 
 
 def record_proof(model: Any, files: AdapterFiles, base: Base, quantize: str) -> Proof:
-    """Makes the proof of the adapter in use, which was loaded from `files`. Raises AdapterError where it is inert."""
+    """Makes the proof of the adapter in use, which was loaded from `files`. Raises AdapterError if it is inert."""
     probe, multi_label = probe_tokens(base), _is_multi_label(files)
     bare, adapted = _run_both(model, probe, base)
     _check_effect(files, bare, adapted)
@@ -105,7 +105,7 @@ def check_proof(model: Any, files: AdapterFiles, base: Base, quantize: str, *, s
     """Runs the probe through the adapter in use and compares tensors and outputs with its record; without a record it
     only checks that the adapter changes something. `same_base`: whether the base is meant to be the recorded one.
 
-    Raises AdapterError where the adapter is inert, or where its tensors or outputs are not the recorded ones.
+    Raises AdapterError if the adapter is inert, or if its tensors or outputs are not the recorded ones.
     """
     proof = read_proof(files)
     if proof is None:
@@ -141,7 +141,7 @@ def digests(files: AdapterFiles) -> dict[str, str]:
 
 
 def read_proof(files: AdapterFiles) -> Proof | None:
-    """Reads and checks the proof in hatrack.json; None without one. Raises AdapterError where it is malformed."""
+    """Reads and checks the proof in hatrack.json; None without one. Raises AdapterError if it is malformed."""
     content = files.card.proof if files.card else None
     if content is None:
         return None
@@ -185,7 +185,7 @@ def _run_both(model: Any, probe: list[list[int]], base: Base) -> tuple[torch.Ten
 
 
 def _check_effect(files: AdapterFiles, bare: torch.Tensor, adapted: torch.Tensor) -> None:
-    """Raises AdapterError where the adapter changes nothing, or its logits are not finite."""
+    """Raises AdapterError if the adapter changes nothing, or its logits are not finite."""
     if not adapted.isfinite().all():
         raise AdapterError(
             f"with {files.folder} the model's output is not a number", got="inf or nan", fix="train with a lower --lr"
@@ -217,7 +217,7 @@ def zero_tensors(files: AdapterFiles) -> tuple[list[str], int]:
 
 
 def _check_tensors(files: AdapterFiles, proof: Proof) -> None:
-    """Raises AdapterError where the tensors in the file are not the recorded ones."""
+    """Raises AdapterError if the tensors in the file are not the recorded ones."""
     now = digests(files)
     wrong = [f"{name} is different" for name in now if name in proof.tensors and now[name] != proof.tensors[name]]
     wrong += [f"{name} is missing" for name in proof.tensors if name not in now]

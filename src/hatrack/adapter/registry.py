@@ -43,21 +43,21 @@ class RegisteredAdapter:
 def register(name: str, folder: Path, *, replace: bool = False) -> None:
     """Registers an adapter's folder under a name.
 
-    Raises AdapterError where the name is invalid, or taken by another adapter (unless `replace`).
+    Raises AdapterError if the name is invalid, or taken by another adapter (unless `replace`).
     """
     with _locked_rack():
         _register(name, folder, replace=replace)
 
 
 def check_free(name: str, folder: Path, *, replace: bool = False) -> None:
-    """Raises AdapterError where the name is invalid, or taken by another adapter (unless `replace`); MachineError where
+    """Raises AdapterError if the name is invalid, or taken by another adapter (unless `replace`); MachineError if
     the rack cannot be written."""
     with _locked_rack():
         _check_free(name, folder, replace=replace)
 
 
 def find_adapter(adapter: str | Path) -> Path:
-    """Returns an adapter's folder, given its path or its name on the rack. Raises AdapterError where it is neither."""
+    """Returns an adapter's folder, given its path or its name on the rack. Raises AdapterError if it is neither."""
     path = Path(adapter).expanduser()
     if (path / CONFIG).is_file():
         return path
@@ -83,7 +83,7 @@ def list_adapters() -> list[RegisteredAdapter]:
 
 
 def registered_name(adapter: str | Path, folder: Path) -> str:
-    """An adapter's name: `adapter` where that is its name on the rack, else the name its `folder` is registered under,
+    """An adapter's name: `adapter` if that is its name on the rack, else the name its `folder` is registered under,
     else the one in its hatrack.json, else its folder's."""
     if NAME.fullmatch(str(adapter)) and _registered_folder(str(adapter)) == folder.resolve():
         return str(adapter)
@@ -96,7 +96,7 @@ def registered_name(adapter: str | Path, folder: Path) -> str:
 def rename(old: str, new: str) -> None:
     """Renames an adapter on the rack, in its hatrack.json and in its model card; its folder keeps its name.
 
-    Raises AdapterError where `new` is taken or invalid, or `old` is not on the rack.
+    Raises AdapterError if `new` is taken or invalid, or `old` is not on the rack.
     """
     with _locked_rack():
         folder = _folder(old)
@@ -113,7 +113,7 @@ def rename(old: str, new: str) -> None:
 def unregister(name: str, *, delete_files: bool = False) -> None:
     """Removes a name from the rack; with `delete_files` also the folder, if it is an adapter's.
 
-    Raises AdapterError where the name is not on the rack.
+    Raises AdapterError if the name is not on the rack.
     """
     with _locked_rack():
         folder = _folder(name)
@@ -150,7 +150,7 @@ def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises AdapterError where an adapter cannot have this name."""
+    """Raises AdapterError if an adapter cannot have this name."""
     if not NAME.fullmatch(name):
         raise AdapterError(
             "invalid adapter name", got=repr(name), fix="use letters, digits, '.', '_' and '-', at most 64"
@@ -163,7 +163,7 @@ def _entry(name: str) -> Path:
 
 
 def _registered_folder(name: str) -> Path | None:
-    """The folder registered under a name, whether it exists or not; None where the name is not registered."""
+    """The folder registered under a name, whether it exists or not; None if the name is not registered."""
     try:
         return Path(str(read_json_object(_entry(name)).get("folder"))).resolve()
     except AdapterError:
@@ -176,7 +176,7 @@ def names() -> list[str]:
 
 
 def _folder(name: str) -> Path:
-    """The folder registered under a name. Raises AdapterError where there is none."""
+    """The folder registered under a name. Raises AdapterError if there is none."""
     if not _entry(name).exists():
         find_adapter(name)  # raises with the nearest name
         raise AdapterError("that is a folder, not a name on the rack", got=name, fix="hatrack list shows the names")

@@ -20,7 +20,7 @@ OTHER_MODALITIES = re.compile(r"vision|visual|image|img_|audio|speech", re.IGNOR
 """Parts of a model that text does not pass through: an adapter there would learn nothing."""
 
 NARROW_RATIO = 8
-"""A layer narrower than the adapter's rank is left out where the widest layer is at least 8 times as wide."""
+"""A layer narrower than the adapter's rank is left out if the widest layer is at least 8 times as wide."""
 
 NO_EXPERTS = Experts()
 
@@ -78,7 +78,7 @@ def choose_targets(layers: ModelLayers, targets: str, top_layers: int | None, r:
     or comma-separated names. auto and all-linear leave out parts that no text passes through, and layers 1 wide or much
     narrower than `r`. `top_layers`: only the last N of the repeated layers; None for all.
 
-    Raises TargetError for names that match nothing or layers that never get an adapter, RecipeError where there are
+    Raises TargetError for names that match nothing or layers that never get an adapter, RecipeError if there are
     fewer than N layers.
     """
     linears, experts = layers.linears, layers.experts
@@ -114,7 +114,7 @@ def choose_targets(layers: ModelLayers, targets: str, top_layers: int | None, r:
 
 
 def check_rank(r: int, choice: TargetChoice, linears: Mapping[str, tuple[int, int]]) -> None:
-    """Raises RecipeError where an adapter would be wider than a layer it is put on."""
+    """Raises RecipeError if an adapter would be wider than a layer it is put on."""
     narrow = min(choice.names, key=lambda name: min(linears[name]))
     side = min(linears[narrow])
     if r > side:
@@ -148,7 +148,7 @@ def _in_head(name: str, heads: Collection[str]) -> bool:
 
 
 def reason_not_adapted(name: str) -> str | None:
-    """Why a layer gets no adapter, whatever the targets are; None where it may get one."""
+    """Why a layer gets no adapter, whatever the targets are; None if it may get one."""
     return next((why for pattern, why in NEVER_ADAPTED.items() if re.search(pattern, name)), None)
 
 
@@ -179,7 +179,7 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 def _match_targets(targets: Sequence[str], allowed: set[str], layers: ModelLayers) -> set[str]:
-    """Every allowed layer that one of the targets names. Raises TargetError where a target names none."""
+    """Every allowed layer that one of the targets names. Raises TargetError if a target names none."""
     experts, found = layers.experts, join_first(last_parts(allowed), 12)
     fused = [t for t in targets if _last_part(t) in experts.names or any(matches(name, t) for name in experts.modules)]
     if fused:
@@ -228,7 +228,7 @@ def _in_top_layers(names: set[str], linears: Iterable[str], top: int) -> set[str
 
 
 def _short_targets(names: Sequence[str], modules: set[str]) -> list[str]:
-    """The shortest endings that mean exactly these modules to peft; the full names where no endings do."""
+    """The shortest endings that mean exactly these modules to peft; the full names if no endings do."""
     wanted = set(names)
     found: list[str] = []
     for path in dict.fromkeys((_split_name(name) or ("", 0, name))[2] for name in names):

@@ -1,4 +1,4 @@
-"""Loads the tokenizer saved with an adapter, where it differs from the base's."""
+"""Loads the tokenizer saved with an adapter, if it differs from the base's."""
 
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ SAMPLE_TEXT = "One hat, two hats."
 
 def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
     """Loads the tokenizer in an adapter's folder and prints how it differs from the base's (added tokens, another chat
-    template); None where it does not. Adapters made by hatrack use the base's.
+    template); None if it does not. Adapters made by hatrack use the base's.
 
-    Raises AdapterError where it cannot be loaded.
+    Raises AdapterError if it cannot be loaded.
     """
     if (folder / HATRACK_JSON).exists():
         return None

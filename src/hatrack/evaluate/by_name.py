@@ -23,7 +23,7 @@ def compare(
     `hatrack.load`.
 
     Returns a `Comparison` for one adapter, `Comparisons` for several. Raises AdapterError where they cannot be
-    compared, DataError where too few rows are left, RecipeError for an invalid option, and what `hatrack.load` raises.
+    compared, DataError if too few rows are left, RecipeError for an invalid option, and what `hatrack.load` raises.
     """
     several = [each for given in adapters for each in (given if isinstance(given, list) else [given])]
     if not several:

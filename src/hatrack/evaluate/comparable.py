@@ -7,7 +7,7 @@ from hatrack.errors import AdapterError
 
 
 def check_comparable(cards: Mapping[str, AdapterCard]) -> None:
-    """Raises AdapterError where two adapters have different tasks or labels."""
+    """Raises AdapterError if two adapters have different tasks or labels."""
     (first, first_card), *others = cards.items()
     for name, card in others:
         if _answer_format(first_card) != _answer_format(card):

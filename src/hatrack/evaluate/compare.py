@@ -21,7 +21,7 @@ class Comparison:
 
     `metric`: accuracy (classify; higher is better) or loss (lower is better); `base` and `adapter`: its values;
     `difference` = adapter - base; `ci95`: 95% confidence interval of the difference; `verdict`: better, worse, or
-    undecided where the interval holds 0 or there are fewer than 20 rows.
+    undecided if the interval holds 0 or there are fewer than 20 rows.
     """
 
     metric: str
@@ -46,7 +46,7 @@ class Comparisons:
     pairs: dict[tuple[str, str], Comparison]
 
     def better(self, pair: tuple[str, str]) -> str | None:
-        """The name of the better adapter of a pair; None where that is undecided."""
+        """The name of the better adapter of a pair; None if that is undecided."""
         return {"better": pair[1], "worse": pair[0]}.get(self.pairs[pair].verdict)
 
     def as_json(self) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str
     those that all adapters held out, without any that one of them was trained on.
 
     `options` say how to read `data`: `text`, `label`, `prompt`, `completion`, `messages` name its columns, `bad_rows`
-    is refuse or skip. Raises AdapterError where the adapters cannot be compared or do not record their data, DataError
-    where that has changed, or too few rows are left.
+    is refuse or skip. Raises AdapterError if the adapters cannot be compared or do not record their data, DataError
+    if that has changed, or too few rows are left.
     """
     check_comparable(hat.cards)
     if data is None:
@@ -53,7 +53,7 @@ def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str
 
 
 def _read_training_rows(hat: Hat, name: str, card: AdapterCard) -> Examples:
-    """Reads an adapter's training and held-out rows again. Raises DataError where they have changed."""
+    """Reads an adapter's training and held-out rows again. Raises DataError if they have changed."""
     if not card.recipe.get("data"):
         raise AdapterError(f"{name} does not record what it was trained on", fix=f"name rows with {flag('data')}")
     recipe = Recipe.make(**{**card.recipe, "task": card.task})
@@ -110,7 +110,7 @@ def _read_data(card: AdapterCard, data: str, options: Mapping[str, str]) -> tupl
 def _leave_out_trained(
     hat: Hat, examples: list[Example], earlier: Mapping[str, Examples], source: str
 ) -> list[Example]:
-    """The rows that no adapter was trained on. Raises DataError where too few are left."""
+    """The rows that no adapter was trained on. Raises DataError if too few are left."""
     keys = [np.empty(0, dtype=np.uint64)]
     for name, card in hat.cards.items():
         known = _trained_keys(hat, name, card, earlier.get(name))
@@ -148,7 +148,7 @@ def _score_new_turns(examples: list[Example], known: np.ndarray) -> list[Example
 
 
 def _trained_keys(hat: Hat, name: str, card: AdapterCard, earlier: Examples | None) -> np.ndarray | None:
-    """The keys of the rows that an adapter was trained on; None where they are not known."""
+    """The keys of the rows that an adapter was trained on; None if they are not known."""
     path = hat.adapters[name].folder / trained_rows.FILE
     if path.exists():
         try:
@@ -164,7 +164,7 @@ def _trained_keys(hat: Hat, name: str, card: AdapterCard, earlier: Examples | No
 def _render_for_each(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
     """The rows as tokens of each adapter, with its own label ids, all with the same template and maximum length.
 
-    Raises BadRows where some cannot be, unless `bad_rows` is skip.
+    Raises BadRows if some cannot be, unless `bad_rows` is skip.
     """
     config, first = hat.base.model.config, next(iter(hat.cards.values()))
     template = _shared_template(hat) if task == "chat" else None
@@ -192,7 +192,7 @@ def _render_for_each(hat: Hat, task: str, examples: list[Example], source: str, 
 
 
 def _shared_template(hat: Hat) -> str:
-    """The chat template of all adapters, or their tokenizer's. Raises AdapterError where they differ."""
+    """The chat template of all adapters, or their tokenizer's. Raises AdapterError if they differ."""
     found = {card.template or chat_template(hat.tokenizer_of(name))[0] for name, card in hat.cards.items()}
     if len(found) > 1:
         raise AdapterError(

@@ -77,7 +77,7 @@ def _run_to_head(
     model: Any, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str | None]:
     """Runs `model` up to its output head: (hidden states (B, T, d), W, b, what the head rounds its matmuls to); or all
-    of it: (logits (B, T, V), None, None, None), where the head is not a plain frozen linear layer or not the last
+    of it: (logits (B, T, V), None, None, None), if the head is not a plain frozen linear layer or not the last
     operation."""
     inner = _unwrap(model)
     head = inner.get_output_embeddings()

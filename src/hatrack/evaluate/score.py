@@ -21,7 +21,7 @@ LossRunner = Callable[[Iterable[Batch]], Iterable[Losses]]
 class Score:
     """`metrics` by name, and their parts, in the order of the rows.
 
-    `outcomes` (n,): 1 where a row was classified correctly, else 0; or the sum of its tokens' losses.
+    `outcomes` (n,): 1 if a row was classified correctly, else 0; or the sum of its tokens' losses.
     `weights` (n,): 1 each; or the number of the row's supervised tokens.
     """
 
@@ -85,7 +85,7 @@ def _batch(rows: TokenRows, indices: np.ndarray, settings: ScoreSettings) -> Bat
 
 def f1(wanted: np.ndarray, guesses: np.ndarray) -> float:
     """F1 = 2 TP / (2 TP + FN + FP). Of labels (n,): the mean over labels that occur in either; of several labels a row
-    (n, L), 1 or 0 each: over all together. 0 where there are no positives.
+    (n, L), 1 or 0 each: over all together. 0 if there are no positives.
 
     Written here because importing scikit-learn takes a second; a test compares it with scikit-learn.
     """

@@ -20,7 +20,7 @@ class ActiveModel:
 
     @property
     def max_positions(self) -> int:
-        """The most tokens the base takes; `sys.maxsize` where its config does not say."""
+        """The most tokens the base takes; `sys.maxsize` if its config does not say."""
         return position_limit(self.base.model.config.to_dict()) or sys.maxsize
 
     @property

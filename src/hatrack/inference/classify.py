@@ -14,9 +14,9 @@ BATCH_SIZE = 32
 
 
 def classify(active: ActiveModel, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Classifies texts in batches of 32: `text`, `label`, `scores` of each, and `cut` where its end was left out.
+    """Classifies texts in batches of 32: `text`, `label`, `scores` of each, and `cut` if its end was left out.
 
-    Raises DataError for a text without tokens, AdapterError where the model's output is not a number.
+    Raises DataError for a text without tokens, AdapterError if the model's output is not a number.
     """
     batches = (texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE))
     return [answer for batch in batches for answer in _classify_batch(active, batch)]

@@ -58,9 +58,9 @@ def generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions
 
 
 def stream_answer(active: ActiveModel, prompt: Prompt, options: GenerationOptions) -> Generator[str, None, bool]:
-    """Yields the answer piece by piece; returns whether it is whole: False where it was cut at `max_new_tokens`.
+    """Yields the answer piece by piece; returns whether it is whole: False if it was cut at `max_new_tokens`.
 
-    Generation runs in a thread of its own and stops when the generator is closed. Raises DataError where the prompt
+    Generation runs in a thread of its own and stops when the generator is closed. Raises DataError if the prompt
     leaves no room for an answer.
     """
     tokenizer = active.tokenizer

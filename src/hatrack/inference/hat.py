@@ -32,7 +32,7 @@ from hatrack.layers.fast_lora import LAYER_CLASSES
 
 @dataclass(frozen=True)
 class AttachedAdapter:
-    """An adapter on the base: its hatrack.json, its folder, and its own tokenizer where it brought one."""
+    """An adapter on the base: its hatrack.json, its folder, and its own tokenizer if it brought one."""
 
     card: AdapterCard
     folder: Path
@@ -44,7 +44,7 @@ class Hat:
 
     `adapters` maps names to what is attached; `active` names the adapter in use, None for the bare base; `base` and
     `model` are the base by itself and with its adapters; `quantize` is none, 8bit or 4bit. `result` holds what
-    `hatrack train --json` prints, where `hatrack.train` made this hat, and is empty otherwise. `mapped_layers` reads
+    `hatrack train --json` prints, if `hatrack.train` made this hat, and is empty otherwise. `mapped_layers` reads
     the layers of a base larger than memory, None for others. Made by `hatrack.load` and `hatrack.train`.
     """
 
@@ -104,7 +104,7 @@ class Hat:
         return self.tokenizer_of(self.active)
 
     def tokenizer_of(self, name: str | None) -> Any:
-        """The tokenizer of an attached adapter; the base's with None, or where the adapter brought none."""
+        """The tokenizer of an attached adapter; the base's with None, or if the adapter brought none."""
         adapter = self.adapters.get(name) if name else None
         return (adapter and adapter.tokenizer) or self.base.tokenizer
 
@@ -130,7 +130,7 @@ class Hat:
     def use(self, name: str | None) -> None:
         """Switches to an attached adapter, or with None to the bare base. Takes milliseconds.
 
-        Raises AdapterError where no adapter of that name is attached.
+        Raises AdapterError if no adapter of that name is attached.
         """
         if name is None:
             if self.active is not None:
@@ -151,8 +151,8 @@ class Hat:
         `allow_other_base`: attach it although it was trained on other weights. `prove`: run its proof first, two short
         forward passes.
 
-        Raises AdapterError where the adapter is missing, damaged or does not fit, the name is taken or invalid, the
-        task differs, or the proof fails; WrongBase where it was trained on another base.
+        Raises AdapterError if the adapter is missing, damaged or does not fit, the name is taken or invalid, the
+        task differs, or the proof fails; WrongBase if it was trained on another base.
         """
         folder = find_adapter(adapter)
         files = read_adapter(folder)
@@ -186,7 +186,7 @@ class Hat:
     def drop(self, name: str) -> None:
         """Detaches an adapter and frees its memory. If it was in use, the bare base is in use afterwards.
 
-        Raises AdapterError where no adapter of that name is attached.
+        Raises AdapterError if no adapter of that name is attached.
         """
         self._check_attached(name)
         before = None if self.active == name else self.active
@@ -198,8 +198,8 @@ class Hat:
     def predict(self, texts: str | Iterable[Prompt], **generation: Any) -> list[dict[str, Any]]:
         """Answers each text with the adapter in use, in order. `texts`: one text, or several.
 
-        classify: `text`, `label` (a list of labels where a row may have several), `scores` (label -> probability) and,
-        where the text is longer than the adapter takes, `cut`: True, its end was left out, as in training. There are no
+        classify: `text`, `label` (a list of labels if a row may have several), `scores` (label -> probability) and,
+        if the text is longer than the adapter takes, `cut`: True, its end was left out, as in training. There are no
         options.
         chat, complete: `prompt` and `text`; a prompt may be the messages of a conversation. Options:
         `max_new_tokens` (128; at least 1) and `temperature` (0: the likeliest token each time; above 0 samples).
@@ -221,10 +221,10 @@ class Hat:
         """Yields a generator's answer piece by piece. `prompt`: a text, or the messages of a conversation.
 
         `max_new_tokens`: at least 1. `temperature`: 0 takes the likeliest token each time, above 0 samples. The
-        generator returns (`StopIteration.value`) whether the answer is whole: False where it was cut at
+        generator returns (`StopIteration.value`) whether the answer is whole: False if it was cut at
         `max_new_tokens`. Closing it stops the generation.
 
-        Raises AdapterError for a classifier, RecipeError for an invalid value, DataError where the prompt leaves no
+        Raises AdapterError for a classifier, RecipeError for an invalid value, DataError if the prompt leaves no
         room for an answer.
         """
         if self.task == "classify":

@@ -58,12 +58,12 @@ def load(
     trained on. `device`: auto, cpu, cuda, mps or xpu. `dtype`: auto, float32, bfloat16 or float16. `quantize`: none,
     8bit or 4bit; by default as the adapter was trained. `memory`: the most to take, in bytes or as "3GiB"; a base that
     does not fit in it, or in what is free, stays on disk, and every forward pass reads it once. `allow_other_base`:
-    go on although the adapter was trained on other weights. `trust_remote_code`: the base's name, where its own code
+    go on although the adapter was trained on other weights. `trust_remote_code`: the base's name, if its own code
     may run. `prove`: run each adapter's proof again, two short forward passes.
 
-    Raises AdapterError where an adapter is missing, damaged, does not fit or fails its proof; WrongBase where it was
-    trained on other weights; ModelError where the base cannot be found or loaded, or needs code of its own;
-    RecipeError for an invalid option; MachineError where memory runs out.
+    Raises AdapterError if an adapter is missing, damaged, does not fit or fails its proof; WrongBase if it was
+    trained on other weights; ModelError if the base cannot be found or loaded, or needs code of its own;
+    RecipeError for an invalid option; MachineError if memory runs out.
     """
     options = _LoadOptions(
         base, device, dtype, quantize, parse_memory(memory), allow_other_base, trust_remote_code, prove
@@ -106,7 +106,7 @@ def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
 
 
 def _load_base(files: BaseDescription, card: AdapterCard, quantize: str, options: _LoadOptions) -> Base:
-    """The base as an adapter needs it; in memory where there is room for it."""
+    """The base as an adapter needs it; in memory if there is room for it."""
     device = choose_device(options.device)[0]
     dtype = dtype_name(choose_dtype(options.dtype, device)[0])
     return load_base(
