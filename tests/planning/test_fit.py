@@ -27,7 +27,7 @@ from hatrack.planning.fit import (
 )
 from hatrack.planning.machine import GIB, Machine, machine_named
 from hatrack.planning.memory import Method, MicroBatch
-from hatrack.planning.time import MachineSpeed, cached_counts
+from hatrack.planning.time import MachineSpeed, frozen_prefix_counts
 from hatrack.recipe import Recipe
 
 LLAMA = {
@@ -144,7 +144,7 @@ def test_layers_below_the_adapters_are_paid_for_once() -> None:
     plain, kept, few = (where(60 * GIB, layers="top-8", epochs=4, cache_limit=limit) for limit in (0, None, "100MB"))
     known = dataclasses.replace(kept, work=dataclasses.replace(kept.work, cached_fraction=1.0))
     never, once, partly, read = (plan_run(setting) for setting in (plain, kept, few, known))
-    below = cached_counts(kept.model, Method(), MicroBatch(8, 256, 2048))
+    below = frozen_prefix_counts(kept.model, Method(), MicroBatch(8, 256, 2048))
     tokens, layer = 8 * 256, 4 * 4096**2 + 3 * 4096 * 11008
     assert below.operations == 24 * (2 * layer * tokens + 4 * 256 * 4096 * tokens)
     each = below.seconds(SPEED)
@@ -228,7 +228,7 @@ def test_bytes_read_from_disk() -> None:
 def test_held_out_rows_that_are_longer_are_counted() -> None:
     """Two rows of 2,000 tokens are scored at a time: one layer's numbers of each token, and a block of logits."""
     short = where(64 * GIB, (40,) * 64, batch_size=1)
-    long = dataclasses.replace(short, work=dataclasses.replace(short.work, held_out=np.full((8, 2), 2000)))
+    long = dataclasses.replace(short, work=dataclasses.replace(short.work, held_out_sizes=np.full((8, 2), 2000)))
     assert scored_batches(long, 1) == [MicroBatch(2, 2000, 4000)] * 4
     plans = plan_run(short), plan_run(long)
     more = plans[1].peak_memory_bytes - plans[0].peak_memory_bytes

@@ -12,11 +12,11 @@ from hatrack.adapter.place import place
 from hatrack.base.description import BaseDescription
 from hatrack.base.header import TensorInfo
 from hatrack.evaluate.loss import losses
-from hatrack.kernels.limits import LOGITS_BLOCK, STORED_MATMULS
+from hatrack.kernels.limits import CACHED_MATMULS, LOGITS_BLOCK
 from hatrack.layers.fast_base import speed_up
 from hatrack.layers.fast_lora import LAYER_CLASSES
 from hatrack.planning.memory import (
-    STORED_MATMUL,
+    CACHED_MATMUL_BYTES,
     MemoryRequest,
     Method,
     MicroBatch,
@@ -138,8 +138,8 @@ def test_compiled_matmuls_are_counted_where_they_are_stored() -> None:
     def found(compiled: bool, accelerator: bool = False) -> dict[str, int]:
         batch = MicroBatch(4, 128, 512)
         run = MemoryRequest(model(), Method(), "bfloat16", batch, 512, scored=batch)
-        return training_bytes(dataclasses.replace(run, stored_matmuls=compiled, accelerator=accelerator))
+        return training_bytes(dataclasses.replace(run, caches_matmuls=compiled, accelerator=accelerator))
 
-    assert found(True)["matmuls"] == STORED_MATMULS * STORED_MATMUL and found(False)["matmuls"] == 0
-    assert found(True) == found(False) | {"matmuls": STORED_MATMULS * STORED_MATMUL}
+    assert found(True)["matmuls"] == CACHED_MATMULS * CACHED_MATMUL_BYTES and found(False)["matmuls"] == 0
+    assert found(True) == found(False) | {"matmuls": CACHED_MATMULS * CACHED_MATMUL_BYTES}
     assert found(True, accelerator=True)["matmuls"] == 0

@@ -88,7 +88,7 @@ def _print_plan(found: "Forecast", *, here: bool) -> None:
     print(f"machine    {machine.name}, base in {where.dtype}{rounded}")
     print(f"params     {trainable_line(chosen.trainable, chosen.total)}")
     print(
-        f"work       {len(where.work.rows):,} rows of up to {where.work.longest} tokens, "
+        f"work       {len(where.work.row_sizes):,} rows of up to {where.work.longest} tokens, "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows"
     )
     if machine.speed is not None and chosen.seconds is not None and chosen.whole_seconds is not None:

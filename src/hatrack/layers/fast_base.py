@@ -27,7 +27,7 @@ from hatrack.kernels import dropout, int8, native
 from hatrack.kernels.attention import attention
 from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, can_unpack, linear, prevent_repacking
 from hatrack.kernels.gelu import gelu_tanh
-from hatrack.kernels.limits import STORED_MATMULS
+from hatrack.kernels.limits import CACHED_MATMULS
 from hatrack.kernels.norm import rms_norm
 from hatrack.upstream.torch import has_hooks
 from hatrack.upstream.transformers import attention_of
@@ -36,7 +36,7 @@ ATTENTION_NAME = "hatrack"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's mallopt (malloc.h): return free memory to the system above so many bytes; take blocks larger than
 that from the system one by one."""
-MATMUL_STORES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(STORED_MATMULS)}
+MATMUL_CACHE_SIZES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(CACHED_MATMULS)}
 """How many compiled bfloat16 matmuls torch and oneDNN store, one for each shape, and so for each length of rows. By
 default each stores 1,024 of 0.4 MiB, between the activations; a step has some 20."""
 
@@ -91,7 +91,7 @@ def speed_up(base: PreTrainedModel, trunk: Shortenable | None = None, compute: s
 def _limit_stored_matmuls() -> None:
     """Limits how many compiled matmuls are stored, unless the environment does (docs/log.md). Has no effect after the
     first bfloat16 matmul of the process."""
-    for name, count in MATMUL_STORES.items():
+    for name, count in MATMUL_CACHE_SIZES.items():
         os.environ.setdefault(name, count)
 
 

@@ -1,6 +1,7 @@
 """Plans a run: the largest micro-batch that fits a machine, or the one change that makes it fit.
 
-Imports no torch and reads no weights: the headers of the base, the lengths of the rows and the machine are enough.
+Imports no torch and reads no weights: the safetensors headers and config of the base, the lengths of the rows and the
+machine are enough.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from hatrack.planning.memory import (
 )
 from hatrack.planning.model_shape import ModelShape, describe_model
 from hatrack.planning.schedule import Schedule, batch_rows, derive
-from hatrack.planning.time import MachineSpeed, OpCounts, cached_counts, forward_counts, step_counts
+from hatrack.planning.time import MachineSpeed, OpCounts, forward_counts, frozen_prefix_counts, step_counts
 from hatrack.recipe import Recipe
 
 METHODS = {
@@ -42,50 +43,56 @@ METHODS = {
     "LoRA, 4-bit base": Method(quantize="4bit"),
     "LoRA, streamed": Method(streamed=True),
 }
-"""The columns of a plan."""
+"""Training methods compared in `hatrack plan`, one column each."""
 MAX_PLANNED_ROWS = 20_000
-"""Of more rows, so many are planned with, evenly chosen by length."""
+"""Larger data sets are subsampled to this many rows, evenly over length."""
 MIN_SCORED_ROWS = 8
-"""Rows that are scored at a time, if a micro-batch has fewer."""
-SET_UP, SAVE = 0.05, 0.02
-"""Times to set up the trainer and to save a checkpoint, as shares of the time to start."""
-COMMAND_MEMORY = 1.05
-"""A process that holds up to so many times what imports take runs one of hatrack's commands, so that `plan` and `train`
-give the same figure. Scripts and notebooks import more, which is counted."""
-MARGIN = 0.95
-"""Share of the available memory that is planned with: the system needs a little of it."""
+"""Minimum batch size for scoring held-out rows."""
+SETUP_TIME, SAVE_TIME = 0.05, 0.02
+"""Time to set up the trainer, and to save a checkpoint, as fractions of the process start-up time."""
+COMMAND_LINE_MEMORY = 1.05
+"""If the process holds at most this many times the memory of hatrack's imports, assume that it is the command line and
+count the imports alone, so that `plan` and `train` agree. For scripts and notebooks all that they hold is counted."""
+USABLE_MEMORY_FRACTION = 0.95
+"""Fraction of the available memory that a plan may use; the rest is left to the system."""
+CHECKPOINTS_LEFT = 3
+"""Checkpoints of a run on disk: the two newest and that of the best epoch. A fourth exists while it is written."""
+CHECKPOINT_COPIES = 3
+"""A checkpoint has this many times the adapter's bytes: its weights and the optimizer's two moments."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows of a run, and what it already has in memory and in the caches.
+    """The sizes of the rows of a run, and what is already in memory and in the caches.
 
-    `rows` (to train on) and `held_out`: (n, 2), the number of tokens of each row and how many of them are supervised (0
-    to classify). `process_bytes`: what the process holds already, None if it has yet to start. `cached_fraction`: the
-    share of rows whose hidden states below the adapters are cached. `quantized_cached`: the quantized base is cached.
+    `row_sizes` (of the training rows) and `held_out_sizes`: (n, 2), token count and supervised-token count (0 to
+    classify). `process_bytes`: resident bytes of the process, None if it has yet to start. `cached_fraction`: the
+    fraction of rows whose hidden states below the adapters are cached. `quantized_cached`: whether the quantized base
+    is cached.
     """
 
     task: str
     labels: int
-    rows: np.ndarray
-    held_out: np.ndarray
+    row_sizes: np.ndarray
+    held_out_sizes: np.ndarray
     process_bytes: int | None = None
     cached_fraction: float = 0.0
     quantized_cached: bool = False
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row to train on."""
-        return int(self.rows[:, 0].max())
+        """Tokens of the longest training row."""
+        return int(self.row_sizes[:, 0].max())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is expected to take. `memory` is in bytes by term, for `micro_batch` rows at a time.
+    """The expected memory, time and disk space of a run. `memory` is in bytes by component, for this `micro_batch`.
 
-    `limit` is the available memory in bytes, None without a limit. `seconds` are those of training (as `train --json`
-    counts them), `whole_seconds` those of the process; None if the machine's speed is unknown. `read_per_step` is bytes
-    read from disk in a step after the first, `disk` is bytes on disk by what they are.
+    `limit` is the available memory in bytes, None without a limit. `seconds` is the training time (as in `train
+    --json`), `whole_seconds` that of the whole process, start-up, loading and verification included; both are None if
+    the machine's speed is unknown. `read_per_step`: bytes read from disk in each step after the first. `disk`: bytes on
+    disk by content.
     """
 
     trainable: int
@@ -102,7 +109,7 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """All terms together."""
+        """The sum of all components."""
         return sum(self.memory.values())
 
     @property
@@ -130,13 +137,13 @@ class Plan:
 
 
 def required_bytes(memory: Mapping[str, int]) -> int:
-    """All terms except pages of files that are read once while loading, which the system drops when it needs memory."""
+    """All components except file pages that only loading reads: the kernel drops those when it needs memory."""
     return sum(memory.values()) - memory.get("loading", 0)
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """All that a plan depends on: the recipe, the base with its adapter, the rows and the machine."""
+    """What a plan depends on: the recipe, the base with its adapter, the rows and the machine."""
 
     recipe: Recipe
     model: ModelShape
@@ -151,20 +158,20 @@ class PlanRequest:
     @property
     def limit(self) -> int:
         """Bytes the run may take: `--memory`, but never more than is available."""
-        available = int(self.machine.memory * MARGIN) + (self.work.process_bytes or 0)
+        available = int(self.machine.memory * USABLE_MEMORY_FRACTION) + (self.work.process_bytes or 0)
         return min(available, self.recipe.memory or available)
 
     @property
     def batch_size(self) -> int:
-        """Rows of a step."""
-        return batch_rows(self.recipe, task=self.work.task, rows=len(self.work.rows))
+        """Rows per step."""
+        return batch_rows(self.recipe, task=self.work.task, rows=len(self.work.row_sizes))
 
     def schedule(self, micro_batch: int) -> Schedule:
-        """The schedule with `micro_batch` rows at a time."""
+        """The schedule for this micro-batch size."""
         return derive(
             self.recipe,
             task=self.work.task,
-            rows=len(self.work.rows),
+            rows=len(self.work.row_sizes),
             hidden_size=self.model.dims.hidden,
             micro_batch=micro_batch,
         )
@@ -176,74 +183,77 @@ def make_request(recipe: Recipe, base: BaseDescription, work: Workload, machine:
 
 
 def plan_or_raise(
-    recipe: Recipe, base: BaseDescription, work: Workload, machine: Machine, rows: int | None = None
+    recipe: Recipe, base: BaseDescription, work: Workload, machine: Machine, micro_batch: int | None = None
 ) -> tuple[PlanRequest, Plan]:
-    """The plan that training follows. A resumed run keeps its `rows` at a time.
+    """The plan that training follows. A resumed run gives the `micro_batch` it had before.
 
     Raises RecipeError if the run does not fit, unless the recipe says `force`; TargetError as `make_request` does.
     """
     request = make_request(recipe, base, work, machine)
-    found = choose_plan(request, rows)
+    found = choose_plan(request, micro_batch)
     if not found.fits and not recipe.force:
         raise too_large_error(request, found)
     return request, found
 
 
-def choose_plan(request: PlanRequest, rows: int | None = None) -> Plan:
+def choose_plan(request: PlanRequest, micro_batch: int | None = None) -> Plan:
     """The plan by the recipe's own method if that fits; else with a streamed base, if that is possible and fits."""
-    found = plan_run(request, rows=rows)
-    if not found.fits and not _option_against_streaming(request):
-        streamed = plan_run(request, Method(streamed=True), rows)
+    found = plan_run(request, None, micro_batch)
+    if not found.fits and not _option_blocking_streaming(request):
+        streamed = plan_run(request, Method(streamed=True), micro_batch)
         found = streamed if streamed.fits else found
     return found
 
 
-def _option_against_streaming(request: PlanRequest) -> str | None:
-    """The option with which the base cannot be streamed layer by layer; None if it can be."""
+def _option_blocking_streaming(request: PlanRequest) -> str | None:
+    """The first option that prevents streaming the base layer by layer; None if none does."""
     recipe = request.recipe
     options = {"quantize": recipe.quantize != "none", "variant": recipe.variant in ("dora", "pissa")}
     options |= {"lr": recipe.lr == "auto", "layers": recipe.layers == "auto", "device": not request.machine.can_stream}
     return next((name for name, prevents in options.items() if prevents), None)
 
 
-def plan_run(request: PlanRequest, method: Method | None = None, rows: int | None = None) -> Plan:
-    """The plan by one method, by default the recipe's, with as many rows at a time as fit, or exactly `rows`.
+def plan_run(request: PlanRequest, method: Method | None = None, micro_batch: int | None = None) -> Plan:
+    """The plan by one method, by default the recipe's, with this `micro_batch`, by default the largest that fits.
 
-    If not even one row fits, with activation checkpointing. If that does not fit either, `fits` of the plan is false.
+    Falls back to activation checkpointing if a micro-batch of 1 does not fit; if that fails too, `plan.fits` is False.
     """
     method = method or Method(quantize=request.recipe.quantize)
     tries = [method] if method.streamed else [method, dataclasses.replace(method, checkpointing=True)]
     for tried in tries:
         memory_for = functools.partial(_memory_for, request, tried)
-        if rows:
-            micro_batch, memory = rows, memory_for(rows)
+        if micro_batch:
+            size, memory = micro_batch, memory_for(micro_batch)
         else:
-            micro_batch, memory = largest_micro_batch(memory_for, request.batch_size, request.limit)
+            size, memory = largest_micro_batch(memory_for, request.batch_size, request.limit)
         if required_bytes(memory) <= request.limit:
             break
     total = request.model.counts.total
-    return _with_costs(request, Plan(_trainable(request, tried), total, micro_batch, memory, tried, request.limit))
+    return _with_costs(request, Plan(_trainable(request, tried), total, size, memory, tried, request.limit))
 
 
 def largest_micro_batch(
     memory_for: Callable[[int], dict[str, int]], batch_size: int, limit: int
 ) -> tuple[int, dict[str, int]]:
-    """The most rows at a time that divide the batch and need at most `limit` bytes, else one; their bytes by term."""
-    for rows in range(batch_size, 0, -1):
-        if batch_size % rows == 0:
-            memory = memory_for(rows)
-            if required_bytes(memory) <= limit or rows == 1:
-                return rows, memory
+    """The largest divisor of the batch size that needs at most `limit` bytes, else 1; and its bytes by component."""
+    for size in range(batch_size, 0, -1):
+        if batch_size % size == 0:
+            memory = memory_for(size)
+            if required_bytes(memory) <= limit or size == 1:
+                return size, memory
     raise ValueError("a batch has at least one row")
 
 
 def suggest_change(request: PlanRequest, plan: Plan) -> str | None:
-    """The change of options that makes the run fit and alters its result least; None if no single one does."""
+    """The change of options that makes the run fit and alters its result least; None if no single change does."""
     for words, recipe, method in _candidate_changes(request, plan):
         longest = recipe.max_length or np.iinfo(np.int64).max
-        cut = {"rows": np.minimum(request.work.rows, longest), "held_out": np.minimum(request.work.held_out, longest)}
-        other = dataclasses.replace(request, recipe=recipe, work=dataclasses.replace(request.work, **cut))
-        found = plan_run(other, method)
+        sizes = {
+            "row_sizes": np.minimum(request.work.row_sizes, longest),
+            "held_out_sizes": np.minimum(request.work.held_out_sizes, longest),
+        }
+        changed = dataclasses.replace(request, recipe=recipe, work=dataclasses.replace(request.work, **sizes))
+        found = plan_run(changed, method)
         if found.fits:
             return f"{words} ({format_size(required_bytes(found.memory))})"
     return None
@@ -251,25 +261,25 @@ def suggest_change(request: PlanRequest, plan: Plan) -> str | None:
 
 def too_large_error(request: PlanRequest, plan: Plan) -> RecipeError:
     """The error for a run that does not fit: what it needs, what is available, and what to change."""
-    required, largest = required_bytes(plan.memory), max(plan.memory, key=lambda term: plan.memory[term])
+    required, largest = required_bytes(plan.memory), max(plan.memory, key=lambda name: plan.memory[name])
     needed = f"{format_size(required)} needed, of which {largest} {format_size(plan.memory[largest])}"
     limit = f"--memory {format_size(request.limit)}"
     if request.recipe.memory is None or request.recipe.memory > request.limit:
         limit = f"{format_size(request.limit)} of memory ({request.machine.reason})"
     suggestion = suggest_change(request, plan)
-    suggestion = suggestion or f"a smaller base, or a machine with {format_size(required / MARGIN)}"
+    suggestion = suggestion or f"a smaller base, or a machine with {format_size(required / USABLE_MEMORY_FRACTION)}"
     return RecipeError(f"{limit} is too little even for one row at a time", got=needed, fix=f"{suggestion}; or --force")
 
 
 def _candidate_changes(request: PlanRequest, plan: Plan) -> list[tuple[str, Recipe, Method]]:
-    """The changes to try, in order: shorter rows first if one row needs most of the memory, else fewer bits."""
+    """The changes to try, in order: shorter rows first if activations need most of the memory, else a smaller base."""
     method = plan.method
     shorter = []
     length = 1 << max(request.work.longest - 1, 1).bit_length() - 1
     while length >= 32:
         shorter.append((f"--max-length {length}", request.recipe.changed(max_length=length), method))
         length //= 2
-    fewer = [
+    quantized = [
         (f"--quantize {bits}", request.recipe.changed(quantize=bits), dataclasses.replace(method, quantize=bits))
         for bits in ("8bit", "4bit")
         if method.quantize == "none"
@@ -282,25 +292,27 @@ def _candidate_changes(request: PlanRequest, plan: Plan) -> list[tuple[str, Reci
             Method(streamed=True),
         )
         for words, name, value in options
-        if _option_against_streaming(request) == name
+        if _option_blocking_streaming(request) == name
     ]
-    by_rows = sum(plan.memory[term] for term in ("activations", "heap", "scoring")) > plan.memory["weights"]
-    return [*shorter[:1], *streamed, *fewer, *shorter[1:]] if by_rows else [*streamed, *fewer, *shorter]
+    activations = sum(plan.memory[name] for name in ("activations", "heap", "scoring"))
+    if activations > plan.memory["weights"]:
+        return [*shorter[:1], *streamed, *quantized, *shorter[1:]]
+    return [*streamed, *quantized, *shorter]
 
 
 def _trainable(request: PlanRequest, method: Method) -> int:
-    """Trainable parameters."""
+    """The number of trainable parameters."""
     counts = request.model.counts
     return counts.total - counts.lora - counts.head if method.full else counts.trainable
 
 
-def _memory_for(request: PlanRequest, method: Method, rows: int) -> dict[str, int]:
-    """Bytes by term, with `rows` at a time."""
+def _memory_for(request: PlanRequest, method: Method, micro_batch: int) -> dict[str, int]:
+    """Bytes by component, for this micro-batch size."""
     work, machine = request.work, request.machine
-    batches = micro_batches(request, rows)
+    batches = micro_batches(request, micro_batch)
     largest = max(batches, key=lambda batch: batch.tokens)
     process = (machine.imported_bytes or FRAMEWORK) + (BITSANDBYTES_IMPORTED if method.quantize != "none" else 0)
-    if (work.process_bytes or 0) > COMMAND_MEMORY * process:  # a process that does other things too
+    if (work.process_bytes or 0) > COMMAND_LINE_MEMORY * process:  # a script or notebook
         process = work.process_bytes or 0
     all_cached = work.cached_fraction == 1 and _is_mapped(request, method) and not method.full and not method.streamed
     run = MemoryRequest(
@@ -308,53 +320,53 @@ def _memory_for(request: PlanRequest, method: Method, rows: int) -> dict[str, in
         method,
         request.dtype,
         largest,
-        step_tokens=largest.tokens * (request.batch_size // rows),
-        scored=max(scored_batches(request, rows), key=lambda batch: batch.tokens, default=None),
+        step_tokens=largest.tokens * (request.batch_size // micro_batch),
+        scored=max(scored_batches(request, micro_batch), key=lambda batch: batch.tokens, default=None),
         dropout=request.recipe.dropout,
-        fast_layers=method.quantize == "none" and request.recipe.variant != "dora",
+        uses_fast_lora=method.quantize == "none" and request.recipe.variant != "dora",
         accelerator=machine.accelerator,
-        stored_matmuls=request.dtype == "bfloat16" and cpu.has_fast_bfloat16(),
+        caches_matmuls=request.dtype == "bfloat16" and cpu.has_fast_bfloat16(),
         process_bytes=process,
-        unread_layers=request.model.cached_layers if all_cached else 0,
+        layers_not_read=request.model.cached_layers if all_cached else 0,
         quantized_cached=work.quantized_cached,
     )
     return training_bytes(run)
 
 
-def scored_batches(request: PlanRequest, rows: int) -> list[MicroBatch]:
-    """The batches in which held-out rows are scored, with `rows` at a time in training."""
-    thin = _sample_rows(request.work.held_out)
-    return _batches(thin, scoring_batches(thin[:, 0], max(rows, MIN_SCORED_ROWS))) if len(thin) else []
+def scored_batches(request: PlanRequest, micro_batch: int) -> list[MicroBatch]:
+    """The batches in which held-out rows are scored, given the micro-batch size of training."""
+    sample = _sample_rows(request.work.held_out_sizes)
+    return _batches(sample, scoring_batches(sample[:, 0], max(micro_batch, MIN_SCORED_ROWS))) if len(sample) else []
 
 
-def micro_batches(request: PlanRequest, rows: int) -> list[MicroBatch]:
-    """The micro-batches of training with `rows` at a time, of its first two epochs at most."""
-    schedule, work = request.schedule(rows), request.work
-    thin = _sample_rows(work.rows)
+def micro_batches(request: PlanRequest, micro_batch: int) -> list[MicroBatch]:
+    """The micro-batches of training, of its first two epochs at most, given their size."""
+    schedule, work = request.schedule(micro_batch), request.work
+    sample = _sample_rows(work.row_sizes)
     wanted = schedule.steps * schedule.accumulation
     found: list[MicroBatch] = []
     for epoch in range(2):
-        order = epoch_batches(thin[:, 0], rows, request.recipe.seed, epoch, by_tokens=work.task != "classify")
-        found += _batches(thin, order)
+        order = epoch_batches(sample[:, 0], micro_batch, request.recipe.seed, epoch, by_tokens=work.task != "classify")
+        found += _batches(sample, order)
         if len(found) >= wanted:
             break
     return found[:wanted]
 
 
-def _batches(rows: np.ndarray, order: Sequence[np.ndarray]) -> list[MicroBatch]:
-    """Batches of rows, given by their indices."""
-    return [MicroBatch(len(b), int(rows[b, 0].max()), int(rows[b, 1].sum())) for b in order]
+def _batches(sizes: np.ndarray, batches: Sequence[np.ndarray]) -> list[MicroBatch]:
+    """Micro-batches from the sizes of all rows, and the row numbers of each batch."""
+    return [MicroBatch(len(rows), int(sizes[rows, 0].max()), int(sizes[rows, 1].sum())) for rows in batches]
 
 
-def _sample_rows(rows: np.ndarray) -> np.ndarray:
-    """`MAX_PLANNED_ROWS` of the rows at most, of all lengths."""
-    if len(rows) <= MAX_PLANNED_ROWS:
-        return rows
-    return rows[np.argsort(rows[:, 0])][:: -(-len(rows) // MAX_PLANNED_ROWS)]
+def _sample_rows(sizes: np.ndarray) -> np.ndarray:
+    """The sizes of at most `MAX_PLANNED_ROWS` rows, evenly over length."""
+    if len(sizes) <= MAX_PLANNED_ROWS:
+        return sizes
+    return sizes[np.argsort(sizes[:, 0])][:: -(-len(sizes) // MAX_PLANNED_ROWS)]
 
 
 def _with_costs(request: PlanRequest, plan: Plan) -> Plan:
-    """The plan with its bytes on disk, bytes read and seconds."""
+    """Adds bytes on disk, bytes read per step and seconds to a plan."""
     model, method, speed = request.model, plan.method, request.machine.speed
     disk = _disk_bytes(request, plan)
     skipped = _skipped_fraction(request, method, request.schedule(plan.micro_batch).epochs)
@@ -364,10 +376,10 @@ def _with_costs(request: PlanRequest, plan: Plan) -> Plan:
 
 
 def _disk_bytes(request: PlanRequest, plan: Plan) -> dict[str, int]:
-    """Bytes on disk by what they are, under the keys of `plan --json`."""
+    """Bytes on disk by content, under the keys of `plan --json`."""
     model, method = request.model, plan.method
     adapter = (4 if not method.full else ITEM_BYTES[request.dtype]) * plan.trainable
-    disk = {"base": model.disk_bytes, "adapter": adapter, "checkpoints": 3 * 3 * adapter}
+    disk = {"base": model.disk_bytes, "adapter": adapter, "checkpoints": CHECKPOINTS_LEFT * CHECKPOINT_COPIES * adapter}
     if method.streamed:
         batches = micro_batches(request, plan.micro_batch)
         tokens = max(batch.tokens for batch in batches) * (request.batch_size // plan.micro_batch)
@@ -381,35 +393,40 @@ def _disk_bytes(request: PlanRequest, plan: Plan) -> dict[str, int]:
 
 
 def _with_seconds(request: PlanRequest, plan: Plan, speed: MachineSpeed, skipped: float) -> Plan:
-    """The plan with its seconds, where layers below the adapters are not computed for the share `skipped` of rows."""
+    """Adds seconds to a plan. For the fraction `skipped` of rows the layers below the adapters are not computed."""
     model, method, compute = request.model, plan.method, request.recipe.compute
     schedule = request.schedule(plan.micro_batch)
     batches = micro_batches(request, plan.micro_batch)
-    steps = [step_counts(model, method, batch) + cached_counts(model, method, batch) * -skipped for batch in batches]
-    count = schedule.steps * schedule.accumulation
-    training = sum(steps, OpCounts(0, 0, 0)) * (count / len(steps))
-    update = OpCounts(0, 8.0 * plan.trainable, model.adapted_layers)  # clipping and the optimizer, once a step
+    steps = [
+        step_counts(model, method, batch) - frozen_prefix_counts(model, method, batch) * skipped for batch in batches
+    ]
+    training = sum(steps, OpCounts(0, 0, 0)) * (schedule.steps * schedule.accumulation / len(steps))
+    update = OpCounts(0, 8.0 * plan.trainable, model.adapted_layers)  # clipping and the optimizer, once per step
     training += update * schedule.steps
-    skipped_later = _skipped_fraction(request, method, math.inf)  # the first scoring computes what later ones read
+    cached = _cached_fraction(request, method)  # the first evaluation computes what the later ones read
     scores = [
-        forward_counts(model, batch) + cached_counts(model, method, batch) * -skipped_later
+        forward_counts(model, batch) - frozen_prefix_counts(model, method, batch) * cached
         for batch in scored_batches(request, plan.micro_batch)
     ]
-    held_out = request.work.held_out
+    held_out = request.work.held_out_sizes
     scoring = sum(scores, OpCounts(0, 0, 0)) * (len(held_out) / max(len(_sample_rows(held_out)), 1))
-    evaluations = max(1, -int(-schedule.epochs // 1))
-    reading = plan.read_per_step * schedule.steps / speed.disk_bytes_per_second
-    around = (SET_UP + SAVE * evaluations) * speed.start_seconds
-    scorings = evaluations + 1  # the base is scored with the first epoch
-    seconds = training.seconds(speed, compute) + scorings * scoring.seconds(speed) + reading + around
+    saves = max(1, math.ceil(schedule.epochs))
+    evaluations = saves + 1  # the base is scored with the first epoch
+    read_seconds = plan.read_per_step * schedule.steps / speed.disk_bytes_per_second
+    overhead_seconds = (SETUP_TIME + SAVE_TIME * saves) * speed.start_seconds
+    scoring_seconds = evaluations * scoring.seconds(speed)
+    seconds = training.seconds(speed, compute) + scoring_seconds + read_seconds + overhead_seconds
     whole = seconds + speed.start_seconds + 2 * model.disk_bytes / speed.disk_bytes_per_second
     per_step = training.seconds(speed, compute) / schedule.steps + plan.read_per_step / speed.disk_bytes_per_second
     return dataclasses.replace(plan, seconds=seconds, whole_seconds=whole, step_seconds=per_step)
 
 
 def _read_per_step(request: PlanRequest, plan: Plan, base: int, skipped: float) -> int:
-    """Bytes read from disk in a step, of a base of `base` bytes: none if it stays in memory. Streaming reads it twice,
-    but layers below the adapters once, and not at all for the share `skipped` of rows."""
+    """Bytes read from disk per step, for a base of `base` bytes: 0 if the base stays in memory.
+
+    Streaming reads the base twice per step, but the layers below the adapters once, and not at all for the fraction
+    `skipped` of the rows.
+    """
     model, method = request.model, plan.method
     if method.streamed:
         below = model.matmul_weights * model.cached_layers / max(model.dims.layers, 1)
@@ -426,7 +443,7 @@ def _is_mapped(request: PlanRequest, method: Method) -> bool:
 
 
 def _cached_bytes(request: PlanRequest, method: Method) -> int:
-    """Bytes on disk of the cached hidden states below the adapters: one of each token, up to --cache-limit."""
+    """Bytes on disk of the cached hidden states below the adapters: one per token, up to --cache-limit."""
     if method.full or not request.model.cached_layers:
         return 0
     all_states = _all_states_bytes(request)
@@ -435,14 +452,18 @@ def _cached_bytes(request: PlanRequest, method: Method) -> int:
 
 def _all_states_bytes(request: PlanRequest) -> int:
     """Bytes of one hidden state for each token of all rows."""
-    tokens = int(request.work.rows[:, 0].sum() + request.work.held_out[:, 0].sum())
+    tokens = int(request.work.row_sizes[:, 0].sum() + request.work.held_out_sizes[:, 0].sum())
     return tokens * request.model.dims.hidden * ITEM_BYTES[request.dtype]
 
 
+def _cached_fraction(request: PlanRequest, method: Method) -> float:
+    """The fraction of rows whose hidden states below the adapters fit in the cache."""
+    return _cached_bytes(request, method) / max(_all_states_bytes(request), 1)
+
+
 def _skipped_fraction(request: PlanRequest, method: Method, epochs: float) -> float:
-    """The share of rows, over all epochs, for which the layers below the adapters are not computed."""
-    share = _cached_bytes(request, method) / max(_all_states_bytes(request), 1)
-    return share * (1 - (1 - request.work.cached_fraction) / max(epochs, 1))
+    """The fraction of rows, over all epochs, for which the layers below the adapters are not computed."""
+    return _cached_fraction(request, method) * (1 - (1 - request.work.cached_fraction) / max(epochs, 1))
 
 
 def _round(value: float | None) -> float | None:

@@ -1,12 +1,12 @@
-"""How much memory a training run needs at its peak, by named term. Imports no torch and reads no weights.
+"""Computes the peak memory of a training run, by component. Imports no torch and reads no weights.
 
-Counted is what the system counts: the most memory the process holds resident, anonymous and mapped pages together
-(VmHWM in /proc/self/status; on an accelerator, what torch allocates there).
+Peak memory is the peak resident memory of the process, anonymous and mapped pages together (VmHWM in
+/proc/self/status); on an accelerator, what torch allocates there.
 
-For each token and layer, a frozen base keeps these for the backward pass (after Korthikanti et al., "Reducing
+For each token and layer, a frozen base saves these for the backward pass (after Korthikanti et al., "Reducing
 Activation Recomputation in Large Transformer Models", 2022, section 4): the inputs of norms, activation functions and
-gates; queries, keys and values; each distinct input of an adapted layer. Checkpointing keeps the input of every layer,
-and all of the above of one layer at a time. Full fine-tuning is counted with 16 bytes a parameter (Rajbhandari et al.,
+gates; queries, keys and values; each distinct input of an adapted layer. Checkpointing saves the input of every layer,
+and all of the above for one layer at a time. Full fine-tuning takes 16 bytes per parameter (Rajbhandari et al.,
 "ZeRO", 2020, section 3.1).
 """
 
@@ -14,42 +14,43 @@ from dataclasses import dataclass
 
 from hatrack.kernels.limits import (
     ATTENTION_BLOCK,
+    CACHED_MATMULS,
     LOGITS_BLOCK,
     LOGITS_BLOCK_ON_ACCELERATOR,
-    STORED_MATMULS,
     WEIGHT_CHUNK,
 )
 from hatrack.planning.model_shape import ModelShape
 
 MIB = 2**20
 FRAMEWORK = 391 * MIB
-"""torch, transformers and peft once imported for a run on a CPU; `hatrack plan --probe` measures it."""
+"""Resident bytes after torch, transformers and peft are imported for a run on a CPU; `hatrack plan --probe` measures
+it."""
 RUNTIME = 40 * MIB
-"""What is added while training runs: compiled matmuls, tokens, the trainer, code that is used for the first time."""
-STORED_MATMUL = round(0.4 * MIB)
-"""Bytes of one of oneDNN's compiled matmuls: measured by runs on a tiny base, which the store makes 23 to 28 MiB larger
-(docs/log.md)."""
+"""Bytes added while training runs: compiled matmuls, tokens, the trainer, code that is used for the first time."""
+CACHED_MATMUL_BYTES = round(0.4 * MIB)
+"""Bytes of one compiled matmul in oneDNN's cache: measured by runs on a tiny base, which the cache makes 23 to 28 MiB
+larger (docs/log.md)."""
 VOCABULARY_ENTRY = 800
-"""Bytes of a tokenizer's tables for each of its tokens."""
+"""Bytes of a tokenizer's tables per token of its vocabulary."""
 BITSANDBYTES_IMPORTED = 80 * MIB
-"""What importing bitsandbytes adds, in a process that has yet to start."""
+"""Bytes that importing bitsandbytes adds."""
 ACCELERATOR = 64 * MIB
-"""Workspaces of cuBLAS, which torch counts: up to 32 MiB for each of the forward and the backward thread (on an H100;
-8 on older ones)."""
+"""Workspaces of cuBLAS, which torch counts: up to 32 MiB each for the forward and the backward thread (on an H100; 8
+MiB on older ones)."""
 HEAP = 0.35
-"""Freed memory between kept tensors, as a share of these and of inputs that are not kept: glibc before 2.38 cannot use
-a freed aligned block again for one of the same size (docs/log.md)."""
+"""Heap fragmentation, as a fraction of the activations and of the layer inputs that are freed at once: glibc before
+2.38 cannot reuse a freed aligned block for one of the same size (docs/log.md)."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATES_IN_MEMORY = 2**27
 """Bytes of hidden states that layer streaming holds in memory (training/layer_streaming.py); the rest go to a file."""
 QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-"""Bytes a weight of a quantized layer: 4-bit weights have a float32 scale for each 64 of them."""
+"""Bytes per weight of a quantized layer: 4-bit weights have one float32 scale per 64 weights."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train: `full` or with an adapter, the base quantized (none, 8bit, 4bit) or `streamed` layer by layer,
-    activations kept or computed again (`checkpointing`)."""
+    """A training method: `full` or with an adapter, the base quantized (none, 8bit, 4bit) or `streamed` layer by layer,
+    activations saved or recomputed (`checkpointing`)."""
 
     full: bool = False
     quantize: str = "none"
@@ -59,7 +60,7 @@ class Method:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch of `rows`, padded to `longest` tokens each; `supervised` tokens in all (0 to classify)."""
+    """A micro-batch of `rows` rows, padded to `longest` tokens each; `supervised` tokens in all (0 to classify)."""
 
     rows: int
     longest: int
@@ -73,13 +74,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """All that the memory of a run depends on.
+    """What the memory of a run depends on.
 
-    `batch` is the largest micro-batch of training and `scored` the largest that is scored, None without held-out rows;
-    `step_tokens` are the tokens of the largest step. `fast_layers`: the adapted layers are hatrack's, not peft's (which
-    it leaves DoRA and quantized bases to). `stored_matmuls`: oneDNN compiles the matmuls. `process_bytes` is what the
-    process holds before the run. `unread_layers` stay in the base's file until the finished adapter is proven.
-    `quantized_cached`: the quantized base is in the cache and only has to be mapped.
+    `batch`: the largest micro-batch of training. `scored`: the largest batch of held-out rows, None without any.
+    `step_tokens`: tokens of the largest step. `uses_fast_lora`: the adapted layers are those of `layers/fast_lora.py`,
+    not peft's, which DoRA and quantized bases use. `caches_matmuls`: oneDNN compiles the matmuls and caches them.
+    `process_bytes`: resident bytes of the process before the run. `layers_not_read`: how many layers are not read
+    until the finished adapter is verified, because their outputs are all cached. `quantized_cached`: the quantized base
+    is in the cache and only has to be mapped.
     """
 
     model: ModelShape
@@ -89,33 +91,33 @@ class MemoryRequest:
     step_tokens: int
     scored: MicroBatch | None = None
     dropout: float = 0.0
-    fast_layers: bool = True
+    uses_fast_lora: bool = True
     accelerator: bool = False
-    stored_matmuls: bool = False
+    caches_matmuls: bool = False
     process_bytes: int = FRAMEWORK
-    unread_layers: int = 0
+    layers_not_read: int = 0
     quantized_cached: bool = False
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of an element in `dtype`."""
+        """Bytes per element in `dtype`."""
         return ITEM_BYTES[self.dtype]
 
     @property
     def logits_block(self) -> int:
-        """Logits held at a time where there are many."""
+        """The most logits held at a time."""
         return LOGITS_BLOCK_ON_ACCELERATOR if self.accelerator else LOGITS_BLOCK
 
 
 def training_bytes(run: MemoryRequest) -> dict[str, int]:
-    """The peak memory of a run in bytes, by term."""
+    """The peak memory of a run in bytes, by component."""
     model, full = run.model, run.method.full
     trained = model.counts.total - model.counts.lora - model.counts.head if full else 0
     trainable = trained or model.counts.trainable
     activations, inputs = _activations(run)
     weights = 0 if full else base_bytes(model, run.method, run.dtype, run.accelerator)
-    terms = {
-        "weights": 4 * trained if full else weights - _unread_bytes(run),
+    components = {
+        "weights": 4 * trained if full else weights - _not_read_bytes(run),
         "adapter": 0 if full else 4 * trainable,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
@@ -123,26 +125,28 @@ def training_bytes(run: MemoryRequest) -> dict[str, int]:
         "logits": _logits(run, run.batch) * (2 * run.item_bytes + (8 if run.accelerator else 0)),
         "workspace": _workspace(run) + run.item_bytes * _converted_weights(run),
         "heap": 0 if run.accelerator else round(HEAP * (activations + inputs)),
-        "matmuls": STORED_MATMULS * STORED_MATMUL if run.stored_matmuls and not run.accelerator else 0,
+        "matmuls": CACHED_MATMULS * CACHED_MATMUL_BYTES if run.caches_matmuls and not run.accelerator else 0,
         "framework": ACCELERATOR if run.accelerator else _process_bytes(run),
     }
-    outlasting = sum(terms[name] for name in ("weights", "adapter", "gradients", "optimizer", "matmuls", "framework"))
-    scoring = outlasting + (_while_scoring(run, run.scored) if run.scored else 0)
-    terms["scoring"] = max(0, scoring - sum(terms.values()))
-    loading = terms["framework"] + _while_loading(run, weights)
-    return terms | {"loading": max(0, loading - sum(terms.values()))}
+    persistent = sum(
+        components[name] for name in ("weights", "adapter", "gradients", "optimizer", "matmuls", "framework")
+    )
+    scoring = persistent + (_scoring_bytes(run, run.scored) if run.scored else 0)
+    components["scoring"] = max(0, scoring - sum(components.values()))
+    loading = components["framework"] + _loading_bytes(run, weights)
+    return components | {"loading": max(0, loading - sum(components.values()))}
 
 
 def streamed_state_bytes(model: ModelShape, step_tokens: int, item: int) -> int:
-    """Bytes of the hidden states that layer streaming keeps of a step: of each token, the input of each layer that a
-    gradient passes through."""
+    """Bytes of the hidden states that layer streaming saves per step: for each token, the input of each layer in the
+    backward pass."""
     return step_tokens * model.dims.hidden * item * model.backward_layers
 
 
 def base_bytes(model: ModelShape, method: Method, dtype: str, accelerator: bool = False) -> int:
-    """Bytes of the frozen base in memory at a time: all of it, or, streamed, its largest part as stored.
+    """Bytes of the frozen base in memory at a time: the whole base, or if streamed, its largest part as stored.
 
-    Streamed to an accelerator: two layers as stored, a copy of one in `dtype` where that differs, and all weights
+    Streamed to an accelerator: two layers as stored, a copy of one layer in `dtype` if that differs, and all weights
     outside the layers.
     """
     item, stored = ITEM_BYTES[dtype], ITEM_BYTES.get(model.stored_dtype, 4)
@@ -155,7 +159,7 @@ def base_bytes(model: ModelShape, method: Method, dtype: str, accelerator: bool 
 
 
 def _activations(run: MemoryRequest) -> tuple[int, float]:
-    """Bytes kept for the backward pass, and bytes of inputs that are freed at once."""
+    """Bytes saved for the backward pass, and bytes of layer inputs that are freed at once."""
     model, tokens = run.model, run.batch.tokens
     layers, boundaries = model.dims.layers if run.method.full else model.backward_layers, 0
     if run.method.streamed:
@@ -165,37 +169,37 @@ def _activations(run: MemoryRequest) -> tuple[int, float]:
     elif run.method.checkpointing:
         layers, boundaries = 1, tokens * model.dims.hidden * run.item_bytes * model.backward_layers
     inputs = 0.0 if run.method.full else model.other_inputs / max(model.backward_layers, 1) * run.item_bytes
-    return boundaries + round(tokens * _kept_in_layer(run) * layers), tokens * inputs * layers
+    return boundaries + round(tokens * _saved_per_token(run) * layers), tokens * inputs * layers
 
 
-def _kept_in_layer(run: MemoryRequest) -> float:
-    """Bytes a token that one layer keeps for its backward pass: the mean of those a gradient passes through."""
+def _saved_per_token(run: MemoryRequest) -> float:
+    """Bytes per token that one layer saves for its backward pass: the mean over the layers of the backward pass."""
     model, dims, layers = run.model, run.model.dims, max(run.model.backward_layers, 1)
     elements = 2 * dims.hidden + dims.query + 2 * dims.key + dims.intermediate * (3 if dims.gated else 1)
     if run.method.full:
         inputs = float(2 * dims.hidden + dims.query + dims.intermediate)
         return (elements + inputs) * run.item_bytes
-    kept = (elements + model.adapter_inputs / layers) * run.item_bytes
-    kept += model.adapted_layers / layers * 8 * 4  # the narrow side of each adapter, in float32
-    if not run.fast_layers:  # peft keeps a float32 copy of the input, and of it after dropout with its mask
+    saved = (elements + model.adapter_inputs / layers) * run.item_bytes
+    saved += model.adapted_layers / layers * 8 * 4  # the rank-r output of each lora_A, in float32
+    if not run.uses_fast_lora:  # peft saves a float32 copy of the input, and another after dropout with its mask
         copies = (4 if run.item_bytes < 4 else 0) + (5 if run.dropout else 0)
-        kept += model.peft_copies / layers * copies + model.dora_outputs / layers * run.item_bytes
-    return kept + (dims.query * run.item_bytes if run.accelerator else 0)  # attention's output
+        saved += model.peft_copies / layers * copies + model.dora_outputs / layers * run.item_bytes
+    return saved + (dims.query * run.item_bytes if run.accelerator else 0)  # attention's output
 
 
 def _process_bytes(run: MemoryRequest) -> int:
-    """What the process holds besides the model: imports, and what is added while training runs."""
+    """Bytes of the process besides the model: imports, and what is added while training runs."""
     return run.process_bytes + RUNTIME + VOCABULARY_ENTRY * run.model.dims.vocabulary
 
 
-def _unread_bytes(run: MemoryRequest) -> int:
-    """Bytes of the layers that are not read while training."""
+def _not_read_bytes(run: MemoryRequest) -> int:
+    """Bytes of the layers that training does not read."""
     weight = QUANTIZED_BYTES.get(run.method.quantize, run.item_bytes)
-    return round(run.model.matmul_weights * weight * run.unread_layers / max(run.model.dims.layers, 1))
+    return round(run.model.matmul_weights * weight * run.layers_not_read / max(run.model.dims.layers, 1))
 
 
-def _while_loading(run: MemoryRequest, weights: int) -> int:
-    """Bytes of the base while it is loaded: where weights are converted, the file's pages are in memory beside them."""
+def _loading_bytes(run: MemoryRequest, weights: int) -> int:
+    """Bytes of the base while it is loaded: if weights are converted, the pages of their files are resident too."""
     if run.accelerator or run.method.streamed:
         return 0
     loaded = 4 * run.model.frozen if run.method.full else weights
@@ -203,21 +207,21 @@ def _while_loading(run: MemoryRequest, weights: int) -> int:
     return loaded + (0 if same else run.model.disk_bytes)
 
 
-def _while_scoring(run: MemoryRequest, batch: MicroBatch) -> int:
-    """Bytes of one layer that keeps nothing, as much again freed between (measured), and a block of logits."""
+def _scoring_bytes(run: MemoryRequest, batch: MicroBatch) -> int:
+    """Bytes of one layer without a backward pass, the same again in freed heap blocks (measured), a block of logits."""
     dims = run.model.dims
     elements = batch.tokens * (4 * dims.hidden + dims.query + 2 * dims.key + 3 * dims.intermediate)
     return round(2 * elements + 2 * _attention_scores(run, batch) + 2 * _logits(run, batch)) * run.item_bytes
 
 
 def _logits(run: MemoryRequest, batch: MicroBatch) -> int:
-    """Logits of a batch that are held at a time: none to classify."""
+    """Logits of a batch that are held at a time: 0 to classify."""
     vocabulary = run.model.dims.vocabulary
     return min(batch.supervised * vocabulary, max(run.logits_block, 16 * vocabulary)) if run.model.decoder else 0
 
 
 def _converted_weights(run: MemoryRequest) -> int:
-    """Weights that are converted to the dtype of a matmul at a time, where they are stored in another."""
+    """Weights that are converted at a time, if they are stored in another dtype than that of the matmul."""
     if run.method.quantize == "8bit" or (run.method.quantize == "4bit" and run.accelerator):
         return run.model.largest_matrix
     streamed = run.method.streamed and run.model.stored_dtype != run.dtype
@@ -225,11 +229,11 @@ def _converted_weights(run: MemoryRequest) -> int:
 
 
 def _workspace(run: MemoryRequest) -> int:
-    """Bytes held for a moment: attention probabilities with their gradients, and gradients of one MLP."""
+    """Bytes of temporary tensors: attention probabilities with their gradients, and gradients of one MLP."""
     mlp = run.batch.tokens * run.model.dims.intermediate
     return 3 * _attention_scores(run, run.batch) * run.item_bytes + 3 * mlp * run.item_bytes
 
 
 def _attention_scores(run: MemoryRequest, batch: MicroBatch) -> int:
-    """Attention probabilities held at a time: in float32 none are."""
+    """Attention probabilities held at a time: 0 in float32."""
     return min(ATTENTION_BLOCK, batch.rows * run.model.dims.heads * batch.longest**2) if run.item_bytes < 4 else 0

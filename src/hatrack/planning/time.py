@@ -1,10 +1,10 @@
-"""How long a run takes, from its matmuls, the elements it passes over, and its kernel calls.
+"""Estimates the time of a run from its matmuls, the elements it passes over and its kernel calls.
 
     seconds = operations x seconds_per_operation + elements x seconds_per_element + calls x seconds_per_call
 
-The three times are measured (`training/measure_machine.py`): that of matmuls directly, the others from training steps
-of small models, so all that a step costs beside its matmuls is in them. For a named accelerator they come from its data
-sheet. Imports no torch.
+The three speeds are measured (`training/measure_machine.py`): that of matmuls directly, the others from training steps
+of small models, so that they include all other costs of a step. For a named accelerator they come from its data sheet.
+Imports no torch.
 """
 
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ from hatrack.planning.model_shape import ModelShape
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """The speed of a machine: seconds for an operation of a matmul, for an element passed over, for a kernel call.
+    """The speed of a machine: seconds per matmul operation, per element passed over, per kernel call.
 
-    `start_seconds`: until a run's imports are done. `source`: where the numbers come from, for people. `rounded`:
-    seconds for an operation of a matmul rounded to integers (`--compute`), by its name.
+    `start_seconds`: process start-up time, imports included. `source`: where the figures come from, for messages.
+    `rounded`: `--compute` mode -> seconds per operation of a matmul that is rounded to integers.
     """
 
     seconds_per_operation: float
@@ -32,8 +32,9 @@ class MachineSpeed:
 
 @dataclass(frozen=True)
 class OpCounts:
-    """What a pass consists of: operations of matmuls (a multiplication and an addition are two), elements passed over,
-    kernel calls. `base_operations` of the operations are with the base's weights in training: `--compute` rounds them.
+    """The work of a pass: matmul operations (a multiply-add counts as two), elements passed over, kernel calls.
+
+    `base_operations`: the operations that `--compute` rounds, those of training with the base's weights.
     """
 
     operations: float
@@ -45,12 +46,15 @@ class OpCounts:
         operations, elements = self.operations + other.operations, self.elements + other.elements
         return OpCounts(operations, elements, self.calls + other.calls, self.base_operations + other.base_operations)
 
+    def __sub__(self, other: "OpCounts") -> "OpCounts":
+        return self + other * -1
+
     def __mul__(self, times: float) -> "OpCounts":
         operations, base_operations = self.operations * times, self.base_operations * times
         return OpCounts(operations, self.elements * times, self.calls * times, base_operations)
 
     def seconds(self, speed: MachineSpeed, compute: str = "auto") -> float:
-        """How long it takes, with matmuls of the base's weights in `compute`."""
+        """The time in seconds, with matmuls of the base's weights in `compute`."""
         rounded = speed.rounded.get(compute, speed.seconds_per_operation)
         exact_operations = self.operations - self.base_operations
         matmuls = exact_operations * speed.seconds_per_operation + self.base_operations * rounded
@@ -60,7 +64,7 @@ class OpCounts:
 def forward_counts(model: ModelShape, batch: MicroBatch) -> OpCounts:
     """The forward pass of a micro-batch, its loss included.
 
-    Each weight takes 2 operations a token; attention takes 4 T operations for each token and element of its query.
+    Each weight takes 2 operations per token; attention takes 4 T operations per token and element of its query.
     """
     dims, tokens = model.dims, batch.tokens
     attention = 4 * batch.longest * dims.query * dims.layers * tokens
@@ -72,37 +76,37 @@ def forward_counts(model: ModelShape, batch: MicroBatch) -> OpCounts:
     return OpCounts(operations, elements, calls)
 
 
-def cached_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
-    """The part of a micro-batch's forward pass that is computed once for each row: the layers below all adapters."""
+def frozen_prefix_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
+    """The part of the forward pass below all adapters, which is computed once per row and cached."""
     share = 0.0 if method.full else model.cached_layers / max(model.dims.layers, 1)
     head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * model.dims.vocabulary, 0)
-    counts = (forward_counts(model, batch) + head * -1) * share
+    counts = (forward_counts(model, batch) - head) * share
     return counts + OpCounts(0, 3 * model.matmul_weights * share, 0) if method.quantize != "none" else counts
 
 
 def step_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
-    """Forward and backward pass of a micro-batch.
+    """The forward and backward pass of a micro-batch.
 
-    From the lowest adapter up, the backward pass has as many matmuls as the forward pass, for the gradient of the
-    inputs; twice as many if the weights are trained. Attention computes its scores again. DoRA multiplies with the
-    adapted weights a second time and takes their norms. A quantized base is unpacked in each pass.
+    From the lowest adapter up, the backward pass has as many matmuls as the forward pass, for the gradients of the
+    inputs; twice as many if the weights are trained. Attention recomputes its scores. DoRA multiplies with the adapted
+    weights a second time and computes their norms. A quantized base is unpacked in each pass.
     """
     dims, share = model.dims, model.backward_layers / max(model.dims.layers, 1)
-    once = forward_counts(model, batch)
+    forward = forward_counts(model, batch)
     head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * dims.vocabulary, 0)
-    layers = once + head * -1
+    layers = forward - head
     attention = OpCounts(6 * batch.longest * dims.query * dims.layers * batch.tokens, 0, 0)
-    counts = once + head + (layers + attention) * share
+    counts = forward + head + (layers + attention) * share
     if method.full:
         counts += OpCounts(2 * model.matmul_weights * batch.tokens, 6 * model.frozen, 0)
     else:
-        again = model.dora_weights
-        counts += OpCounts(4 * again * batch.tokens, 6 * again, 3 * model.adapted_layers if again else 0)
+        dora = model.dora_weights
+        counts += OpCounts(4 * dora * batch.tokens, 6 * dora, 3 * model.adapted_layers if dora else 0)
     if method.quantize != "none":
         counts += OpCounts(0, 3 * model.matmul_weights * (1 + share), 0)
     if method.checkpointing or method.streamed:
         counts += layers * share
-    below = model.cached_layers / max(model.dims.layers, 1)  # where nothing is rounded
+    below = model.cached_layers / max(model.dims.layers, 1)  # these are not rounded
     passes = 1 - below + share * (2 if method.checkpointing or method.streamed else 1)
     base_operations = 2 * model.matmul_weights * batch.tokens * passes + 4 * model.head_weights * batch.supervised
     return counts + OpCounts(0, 0, 0, 0 if method.full else base_operations)

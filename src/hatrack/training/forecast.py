@@ -55,7 +55,7 @@ class Forecast:
             "memory_bytes": machine.memory,
             "base": self.base.source,
             "dtype": self.where.dtype,
-            "rows": len(work.rows),
+            "rows": len(work.row_sizes),
             "longest": work.longest,
             "steps": schedule.steps,
             "batch_size": schedule.batch_size,

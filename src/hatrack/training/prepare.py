@@ -112,8 +112,8 @@ def prepare(
     work = Workload(
         task=examples.task,
         labels=len(examples.labels),
-        rows=tokens.train.sizes,
-        held_out=tokens.held_out.sizes,
+        row_sizes=tokens.train.sizes,
+        held_out_sizes=tokens.held_out.sizes,
         process_bytes=None if inputs.device.type == "cuda" else resident_bytes(),
         cached_fraction=cached_fraction,
         quantized_cached=_is_quantized_base_cached(recipe, inputs),
@@ -177,7 +177,7 @@ def _say_plan(request: PlanRequest, plan: Plan, schedule: Schedule) -> None:
         say(f"derived: {', '.join(schedule.reasons)}")
     micro_batches = f" ({schedule.micro_batch} at a time, to fit)" if schedule.accumulation > 1 else ""
     say(
-        f"{len(request.work.rows):,} rows to learn from, {len(request.work.held_out):,} held out; "
+        f"{len(request.work.row_sizes):,} rows to learn from, {len(request.work.held_out_sizes):,} held out; "
         f"{schedule.steps:,} steps of {schedule.batch_size} rows{micro_batches}"
     )
     if plan.method.checkpointing:
