@@ -74,9 +74,9 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("r: [", "the recipe is not valid YAML; got"),
-        ("- r\n- 8\n", "a recipe is lines of 'name: value'; got"),
+        ("- r\n- 8\n", "a recipe must be lines of 'name: value'; got"),
         ("rank: 8\n", "there is no option 'rank'"),
-        ("", "a recipe is lines of 'name: value'; got"),
+        ("", "a recipe must be lines of 'name: value'; got"),
     ],
 )
 def test_broken_files_are_refused_by_name(tmp_path: Path, content: str, message: str) -> None:

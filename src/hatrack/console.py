@@ -1,4 +1,4 @@
-"""Progress and notes, on standard error: standard output is for results.
+"""Prints progress and notes on standard error: standard output is for results.
 
 `HATRACK_QUIET=1` silences them.
 """
@@ -22,7 +22,7 @@ class SafeStderr:
     """Standard error that becomes /dev/null when its terminal or pipe is closed, so that a run goes on."""
 
     def write(self, text: str) -> int:
-        """Writes `text`; returns its length also where nobody reads it."""
+        """Writes `text` and returns its length, even if the reader is gone."""
         try:
             return sys.stderr.write(text)
         except OSError:
@@ -30,7 +30,7 @@ class SafeStderr:
             return len(text)
 
     def flush(self) -> None:
-        """Flushes."""
+        """Flushes standard error."""
         try:
             sys.stderr.flush()
         except OSError:
@@ -45,18 +45,18 @@ class SafeStderr:
 
 @functools.cache
 def console() -> Console:
-    """The one console of this process: progress bars and lines share it, so they do not overwrite each other."""
+    """The console of this process. Progress bars and lines share it, so they do not overwrite each other."""
     return Console(file=cast(IO[str], SafeStderr()), highlight=False, emoji=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """Prints one line; options in it are written as `OptionStyle` says. Markup in it is not interpreted."""
+    """Prints one line. Options in it are written as `OptionStyle` says; rich markup is not interpreted."""
     if not os.environ.get("HATRACK_QUIET"):
         console().print(spell_options(line), markup=False)
 
 
 def say_in_signal(line: str) -> None:
-    """Prints one line from a signal handler. It takes no lock: the signal may have come inside `say`."""
+    """Prints one line from a signal handler. It takes no lock: the signal may have interrupted `say`."""
     erase = "\r\x1b[2K" if console().is_terminal else ""  # the progress bar is redrawn below
     if not os.environ.get("HATRACK_QUIET"):
         with contextlib.suppress(OSError, ValueError):
@@ -65,7 +65,7 @@ def say_in_signal(line: str) -> None:
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Prints a line unless it was printed before."""
+    """Prints a line once per process."""
     say(line)
 
 

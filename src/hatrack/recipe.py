@@ -1,4 +1,4 @@
-"""Declares every option of a run once: its type, default, help text and advice for wrong values.
+"""Declares each option of a run once: type, default, help text, advice for invalid values.
 
 The command line's flags, the validation of recipe files and docs/options.md are generated from these fields. Knows
 nothing of models or data: an option left `None` is derived later from the model and the data, and reported.
@@ -21,14 +21,14 @@ from hatrack.option_aliases import NOT_NEEDED, OTHER_NAMES
 Task = Literal["classify", "chat", "complete"]
 
 MAX_DEPTH = 3
-"""Options, their lists, and one level more, so that a nested value is reported with the option's name."""
+"""Options, their lists and one more level, so that the error for a nested value can name its option."""
 
 UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb": 10**6, "mib": 2**20}
 UNITS |= {"g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}
 
 
 def parse_size(text: str) -> int:
-    """`3GiB` or `800 MB` in bytes. Raises ValueError for anything else."""
+    """Parses a size such as `3GiB` or `800 MB`; returns bytes. Raises ValueError for anything else."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in UNITS:
         raise ValueError("must be a size such as 3GiB or 800MB")
@@ -36,14 +36,14 @@ def parse_size(text: str) -> int:
 
 
 def _to_bytes(value: object) -> object:
-    """A size in bytes; other values are left to the type check."""
+    """Converts a size to bytes. Other values are returned unchanged, for the type check."""
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         return value
     return parse_size(str(value))
 
 
 def parse_memory(value: str | int | None) -> int | None:
-    """The bytes of a size such as `3GiB`, for --memory of commands without a recipe. Raises RecipeError."""
+    """Parses --memory for commands without a recipe: `3GiB` -> bytes. Raises RecipeError."""
     try:
         found = _to_bytes(value)
     except ValueError as error:
@@ -67,7 +67,7 @@ FilePath = Annotated[str | None, BeforeValidator(_path_to_text)]
 
 
 def _join_names(value: object) -> object:
-    """Names with commas between them, also from a YAML list."""
+    """Joins a YAML list of names with commas. Other values are returned unchanged."""
     return ",".join(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else value
 
 
@@ -78,7 +78,7 @@ def _check_finite(value: float) -> float:
 
 
 def _read_learning_rate(value: object) -> object:
-    """A number above 0, or `auto`."""
+    """Parses a learning rate: a number above 0, `auto` or None."""
     if value is None or value == "auto":
         return value
     try:
@@ -102,8 +102,8 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 def option(default: Any, help: str, *, group: str, metavar: str = "", fix: str = "", **limits: Any) -> Any:
     """A field of the recipe.
 
-    `group` is its heading in the help, `metavar` stands for its value there, `fix` is advice for a wrong value, and
-    `limits` are those of pydantic's Field.
+    `group` is its heading in the help, `metavar` the placeholder for its value there, `fix` the advice for an invalid
+    value. `limits` are passed to pydantic's Field.
     """
     return Field(
         default, description=help, json_schema_extra={"group": group, "metavar": metavar, "fix": fix}, **limits
@@ -111,9 +111,9 @@ def option(default: Any, help: str, *, group: str, metavar: str = "", fix: str =
 
 
 class Recipe(BaseModel):
-    """The options of a training run. Immutable: `recipe.changed(r=16)` returns another one.
+    """The options of a training run. Immutable: `recipe.changed(r=16)` returns a new recipe.
 
-    `make`, `read`, `of` and `changed` raise RecipeError, naming every wrong option.
+    `make`, `read`, `of` and `changed` raise a RecipeError that names every invalid option.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -127,8 +127,7 @@ class Recipe(BaseModel):
     revision: str | None = option(None, "Branch, tag or commit of a base on the hub.", group="Base", metavar="NAME")
     trust_remote_code: str | None = option(
         None,
-        "The base's name again, to let it run the Python code that comes with it. Never saved, and never read from "
-        "files of a base or an adapter.",
+        "Allow the base's own Python code to run: repeat the base's name to confirm. This permission is never stored.",
         group="Base",
         metavar="MODEL",
     )
@@ -155,7 +154,7 @@ class Recipe(BaseModel):
     text: str | None = option(None, "Column with the text.", group="Data", metavar="COLUMN")
     label: str | None = option(None, "Column with the label, or a list of labels.", group="Data", metavar="COLUMN")
     prompt: str | None = option(None, "Column with the user's prompt.", group="Data", metavar="COLUMN")
-    completion: str | None = option(None, "Column with the answer to learn.", group="Data", metavar="COLUMN")
+    completion: str | None = option(None, "Column with the answer to train on.", group="Data", metavar="COLUMN")
     messages: str | None = option(None, "Column with whole conversations.", group="Data", metavar="COLUMN")
     max_length: int | None = option(
         None,
@@ -166,16 +165,18 @@ class Recipe(BaseModel):
         fix="try 512",
     )
     bad_rows: Literal["refuse", "skip"] = option(
-        "refuse", "Rows that cannot be learned from: refuse to start, or skip these rows.", group="Data"
+        "refuse", "If some rows cannot be used for training: refuse to start, or skip those rows.", group="Data"
     )
     merge_labels: bool = option(
-        False, "Merge labels that differ only in spelling (Yes, yes) into the commonest spelling.", group="Data"
+        False,
+        "Merge labels that differ only in case, spaces or number format (Yes, yes) into the most frequent form.",
+        group="Data",
     )
 
     r: int = option(8, "Rank of the adapter.", group="Adapter", metavar="N", ge=1, fix="try 8")
     alpha: float | None = option(
         None,
-        "Scales the adapter's output by alpha / r. Default: 2 x r.",
+        "The adapter's output is scaled by alpha / r (rslora: alpha / sqrt(r)). Default: 2 x r.",
         group="Adapter",
         metavar="NUMBER",
         gt=0,
@@ -194,7 +195,7 @@ class Recipe(BaseModel):
     )
     layers: Annotated[str, AfterValidator(_check_layers)] = option(
         "all",
-        "Layers that get an adapter: all, top-N (the last N), or auto, the fewest that a short test finds enough.",
+        "Layers that get an adapter: all, top-N (the last N), or auto (a short trial picks the smallest sufficient N).",
         group="Adapter",
         metavar="all|auto|top-N",
         fix="use all or top-4",
@@ -216,7 +217,7 @@ class Recipe(BaseModel):
     )
     lr: Annotated[float | Literal["auto"] | None, BeforeValidator(_read_learning_rate)] = option(
         None,
-        "Peak learning rate, or auto to find it in 20 test steps. Default: derived from the size of the model.",
+        "Peak learning rate, or auto (found in 20 trial steps). Default: derived from the size of the model.",
         group="Training",
         metavar="NUMBER|auto",
         fix="try 1e-3",
@@ -255,50 +256,56 @@ class Recipe(BaseModel):
     )
     compute: Literal["auto", "int16", "int8"] = option(
         "auto",
-        "Matmuls with the frozen base on a CPU: auto (exact, in the base's dtype), or rounded to int16 or int8, which "
-        "is faster on CPUs without bfloat16.",
+        "Matmuls with the frozen base on a CPU: auto (exact, in the base's dtype), or int16 or int8 (rounded; faster "
+        "on CPUs without bfloat16).",
         group="Machine",
         fix="use auto, int16 or int8",
     )
     memory: Annotated[int | None, BeforeValidator(_to_bytes)] = option(
-        None, "Most memory that the run may use, such as 3GiB.", group="Machine", metavar="SIZE", gt=0, fix="try 4GiB"
+        None,
+        "Maximum memory that the run may use, such as 3GiB.",
+        group="Machine",
+        metavar="SIZE",
+        gt=0,
+        fix="try 4GiB",
     )
     cache_limit: Annotated[int | None, BeforeValidator(_to_bytes)] = option(
         None,
-        "With --layers top-N: most disk space for cached hidden states of the layers below, such as 10GiB; 0 caches "
-        "none. Default: half of the free space.",
+        "With --layers top-N: maximum disk space for the cached outputs of the frozen layers below the adapters, such "
+        "as 10GiB; 0 turns the cache off. Default: half of the free space.",
         group="Machine",
         metavar="SIZE",
         ge=0,
         fix="try 10GiB",
     )
-    force: bool = option(False, "Start even if the plan says that memory is too little.", group="Machine")
+    force: bool = option(False, "Start even if the plan says that memory is insufficient.", group="Machine")
 
     output: FilePath = option(
         None,
-        "Folder of the finished adapter. Default: the name, in the current folder.",
+        "Folder of the finished adapter. Default: named after the adapter, in the current folder.",
         group="Output",
         metavar="FOLDER",
     )
     name: Annotated[str, AfterValidator(_check_name)] | None = option(
         None,
-        "Name on the rack. Default: from the data file, with -2, -3, ... if that is taken.",
+        "The adapter's name on the rack. Default: the data file's name, with -2, -3, ... appended if it is taken.",
         group="Output",
         metavar="NAME",
         fix="use a name such as support-2",
     )
     overwrite: bool = option(
-        False, "Replace the adapter of this folder or name, once the new one is finished.", group="Output"
+        False, "Replace an existing adapter of this folder or name once the new adapter is finished.", group="Output"
     )
     resume: bool = option(
         False,
-        "Continue an interrupted run from its checkpoint: that of --output or --name, or else the only one here.",
+        "Continue an interrupted run from its checkpoint: the run named by --output or --name, or the only interrupted "
+        "run in this folder.",
         group="Output",
     )
 
     @classmethod
     def make(cls, **options: Any) -> Self:
-        """A recipe from keyword options. Raises RecipeError that names every wrong one."""
+        """Makes a recipe from keyword options. Raises a RecipeError that names every invalid option."""
         unknown = [name for name in options if name not in cls.model_fields]
         if unknown:
             raise RecipeError("; ".join(_unknown_option(name, cls.model_fields) for name in unknown))
@@ -315,7 +322,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path, **flags: Any) -> Self:
-        """A recipe from a YAML file; `flags` win over the file."""
+        """Reads a recipe from a YAML file. `flags` override the file."""
         path = Path(path)
         try:
             content = _parse_yaml(path.read_text(encoding="utf-8"))
@@ -323,21 +330,21 @@ class Recipe(BaseModel):
             raise RecipeError("there is no such recipe file", got=path, fix="check the path") from error
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError("the recipe file cannot be read", got=f"{path}: {error}") from error
-        except Exception as error:  # for invalid dates and numbers the library raises anything
+        except Exception as error:  # invalid dates and numbers raise errors of many types
             problem = " ".join(str(error).split())[:300]
             raise RecipeError(
-                "the recipe is not valid YAML", got=f"{path}: {problem}", fix="one 'name: value' a line"
+                "the recipe is not valid YAML", got=f"{path}: {problem}", fix="write one 'name: value' per line"
             ) from error
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-            raise RecipeError("a recipe is lines of 'name: value'", got=f"{path}: {type(content).__name__}")
+            raise RecipeError("a recipe must be lines of 'name: value'", got=f"{path}: {type(content).__name__}")
         options = {name.replace("-", "_"): value for name, value in content.items()}
         return cls.make(**(options | flags))
 
     @classmethod
     def of(cls, path: str | Path, **options: Any) -> Self:
-        """The recipe in a .yaml file, or a recipe for the rows in any other file; `options` win.
+        """Reads a recipe file (.yaml), or makes a recipe whose data is any other file. `options` override the file.
 
-        Raises RecipeError if `data` names rows, too.
+        Raises RecipeError if `path` is a data file and `data` is given too.
         """
         if Path(path).suffix.lower() in RECIPE_SUFFIXES:
             return cls.read(path, **options)
@@ -346,11 +353,11 @@ class Recipe(BaseModel):
         return cls.make(**options | {"data": str(path)})
 
     def changed(self, **options: Any) -> Self:
-        """The same recipe with some options replaced."""
+        """Returns this recipe with some options replaced."""
         return self.make(**(self.model_dump(exclude_unset=True) | options))
 
     def explicit_options(self) -> dict[str, Any]:
-        """The options that were set, without defaults, to be saved; never `trust_remote_code`."""
+        """Returns the options to save: those that were set, without defaults and without `trust_remote_code`."""
         return self.model_dump(exclude_unset=True, exclude_none=True, exclude={"trust_remote_code"})
 
     def __repr__(self) -> str:
@@ -364,7 +371,7 @@ class Recipe(BaseModel):
 
     @property
     def top_layers(self) -> int | None:
-        """N of `top-N`; None for all layers, or while `auto` is undecided."""
+        """The N of `top-N`. None for `all` and for `auto`."""
         return None if self.layers in ("all", "auto") else int(self.layers.removeprefix("top-"))
 
     def _check_conflicts(self) -> None:
@@ -401,7 +408,7 @@ class Recipe(BaseModel):
 
 
 def _parse_yaml(text: str) -> Any:
-    """The content of YAML. Refuses deep nesting, which no recipe has and the library parses in quadratic time."""
+    """Parses YAML. Refuses deep nesting: no recipe has it, and the library takes quadratic time for it."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -411,9 +418,9 @@ def _parse_yaml(text: str) -> Any:
 
 
 def flag(name: str, value: object = None) -> str:
-    """The option as typed on the command line, `--eval-data` for `eval_data`.
+    """Formats an option as typed on the command line: `--eval-data` for `eval_data`.
 
-    With a value it is spelled for the reader already (`hatrack.errors.spell_options`): flags or Python arguments.
+    With a value, returns a flag or a Python argument, whichever the user types (`OptionStyle`).
 
     >>> flag("eval_data"), flag("eval_data", "new.csv")
     ('--eval-data', 'eval_data="new.csv"')
@@ -425,7 +432,7 @@ def flag(name: str, value: object = None) -> str:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The words that a field accepts, if it accepts only some; also inside `Optional`."""
+    """Returns the words that a field accepts if its type is a `Literal` (also `Literal | None`), else nothing."""
     options = get_args(field.annotation)
     if options and not all(isinstance(word, str) for word in options):
         kinds = [part for part in options if part is not type(None)]
@@ -434,22 +441,22 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 
 def option_detail(field: FieldInfo, what: str) -> str:
-    """The `group`, `metavar` or `fix` of a field."""
+    """Returns the `group`, `metavar` or `fix` of a field, as `what` says."""
     extra = field.json_schema_extra
     return str(extra[what]) if isinstance(extra, dict) else ""
 
 
 def nearest(name: str, names: Any) -> str | None:
-    """The name most similar to `name`, or None."""
+    """Returns the name most similar to `name`, or None if none is similar."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
 def suggest_option(name: str, known: Any) -> str | None:
-    """The option that an unknown name most likely means: `lr`, or with a value `quantize 4bit`.
+    """Returns the option that an unknown name most likely means: `lr`, or with a value `quantize 4bit`.
 
-    Knows names of other tools, such as `learning_rate`. If hatrack has no such option on purpose, returns a sentence
-    that says why.
+    It recognizes names of other tools, such as `learning_rate`. For an option that hatrack deliberately lacks, it
+    returns a sentence that says why. Returns None if nothing is similar.
     """
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip("-")).replace("-", "_").lower()
     meant = OTHER_NAMES.get(plain)

@@ -120,9 +120,7 @@ def test_an_argument_that_is_a_file_is_asked_about(hatrack: Run, classifier: Non
     Path("lines.txt").write_text(GOOD)
     ran = hatrack("predict", "reviews", "lines.txt")
     assert ran.code == 2 and ran.out == ""
-    assert (
-        "the text is the name of a file; got lines.txt; fix: use --file lines.txt to answer its rows" in ran.complaint
-    )
+    assert "the text is the name of a file; got lines.txt; fix: use --file lines.txt to read its rows" in ran.complaint
     assert hatrack("predict", "reviews", "x" * 5000, ".").code == 0
     assert "--text names a column of a table" in hatrack("predict", "reviews", GOOD, "--text", "a").complaint
     assert (
@@ -136,7 +134,7 @@ def test_a_text_of_a_megabyte_is_cut_and_said(classifier: None, hatrack: Run) ->
     ran = hatrack("predict", "reviews", "--file", "long.csv", "--json")
     first, second = _answers(ran)
     assert ran.code == 0 and first["cut"] and "cut" not in second and "label" in first
-    assert "a row cut to the longest input of the adapter, as in training" in ran.err
+    assert "a row cut to the maximum input length of the adapter, as in training" in ran.err
     assert len(ran.err) < 2000
     assert max(map(len, hatrack("predict", "reviews", "--file", "long.csv").out.splitlines())) < 2100
 

@@ -1,4 +1,4 @@
-"""The options of every command that loads an adapter."""
+"""The options shared by all commands that load an adapter."""
 
 import functools
 import inspect
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def complete_name(incomplete: str) -> list[str]:
-    """The registered adapters that begin so, for the shell's completion."""
+    """Returns the registered names that start with `incomplete`, for shell completion."""
     from hatrack.adapter.registry import names
 
     return [name for name in names() if name.startswith(incomplete)]
@@ -25,27 +25,34 @@ Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="An adapter: its name or folder.", autocompletion=complete_name)
 ]
 Base = Annotated[
-    str | None, typer.Option("--base", metavar="MODEL", help="Where the base is now, if it moved: a hub id or folder.")
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="The base's new location if it has moved: a hub id or folder."),
 ]
 OtherBase = Annotated[
-    bool, typer.Option("--allow-other-base", help="Load the adapter although it was trained on other weights.")
+    bool, typer.Option("--allow-other-base", help="Load the adapter even if it was trained on different base weights.")
 ]
 Trust = Annotated[
     str | None,
     typer.Option(
-        "--trust-remote-code", metavar="MODEL", help="The base's name again, to run code from its repository."
+        "--trust-remote-code",
+        metavar="MODEL",
+        help="Allow the base's own Python code to run: repeat the base's name to confirm.",
     ),
 ]
 NoProof = Annotated[
-    bool, typer.Option("--no-proof", help="Do not check the adapter with two short forward passes first.")
+    bool,
+    typer.Option(
+        "--no-proof",
+        help="Skip the check that the loaded adapter reproduces its recorded outputs (two short forward passes).",
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|mps|xpu", help="Where to compute.")]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|mps|xpu", help="Device to compute on.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="auto|float32|bfloat16|float16", help="The base's dtype in memory.")
 ]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", metavar="SIZE", help="The most memory to use, such as 3GiB. A larger base stays on disk."),
+    typer.Option("--memory", metavar="SIZE", help="Maximum memory to use, such as 3GiB. A larger base stays on disk."),
 ]
 
 LOAD_OPTIONS: dict[str, tuple[Any, Any]] = {
@@ -62,10 +69,10 @@ LoadHat = Callable[[], "Hat"]
 
 
 def with_adapter_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorates `command(adapter, ..., load_hat, ...)`: the options that loading takes replace `load_hat`.
+    """Decorates `command(adapter, ..., load_hat, ...)`: replaces its parameter `load_hat` by the options of `load`.
 
-    `adapter` is one adapter or a list of them. The command calls `load_hat()` once its own options are checked,
-    because loading a base takes seconds.
+    `adapter` is one adapter or a list of them. The command calls `load_hat()` after checking its own options, because
+    loading a base takes seconds.
     """
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():

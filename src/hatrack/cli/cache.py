@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def cache(
-    action: Annotated[str | None, typer.Argument(metavar="[clear]", help="clear: delete it all.")] = None,
+    action: Annotated[str | None, typer.Argument(metavar="[clear]", help="clear: delete all listed entries.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what runs have cached on disk, or clear it.
 
-    Cached are the hidden states below the adapted layers (train --layers top-N) and quantized bases (--quantize).
+    Lists hidden states below the adapted layers (train --layers top-N) and quantized bases (train --quantize).
+    Tokenized rows and downloads are cached too, but neither listed nor cleared.
     """
     from hatrack.base import quantized_cache
     from hatrack.training import hidden_states
@@ -45,8 +46,8 @@ def cache(
         print(json.dumps({"folder": str(cache_dir()), "entries": found}))
     elif not found:
         print(
-            f"Nothing is cached in {cache_dir()}. hatrack train --layers top-N caches hidden states, "
-            "--quantize a quantized base."
+            f"Nothing is cached in {cache_dir()}. hatrack train --layers top-N caches hidden states; "
+            "hatrack train --quantize caches quantized bases."
         )
     else:
         _print_entries(found)
@@ -66,7 +67,7 @@ def _print_entries(found: list[dict[str, Any]]) -> None:
 
 
 def _print_cleared(tried: list[tuple[int, bool]], as_json: bool) -> None:
-    """Prints what was freed. `tried` has each entry's bytes, and whether it was deleted: not while it is in use."""
+    """Prints what was freed. `tried` has (bytes, whether deleted) per entry: entries in use are not deleted."""
     freed, used = sum(count for count, deleted in tried if deleted), sum(not deleted for _, deleted in tried)
     if as_json:
         print(json.dumps({"removed": len(tried) - used, "freed_bytes": freed, "in_use": used}))

@@ -1,4 +1,4 @@
-"""`hatrack chat`: a conversation with an adapter, at a terminal or through a pipe."""
+"""`hatrack chat`: holds a conversation with an adapter, at a terminal or through a pipe."""
 
 import contextlib
 import json
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from hatrack.inference.hat import Hat
 
 HELP = """/help         show this list
-/use NAME     let another adapter answer; it is loaded if need be
+/use NAME     let another adapter answer; loads it if needed
 /base         let the base answer without an adapter
 /hat          let the adapter answer again
-/system TEXT  set the system message (without TEXT: none) and start over
+/system TEXT  set the system message and start over; without TEXT, remove it
 /reset, /new  start over; the system message stays
 /save FILE    add the conversation to FILE, a .jsonl file to train on
-/quit         leave, like Ctrl-D; Ctrl-C stops an answer
-//TEXT        send /TEXT"""
+/quit         leave (so does Ctrl-D); Ctrl-C stops an answer
+//TEXT        send a message that starts with a slash"""
 BASE_ALONE = "the base without an adapter"
 
 
 @dataclass
 class Chat:
-    """A conversation and who takes part in it.
+    """A conversation and the models that answer in it.
 
-    `adapter`: the adapter that `/hat` returns to. `speakers`: who answers, None for the base alone.
-    The conversation goes on from the first speaker's answers; the second's are in `other_answers`. `at_terminal`: a
-    person types the lines. `prints`: answers are printed as they come. `truncated`: the indices of the messages that
-    ended at the token limit.
+    `adapter`: the adapter that `/hat` returns to. `speakers`: the adapters that answer; None is the base without an
+    adapter. `messages` continues with the first speaker's answers; `other_answers` holds the second's. `at_terminal`:
+    whether a person types the lines. `prints`: whether answers are printed as they are generated. `truncated`: indices
+    of the messages that were cut at the token limit.
     """
 
     hat: "Hat"
@@ -53,7 +53,7 @@ class Chat:
     truncated: list[int] = field(default_factory=list)
 
     def start_over(self, system: str = "") -> None:
-        """Forgets the conversation and sets the system message."""
+        """Clears the conversation and sets the system message; empty means none."""
         self.messages = [{"role": "system", "content": system}] if system else []
         self.other_answers, self.truncated = [], []
 
@@ -63,7 +63,7 @@ def chat(
     adapter: Adapter,
     second: Annotated[
         str | None,
-        typer.Option("--with", metavar="ADAPTER", help="A second adapter of the same base, which answers too."),
+        typer.Option("--with", metavar="ADAPTER", help="A second adapter of the same base, to answer too."),
     ] = None,
     *,
     load_hat: LoadHat,
@@ -93,12 +93,12 @@ def chat(
 
 
 def _lines(chat: Chat) -> Iterator[str]:
-    """The lines that are typed or piped in. Ctrl-C twice at the prompt ends them."""
+    """Yields the lines that are typed or piped in. Ends at end of input, or after Ctrl-C twice at the prompt."""
     prompt = "> " if chat.at_terminal and chat.prints else ""
     if chat.at_terminal:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # gives input() an editable line and a history
-        for number in ENDING_SIGNALS:  # at once, not as Ctrl-C does
+            import readline  # noqa: F401  # makes input() editable, with a history
+        for number in ENDING_SIGNALS:  # they end the chat at once; Ctrl-C does not
             signal.signal(number, _leave)
     pressed_once = False
     while True:
@@ -133,7 +133,7 @@ def _label(speaker: str | None) -> str:
 
 
 def _answer(chat: Chat, line: str) -> None:
-    """Lets each speaker answer `line`; the conversation goes on from the first one's answer."""
+    """Lets each speaker answer `line`. The conversation continues with the first speaker's answer."""
     asked = [*chat.messages, {"role": "user", "content": line}]
     answers: list[dict[str, str]] = []
     try:
@@ -146,7 +146,7 @@ def _answer(chat: Chat, line: str) -> None:
             answers.append({"role": "assistant", "content": text})
             if is_complete is None:
                 break
-    except HatrackError as error:  # such as a chat template that takes no system message
+    except HatrackError as error:  # such as a chat template that refuses system messages
         if not chat.at_terminal:
             raise
         say(str(error))
@@ -157,7 +157,7 @@ def _answer(chat: Chat, line: str) -> None:
 
 
 def _generate(chat: Chat, asked: list[dict[str, str]], speaker: str | None) -> tuple[str, bool | None]:
-    """One answer, printed as it comes. Returns it and whether it is complete; None where Ctrl-C stopped it."""
+    """Generates and prints one answer. Returns it and whether it is complete, None if Ctrl-C stopped it."""
     chat.hat.use(speaker)
     stream, text, is_complete = chat.hat.stream(asked, **chat.generation), "", None
     try:
@@ -181,7 +181,7 @@ def _generate(chat: Chat, asked: list[dict[str, str]], speaker: str | None) -> t
 
 
 def _command(chat: Chat, line: str) -> None:
-    """Runs a line that begins with a slash. A mistake in it is only told: it does not end the conversation."""
+    """Runs a line that begins with a slash. Mistakes are reported and do not end the conversation."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name == "/help":
@@ -218,7 +218,7 @@ def _use(chat: Chat, name: str) -> None:
 
 
 def _save(messages: list[dict[str, str]], name: str) -> None:
-    """Appends the conversation to a .jsonl file, as one row; or writes it to a new file."""
+    """Appends the conversation as one row to the .jsonl file `name`, or writes it to a new file."""
     path = Path(name).expanduser()
     if not name or not messages:
         say("use /save FILE, such as /save chats.jsonl" if messages else "there is nothing to save yet")

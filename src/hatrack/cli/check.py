@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 LOAD_OPTIONS = ("base", "device", "dtype", "trust_remote_code")
-"""Recipe options that loading an adapter takes too."""
+"""Recipe options that are also options of `load`."""
 
 
 def _check_adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
@@ -43,8 +43,8 @@ def _check_adapter(adapter: str, given: dict[str, Any], as_json: bool) -> None:
 def check(recipe: Recipe, as_json: Json = False) -> None:
     """Look for known problems before a run, or in an adapter.
 
-    hatrack check RECIPE.yaml, hatrack check DATA --base MODEL, or hatrack check ADAPTER. It loads the base and trains
-    one step. Exit code 2: train would refuse to start.
+    Usage: hatrack check RECIPE.yaml, hatrack check DATA --base MODEL, or hatrack check ADAPTER. For a run, it loads the
+    base and trains one step. Exit code 2: the run or the adapter would be refused.
     """
     skip_unused_imports(recipe)
     from hatrack.check.checks import check_recipe
@@ -57,7 +57,7 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
 
 
 def _report(what: str, found: "list[Finding]", as_json: bool) -> None:
-    """Prints the findings, refusals first. Exits with code 2 if there is a refusal."""
+    """Prints the findings of `what`, refusals first. Exits with code 2 if there is a refusal."""
     found = sorted(found, key=lambda finding: not finding.refused)
     refused = sum(finding.refused for finding in found)
     if as_json:

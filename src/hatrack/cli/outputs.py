@@ -15,7 +15,7 @@ from hatrack.errors import CONTROLS_TO_SPACES, DataError, RecipeError, truncate
 from hatrack.storage import new_file
 
 Answer = Mapping[str, Any]
-"""What `Hat.predict` returns for a row, or its `error`."""
+"""What `Hat.predict` returns for a row, or a dict with its `error`."""
 
 ANSWER_COLUMNS = {"classify": ("label", "score", "scores"), "chat": ("text",), "complete": ("text",)}
 """Task -> the columns that an answer adds to a table."""
@@ -24,7 +24,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
 
 def check_output(path: Path | None) -> None:
-    """Raises RecipeError where answers cannot be written to `path`. Called before the base is loaded."""
+    """Raises RecipeError if answers cannot be written to `path`. Called before the base is loaded."""
     if path is None:
         return
     if path.suffix.lower() not in SEPARATORS:
@@ -35,11 +35,11 @@ def check_output(path: Path | None) -> None:
 
 @contextlib.contextmanager
 def open_table(path: Path, columns: Sequence[str], task: str) -> Iterator[Callable[[InputRow, Answer], None]]:
-    """Yields a function that writes a row and its answer. The file appears when the block ends without error."""
+    """Yields a function that writes a row and its answer. The file appears once the block ends without an error."""
     names = {key: _unused_name(key, columns) for key in (*ANSWER_COLUMNS[task], "error")}
     renamed = [f"{key} is written to {name}" for key, name in names.items() if key != name]
     if renamed:
-        say(f"{path}: the rows have such columns already: {', '.join(renamed)}")
+        say(f"{path}: the input has columns of these names already: {', '.join(renamed)}")
     separator = SEPARATORS[path.suffix.lower()]
     with new_file(path) as binary:
         file = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="", write_through=True)
@@ -71,7 +71,7 @@ def print_answer(row: InputRow, answer: Answer, *, as_json: bool) -> None:
 
 
 def raise_for_failed(failed: Sequence[tuple[int, str]], rows: int, source: str) -> None:
-    """Raises DataError if any of `rows` rows failed; `failed` has their numbers and problems."""
+    """Raises DataError if rows failed. `failed`: their numbers and problems; `rows`: how many rows there were."""
     if failed:
         raise DataError(
             f"{len(failed):,} of {rows:,} rows got no answer" if rows > 1 else "the row got no answer",
@@ -86,7 +86,7 @@ def _label(answer: Answer) -> str:
 
 
 def _value(answer: Answer, key: str) -> Any:
-    """A value of an answer, None if it has none. `score` is its label's, or the lowest of several labels."""
+    """Returns an answer's value of `key`, or None. `score` is the score of its label, or the lowest of its labels'."""
     if key != "score" or "label" not in answer:
         return answer.get(key)
     chosen = [answer["label"]] if isinstance(answer["label"], str) else answer["label"]
@@ -94,7 +94,7 @@ def _value(answer: Answer, key: str) -> Any:
 
 
 def _unused_name(name: str, taken: Sequence[str]) -> str:
-    """The name, or a like one that no column has."""
+    """Returns `name`, or a similar name that is not taken."""
     candidates = chain([name, f"predicted_{name}"], (f"predicted_{name}_{number}" for number in count(2)))
     return next(each for each in candidates if each not in taken)
 

@@ -1,4 +1,4 @@
-"""`hatrack plan`: the memory, disk and time of a run, before any weight is read."""
+"""`hatrack plan`: shows a run's memory, disk space and time before any weight is read."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -21,16 +21,20 @@ def plan(
     recipe: Recipe,
     on: Annotated[
         str | None,
-        typer.Option("--on", metavar="rtx4090|a100|m2|16GiB|...", help="Plan for this GPU, laptop or memory instead."),
+        typer.Option(
+            "--on",
+            metavar="rtx4090|a100|m2|16GiB|...",
+            help="Plan for another machine: a GPU, a laptop, or an amount of memory.",
+        ),
     ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Measure this machine first, in some seconds, and keep the result.")
+        bool, typer.Option("--probe", help="Benchmark this machine first (a few seconds) and remember the result.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what training will take, and whether it fits.
+    """Show how much memory, disk space and time training will take, and whether it fits.
 
-    Memory by term, disk and time, computed from the base's configuration and the data: no weights are read.
+    Computed from the base's configuration and the data: no weights are read. Memory is listed by component.
     """
     skip_unused_imports(recipe)
     from hatrack.training.forecast import plan as forecast
@@ -45,28 +49,28 @@ def plan(
 
 
 def _measure() -> None:
-    """Measures this machine and keeps the result for later plans on the same CPU."""
-    skip_unused_imports(Recipe.make())  # as a run does: its imports are measured too
+    """Benchmarks this machine and saves the result for later plans on the same CPU."""
+    skip_unused_imports(Recipe.make())  # imports are measured too, so skip the same ones as a run
     import hatrack.training.train  # noqa: F401
     from hatrack.cpu import has_fast_bfloat16
     from hatrack.planning.machine import save_probe
     from hatrack.training.measure_machine import measure
 
-    say("measuring this machine: some seconds")
+    say("measuring this machine: takes a few seconds")
     found = measure()
     save_probe(found)
     speeds = ", ".join(f"{name} {1e-9 / speed.seconds_per_operation:,.0f}" for name, speed in found.speeds.items())
     speed = found.speeds["bfloat16" if has_fast_bfloat16() else "float32"]
     speeds += "".join(f", {name} {1e-9 / operation:,.0f}" for name, operation in speed.rounded.items())
     say(
-        f"matmuls: {speeds} GFLOP/s; other operations: {1e9 * speed.seconds_per_element:.2f} s for 10^9 elements, "
-        f"{1e6 * speed.seconds_per_call:.0f} us a call; disk: {speed.disk_bytes_per_second / 1e6:,.0f} MB/s"
+        f"matmuls: {speeds} GFLOP/s; other operations: {1e9 * speed.seconds_per_element:.2f} s per 10^9 elements, "
+        f"{1e6 * speed.seconds_per_call:.0f} us per call; disk: {speed.disk_bytes_per_second / 1e6:,.0f} MB/s"
     )
     say(f"start-up: {speed.start_seconds:.1f} s, {format_size(found.imported_bytes)}")
 
 
 def _print_plan(found: "Forecast", *, here: bool) -> None:
-    """Prints the verdict, then the table. `here`: the plan is for this machine."""
+    """Prints the verdict, then the table. `here`: whether the plan is for this machine."""
     from hatrack.adapter.count import trainable_line
     from hatrack.planning import fit
 
@@ -74,13 +78,15 @@ def _print_plan(found: "Forecast", *, here: bool) -> None:
     machine, schedule = where.machine, where.schedule(chosen.micro_batch)
     needed, available = format_size(chosen.peak_memory_bytes), format_size(where.limit)
     at_a_time = f"{chosen.micro_batch} of {schedule.batch_size} rows at a time"
-    again = ", with activation checkpointing" if chosen.method.checkpointing else ""
-    again = ", the base streamed from disk layer by layer" if chosen.method.streamed else again
+    how = ", with activation checkpointing" if chosen.method.checkpointing else ""
+    how = ", the base streamed from disk layer by layer" if chosen.method.streamed else how
     if chosen.fits:
-        print(f"fits: {needed} of {available} ({at_a_time}{again})")
+        print(f"fits: {needed} of {available} ({at_a_time}{how})")
         if chosen.peak_memory_bytes > where.limit:
             pages = format_size(chosen.peak_memory_bytes - fit.required_bytes(chosen.memory))
-            print(f"           {pages} of it while loading only: file pages that the system frees when it needs them")
+            print(
+                f"           {pages} of it only while loading: file pages that the kernel frees when memory is needed"
+            )
     else:
         print(f"does not fit: {needed} needed, {available} available ({machine.reason})")
         print(f"fix: {suggestion}" if suggestion else "fix: use a smaller base; no option makes it fit")
@@ -111,14 +117,14 @@ def _print_plan(found: "Forecast", *, here: bool) -> None:
 
 
 def _print_table(ways: dict[str, "Plan"]) -> None:
-    """Prints the ways to train side by side, with memory by term."""
-    terms = [term for term in next(iter(ways.values())).memory if any(way.memory[term] for way in ways.values())]
+    """Prints the training methods side by side, with their memory by component."""
+    components = [name for name in next(iter(ways.values())).memory if any(way.memory[name] for way in ways.values())]
     rows = [["", *ways]]
     rows += [["fits", *("yes" if way.fits else "no" for way in ways.values())]]
     rows += [["trainable", *(f"{way.trainable:,}" for way in ways.values())]]
     rows += [["rows at a time", *(f"{way.micro_batch}" + ("*" * way.method.checkpointing) for way in ways.values())]]
     rows += [["memory", *(format_size(way.peak_memory_bytes) for way in ways.values())]]
-    rows += [[f"  {term}", *(format_size(way.memory[term]) for way in ways.values())] for term in terms]
+    rows += [[f"  {name}", *(format_size(way.memory[name]) for way in ways.values())] for name in components]
     rows += [["read per step", *(format_size(way.read_per_step) for way in ways.values())]]
     rows += [["time per step", *(_duration(way.step_seconds) for way in ways.values())]]
     rows += [["total time", *(_duration(way.whole_seconds) for way in ways.values())]]

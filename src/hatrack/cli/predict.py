@@ -1,4 +1,4 @@
-"""`hatrack predict`: answers texts with an adapter, one answer each."""
+"""`hatrack predict`: runs an adapter on texts and prints one answer per text."""
 
 import functools
 import json
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from hatrack.cli.inputs import InputRow
     from hatrack.inference.hat import Hat
 
-WithoutAdapter = Annotated[bool, typer.Option("--without-adapter", help="Answer with the base alone.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer, in tokens.")]
+WithoutAdapter = Annotated[bool, typer.Option("--without-adapter", help="Use the base alone.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Maximum length of an answer in tokens.")
+]
 Temperature = Annotated[
     float,
-    typer.Option("--temperature", metavar="NUMBER", min=0.0, help="0: always the most likely token; above 0: sampled."),
+    typer.Option(
+        "--temperature", metavar="NUMBER", min=0.0, help="0: always the most likely token. Above 0: sampling."
+    ),
 ]
 
 BATCH = 32
@@ -36,14 +40,16 @@ def predict(
     *,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TEXT", help="Texts. Without any, standard input is read, a text a line."),
+        typer.Argument(metavar="TEXT", help="Texts. Default: standard input, one text per line."),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", metavar="FILE", help="Read the texts from a text file (one a line) or a table."),
+        typer.Option(
+            "--file", metavar="FILE", help="Read the texts from a table, or from a text file with one text per line."
+        ),
     ] = None,
     text: Annotated[
-        str | None, typer.Option("--text", metavar="COLUMN", help="The column of --file that holds the text.")
+        str | None, typer.Option("--text", metavar="COLUMN", help="Column of --file with the texts.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -55,11 +61,11 @@ def predict(
     temperature: Temperature = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Answer texts: hatrack predict NAME "a text".
+    """Run an adapter on texts: hatrack predict NAME "a text".
 
-    Or a text a line: hatrack predict NAME < lines.txt
+    Or one text per line: hatrack predict NAME < lines.txt
 
-    Prints one line for each text, in order; with --json an object a line. Exit code 2: some texts got no answer.
+    Prints one line per text, in order; with --json, one JSON object per line. Exit code 2: some texts got no answer.
     """
     from hatrack.cli.inputs import open_source, read_input
     from hatrack.cli.outputs import check_output, open_table, print_answer, raise_for_failed
@@ -84,7 +90,7 @@ def predict(
             show = _ignore
         count, shortened, failed = _show_all(answers, show)
     if shortened:
-        say(f"{format_rows(shortened)} cut to the longest input of the adapter, as in training")
+        say(f"{format_rows(shortened)} cut to the maximum input length of the adapter, as in training")
     if output is not None:
         facts = {"output": str(output), "rows": count, "failed": len(failed)}
         print(json.dumps(facts) if as_json else f"answers to {format_rows(count)} are in {output}")
@@ -94,7 +100,7 @@ def predict(
 def _show_all(
     answers: Iterable[tuple["InputRow", dict[str, Any]]], show: Show
 ) -> tuple[int, int, list[tuple[int, str]]]:
-    """Shows each answer. Returns how many there are, how many of shortened texts, and the failed rows' problems."""
+    """Shows each answer. Returns the number of answers and of shortened texts, and the failed rows' problems."""
     count, shortened, failed = 0, 0, []
     for row, answer in answers:
         show(row, answer)
@@ -106,7 +112,7 @@ def _show_all(
 def _answers(
     hat: "Hat", rows: Iterable["InputRow"], batch_size: int, generation: dict[str, Any]
 ) -> Iterator[tuple["InputRow", dict[str, Any]]]:
-    """Each row with its answer, or with its error."""
+    """Yields each row with its answer or its error."""
     iterator = iter(rows)
     while batch := list(islice(iterator, batch_size)):
         found = iter(_predict(hat, [row for row in batch if not row.problem], generation))
@@ -126,7 +132,7 @@ def _predict(hat: "Hat", batch: list["InputRow"], generation: dict[str, Any]) ->
 def _print_answers(
     hat: "Hat", rows: Iterable["InputRow"], generation: dict[str, Any], *, several: bool
 ) -> Iterator[tuple["InputRow", dict[str, Any]]]:
-    """Prints each answer while it is generated, below its prompt if there are `several`. Yields rows and errors."""
+    """Prints each answer while it is generated; with `several`, its prompt too. Yields rows and errors."""
     for row in rows:
         problem = row.problem
         if several:

@@ -1,4 +1,4 @@
-"""`hatrack list`, `show`, `add`, `rename` and `remove`: the adapters on the rack."""
+"""`hatrack list`, `show`, `add`, `rename` and `remove`: manage the adapters on the rack."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ Name = Annotated[
 def list_rack(as_json: Json = False) -> None:
     """List the adapters on the rack.
 
-    The rack names the adapters of this user: train puts them on it, and add. It is in ~/.hatrack (or $HATRACK_HOME);
-    where there is no ~/.hatrack, in your system's folder for data.
+    The rack is your list of adapters by name: hatrack train and hatrack add put adapters on it. It is stored in
+    $HATRACK_HOME, by default ~/.hatrack, or your system's data folder if ~/.hatrack does not exist.
     """
     from hatrack.adapter.registry import list_adapters
 
@@ -34,7 +34,7 @@ def list_rack(as_json: Json = False) -> None:
         print(json.dumps({"hats": [_as_json(hat) for hat in found]}))
         return
     if not found:
-        print("The rack is empty. hatrack train puts an adapter on it, hatrack add FOLDER one that is already trained.")
+        print("The rack is empty. hatrack train puts a new adapter on it, hatrack add FOLDER an existing one.")
         return
     rows = [["NAME", "BASE", "TASK", "SIZE", "METRIC", "AGE"]]
     rows += [
@@ -70,11 +70,15 @@ def add(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An adapter's folder, made by hatrack or peft.")],
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="NAME", help="Its name on the rack. Default: its own, or else the folder's."),
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="Its name on the rack. Default: the name in its hatrack.json, or else the folder's name.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put an adapter on the rack. Its folder stays where it is."""
+    """Put an adapter on the rack. Its folder is not moved."""
     from hatrack.adapter.card import valid_name
     from hatrack.adapter.files import read_adapter
     from hatrack.adapter.registry import register
@@ -90,7 +94,7 @@ def add(
 def rename(
     old: Name, new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")], as_json: Json = False
 ) -> None:
-    """Rename an adapter on the rack. Its folder stays where it is."""
+    """Rename an adapter on the rack. Its folder is not renamed or moved."""
     from hatrack.adapter import registry
 
     registry.rename(old, new)
@@ -102,7 +106,7 @@ def remove(
     files: Annotated[bool, typer.Option("--files", help="Delete the adapter's folder too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove an adapter from the rack. Its folder is kept without --files."""
+    """Remove an adapter from the rack. Its folder is kept unless --files is given."""
     from hatrack.adapter import registry
 
     registry.unregister(name, delete_files=files)
@@ -114,7 +118,7 @@ def remove(
 
 
 def age(created: str | None) -> str:
-    """The time since an ISO date, in its largest unit: `3 h`, `12 d`."""
+    """Formats the time since an ISO date in its largest unit: `3 h`, `12 d`."""
     if not created:
         return ""
     made = datetime.fromisoformat(created)
@@ -126,7 +130,7 @@ def age(created: str | None) -> str:
 
 
 def _show_lines(name: str, folder: Path, config: dict[str, Any], hat: dict[str, Any]) -> dict[str, str]:
-    """What `hatrack show` prints, by label."""
+    """Returns the lines that `hatrack show` prints: label -> value."""
     from hatrack.storage import folder_size
 
     facts = {"name": name, "folder": f"{folder} ({format_size(folder_size(folder))})"}

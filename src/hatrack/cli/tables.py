@@ -19,26 +19,26 @@ UNLIMITED = 10**6
 
 
 def width() -> int:
-    """The width to print in."""
+    """Returns the width to print in."""
     is_known = os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty()
     return shutil.get_terminal_size().columns if is_known else UNLIMITED
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Prints rows of cells, the header first. Where they are too wide, each row's cells are listed below its first."""
+    """Prints rows of cells, the header first. If they are too wide, lists each row's cells below its first."""
     rows = [[cell.translate(CONTROLS_TO_SPACES) for cell in row] for row in rows]  # from other people's files
     widths = _widths(rows)
     if sum(widths) + GAP * (len(widths) - 1) <= width():
         for row in rows:
-            print((" " * GAP).join(map(_left, row, widths)).rstrip())
+            print((" " * GAP).join(map(_pad_right, row, widths)).rstrip())
         return
     for row in rows[1:]:
         print(row[0])
-        print(_wrapped(", ".join(cell for cell in row[1:] if cell), "  ", "  "))
+        print(_wrap(", ".join(cell for cell in row[1:] if cell), "  ", "  "))
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """Prints numbers with a row and a column of names. Columns that do not fit come below, as a table of their own."""
+    """Prints numbers with a header row and a column of names. Columns that do not fit become another table below."""
     names, limit = [row[0] for row in rows], width()
     first = max(map(cell_len, names))
     columns = [[row[place] for row in rows] for place in range(1, len(rows[0]))]
@@ -63,11 +63,11 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 def print_facts(facts: Mapping[str, str]) -> None:
     """Prints `name  value` lines; long values are wrapped."""
     for name, value in facts.items():
-        print(_wrapped(f"{name:<{LABEL}} {value}".translate(CONTROLS_TO_SPACES), " " * (LABEL + 1)).rstrip())
+        print(_wrap(f"{name:<{LABEL}} {value}".translate(CONTROLS_TO_SPACES), " " * (LABEL + 1)).rstrip())
 
 
-def _wrapped(text: str, indent: str, first: str = "") -> str:
-    """The text in lines that fit. Words, such as paths, are not broken."""
+def _wrap(text: str, indent: str, first: str = "") -> str:
+    """Wraps text to the width. Words, such as paths, are not broken."""
     wrapper = textwrap.TextWrapper(
         width(),
         initial_indent=first,
@@ -83,10 +83,10 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(cell_len(row[place]) for row in rows) for place in range(len(rows[0]))]
 
 
-def _left(cell: str, size: int) -> str:
+def _pad_right(cell: str, size: int) -> str:
     return cell + " " * (size - cell_len(cell))
 
 
 def _print_numbers(name: str, cells: Sequence[str], first: int, widths: Sequence[int]) -> None:
     right = [" " * (GAP + size - cell_len(cell)) + cell for cell, size in zip(cells, widths, strict=True)]
-    print((_left(name, first) + "".join(right)).rstrip())
+    print((_pad_right(name, first) + "".join(right)).rstrip())

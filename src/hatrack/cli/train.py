@@ -20,7 +20,7 @@ def train(
         typer.Option(
             "--like",
             metavar="ADAPTER",
-            help="Take the options of this adapter's run; flags override them.",
+            help="Reuse the options this adapter was trained with; flags override them.",
             autocompletion=complete_name,
         ),
     ] = None,
@@ -35,7 +35,7 @@ def train(
     from hatrack.training.callbacks import format_metrics
     from hatrack.training.train import train as run
 
-    gc.freeze()  # the search for garbage before the first step need not look at imported modules: half a second
+    gc.freeze()  # garbage collection then skips the imported modules, which saves half a second
     hat = run(recipe)
     result = hat.result
     if as_json:
@@ -46,7 +46,7 @@ def train(
     print(f"after      {format_metrics(result['eval'])}")
     print(
         f"took       {result['seconds']:.1f} s for {result['steps']:,} steps, {result['tokens']:,} tokens "
-        f"({result['tokens_per_second']:,.0f} a second)"
+        f"({result['tokens_per_second']:,.0f} per second)"
     )
     name = result["name"]
     use = f"hatrack chat {name}" if hat.task == "chat" else f'hatrack predict {name} "your text"'

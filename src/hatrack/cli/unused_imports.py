@@ -1,8 +1,8 @@
-"""Packages that a command does not need and therefore does not import.
+"""Prevents the import of packages that a command does not need.
 
-transformers and peft import some packages wherever they are installed, which takes a second and 150 MiB. They do
-without a package that is not installed, and `None` in `sys.modules` is Python's own way to say so. It holds for the
-whole process: for commands, whose process is theirs alone, and never for the library.
+transformers and peft import some optional packages if they are installed, which takes a second and 150 MiB. They work
+without a package that is not installed, and `None` in `sys.modules` makes a package appear so. This affects the whole
+process, so only commands do it, never the library.
 """
 
 import sys
@@ -15,9 +15,9 @@ QUANTIZERS = {"bitsandbytes", "scipy"}  # transformers uses scipy for the losses
 
 
 def skip_unused_imports(recipe: Recipe) -> None:
-    """Skips the packages that a run of `recipe` does not need. Call it before transformers is imported.
+    """Skips the packages that a run of `recipe` does not need. Must be called before transformers is imported.
 
-    Nothing is skipped for a tracker, which may need any of them, nor for a resumed run, whose recipe is not read yet.
+    Skips nothing if a tracker is used (it may need any package), or if a run is resumed (its recipe is not read yet).
     """
     if recipe.report_to != "none" or recipe.resume:
         return
@@ -31,7 +31,7 @@ def skip_unused_imports(recipe: Recipe) -> None:
 
 
 def skip_quantizers(*adapters: str) -> None:
-    """Skips the quantizers where none of the adapters was trained on a quantized base.
+    """Skips the quantization packages if none of the adapters was trained on a quantized base.
 
     Raises AdapterError, before anything slow is imported, if an adapter is missing or its hatrack.json is damaged.
     """
