@@ -155,7 +155,7 @@ def test_an_adapter_loaded_for_use_is_not_trained(tmp_path: Path, tiny_encoder: 
     with pytest.raises(AdapterError) as placed:
         place(hat.model, Recipe.make(base=str(tiny_encoder), data=str(reviews)), task="classify")
     what, got, fix = _parts(placed.value)
-    assert what == "the base already carries an adapter" and got == "PeftModelForSequenceClassification"
+    assert what == "the base already has an adapter" and got == "PeftModelForSequenceClassification"
     assert fix == "start from the bare base"
     error = _refused(ModelError, tmp_path, tmp_path / "hat", reviews, name="again")
     assert error.what == f"{tmp_path / 'hat'} is an adapter, not a base"

@@ -236,7 +236,7 @@ def test_a_rank_wider_than_a_layer_is_refused() -> None:
 def test_a_base_that_carries_an_adapter_is_refused() -> None:
     model = _place("Llama", "chat")
     for wrapped in (model, model.get_base_model()):
-        with pytest.raises(AdapterError, match="already carries an adapter"):
+        with pytest.raises(AdapterError, match="already has an adapter"):
             place(wrapped, Recipe.make(), task="chat")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hatrack.adapter import registry
-from hatrack.adapter.card import NAME, AdapterCard
+from hatrack.adapter.card import VALID_NAME, AdapterCard
 from hatrack.errors import AdapterError, Interrupted, RecipeError
 from hatrack.recipe import Recipe
 from hatrack.training.output import find_interrupted, name_from_data
@@ -66,7 +66,7 @@ def _interrupt(recipe: Recipe) -> Run:
 )
 def test_a_name_comes_from_the_data_file(data: str, name: str) -> None:
     assert name_from_data(data) == name
-    assert NAME.fullmatch(f"{name_from_data(data)}-1000")
+    assert VALID_NAME.fullmatch(f"{name_from_data(data)}-1000")
 
 
 def test_what_is_derived_steps_aside(capsys: pytest.CaptureFixture[str]) -> None:

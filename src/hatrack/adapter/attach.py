@@ -22,7 +22,7 @@ from hatrack.adapter.card import CONFIG
 from hatrack.adapter.config import lora_config
 from hatrack.adapter.files import AdapterFiles, read_adapter
 from hatrack.adapter.mismatch import GIVE_ITS_BASE, PREFIX, Mismatches
-from hatrack.adapter.place import head_modules, keep_head_in_float32, saved_copies
+from hatrack.adapter.place import cast_head_to_float32, head_modules, module_copies
 from hatrack.adapter.targets import matches
 from hatrack.errors import AdapterError
 from hatrack.recipe import flag
@@ -216,15 +216,15 @@ def _check_saved_modules(modules: Mapping[str, nn.Module], files: AdapterFiles, 
             if matches(path, target):
                 keys = [f"{PREFIX}{path}.{part}" for part, _ in module.named_parameters()]
                 mismatches.missing += [key for key in keys if key not in files.shapes]
-    mismatches.refuse()
+    mismatches.raise_if_any()
 
 
 def _load_tensors(model: Any, modules: Mapping[str, nn.Module], files: AdapterFiles, name: str) -> None:
     """Loads the file's tensors, after checking that file and model have exactly the same tensors."""
     if files.config["task_type"] == "SEQ_CLS":
-        for path, head in saved_copies(model, name).items():
+        for path, head in module_copies(model, name).items():
             _resize_head(head, path, files.shapes)
-    keep_head_in_float32(model, name)
+    cast_head_to_float32(model, name)
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     tensors = _read_tensors(files, str(model.device))
     # transformers joins the experts of some models into one tensor; join the adapter's in the same way
@@ -238,7 +238,7 @@ def _load_tensors(model: Any, modules: Mapping[str, nn.Module], files: AdapterFi
         if key in tensors and tensors[key].shape != parameter.shape
     }
     mismatches.not_finite = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    mismatches.refuse()
+    mismatches.raise_if_any()
     state = {key: tensors[key].to(parameter.dtype) for key, parameter in expected.items()}
     set_peft_model_state_dict(model, state, adapter_name=name, low_cpu_mem_usage=True)
     for path, parameters in copies.items():

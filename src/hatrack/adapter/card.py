@@ -19,8 +19,8 @@ from hatrack.wheels import is_pypi
 
 HATRACK_JSON, CONFIG = "hatrack.json", "adapter_config.json"
 FORMAT = 1
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What an adapter may be called."""
+VALID_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Valid names of adapters."""
 MAX_JSON_BYTES = 16 * 2**20
 
 
@@ -40,10 +40,10 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """hatrack.json: what peft's config has no place for.
+    """The content of hatrack.json: what peft's config cannot hold.
 
     `base` has at least `source`; `metrics` has `before` and `after`; `proof` is a `proof.Proof` as JSON; `cost` has
-    `planned` and `actual`, what the run took. An answer ends after one of `end_tokens` or before one of `stop_strings`.
+    the `planned` and the `actual` cost. An answer ends after one of `end_tokens` or before one of `stop_strings`.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _is_recipe(value: dict[str, Any]) -> bool:
 
 
 _IS_VALID: dict[str, Callable[[Any], bool]] = {
-    "name": lambda value: value == "" or NAME.fullmatch(value) is not None,
+    "name": lambda value: value == "" or VALID_NAME.fullmatch(value) is not None,
     "task": lambda value: value in ("classify", "chat", "complete"),
     "base": lambda value: (
         isinstance(value.get("source"), str)
@@ -123,7 +123,7 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
         for scores in (value.get("before"), value.get("after"))
     ),
 }
-"""What a field must hold beyond its type, where it is later used as a name, a path, an option or a number."""
+"""Field -> check of its value, beyond its type: for fields that are used as names, paths, options or numbers."""
 
 
 def read_card(folder: Path) -> AdapterCard | None:
@@ -178,18 +178,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def not_an_adapter(folder: Path) -> AdapterError:
-    """The error for a path that is not an adapter's folder: what is there, and which folders in it are adapters'."""
+    """The error for a path that is not an adapter's folder. It says what is there, and lists adapters in it."""
     if folder.is_file():
-        around = f": {folder.parent}" if (folder.parent / CONFIG).is_file() else ""
-        return AdapterError(f"{folder} is a file", fix=f"give the adapter's folder{around}")
+        parent = f": {folder.parent}" if (folder.parent / CONFIG).is_file() else ""
+        return AdapterError(f"{folder} is a file", fix=f"give the adapter's folder{parent}")
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         return AdapterError(f"{folder} cannot be read", got=error.strerror, fix="check its permissions")
     got = join_first(names, 6) or "nothing in it"
-    below = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}")})
-    if below:
-        fix = f"give one of the folders in it: {join_first(below, 5)}"
+    adapter_folders = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{CONFIG}")})
+    if adapter_folders:
+        fix = f"give one of the folders in it: {join_first(adapter_folders, 5)}"
         return AdapterError(f"{folder} is not an adapter's folder", got=got, fix=fix)
     if "config.json" in names:
         return AdapterError(f"{folder} is a model, not an adapter", got=got, fix=f"use it with {flag('base')}")
@@ -229,7 +229,7 @@ def _from_pretrained_arguments(source: str) -> str:
 def model_card(card: AdapterCard, config: Mapping[str, Any]) -> str:
     """An adapter's README.md: what it is, its scores, and how to use it with and without hatrack."""
     source = card.base["source"]
-    head = ["---", f"base_model: {json.dumps(source)}", "library_name: peft", "tags:", "- lora", "- hatrack", "---", ""]
+    front_matter = f"---\nbase_model: {json.dumps(source)}\nlibrary_name: peft\ntags:\n- lora\n- hatrack\n---\n"
     lines = [f"# {card.name}", "", f"A LoRA adapter for `{source}`, made with hatrack. Task: {card.task}.", ""]
     if card.labels:
         lines += [f"Labels: {', '.join(card.labels)}" + (" (several at once)." if card.multi_label else "."), ""]
@@ -265,4 +265,4 @@ def model_card(card: AdapterCard, config: Mapping[str, Any]) -> str:
             'model.generation_config = GenerationConfig.from_pretrained("path/of/this/folder")  # where answers end'
         ]
     lines += ["```", ""]
-    return "\n".join(head + lines)
+    return "\n".join([front_matter, *lines])

@@ -1,6 +1,7 @@
 """Checks any adapter_config.json and makes peft's LoraConfig of it for one base.
 
-Only known fields pass: none can name code to run, a path, a slow regular expression, or a change to the base.
+Only known fields are passed on: a config cannot name code to run, a path, a slow regular expression, or a change to
+the base.
 """
 
 import json
@@ -20,9 +21,9 @@ from hatrack.errors import AdapterError, short_repr
 from hatrack.recipe import flag
 
 UNCHANGED_BASE_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""`init_lora_weights` of adapters trained on the base as it is; other values changed the base's weights first."""
+"""Values of `init_lora_weights` that leave the base's weights as they are; others change them before training."""
 PATTERN_SECONDS = 2.0
-"""The most that all regular expressions of one adapter may take."""
+"""Time limit for all regular expressions of one adapter."""
 MAX_PATTERN_LENGTH = 2000
 CORRECT_FIELDS = "correct these fields in the file"
 PEFT_ITSELF = "use it with peft itself"
@@ -37,89 +38,89 @@ UNSUPPORTED_TASKS = {
 SUPPORTED_TASKS = ("CAUSAL_LM", "SEQ_CLS")
 
 
-def _whole(value: Any) -> bool:
+def _is_positive_int(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**31
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
 
 
-def _names(value: Any) -> bool:
+def _is_name_list(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
-def _layers(value: Any) -> bool:
+def _is_layer_choice(value: Any) -> bool:
     return type(value) is int or (isinstance(value, list) and all(type(number) is int for number in value))
 
 
-def _token_ids(value: Any) -> bool:
-    """Row ids of an embedding, or such lists by the embedding's name."""
-    several = value.values() if isinstance(value, dict) else [value]
-    return all(isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids) for ids in several)
+def _is_token_ids(value: Any) -> bool:
+    """Token ids, or lists of them by the embedding's name."""
+    id_lists = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids) for ids in id_lists)
 
 
-def _plain_name(value: Any) -> bool:
-    """peft puts it into a regular expression, so it may hold letters, digits, `_` and dots only."""
-    several = [value] if isinstance(value, str) else value
-    return _names(several) and all(name.replace("_", "").replace(".", "").isalnum() for name in several)
+def _is_plain_name(value: Any) -> bool:
+    """Whether names hold only letters, digits, `_` and dots: peft puts them into a regular expression."""
+    names = [value] if isinstance(value, str) else value
+    return _is_name_list(names) and all(name.replace("_", "").replace(".", "").isalnum() for name in names)
 
 
-def _table(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _is_table_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(check(entry) for entry in value.values())
 
 
-USED: dict[str, Callable[[Any], bool]] = {
-    "r": _whole,
-    "lora_alpha": _number,
-    "target_modules": lambda value: (isinstance(value, str) and value != "") or (_names(value) and value != []),
-    "target_parameters": _names,
-    "exclude_modules": lambda value: isinstance(value, str) or _names(value),
-    "lora_dropout": lambda value: _number(value) and 0 <= value <= 1,
+USED_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "r": _is_positive_int,
+    "lora_alpha": _is_number,
+    "target_modules": lambda value: (isinstance(value, str) and value != "") or (_is_name_list(value) and value != []),
+    "target_parameters": _is_name_list,
+    "exclude_modules": lambda value: isinstance(value, str) or _is_name_list(value),
+    "lora_dropout": lambda value: _is_number(value) and 0 <= value <= 1,
     "fan_in_fan_out": lambda value: isinstance(value, bool),
     "use_rslora": lambda value: isinstance(value, bool),
     "use_dora": lambda value: isinstance(value, bool),
     "lora_bias": lambda value: isinstance(value, bool),
-    "modules_to_save": _names,
-    "trainable_token_indices": _token_ids,
+    "modules_to_save": _is_name_list,
+    "trainable_token_indices": _is_token_ids,
     "ensure_weight_tying": lambda value: isinstance(value, bool),
-    "layers_to_transform": _layers,
-    "layers_pattern": _plain_name,
-    "rank_pattern": _table(_whole),
-    "alpha_pattern": _table(_number),
+    "layers_to_transform": _is_layer_choice,
+    "layers_pattern": _is_plain_name,
+    "rank_pattern": _is_table_of(_is_positive_int),
+    "alpha_pattern": _is_table_of(_is_number),
     "task_type": lambda value: isinstance(value, str),
 }
-"""The fields that decide what an adapter computes, each with the check of its value. The first three are required,
-or `target_parameters` in place of `target_modules`."""
+"""Fields that decide what an adapter computes -> check of the value. The first three are required, or
+`target_parameters` in place of `target_modules`."""
 
-IGNORED = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "bias"}
-IGNORED |= {"init_lora_weights", "runtime_config", "ephemeral_gpu_offload", "qalora_group_size"}
-IGNORED |= {"auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"}
-IGNORED |= {"lora_ga_config", "merge_weights"}
+IGNORED_FIELDS = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "bias"}
+IGNORED_FIELDS |= {"init_lora_weights", "runtime_config", "ephemeral_gpu_offload", "qalora_group_size"}
+IGNORED_FIELDS |= {"auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"}
+IGNORED_FIELDS |= {"lora_ga_config", "merge_weights"}
 """Fields about how and where an adapter was made, and fields that name code or files: never passed on to peft. Trained
 biases of the base (`bias`) are found by the tensors in the file."""
-NEUTRAL = {option.name: option.default for option in fields(LoraConfig) if option.default is not MISSING}
-"""The defaults of peft's fields, which change nothing."""
+DEFAULTS = {option.name: option.default for option in fields(LoraConfig) if option.default is not MISSING}
+"""Field of peft's config -> its default."""
 
 
 MAY_BE_EMPTY = ("exclude_modules", "layers_pattern", "modules_to_save", "target_parameters", "trainable_token_indices")
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same config with 8.0 as 8, and None for empty texts and lists."""
-    plain = {field: _whole_numbers(value) if field in USED else value for field, value in config.items()}
+    """The config with 8.0 as 8, and None for empty texts and lists."""
+    plain = {field: _floats_to_ints(value) if field in USED_FIELDS else value for field, value in config.items()}
     for field in ("target_modules", *MAY_BE_EMPTY):
         if field in plain and plain[field] in ("", [], {}):
             plain[field] = None
     return plain
 
 
-def _whole_numbers(value: Any) -> Any:
+def _floats_to_ints(value: Any) -> Any:
     """8 for 8.0, in lists and tables too."""
     if isinstance(value, dict):
-        return {key: _whole_numbers(entry) for key, entry in value.items()}
+        return {key: _floats_to_ints(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_whole_numbers(entry) for entry in value]
+        return [_floats_to_ints(entry) for entry in value]
     return int(value) if type(value) is float and value.is_integer() else value
 
 
@@ -130,7 +131,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     required = ["r", "lora_alpha"] if config.get("target_parameters") else ["r", "lora_alpha", "target_modules"]
     wrong = [
         f"{field} {short_repr(config.get(field))}"
-        for field, is_valid in USED.items()
+        for field, is_valid in USED_FIELDS.items()
         if (field in required or config.get(field) is not None) and not is_valid(config.get(field))
     ]
     if wrong:
@@ -199,12 +200,13 @@ def _check_task(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def lora_config(path: Path, config: Mapping[str, Any], layers: Sequence[str]) -> LoraConfig:
-    """Makes peft's config for a base whose modules and parameters are called `layers`; each regular expression in it is
-    replaced by the names it matches.
+    """Makes peft's config for a base, with each regular expression replaced by the names it matches.
+
+    `layers`: the names of the base's modules and parameters.
 
     Raises AdapterError, naming `path`, if a regular expression is malformed or takes too long, or no layer matches.
     """
-    given = {field: config[field] for field in USED if config.get(field) is not None}
+    given = {field: config[field] for field in USED_FIELDS if config.get(field) is not None}
     patterns = {field: given[field] for field in ("target_modules", "exclude_modules") if _is_pattern(given.get(field))}
     pattern_keys = [(field, key) for field in ("rank_pattern", "alpha_pattern") for key in given.get(field, {})]
     regexes = [*patterns.values(), *(rf"(.*\.)?({key})" for _, key in pattern_keys)]  # as peft reads such a key
@@ -281,6 +283,6 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _is_unknown(field: str, value: Any) -> bool:
-    """Whether a field is neither used nor ignored here, and is set."""
-    empty: Collection[Any] = (None, False, 0, "", [], {}, NEUTRAL.get(field))
-    return field not in USED and field not in IGNORED and value not in empty
+    """Whether a field is set, and neither used nor ignored here."""
+    empty: Collection[Any] = (None, False, 0, "", [], {}, DEFAULTS.get(field))
+    return field not in USED_FIELDS and field not in IGNORED_FIELDS and value not in empty

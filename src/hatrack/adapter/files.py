@@ -24,11 +24,10 @@ from hatrack.adapter.place import PISSA_START
 from hatrack.base.header import read_file_header
 from hatrack.console import say_once
 from hatrack.errors import AdapterError, ModelError
-from hatrack.file_kind import PICKLE as PICKLED
-from hatrack.file_kind import SAFETENSORS, wrong_kind_error
+from hatrack.file_kind import PICKLE, SAFETENSORS, wrong_kind_error
 from hatrack.storage import new_folder, write_file
 
-WEIGHTS, PICKLE, CARD = "adapter_model.safetensors", "adapter_model.bin", "README.md"
+WEIGHTS, PICKLED_WEIGHTS, README = "adapter_model.safetensors", "adapter_model.bin", "README.md"
 MAX_HEADER_BYTES = 16 * 2**20
 """Room for 100,000 tensors."""
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -57,7 +56,7 @@ def save_adapter(
     """Writes the adapter in use as a folder, all or nothing: peft's two files, hatrack.json, a model card.
 
     `base`: the base's name for other machines: a hub id, a `pypi:` name, or a path. `extra_files`: name -> content.
-    Raises AdapterError if `folder` is not empty, or if a tensor that was placed would not be saved.
+    Raises AdapterError if `folder` is not empty, or if a tensor of the adapter was not saved.
     """
     if folder.exists() and any(folder.iterdir()):
         raise AdapterError("the adapter's folder exists already", got=folder, fix="choose another one")
@@ -79,17 +78,17 @@ def save_adapter(
                 "the tensors saved are not those placed", got=", ".join(wrong[:5]), fix="please report it"
             )
         write_file(working / HATRACK_JSON, card.to_json())
-        write_file(working / CARD, model_card(card, config))
+        write_file(working / README, model_card(card, config))
         for file, content in (extra_files or {}).items():
             write_file(working / file, content)
 
 
 def placed_tensors(model: Any, name: str) -> set[str]:
-    """File names of an adapter's tensors in a model, found by the model's parameters, independently of peft."""
-    parameters = (full for full, _ in model.named_parameters() if f".{name}." in f"{full}.")
-    saved = (full for full in parameters if ".lora_" in full or f".modules_to_save.{name}." in full)
-    names = (full.replace(f".modules_to_save.{name}.", ".").replace(f".{name}", "") for full in saved)
-    return {full.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector") for full in names}
+    """The names that an adapter's tensors get in its file, from the model's parameters, independently of peft."""
+    paths = (path for path, _ in model.named_parameters() if f".{name}." in f"{path}.")
+    saved = (path for path in paths if ".lora_" in path or f".modules_to_save.{name}." in path)
+    names = (path.replace(f".modules_to_save.{name}.", ".").replace(f".{name}", "") for path in saved)
+    return {path.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector") for path in names}
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
@@ -128,17 +127,17 @@ def read_adapter(folder: Path) -> AdapterFiles:
             got=", ".join(not_float[:5]),
             fix="copy the adapter again",
         )
-    names = _names_by_peft(folder / WEIGHTS, header)
+    names = _peft_names(folder / WEIGHTS, header)
     shapes = {name: header[stored].shape for name, stored in names.items()}
     return AdapterFiles(folder, config, card, shapes, names)
 
 
 WRAPPER_NAMES = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module\.)+")
-"""What torch.compile, FSDP, checkpointing and DDP add to parameter names."""
+"""The parts that torch.compile, FSDP, checkpointing and DDP add to parameter names."""
 
 
-def _names_by_peft(path: Path, stored: Iterable[str]) -> dict[str, str]:
-    """peft's name -> name in the file, which may hold what a trainer added."""
+def _peft_names(path: Path, stored: Iterable[str]) -> dict[str, str]:
+    """peft's name -> name in the file, which may have parts that a trainer added."""
     by_stored = {name: WRAPPER_NAMES.sub("", name) for name in stored}
     prefix = "base_model.model."
     if not any(name.startswith(prefix) for name in by_stored.values()):
@@ -148,8 +147,8 @@ def _names_by_peft(path: Path, stored: Iterable[str]) -> dict[str, str]:
     found = {rest: name for name, rest in by_stored.items()}
     changed = [name for name, rest in by_stored.items() if name != rest]
     if len(found) < len(by_stored):
-        double = next(name for name, rest in by_stored.items() if found[rest] != name)
-        raise AdapterError(f"{path} holds a tensor twice", got=double, fix="save the adapter again with peft")
+        repeated = next(name for name, rest in by_stored.items() if found[rest] != name)
+        raise AdapterError(f"{path} holds a tensor twice", got=repeated, fix="save the adapter again with peft")
     if changed:
         say_once(f"{path}: names that a trainer changed, such as {changed[0]}, are read as {by_stored[changed[0]]}")
     return found
@@ -166,9 +165,9 @@ def _without_adapter_name(name: str) -> str:
 def _check_weights_file(folder: Path) -> None:
     if (folder / WEIGHTS).is_file():
         return
-    if (folder / PICKLE).is_file():
-        raise wrong_kind_error(folder / PICKLE, PICKLED, AdapterError) or AdapterError(
-            f"{folder / PICKLE} is a pickle, which can run code when it is opened",
+    if (folder / PICKLED_WEIGHTS).is_file():
+        raise wrong_kind_error(folder / PICKLED_WEIGHTS, PICKLE, AdapterError) or AdapterError(
+            f"{folder / PICKLED_WEIGHTS} is a pickle, which can run code when it is opened",
             got=f"no {WEIGHTS}",
             fix="ask for safetensors, or convert it with torch.load(weights_only=True) and safetensors.torch.save_file",
         )

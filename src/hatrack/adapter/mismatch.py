@@ -1,4 +1,4 @@
-"""Collects every tensor of an adapter that does not fit a base, to refuse them all at once."""
+"""Collects every tensor of an adapter that does not fit a base, and reports them all at once."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,14 +13,18 @@ from hatrack.errors import AdapterError
 from hatrack.recipe import flag
 
 PREFIX = "base_model.model."
-"""What peft puts before the base's parameter names."""
+"""The prefix that peft puts before the base's parameter names."""
 GIVE_ITS_BASE = "give it the base it was trained on"
 
 
 @dataclass
 class Mismatches:
-    """Names of an adapter's tensors that do not fit: `missing` from the file, `unexpected` in it, with other `shapes`
-    than the model's (name -> the model's), `unlike_base` if the adapter cannot have its own, `not_finite`."""
+    """The names of an adapter's tensors that do not fit a base.
+
+    `missing`: not in the file; `unexpected`: not in the model; `shapes`: name -> the model's shape, if the file has
+    another; `unlike_base`: with other values than the base's, in a module that the adapter cannot have a copy of;
+    `not_finite`: with inf or nan.
+    """
 
     files: AdapterFiles
     modules: Mapping[str, nn.Module]
@@ -30,8 +34,8 @@ class Mismatches:
     unlike_base: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
 
-    def refuse(self) -> None:
-        """Raises AdapterError with all of them and what to do, if there are any."""
+    def raise_if_any(self) -> None:
+        """Raises AdapterError with all mismatches and the fix, if there are any."""
         problems = [f"{key}: missing from the file" for key in self.missing]
         problems += [f"{key}: no place in the model" for key in self.unexpected]
         problems += [f"{key}: file {self.files.shapes.get(key)}, model {shape}" for key, shape in self.shapes.items()]
@@ -44,18 +48,18 @@ class Mismatches:
         raise AdapterError(f"{count} not fit in {self.files.weights}", got=shown, fix=self._fix())
 
     def _fix(self) -> str:
-        """What to do about them, by their most likely cause."""
+        """The fix for the most likely cause of the mismatches."""
         experts = _single_experts(self.unexpected)
-        unnamed = {_module_of(key) for key in self.unexpected} & set(self.modules)
-        if self.shapes or self.unlike_base or set(map(_module_of, self.unexpected)) - unnamed - experts:
+        not_targeted = {_module_of(key) for key in self.unexpected} & set(self.modules)
+        if self.shapes or self.unlike_base or set(map(_module_of, self.unexpected)) - not_targeted - experts:
             return GIVE_ITS_BASE
         if experts:
             return f"this version of transformers joins a layer's experts; {PEFT_ITSELF}, as it was when it was trained"
-        if unnamed:
-            names = sorted({full.rpartition(".")[2] for full in unnamed})
+        if not_targeted:
+            names = sorted({path.rpartition(".")[2] for path in not_targeted})
             return f"name these layers in target_modules of {CONFIG}: {', '.join(names[:8])}"
         if self.missing and min(map(_layer_number, self.missing)) > max(map(_layer_number, self.files.shapes)):
-            return GIVE_ITS_BASE  # this one has more layers
+            return GIVE_ITS_BASE  # the model has more layers than the adapter
         if self.not_finite and not self.missing:
             return f"copy the adapter again, or train it again with a lower {flag('lr')}"
         return "copy the adapter again: its file is incomplete"

@@ -1,4 +1,4 @@
-"""Finds an adapter's task and base, also for adapters without a hatrack.json."""
+"""Finds an adapter's task and base, even without a hatrack.json."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from hatrack.errors import AdapterError, MachineError, ModelError
 from hatrack.recipe import flag
 
 TASKS = {"SEQ_CLS": "classify", "CAUSAL_LM": "chat"}
-HEADS = (".score.", ".classifier.", ".classification_head.")
+HEAD_PARTS = (".score.", ".classifier.", ".classification_head.")
 
 
 def card_of(files: AdapterFiles, base: str | None = None) -> AdapterCard:
@@ -63,7 +63,7 @@ def find_base_of(files: AdapterFiles, base: str | None = None, *, trust: str | N
 
 
 def _label_count(files: AdapterFiles) -> int:
-    """A classifier's number of labels, by the shapes of its head."""
+    """The number of labels of a classifier, from the shapes of its head."""
     matrices = {name: shape for name, shape in files.shapes.items() if len(shape) == 2 and ".lora_" not in name}
-    heads = [shape[0] for name, shape in matrices.items() if any(head in name for head in HEADS)]
+    heads = [shape[0] for name, shape in matrices.items() if any(head in name for head in HEAD_PARTS)]
     return min(heads or [shape[0] for shape in matrices.values()], default=0)

@@ -19,7 +19,7 @@ from hatrack.upstream.peft import use_layers
 
 TASK_TYPES = {"classify": "SEQ_CLS", "chat": "CAUSAL_LM", "complete": "CAUSAL_LM"}
 PISSA_START = "_hatrack_start"
-"""Attribute of a PiSSA model: its adapter's initial tensors. What is saved is the difference from them."""
+"""Attribute of a model with a PiSSA adapter: the adapter's initial tensors. The difference from them is saved."""
 
 
 def place(
@@ -27,14 +27,12 @@ def place(
 ) -> PeftModel:
     """Wraps a frozen base with a new adapter as `recipe` says. Only adapter and head are trainable; both are float32.
 
-    `task`: classify, chat or complete. `layer_classes`: class of a layer -> adapted layer to use in place of peft's.
+    `task`: classify, chat or complete. `layer_classes`: layer class -> adapted layer class to use in place of peft's.
     Raises TargetError for layer names that match nothing, RecipeError for a rank that does not fit, AdapterError if
-    the base has an adapter already.
+    the base already has an adapter.
     """
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
-        raise AdapterError(
-            "the base already carries an adapter", got=type(model).__name__, fix="start from the bare base"
-        )
+        raise AdapterError("the base already has an adapter", got=type(model).__name__, fix="start from the bare base")
     linears = linear_layers(model)
     heads = head_modules(model) if task == "classify" else []
     modules = [module_name for module_name, _ in model.named_modules() if module_name]
@@ -68,9 +66,9 @@ def place(
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses the old name
         wrapped = get_peft_model(model, config, adapter_name=name)
     _check_placed(wrapped, choice)
-    keep_head_in_float32(wrapped, name)
+    cast_head_to_float32(wrapped, name)
     if recipe.variant == "pissa":
-        _keep_initial_tensors(wrapped, name)
+        _store_initial_tensors(wrapped, name)
     say(f"adapters on {len(choice.names)} layers: {choice.why} ({', '.join(last_parts(choice.names))})")
     for note in choice.notes:
         say(note)
@@ -90,7 +88,7 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def head_modules(model: Any) -> list[str]:
-    """The modules with parameters outside the base model: the head of a task."""
+    """The names of the task's head modules: those with parameters, outside the base model."""
     return [
         name
         for name, module in model.named_children()
@@ -99,33 +97,33 @@ def head_modules(model: Any) -> list[str]:
 
 
 def output_modules(model: Any) -> list[str]:
-    """The module that turns a language model's hidden states into logits, by full name."""
+    """The full name of the module that turns a language model's hidden states into logits, in a list."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [name for name, module in model.named_modules() if module is output]
 
 
-def saved_copies(model: Any, name: str) -> dict[str, nn.Module]:
+def module_copies(model: Any, name: str) -> dict[str, nn.Module]:
     """Full name -> the adapter's own copy of each module in `modules_to_save`."""
     return {
-        full: module.modules_to_save[name]
-        for full, module in model.named_modules()
+        path: module.modules_to_save[name]
+        for path, module in model.named_modules()
         if hasattr(module, "modules_to_save")
         and isinstance(module.modules_to_save, nn.ModuleDict)
         and name in module.modules_to_save
     }
 
 
-def keep_head_in_float32(model: Any, name: str) -> None:
+def cast_head_to_float32(model: Any, name: str) -> None:
     """Casts the adapter's head to float32, and its inputs by a hook (docs/decisions/0004).
 
-    Other modules that an adapter has a copy of (an embedding, a norm) stay in the base's dtype, in which the modules
-    after them compute; so does a head whose weight is tied to an embedding.
+    Other modules that an adapter has a copy of (an embedding, a norm) stay in the base's dtype, because the modules
+    after them compute in it. A head whose weight is tied to an embedding stays in it, too.
     """
     if getattr(model.peft_config[name], "ensure_weight_tying", False):
         return
     task_heads = tuple(f"base_model.model.{module}." for module in head_modules(model.get_base_model()))
-    for full, head in saved_copies(model, name).items():
-        if f"{full}.".startswith(task_heads):
+    for path, head in module_copies(model, name).items():
+        if f"{path}.".startswith(task_heads):
             head.float()
             head.register_forward_pre_hook(_inputs_to_float32)
 
@@ -135,7 +133,7 @@ def _inputs_to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any,
 
 
 def _check_placed(model: Any, choice: TargetChoice) -> None:
-    """Checks that peft put adapters on all chosen layers and no others."""
+    """Raises TargetError unless peft put adapters on exactly the chosen layers."""
     prefix = "base_model.model."
     placed = {name.removeprefix(prefix) for name, module in model.named_modules() if hasattr(module, "lora_A")}
     wrong = sorted(placed ^ set(choice.names))
@@ -143,7 +141,7 @@ def _check_placed(model: Any, choice: TargetChoice) -> None:
         raise TargetError("adapters were not placed as chosen", got=", ".join(wrong[:5]), fix="name layers in full")
 
 
-def _keep_initial_tensors(model: Any, name: str) -> None:
-    """Keeps the initial tensors of a PiSSA adapter, which peft took out of the base, until it is saved."""
+def _store_initial_tensors(model: Any, name: str) -> None:
+    """Stores a PiSSA adapter's initial tensors in the model until it is saved: peft subtracted them from the base."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     setattr(model, PISSA_START, {key: tensor.detach().clone() for key, tensor in state.items() if ".lora_" in key})

@@ -28,8 +28,8 @@ PROBE = (
 MAX_TOKENS, MAX_ROWS, TOP_ANSWERS = 32, 16, 16
 TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.05
 """How far a probability may be from the recorded one: in float32, and in or between dtypes of fewer bits."""
-INERT = 1e-5
-"""Relative change of the logits that rounding alone can cause: an adapter that changes no more does nothing."""
+INERT_CHANGE = 1e-5
+"""Relative change of the logits that rounding alone can cause. An adapter that changes no more has no effect."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def probe_logits(model: Any, probe: list[list[int]], base: Base) -> torch.Tensor
 
 
 def probe_tokens(base: Base) -> list[list[int]]:
-    """The probe in a base's tokens: rows of one length, so that no padding is needed."""
+    """The probe texts as tokens of a base, cut to one length, so that no padding is needed."""
     ends = [base.tokenizer.eos_token_id] if getattr(base.model.config, "is_encoder_decoder", False) else []
     rows = [base.tokenizer(text)["input_ids"] for text in PROBE]
     rows = [row if row[-1:] == ends or not ends else row + ends for row in rows]
@@ -71,7 +71,7 @@ def probe_tokens(base: Base) -> list[list[int]]:
 
 
 def mean_max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of two probabilities in each row, mean over rows."""
+    """The largest difference between two probabilities in each row; the mean over rows."""
     return float((one - other).abs().amax(-1).mean())
 
 
@@ -167,7 +167,7 @@ def read_proof(files: AdapterFiles) -> Proof | None:
 
 
 def _run_both(model: Any, probe: list[list[int]], base: Base) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probe's logits without and with the adapter in use, which stays in use."""
+    """The logits of the probe without and with the adapter in use; it stays in use."""
     name = model.active_adapter
     model.eval()
     try:
@@ -191,7 +191,7 @@ def _check_effect(files: AdapterFiles, bare: torch.Tensor, adapted: torch.Tensor
             f"with {files.folder} the model's output is not a number", got="inf or nan", fix="train with a lower --lr"
         )
     zero, count = zero_tensors(files)
-    if bare.shape == adapted.shape and (bare - adapted).abs().max() <= INERT * (1 + bare.abs().max()):
+    if bare.shape == adapted.shape and (bare - adapted).abs().max() <= INERT_CHANGE * (1 + bare.abs().max()):
         raise AdapterError(
             f"{files.folder} changes nothing: with it the base answers as without it",
             got=f"{len(zero)} of {count} lora_B all zero" + (f" ({', '.join(zero[:3])})" if zero else ""),
@@ -231,7 +231,7 @@ def _check_tensors(files: AdapterFiles, proof: Proof) -> None:
 
 
 def _check_answers(files: AdapterFiles, proof: Proof, base: Base, bare: torch.Tensor, adapted: torch.Tensor) -> None:
-    """Compares the probabilities with the recorded ones: those of the base first, on which the adapter depends."""
+    """Compares the probabilities with the recorded ones, those of the base first: the adapter depends on them."""
     multi_label = _is_multi_label(files)
     chosen = torch.tensor(proof.answers)
     same = str(base.dtype) == f"torch.{proof.dtype}"
@@ -241,12 +241,12 @@ def _check_answers(files: AdapterFiles, proof: Proof, base: Base, bare: torch.Te
     compared = [(str(files.folder), adapted, proof.adapter)]
     if files.config.get("task_type") != "SEQ_CLS":  # the head of a bare classifier is not the trained one
         compared.insert(0, ("the base", bare, proof.base))
-    for what, logits, table in compared:
-        apart = mean_max_difference(probabilities(logits, multi_label).gather(1, chosen), torch.tensor(table))
-        if not apart <= tolerance:
+    for what, logits, recorded in compared:
+        difference = mean_max_difference(probabilities(logits, multi_label).gather(1, chosen), torch.tensor(recorded))
+        if not difference <= tolerance:
             raise AdapterError(
                 f"{what} does not give the answers recorded when {files.folder} was made",
-                got=f"probabilities {apart:.2%} apart, more than {tolerance:.2%}",
+                got=f"probabilities {difference:.2%} apart, more than {tolerance:.2%}",
                 fix="give the base it was trained on; --no-proof leaves this check out",
             )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hatrack.adapter.card import (
     CONFIG,
-    NAME,
+    VALID_NAME,
     AdapterCard,
     not_an_adapter,
     read_card,
@@ -62,7 +62,7 @@ def find_adapter(adapter: str | Path) -> Path:
     if (path / CONFIG).is_file():
         return path
     name = str(adapter)
-    if NAME.fullmatch(name) and _entry(name).exists():
+    if VALID_NAME.fullmatch(name) and _entry(name).exists():
         folder = Path(str(read_json_object(_entry(name)).get("folder")))
         if not (folder / CONFIG).is_file():
             raise AdapterError(
@@ -85,7 +85,7 @@ def list_adapters() -> list[RegisteredAdapter]:
 def registered_name(adapter: str | Path, folder: Path) -> str:
     """An adapter's name: `adapter` if that is its name on the rack, else the name its `folder` is registered under,
     else the one in its hatrack.json, else its folder's."""
-    if NAME.fullmatch(str(adapter)) and _registered_folder(str(adapter)) == folder.resolve():
+    if VALID_NAME.fullmatch(str(adapter)) and _registered_folder(str(adapter)) == folder.resolve():
         return str(adapter)
     card = read_card(folder)
     own = valid_name(card.name if card and card.name else folder.resolve().name)
@@ -99,9 +99,11 @@ def rename(old: str, new: str) -> None:
     Raises AdapterError if `new` is taken or invalid, or `old` is not on the rack.
     """
     with _locked_rack():
-        folder = _folder(old)
+        folder = _require_folder(old)
         if _entry(new).exists():
-            raise AdapterError(f"the name {new} is taken on the rack", got=_folder(new), fix="choose another one")
+            raise AdapterError(
+                f"the name {new} is taken on the rack", got=_require_folder(new), fix="choose another one"
+            )
         _register(new, folder)
         _entry(old).unlink(missing_ok=True)
     try:
@@ -116,7 +118,7 @@ def unregister(name: str, *, delete_files: bool = False) -> None:
     Raises AdapterError if the name is not on the rack.
     """
     with _locked_rack():
-        folder = _folder(name)
+        folder = _require_folder(name)
         if delete_files and (folder / CONFIG).is_file():
             with machine_errors(folder):
                 shutil.rmtree(folder)
@@ -128,7 +130,7 @@ def _rack() -> Path:
 
 
 def _locked_rack() -> contextlib.AbstractContextManager[None]:
-    """Lets one process write at a time, so that nobody takes a name between the check and the write."""
+    """Lets one process write at a time, so that no other registers a name between the check and the write."""
     return locked(_rack() / ".lock")
 
 
@@ -151,7 +153,7 @@ def _check_free(name: str, folder: Path, *, replace: bool = False) -> None:
 
 def check_name(name: str) -> None:
     """Raises AdapterError if an adapter cannot have this name."""
-    if not NAME.fullmatch(name):
+    if not VALID_NAME.fullmatch(name):
         raise AdapterError(
             "invalid adapter name", got=repr(name), fix="use letters, digits, '.', '_' and '-', at most 64"
         )
@@ -175,18 +177,18 @@ def names() -> list[str]:
     return sorted(path.stem for path in _rack().glob("*.json")) if _rack().is_dir() else []
 
 
-def _folder(name: str) -> Path:
+def _require_folder(name: str) -> Path:
     """The folder registered under a name. Raises AdapterError if there is none."""
     if not _entry(name).exists():
         find_adapter(name)  # raises with the nearest name
-        raise AdapterError("that is a folder, not a name on the rack", got=name, fix="hatrack list shows the names")
+        raise AdapterError("this is a folder, not a name on the rack", got=name, fix="hatrack list shows the names")
     return Path(str(read_json_object(_entry(name)).get("folder")))
 
 
 def _describe(name: str) -> RegisteredAdapter:
     folder, config, card = Path("?"), None, None
     try:
-        folder = _folder(name)
+        folder = _require_folder(name)
         config = read_json_object(folder / CONFIG)
         card = read_card(folder)
     except AdapterError:

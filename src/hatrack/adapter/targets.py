@@ -17,7 +17,7 @@ NEVER_ADAPTED = {
 """Layers that never get an adapter, and why: one on a router changes which experts run, not what they say."""
 
 OTHER_MODALITIES = re.compile(r"vision|visual|image|img_|audio|speech", re.IGNORECASE)
-"""Parts of a model that text does not pass through: an adapter there would learn nothing."""
+"""Parts of a model that text does not pass through. An adapter there would learn nothing."""
 
 NARROW_RATIO = 8
 """A layer narrower than the adapter's rank is left out if the widest layer is at least 8 times as wide."""
@@ -31,7 +31,7 @@ KINDS = {
     "state-space": r"(^|\.)(mamba|mixer)\.in_proj$",
     "MLP": "",
 }
-"""What a projection belongs to, by the first pattern that its place in a layer matches."""
+"""Kind of block -> pattern of a projection's path inside its layer. The first match counts."""
 
 OUTPUT_HEADS = (
     "lm_head",
@@ -50,9 +50,8 @@ OUTPUT_HEADS = (
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """What targets are chosen among. `linears`: full name -> (d_in, d_out). `heads`: modules of the output head.
-    `modules`: every module's name, so that no short target name matches something else. `experts`: those that are one
-    tensor in each layer."""
+    """The layers of a model to choose targets from. `linears`: full name -> (d_in, d_out). `heads`: modules of the
+    output head. `modules`: every module's name, so that no short target name matches something else."""
 
     linears: Mapping[str, tuple[int, int]]
     heads: Collection[str] = ()
@@ -164,14 +163,14 @@ def _expert_notes(experts: Experts, taken_for_experts: Collection[str]) -> list[
 
 
 def _narrow_layers(names: Collection[str], linears: Mapping[str, tuple[int, int]], r: int) -> set[str]:
-    """Those 1 wide, or narrower than `r` and than an eighth of the widest: small dials beside the projections."""
+    """Layers that are 1 wide, or narrower than `r` and than an eighth of the widest: gates rather than projections."""
     widest = max((max(linears[name]) for name in names), default=0)
     sides = {name: min(linears[name]) for name in names}
     return {name for name, side in sides.items() if side == 1 or (side < r and NARROW_RATIO * side <= widest)}
 
 
 def _kinds(names: Iterable[str]) -> str:
-    """What projections belong to: `attention and MLP`."""
+    """The kinds of blocks that projections belong to: `attention and MLP`."""
     places = {(_split_name(name) or ("", 0, name))[2] for name in names}
     found = {next(kind for kind, pattern in KINDS.items() if re.search(pattern, place)) for place in places}
     ordered = [kind for kind in KINDS if kind in found]
@@ -179,7 +178,7 @@ def _kinds(names: Iterable[str]) -> str:
 
 
 def _match_targets(targets: Sequence[str], allowed: set[str], layers: ModelLayers) -> set[str]:
-    """Every allowed layer that one of the targets names. Raises TargetError if a target names none."""
+    """The allowed layers that the targets name. Raises TargetError if a target names none."""
     experts, found = layers.experts, join_first(last_parts(allowed), 12)
     fused = [t for t in targets if _last_part(t) in experts.names or any(matches(name, t) for name in experts.modules)]
     if fused:
@@ -216,7 +215,7 @@ def _why_no_match(target: str, allowed: set[str], layers: ModelLayers) -> str:
 
 
 def _in_top_layers(names: set[str], linears: Iterable[str], top: int) -> set[str]:
-    """Those in the last `top` layers of their stack. A shorter second stack keeps all of its layers."""
+    """The names in the last `top` layers of their stack. A shorter second stack keeps all of its layers."""
     depths = layer_counts(linears)
     deepest = max(depths.values(), default=0)
     if top > deepest:

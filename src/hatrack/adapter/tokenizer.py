@@ -24,13 +24,13 @@ def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
     """
     if (folder / HATRACK_JSON).exists():
         return None
-    others = (
+    wrong_kinds = (
         wrong_kind_error(path, "a tokenizer's file", AdapterError)
         for name in TOKENIZER_FILES
         for path in folder.glob(name)
     )
-    for other in filter(None, others):
-        raise other
+    for error in filter(None, wrong_kinds):
+        raise error
     try:
         config, settings = (read_optional_json(folder / name) for name in (CONFIG, TOKENIZER_CONFIG))
         if not has_tokenizer(folder, settings):
@@ -38,8 +38,8 @@ def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
         if needed_code(config, settings):
             say_once(f"{folder}: its tokenizer needs code of its own, which is not run: the base's tokenizer is used")
             return None
-        rows = base.model.get_input_embeddings().weight.shape[0]
-        own = load_tokenizer(BaseDescription(str(folder), folder, config, {}, settings), rows)
+        vocabulary_size = base.model.get_input_embeddings().weight.shape[0]
+        own = load_tokenizer(BaseDescription(str(folder), folder, config, {}, settings), vocabulary_size)
     except ModelError as error:
         fix = "copy the adapter again, or remove the tokenizer's files from it to use the base's"
         raise AdapterError(error.what, got=error.got, fix=fix, gotcha="tokenizer-beside") from error
@@ -49,21 +49,21 @@ def load_adapter_tokenizer(folder: Path, base: Base) -> Any | None:
     say_once(f"{folder}: its own tokenizer is used: {', '.join(differences)}")
     own.padding_side = base.tokenizer.padding_side
     own.chat_template = own.chat_template or base.tokenizer.chat_template
-    own.pad_token = own.convert_ids_to_tokens(base.tokenizer.pad_token_id)  # the model knows padding by this id
+    own.pad_token = own.convert_ids_to_tokens(base.tokenizer.pad_token_id)  # the model uses this id for padding
     return own
 
 
-def _differences(own: Any, bases: Any) -> list[str]:
-    """How a tokenizer differs from the base's, for people."""
-    here, there = own.get_vocab(), bases.get_vocab()
-    added = sorted((token for token in here if token not in there), key=here.__getitem__)
-    moved = [token for token, token_id in here.items() if there.get(token, token_id) != token_id]
-    special = set(own.all_special_tokens) - {*bases.all_special_tokens, *added, own.pad_token}
+def _differences(own: Any, base_tokenizer: Any) -> list[str]:
+    """Describes how a tokenizer differs from the base's."""
+    vocabulary, base_vocabulary = own.get_vocab(), base_tokenizer.get_vocab()
+    added = sorted((token for token in vocabulary if token not in base_vocabulary), key=vocabulary.__getitem__)
+    moved = [token for token, token_id in vocabulary.items() if base_vocabulary.get(token, token_id) != token_id]
+    special = set(own.all_special_tokens) - {*base_tokenizer.all_special_tokens, *added, own.pad_token}
     differences = [f"{len(added):,} more tokens, such as {short_repr(added[0])}"] if added else []
     differences += [f"{len(moved):,} tokens with other ids, such as {short_repr(moved[0])}"] if moved else []
     differences += [f"{short_repr(sorted(special)[0])} is a special token"] if special else []
-    if own.chat_template and own.chat_template != bases.chat_template:
+    if own.chat_template and own.chat_template != base_tokenizer.chat_template:
         differences.append("another chat template")
-    if not differences and own(SAMPLE_TEXT)["input_ids"] != bases(SAMPLE_TEXT)["input_ids"]:
+    if not differences and own(SAMPLE_TEXT)["input_ids"] != base_tokenizer(SAMPLE_TEXT)["input_ids"]:
         differences.append("other tokens for the same text")
     return differences

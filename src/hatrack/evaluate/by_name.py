@@ -25,16 +25,16 @@ def compare(
     Returns a `Comparison` for one adapter, `Comparisons` for several. Raises AdapterError where they cannot be
     compared, DataError if too few rows are left, RecipeError for an invalid option, and what `hatrack.load` raises.
     """
-    several = [each for given in adapters for each in (given if isinstance(given, list) else [given])]
-    if not several:
+    found = [each for given in adapters for each in (given if isinstance(given, list) else [given])]
+    if not found:
         raise RecipeError("no adapter was named", fix='name one, such as hatrack.compare("reviews")')
-    reading = {name: options.pop(name) for name in (*COLUMNS, "bad_rows") if name in options}
-    loaded = [adapter for adapter in several if isinstance(adapter, Hat)]
-    if loaded and (len(several) > 1 or options):
+    read_options = {name: options.pop(name) for name in (*COLUMNS, "bad_rows") if name in options}
+    loaded = [adapter for adapter in found if isinstance(adapter, Hat)]
+    if loaded and (len(found) > 1 or options):
         raise RecipeError("a loaded Hat is compared by itself", fix="attach the others to it with add")
-    hat = loaded[0] if loaded else load([str(adapter) for adapter in several], **options)
+    hat = loaded[0] if loaded else load([str(adapter) for adapter in found], **options)
     source = (
         data if data is None or isinstance(data, str) else str(data) if isinstance(data, Path) else cache_rows(data)
     )
-    found = compare_on(hat, held_out_rows(hat, source, **reading))
-    return found if len(found.adapters) > 1 else next(iter(found.adapters.values()))
+    result = compare_on(hat, held_out_rows(hat, source, **read_options))
+    return result if len(result.adapters) > 1 else next(iter(result.adapters.values()))

@@ -39,8 +39,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """`adapters`: name -> that adapter against the base. `pairs`: two names -> the second adapter against the
-    first, whose score is in `base`."""
+    """`adapters`: name -> comparison of the adapter with the base. `pairs`: (first, second) -> comparison of the second
+    adapter with the first, whose score is in `base`."""
 
     adapters: dict[str, Comparison]
     pairs: dict[tuple[str, str], Comparison]
@@ -50,7 +50,7 @@ class Comparisons:
         return {"better": pair[1], "worse": pair[0]}.get(self.pairs[pair].verdict)
 
     def as_json(self) -> dict[str, Any]:
-        """The object that `hatrack compare --json` prints: of one adapter its comparison, else of all."""
+        """The object that `hatrack compare --json` prints: for one adapter its comparison, else all comparisons."""
         if len(self.adapters) == 1:
             return next(iter(self.adapters.values())).as_json()
         return {
@@ -71,11 +71,11 @@ class Comparisons:
 
 
 def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, seed: int = 0) -> Comparisons:
-    """Scores the bare base and each adapter named in `rows`, which holds the same rows as tokens of each adapter.
+    """Scores the bare base and the adapters in `rows`: name -> the same rows, in the tokens of that adapter.
 
     The adapter in use stays in use.
     """
-    before, first = hat.active, next(iter(rows.values()))
+    previous, first = hat.active, next(iter(rows.values()))
     scores: dict[str | None, Score] = {}
     try:
         for name in (None, *rows):
@@ -83,7 +83,7 @@ def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, se
             tokens = first if name is None else rows[name]
             scores[name] = score(hat.model, tokens, ScoreSettings(hat.task, batch_size, hat.pad_id, hat.base.device))
     finally:
-        hat.use(before)
+        hat.use(previous)
     metric = main_metric(hat.task)
     return Comparisons(
         {name: compare_scores(metric, scores[None], scores[name], seed=seed) for name in rows},
@@ -97,8 +97,8 @@ def compare(hat: Hat, rows: Mapping[str, TokenRows], *, batch_size: int = 16, se
 def compare_scores(metric: str, base: Score, adapter: Score, *, seed: int = 0) -> Comparison:
     """Compares two scores of the same rows by a paired bootstrap over rows, percentile interval.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. A row is drawn with its weight,
-    so the mean of a loss stays a mean over tokens.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. Rows are weighted by their
+    tokens, so a mean loss stays a mean over tokens.
     """
     gains = adapter.outcomes - base.outcomes  # (rows,)
     draws = np.random.default_rng(seed).integers(len(gains), size=(RESAMPLES, len(gains)))

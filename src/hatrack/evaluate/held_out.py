@@ -32,8 +32,8 @@ COLUMNS = ("text", "label", "prompt", "completion", "messages")
 
 
 def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str, TokenRows]:
-    """Name of each attached adapter -> the rows to score, as its tokens: the same rows for all, those of `data`, else
-    those that all adapters held out, without any that one of them was trained on.
+    """Name of each attached adapter -> the rows to score, as its tokens. All adapters get the same rows: those of
+    `data`, or by default those that all adapters held out, without rows that one of them was trained on.
 
     `options` say how to read `data`: `text`, `label`, `prompt`, `completion`, `messages` name its columns, `bad_rows`
     is refuse or skip. Raises AdapterError if the adapters cannot be compared or do not record their data, DataError
@@ -57,20 +57,20 @@ def _read_training_rows(hat: Hat, name: str, card: AdapterCard) -> Examples:
     if not card.recipe.get("data"):
         raise AdapterError(f"{name} does not record what it was trained on", fix=f"name rows with {flag('data')}")
     recipe = Recipe.make(**{**card.recipe, "task": card.task})
-    others = f"name rows with {flag('data')}; that may be the same file: rows that were trained on are left out"
+    fix = f"name rows with {flag('data')}; that may be the same file: rows that were trained on are left out"
     try:
-        rows, more = read_rows(str(recipe.data)), read_rows(recipe.eval_data) if recipe.eval_data else None
+        rows, eval_rows = read_rows(str(recipe.data)), read_rows(recipe.eval_data) if recipe.eval_data else None
     except DataError as error:
         what = f"the rows that {name} was trained on cannot be read: {error.what}"
-        raise DataError(what, got=error.got, fix=others) from error
-    examples = make_examples(recipe, rows, more)
-    if recipe.bad_rows == "skip" and card.max_length:  # also those that only the base's tokenizer and template find
+        raise DataError(what, got=error.got, fix=fix) from error
+    examples = make_examples(recipe, rows, eval_rows)
+    if recipe.bad_rows == "skip" and card.max_length:  # also leave out bad rows that only tokenizing finds
         tokenizer = hat.base.tokenizer
         end_token = single_end_token(tokenizer, hat.base.model.config, card.task)
         settings = render_settings(examples, card.max_length, card.template, end_token)
         examples, _, _ = render_both(recipe, examples, tokenizer, settings)
     if examples.digest != card.data.get("digest"):
-        raise DataError(f"{recipe.data} is no longer what {name} was trained on", fix=others)
+        raise DataError(f"{recipe.data} is no longer what {name} was trained on", fix=fix)
     return examples
 
 
@@ -94,14 +94,14 @@ def _read_data(card: AdapterCard, data: str, options: Mapping[str, str]) -> tupl
     rows = read_rows(data)
     kept = {role: card.recipe[role] for role in COLUMNS if card.recipe.get(role) in rows.columns}
     kept |= {"bad_rows": card.recipe["bad_rows"]} if "bad_rows" in card.recipe else {}
-    elsewhere = card.task != "classify" and not card.recipe  # then its rows may be of either kind that generates
+    either_task = card.task != "classify" and not card.recipe  # made elsewhere: its task is a guess
     numbers = {str(index): f"LABEL_{index}" for index in range(len(card.labels))}
-    also = numbers if card.labels == list(numbers.values()) else {}
+    aliases = numbers if card.labels == list(numbers.values()) else {}
     problems: list[DataError] = []
-    for task in ["chat", "complete"] if elsewhere else [card.task]:
+    for task in ["chat", "complete"] if either_task else [card.task]:
         recipe = Recipe.make(task=task, **{**kept, **options})
         try:
-            return examples_to_score(recipe, rows, card.labels, card.multi_label, also)
+            return examples_to_score(recipe, rows, card.labels, card.multi_label, aliases)
         except DataError as error:
             problems.append(error)
     raise problems[0]
@@ -118,8 +118,8 @@ def _leave_out_trained(
             say(f"{name} does not record the rows it was trained on: some of these may be among them")
         else:
             keys.append(known)
-    every = np.concatenate(keys)
-    trained = trained_rows.are_known(examples, every)
+    known_keys = np.concatenate(keys)
+    trained = trained_rows.are_known(examples, known_keys)
     count, fresh = int(trained.sum()), _select(examples, ~trained)
     if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # a run may hold out few rows
         raise DataError(
@@ -130,7 +130,7 @@ def _leave_out_trained(
         )
     if count:
         say(f"{count:,} of {len(examples):,} rows were trained on and are left out")
-    return _score_new_turns(fresh, every)
+    return _score_new_turns(fresh, known_keys)
 
 
 def _score_new_turns(examples: list[Example], known: np.ndarray) -> list[Example]:
@@ -141,9 +141,9 @@ def _score_new_turns(examples: list[Example], known: np.ndarray) -> list[Example
         else each
         for each in examples
     ]
-    longer = sum(new is not old for new, old in zip(found, examples, strict=True))
-    if longer:
-        say(f"{format_rows(longer)} continue conversations that were trained on: only their new answers are scored")
+    continued = sum(new is not old for new, old in zip(found, examples, strict=True))
+    if continued:
+        say(f"{format_rows(continued)} continue conversations that were trained on: only their new answers are scored")
     return found
 
 
@@ -156,38 +156,38 @@ def _trained_keys(hat: Hat, name: str, card: AdapterCard, earlier: Examples | No
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path} is damaged", got=error, fix="copy the adapter again") from error
     if earlier is None and card.recipe.get("data"):
-        with contextlib.suppress(HatrackError):  # the file is gone, or another one now
+        with contextlib.suppress(HatrackError):  # the file is gone or has changed
             earlier = _read_training_rows(hat, name, card)
     return None if earlier is None else trained_rows.keys(earlier.train)
 
 
 def _render_for_each(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
-    """The rows as tokens of each adapter, with its own label ids, all with the same template and maximum length.
+    """The rows as tokens of each adapter, with its label ids; all with the same template and maximum length.
 
-    Raises BadRows if some cannot be, unless `bad_rows` is skip.
+    Raises BadRows if some cannot be learned from, unless `bad_rows` is skip.
     """
     config, first = hat.base.model.config, next(iter(hat.cards.values()))
     template = _shared_template(hat) if task == "chat" else None
     limits = {name: length_limit(hat.tokenizer_of(name).model_max_length, config.to_dict()) for name in hat.cards}
     lengths = {card.max_length or choose_max_length(None, limits[name], task)[0] for name, card in hat.cards.items()}
     if len(lengths) > 1:
-        say(f"rows are cut at {min(lengths)} tokens, the least that one of the adapters was trained with")
+        say(f"rows are cut at {min(lengths)} tokens, the shortest length that an adapter was trained with")
     rows = {}
     try:
         for name, card in hat.cards.items():
-            numbers, tokenizer = [card.labels.index(label) for label in first.labels], hat.tokenizer_of(name)
+            label_ids, tokenizer = [card.labels.index(label) for label in first.labels], hat.tokenizer_of(name)
             end_token = single_end_token(tokenizer, config, task)
             settings = RenderSettings(task, min(lengths), len(card.labels), card.multi_label, template, end_token)
-            renumbered = [_with_label_ids(each, numbers) for each in examples]
+            renumbered = [_with_label_ids(each, label_ids) for each in examples]
             rows[name] = render_cached(renumbered, tokenizer, settings, source)
             check_known_tokens(rows[name], tokenizer, config)
     except BadRows as error:
         refuse_or_skip(error, bad_rows)
-        gone = {bad.row for _, each in error.bad for bad in each}
-        left = [example for example in examples if example.row not in gone]
-        if not left:
+        bad_numbers = {bad.row for _, each in error.bad for bad in each}
+        remaining = [example for example in examples if example.row not in bad_numbers]
+        if not remaining:
             raise
-        return _render_for_each(hat, task, left, source, bad_rows)
+        return _render_for_each(hat, task, remaining, source, bad_rows)
     return rows
 
 
@@ -214,4 +214,4 @@ def _with_label_ids(example: Example, numbers: Sequence[int]) -> Example:
 
 
 def _select(examples: Sequence[Example], chosen: np.ndarray) -> list[Example]:
-    return [example for example, one in zip(examples, chosen, strict=True) if one]
+    return [example for example, is_chosen in zip(examples, chosen, strict=True) if is_chosen]

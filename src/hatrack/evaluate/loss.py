@@ -1,6 +1,6 @@
-"""The loss that a model is trained on and scored by: one value per row, or per supervised token.
+"""The loss for training and scoring: one value per row, or per supervised token.
 
-They are summed, not averaged, so that a step split into micro-batches weighs all supervised tokens (or rows) alike.
+The values are summed, not averaged, so that micro-batches weigh all supervised tokens (or rows) of a step equally.
 Unsupervised tokens never reach the output head (`kernels/loss.py`).
 """
 
@@ -40,10 +40,10 @@ def losses(model: Any, batch: Batch, task: str) -> Losses:
 
 
 def detect_output_head(model: Any, task: str) -> None:
-    """Tests a model's output head now, with a forward pass that `losses` would else run at its first call."""
+    """Tests a model's output head now. Otherwise the first call of `losses` does, with one more forward pass."""
     inner = _unwrap(model)
     if task != "classify" and _is_plain_linear(inner.get_output_embeddings()):
-        _logits_are_heads(inner, inner.get_output_embeddings())
+        _returns_head_output(inner, inner.get_output_embeddings())
 
 
 def count_losses(batch: Batch, task: str) -> int:
@@ -81,7 +81,7 @@ def _run_to_head(
     operation."""
     inner = _unwrap(model)
     head = inner.get_output_embeddings()
-    if not _is_plain_linear(head) or not _logits_are_heads(inner, head):
+    if not _is_plain_linear(head) or not _returns_head_output(inner, head):
         return model(**inputs).logits, None, None, None
     return _run_headless(model, inner, inputs)[0], head.weight, head.bias, active_rounding(head)
 
@@ -107,7 +107,7 @@ def _unwrap(model: Any) -> Any:
 
 
 def _is_plain_linear(head: Any) -> bool:
-    """Whether a head is a frozen linear layer that nothing was hooked into."""
+    """Whether a head is a frozen linear layer without hooks."""
     return (
         type(head) in (nn.Linear, FrozenLinear)
         and not any(parameter.requires_grad for parameter in head.parameters())
@@ -116,12 +116,12 @@ def _is_plain_linear(head: Any) -> bool:
 
 
 _tested_models: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-"""Model -> result of `_logits_are_heads`."""
+"""Model -> result of `_returns_head_output`."""
 
 
 @torch.no_grad()
-def _logits_are_heads(inner: Any, head: nn.Linear) -> bool:
-    """Whether the model returns its head's output as it is, tested once by a pass over one token.
+def _returns_head_output(inner: Any, head: nn.Linear) -> bool:
+    """Whether the model returns its head's output unchanged; tested once, by a forward pass over one token.
 
     Some models scale or cap their logits afterwards (Cohere, Gemma 2): hidden states and head do not give their loss.
     """

@@ -49,7 +49,7 @@ def main_metric(task: str) -> str:
 def score(model: Any, rows: TokenRows, settings: ScoreSettings, run: LossRunner | None = None) -> Score:
     """Scores `model` on `rows`, in evaluation mode. `run` computes the losses in place of `losses`.
 
-    classify: `accuracy` (of rows; of several labels a row all must be right), `f1` (macro; micro with several labels a
+    classify: `accuracy` (with several labels per row, all must be right), `f1` (macro; micro with several labels per
     row), `loss`. chat and complete: `loss` per supervised token, `perplexity` = exp(loss).
     """
     task = settings.task
@@ -73,9 +73,9 @@ def score(model: Any, rows: TokenRows, settings: ScoreSettings, run: LossRunner 
     loss = float(total.sum() / max(weights.sum(), 1))
     if task != "classify":
         return Score({"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, total, weights)
-    guesses, wanted = np.stack(predictions), rows.labels.astype(np.int64)
-    outcomes = (guesses == wanted).astype(float) if wanted.ndim == 1 else (guesses == wanted).all(1).astype(float)
-    return Score({"accuracy": float(outcomes.mean()), "f1": f1(wanted, guesses), "loss": loss}, outcomes, weights)
+    guesses, expected = np.stack(predictions), rows.labels.astype(np.int64)
+    outcomes = (guesses == expected).astype(float) if expected.ndim == 1 else (guesses == expected).all(1).astype(float)
+    return Score({"accuracy": float(outcomes.mean()), "f1": f1(expected, guesses), "loss": loss}, outcomes, weights)
 
 
 def _batch(rows: TokenRows, indices: np.ndarray, settings: ScoreSettings) -> Batch:
@@ -83,22 +83,22 @@ def _batch(rows: TokenRows, indices: np.ndarray, settings: ScoreSettings) -> Bat
     return {name: tensor.to(settings.device) for name, tensor in batch.items()}
 
 
-def f1(wanted: np.ndarray, guesses: np.ndarray) -> float:
-    """F1 = 2 TP / (2 TP + FN + FP). Of labels (n,): the mean over labels that occur in either; of several labels a row
-    (n, L), 1 or 0 each: over all together. 0 if there are no positives.
+def f1(expected: np.ndarray, guesses: np.ndarray) -> float:
+    """F1 = 2 TP / (2 TP + FN + FP). For labels (n,): the mean over the labels that occur. For several labels per row
+    (n, L), 1 or 0 each: computed over all of them at once. 0 if there are no positives.
 
     Written here because importing scikit-learn takes a second; a test compares it with scikit-learn.
     """
-    if wanted.ndim == 2:
-        return float(2 * (wanted & guesses).sum() / max(wanted.sum() + guesses.sum(), 1))
+    if expected.ndim == 2:
+        return float(2 * (expected & guesses).sum() / max(expected.sum() + guesses.sum(), 1))
     each = [
-        2 * ((wanted == label) & (guesses == label)).sum() / ((wanted == label).sum() + (guesses == label).sum())
-        for label in np.union1d(wanted, guesses)
+        2 * ((expected == label) & (guesses == label)).sum() / ((expected == label).sum() + (guesses == label).sum())
+        for label in np.union1d(expected, guesses)
     ]
     return float(np.mean(each)) if each else 0.0
 
 
 def predict_labels(logits: torch.Tensor, multi_label: bool) -> np.ndarray:
-    """The label of each row (B,); with `multi_label` 1 or 0 for each label (B, L): probability above a half."""
+    """The label of each row (B,); with `multi_label`, 1 for each label (B, L) with a probability above 0.5, else 0."""
     chosen = (logits > 0).long() if multi_label else logits.argmax(-1)
     return np.asarray(chosen.cpu().numpy())

@@ -1,4 +1,4 @@
-"""What answers one request: the model with the adapter in use, its card and its tokenizer."""
+"""The model, card and tokenizer of the adapter in use, which answer one request."""
 
 import sys
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hatrack.data.limit import position_limit
 
 @dataclass(frozen=True)
 class ActiveModel:
-    """`model` is the base with the adapter in use (or none); `card` and `tokenizer` are those to answer with."""
+    """`model` is the base with the adapter in use (or none); `card` and `tokenizer` are that adapter's."""
 
     base: Base
     model: Any
@@ -20,7 +20,7 @@ class ActiveModel:
 
     @property
     def max_positions(self) -> int:
-        """The most tokens the base takes; `sys.maxsize` if its config does not say."""
+        """The most tokens the base can read; `sys.maxsize` if its config does not say."""
         return position_limit(self.base.model.config.to_dict()) or sys.maxsize
 
     @property

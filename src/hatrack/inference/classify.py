@@ -1,4 +1,4 @@
-"""Labels and their probabilities for texts."""
+"""Classifies texts: finds their labels and the probability of each label."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ BATCH_SIZE = 32
 
 
 def classify(active: ActiveModel, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Classifies texts in batches of 32: `text`, `label`, `scores` of each, and `cut` if its end was left out.
+    """Classifies texts in batches of 32. Each result has `text`, `label`, `scores`, and `cut` if the text was too long.
 
     Raises DataError for a text without tokens, AdapterError if the model's output is not a number.
     """

@@ -1,4 +1,4 @@
-"""Answers of a language model, streamed piece by piece, up to where they end."""
+"""Generates the answers of a language model, piece by piece, up to where they end."""
 
 import math
 import threading
@@ -58,16 +58,16 @@ def generation_options(task: str, given: Mapping[str, Any]) -> GenerationOptions
 
 
 def stream_answer(active: ActiveModel, prompt: Prompt, options: GenerationOptions) -> Generator[str, None, bool]:
-    """Yields the answer piece by piece; returns whether it is whole: False if it was cut at `max_new_tokens`.
+    """Yields the answer piece by piece; returns whether it is complete: False if it was cut at `max_new_tokens`.
 
     Generation runs in a thread of its own and stops when the generator is closed. Raises DataError if the prompt
     leaves no room for an answer.
     """
     tokenizer = active.tokenizer
-    asked, stops = prompt_ids(active, prompt), _answer_stops(active)
+    input_ids, stops = prompt_ids(active, prompt), _answer_stops(active)
     stop_tokens = all_end_tokens(active.base, [*stops.tokens, tokenizer.eos_token_id])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = torch.tensor([asked], device=active.base.device)
+    ids = torch.tensor([input_ids], device=active.base.device)
     sampling = {"temperature": options.temperature} if options.temperature > 0 else {}
     failures: Queue[BaseException] = Queue()
     stopped = threading.Event()
@@ -81,7 +81,7 @@ def stream_answer(active: ActiveModel, prompt: Prompt, options: GenerationOption
                     attention_mask=torch.ones_like(ids),
                     do_sample=bool(sampling),
                     **sampling,
-                    max_new_tokens=min(options.max_new_tokens, active.max_positions - len(asked)),
+                    max_new_tokens=min(options.max_new_tokens, active.max_positions - len(input_ids)),
                     streamer=streamer,
                     eos_token_id=stop_tokens,
                     pad_token_id=active.pad_id,
@@ -90,7 +90,7 @@ def stream_answer(active: ActiveModel, prompt: Prompt, options: GenerationOption
                     ],
                 )
                 last_token.append(int(found[0, -1]))
-        except BaseException as error:  # raised again in the reading thread, which would else see a normal end
+        except BaseException as error:  # raised again in the reading thread, which would otherwise see a normal end
             failures.put(error)
             streamer.end()
 
@@ -108,7 +108,7 @@ def stream_answer(active: ActiveModel, prompt: Prompt, options: GenerationOption
 
 
 def all_end_tokens(base: Base, learned: Iterable[int | None]) -> list[int]:
-    """All tokens that end an answer: those `learned`, and those of the base's tokenizer and generation settings."""
+    """All tokens that end an answer: those in `learned`, and those of the base's tokenizer and generation settings."""
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [*learned, *ends, base.tokenizer.eos_token_id] if token is not None})
@@ -144,11 +144,11 @@ def _strip_start(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def prompt_ids(active: ActiveModel, prompt: Prompt) -> list[int]:
-    """The tokens of a prompt: as it stands to complete it, else by the chat template."""
+    """The token ids of a prompt: of the text itself for the task complete, else as the chat template writes it."""
     tokenizer = active.tokenizer
     if active.card.task == "complete" and isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
-        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text; this one is to be continued
+        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add an end token; this text is to be continued
             ids = ids[:-1]
         ids = ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     else:
@@ -166,7 +166,7 @@ def prompt_ids(active: ActiveModel, prompt: Prompt) -> list[int]:
 
 
 def _answer_stops(active: ActiveModel) -> Stops:
-    """How answers end: as the adapter in use was taught, else as the chat template ends them."""
+    """How answers end: as the adapter's card says, else as the chat template ends them."""
     card = active.card
     if card.end_tokens or card.stop_strings:
         return Stops(tuple(card.end_tokens), tuple(card.stop_strings))

@@ -61,7 +61,7 @@ class Hat:
         self.base, self.model, self.adapters = base, model, dict(adapters)
         self.quantize, self.mapped_layers, self.result = quantize, mapped_layers, result or {}
         self.active: str | None = next(iter(adapters))
-        self._first_card = self.adapters[self.active].card  # the bare base answers by it, even after its adapter left
+        self._first_card = self.adapters[self.active].card  # the bare base uses it, even after its adapter was dropped
         self.model.eval()
 
     def __repr__(self) -> str:
@@ -110,7 +110,7 @@ class Hat:
 
     @property
     def pad_id(self) -> int:
-        """The id of the token that pads short_repr rows."""
+        """The id of the token that pads short rows."""
         return self.active_model.pad_id
 
     @property
@@ -119,12 +119,12 @@ class Hat:
 
     @property
     def active_model(self) -> ActiveModel:
-        """What answers a request now: the model with the adapter in use, its card and its tokenizer."""
+        """The model with the adapter in use, its card and its tokenizer."""
         return ActiveModel(self.base, self.model, self._card, self.tokenizer)
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        """Of the base in memory: computed once, however many adapters are added."""
+        """The fingerprint of the base in memory, computed once for all adapters."""
         return fingerprint(self.base.description)
 
     def use(self, name: str | None) -> None:
@@ -168,7 +168,7 @@ class Hat:
                 fix="load it by itself",
             )
         check_base(folder, card.base, self.base.description, allow_other=allow_other_base, known=self._fingerprint)
-        before, tokenizer = self.active, load_adapter_tokenizer(folder, self.base)
+        previous, tokenizer = self.active, load_adapter_tokenizer(folder, self.base)
         with placeholders_if_streamed(self.base):
             self.model = attach(self.model, folder, peft_adapter_name(name), layer_classes=LAYER_CLASSES)
         self.adapters[name] = AttachedAdapter(card, folder, tokenizer)
@@ -180,7 +180,7 @@ class Hat:
             self.drop(name)
             raise
         finally:
-            self._restore(before)
+            self._restore(previous)
         return name
 
     def drop(self, name: str) -> None:
@@ -189,17 +189,17 @@ class Hat:
         Raises AdapterError if no adapter of that name is attached.
         """
         self._check_attached(name)
-        before = None if self.active == name else self.active
+        previous = None if self.active == name else self.active
         self.use(None if len(self.adapters) == 1 else next(other for other in self.adapters if other != name))
         self.model = detach(self.model, peft_adapter_name(name))
         del self.adapters[name]
-        self._restore(before)
+        self._restore(previous)
 
     def predict(self, texts: str | Iterable[Prompt], **generation: Any) -> list[dict[str, Any]]:
-        """Answers each text with the adapter in use, in order. `texts`: one text, or several.
+        """Runs the adapter in use on each text, in order. `texts`: one text, or several.
 
         classify: `text`, `label` (a list of labels if a row may have several), `scores` (label -> probability) and,
-        if the text is longer than the adapter takes, `cut`: True, its end was left out, as in training. There are no
+        if the text is longer than the adapter takes, `cut`: True; its end was left out, as in training. There are no
         options.
         chat, complete: `prompt` and `text`; a prompt may be the messages of a conversation. Options:
         `max_new_tokens` (128; at least 1) and `temperature` (0: the likeliest token each time; above 0 samples).
@@ -221,7 +221,7 @@ class Hat:
         """Yields a generator's answer piece by piece. `prompt`: a text, or the messages of a conversation.
 
         `max_new_tokens`: at least 1. `temperature`: 0 takes the likeliest token each time, above 0 samples. The
-        generator returns (`StopIteration.value`) whether the answer is whole: False if it was cut at
+        generator returns (`StopIteration.value`) whether the answer is complete: False if it was cut at
         `max_new_tokens`. Closing it stops the generation.
 
         Raises AdapterError for a classifier, RecipeError for an invalid value, DataError if the prompt leaves no

@@ -59,7 +59,7 @@ def load(
     8bit or 4bit; by default as the adapter was trained. `memory`: the most to take, in bytes or as "3GiB"; a base that
     does not fit in it, or in what is free, stays on disk, and every forward pass reads it once. `allow_other_base`:
     go on although the adapter was trained on other weights. `trust_remote_code`: the base's name, if its own code
-    may run. `prove`: run each adapter's proof again, two short forward passes.
+    may run. `prove`: check each adapter's proof, with two short forward passes.
 
     Raises AdapterError if an adapter is missing, damaged, does not fit or fails its proof; WrongBase if it was
     trained on other weights; ModelError if the base cannot be found or loaded, or needs code of its own;
@@ -68,25 +68,25 @@ def load(
     options = _LoadOptions(
         base, device, dtype, quantize, parse_memory(memory), allow_other_base, trust_remote_code, prove
     )
-    first, *others = _folders(adapters)
-    hat = _load_first(first, options)
+    first, *others = _check_adapters(adapters)
+    hat = _load_with_base(first, options)
     for other in others:
         hat.add(other, allow_other_base=allow_other_base, prove=prove)
     return hat
 
 
-def _folders(adapters: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    """The adapters asked for, each of which is there."""
-    several = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    if not several:
+def _check_adapters(adapters: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    """Returns the adapters as a list. Raises AdapterError if there are none, or one is missing."""
+    found = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if not found:
         raise AdapterError("no adapter was named", fix="give a folder, or a name that hatrack list shows")
-    for adapter in several:
+    for adapter in found:
         find_adapter(adapter)
-    return several
+    return found
 
 
-def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
-    """The base of an adapter with this adapter on it."""
+def _load_with_base(adapter: str | Path, options: _LoadOptions) -> Hat:
+    """Loads an adapter's base and attaches the adapter to it."""
     folder = find_adapter(adapter)
     files = read_adapter(folder)
     card = card_of(files, options.base)
@@ -106,7 +106,7 @@ def _load_first(adapter: str | Path, options: _LoadOptions) -> Hat:
 
 
 def _load_base(files: BaseDescription, card: AdapterCard, quantize: str, options: _LoadOptions) -> Base:
-    """The base as an adapter needs it; in memory if there is room for it."""
+    """Loads the base as an adapter needs it; into memory if it fits."""
     device = choose_device(options.device)[0]
     dtype = dtype_name(choose_dtype(options.dtype, device)[0])
     return load_base(
@@ -120,13 +120,13 @@ def _load_base(files: BaseDescription, card: AdapterCard, quantize: str, options
             quantize=quantize,
             streamed=quantize == "none"
             and not fits_in_memory(files.tensors, dtype, free_memory(device), options.memory),
-            seed=card.recipe.get("seed", 0),  # a head that no adapter replaces is the one training began with
+            seed=card.recipe.get("seed", 0),  # a head that no adapter replaces must be the one that training began with
         ),
     )
 
 
 def _stream_layers(base: Base) -> MappedLayers:
-    """Has every forward pass read a base larger than memory from disk, layer by layer."""
+    """Makes every forward pass read the base from disk, layer by layer."""
     say("the base is larger than memory: it stays on disk, and every pass reads it once")
     layer_stack = find_layer_stack(base.model)
     move_all_but_layers(base.model, layer_stack, base.dtype, base.device)
