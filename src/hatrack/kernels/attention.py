@@ -5,7 +5,7 @@ For one head with queries Q (t, d), keys K and values V (t, d), scale s and the 
     P = softmax(s Q K^T where M, else -infinity)      (t, t)
     O = D(P) V                                        (t, d)
 
-and for the gradient G of O, with P computed again instead of kept (Dao et al., FlashAttention, 2022):
+and for the gradient G of O, with P recomputed instead of saved (Dao et al., FlashAttention, 2022):
 
     dV = D(P)^T G
     dP = D(G V^T)
@@ -46,8 +46,8 @@ def attention(
 ) -> torch.Tensor:
     """query (B, H, T, d), key and value (B, H / groups, T, d) of one dtype -> (B, T, H, d).
 
-    `real` (B, T): false at padding, which no real token attends to; None without padding. `p`: dropout of the
-    probabilities.
+    `real` (B, T): false at padding, to which no real token attends; None without padding. `p`: dropout probability of
+    the elements of P.
     """
     padding = None if real is None else torch.zeros(real.shape).masked_fill_(~real, -1e30)  # added to keys' scores
     function = _KernelAttention if _kernel_supports(query, key, value) else _MatmulAttention
@@ -55,7 +55,7 @@ def attention(
 
 
 def _kernel_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel can do it: float32, a head width that it takes, the same for keys and values."""
+    """Whether the kernel supports these: float32, a head width divisible by 16, the same for keys and values."""
     return (
         query.dtype == torch.float32
         and native.supports(query, columns=16)
@@ -111,7 +111,7 @@ def _sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: tor
 
 
 def _workspace(length: int, width: int, *, backward: bool) -> torch.Tensor:
-    """Scratch memory of the kernel, for each thread."""
+    """Scratch memory of the kernel, one row per thread."""
     loaded = native.library()
     assert loaded is not None
     return torch.empty(torch.get_num_threads(), loaded.attention_workspace(length, width, int(backward)))
@@ -178,7 +178,7 @@ class _Block(NamedTuple):
 
 
 class _Visible(NamedTuple):
-    """Which of `length` keys a query sees: none after it if `causal`. `padding` (B, T) is added to the scores."""
+    """Which of `length` keys a query sees: if `causal`, those up to itself. `padding` (B, T) is added to the scores."""
 
     causal: bool
     padding: torch.Tensor | None

@@ -1,11 +1,11 @@
-"""Dropout whose mask is not stored but drawn again from its seed in the backward pass.
+"""Dropout whose mask is not stored, but drawn again from its seed in the backward pass.
 
-The kernel draws 16 bits for each element by a hash. An accelerator draws with its own generator, started at the seed.
-Elsewhere torch zeroes drawn positions. Instead of n random numbers, it draws K from a Poisson distribution of mean n l,
-then K positions, uniformly and with replacement. How often a position is drawn is then Poisson of mean l, independently
-of all others, so with l = -log(1 - p) each is dropped with probability 1 - exp(-l) = p: the distribution of one draw
-for each, at about p times its cost. A position is a 32-bit random number scaled to the size of the matrix, so
-probabilities differ from p by up to n / 2^32 of p.
+The kernel hashes 16 random bits per element. An accelerator uses its own generator, seeded with the seed. Elsewhere
+torch zeroes randomly drawn positions of the n elements: instead of n random numbers, the number of positions K is drawn
+from a Poisson distribution of mean n l, then K positions, uniformly and with replacement. How often a position is drawn
+is then Poisson of mean l, independently of the others, so with l = -log(1 - p) each element is dropped with probability
+1 - exp(-l) = p. This equals one draw per element, at about p times the cost. A position is a 32-bit random number
+scaled to the size of the matrix, so probabilities differ from p by up to n / 2^32 of p.
 """
 
 import functools
@@ -18,7 +18,7 @@ import torch
 from hatrack.kernels import native
 
 THRESHOLD_STEPS = 2**16
-"""The kernel draws 16 bits for an element, so it is dropped with a probability that is a multiple of 1 / 65,536."""
+"""The kernel draws 16 bits per element, so dropout probabilities are multiples of 1 / 65,536."""
 
 
 class Mask(NamedTuple):
@@ -34,7 +34,7 @@ class Mask(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """The factor for the elements that are kept, so that the mean stays the same."""
+        """The factor for the elements that are not dropped, which keeps the mean."""
         return 1 / (1 - self.threshold / THRESHOLD_STEPS)
 
 
@@ -43,7 +43,7 @@ NO_DROPOUT = Mask(0.0, 0)
 
 
 def draw_mask(p: float) -> Mask:
-    """A new mask, from torch's random state."""
+    """A new mask, seeded from torch's random state."""
     return Mask(p, int(torch.randint(2**62, (), device="cpu"))) if p else NO_DROPOUT
 
 
@@ -56,9 +56,9 @@ def apply_mask(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
         native.call("drop", x.dtype, x, out, x.numel() // width, width, scale, mask.threshold, mask.seed)
         return out
     if x.device.type != "cpu":
-        drawn = _generator(x.device).manual_seed(mask.seed)
-        kept = torch.empty_like(x).bernoulli_(1 - mask.threshold / THRESHOLD_STEPS, generator=drawn)
-        return kept.mul_(x if scale == 1 else x * scale)
+        generator = _generator(x.device).manual_seed(mask.seed)
+        multiplier = torch.empty_like(x).bernoulli_(1 - mask.threshold / THRESHOLD_STEPS, generator=generator)
+        return multiplier.mul_(x if scale == 1 else x * scale)
     positions = dropout_positions(x.numel(), min(mask.threshold / THRESHOLD_STEPS, 1 - 1 / THRESHOLD_STEPS), mask.seed)
     out = x * scale if scale != 1 else x.clone()
     out.view(-1).index_fill_(0, positions, 0)
@@ -67,15 +67,15 @@ def apply_mask(x: torch.Tensor, mask: Mask, scale: float = 1.0) -> torch.Tensor:
 
 @functools.cache
 def _generator(device: torch.device) -> torch.Generator:
-    """A random generator of the device, made once: making one takes longer than a small matmul."""
+    """The device's random generator for masks, created once: creating it takes longer than a small matmul."""
     return torch.Generator(device)
 
 
 def dropout_positions(count: int, p: float, seed: int) -> torch.Tensor:
-    """The dropped positions of `count` elements, int64, some more than once; a pure function of its arguments."""
+    """The positions to drop among `count` elements, int64, possibly repeated; a pure function of its arguments."""
     bits = np.random.SFC64(seed)
-    hits = int(np.random.Generator(bits).poisson(-count * math.log1p(-p)))
-    halves = torch.from_numpy(bits.random_raw(hits // 2 + 1).view(np.int32)[:hits])
+    draws = int(np.random.Generator(bits).poisson(-count * math.log1p(-p)))
+    halves = torch.from_numpy(bits.random_raw(draws // 2 + 1).view(np.int32)[:draws])
     return halves.long().bitwise_and_(2**32 - 1).mul_(count).bitwise_right_shift_(32)
 
 
@@ -92,5 +92,5 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout of x (..., d) with a new mask, 0 <= p < 1. The elements that are kept are divided by 1 - p."""
+    """Dropout of x (..., d) with a new mask, 0 <= p < 1. Elements that are not dropped are divided by 1 - p."""
     return _Dropout.apply(x.contiguous(), draw_mask(p)) if p else x  # type: ignore[no-untyped-call]

@@ -5,11 +5,11 @@ For x (n, d_in), W (d_out, d_in), b (d_out,), and the gradient g (n, d_out) of y
     y = x W^T + b                         (n, d_out)
     g_x = g W                             (n, d_in)
 
-On a CPU, W is converted to the dtype of x a few rows at a time, right before they are multiplied, so few that they are
-still in the CPU's cache then. That is as fast as a matmul with a converted copy of W, and needs no memory for one
+On a CPU, W is converted to the dtype of x a few rows at a time, right before the matmul with these rows, so that they
+are still in the CPU's cache. This is as fast as a matmul with a converted copy of W, without the memory for the copy
 (docs/log.md).
 
-On request both matmuls are rounded to integers (`int8.py`), in training only: scores are exact.
+If asked, both matmuls are rounded to integers (`int8.py`), in training only: evaluation is exact.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,13 +25,14 @@ from hatrack.kernels.limits import WEIGHT_CHUNK
 from hatrack.upstream.bitsandbytes import dequantize, four_bit_layers, is_repacked, never_repack, quant_state
 
 MIN_ROUNDED_ROWS = 64
-"""A matmul is rounded if its input has so many rows: for fewer, rounding W takes more time than it saves."""
+"""The fewest input rows for which a matmul is rounded: with fewer, rounding W takes more time than it saves."""
 
 
 class FrozenLinear(nn.Linear):
     """A frozen linear layer, computed in the dtype of its input.
 
-    If it is trained after all, or under autocast, it computes as torch's. `rounding`: a key of `int8.BITS`, or None.
+    If its parameters require gradients, or under autocast, it computes as nn.Linear. `rounding`: a key of `int8.BITS`,
+    or None.
     """
 
     rounding: str | None = None
@@ -44,7 +45,7 @@ class FrozenLinear(nn.Linear):
 
 
 def active_rounding(layer: nn.Module) -> str | None:
-    """What a layer's matmuls are rounded to at the moment: None outside training."""
+    """The current rounding of a layer's matmuls: None outside training."""
     return getattr(layer, "rounding", None) if layer.training else None
 
 
@@ -58,7 +59,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None
     ) -> torch.Tensor:
-        ctx.W = W  # the very object: a 4-bit weight has its quant_state
+        ctx.W = W  # the object itself, which carries a 4-bit weight's quant_state
         ctx.rounding = rounding
         return matmul(x.reshape(-1, x.shape[-1]), W, b, rounding).view(*x.shape[:-1], -1)
 
@@ -90,8 +91,8 @@ def matmul_backward(
 ) -> torch.Tensor:
     """g W, (n, d_in) in the dtype of g; added to g_x if that is given.
 
-    Rows of g that are all zeros are left out if they are many: in the last layer of a classifier that reads one token
-    of each text, those of all other tokens are; in that of a generator, those of the question.
+    Rows of g that are all zeros are skipped if there are many. In the last layer of a classifier that pools one token
+    per text, the rows of all other tokens are zero; in that of a generator, the rows of the question.
     """
     nonzero = _nonzero_rows(g)
     if nonzero is not None:
@@ -114,7 +115,7 @@ def matmul_backward(
 
 
 def _usable_rounding(x: torch.Tensor, rounding: str | None) -> str | None:
-    """`rounding`, or None where the kernels do not take x or rounding W would not pay for so few rows of x."""
+    """`rounding`, or None if the kernels do not support x, or if x has too few rows for rounding W to pay off."""
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= MIN_ROUNDED_ROWS
     return rounding if fits else None
 
@@ -130,8 +131,8 @@ def _multiply(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, rounding: str
 
 
 def _nonzero_rows(g: torch.Tensor) -> torch.Tensor | None:
-    """The rows of g (n, d) that are not all zeros, in order; None if these are more than three in four, and on an
-    accelerator, which would have to be waited for."""
+    """The numbers of the rows of g (n, d) that are not all zeros; None if more than three in four are not, and on an
+    accelerator, where counting would wait for the device."""
     if g.device.type != "cpu" or 4 * int(torch.count_nonzero(g[:, 0])) > 3 * len(g):
         return None
     found = g.abs().amax(1).nonzero().squeeze(1)
@@ -139,7 +140,7 @@ def _nonzero_rows(g: torch.Tensor) -> torch.Tensor | None:
 
 
 def weight_shape(W: torch.Tensor) -> tuple[int, int]:
-    """(d_out, d_in), of a 4-bit weight too."""
+    """(d_out, d_in), also for a 4-bit weight."""
     state = quant_state(W)
     d_out, d_in = W.shape if state is None else state.shape
     return d_out, d_in
@@ -160,9 +161,9 @@ def can_unpack(W: Any) -> bool:
 def prevent_repacking(base: nn.Module) -> None:
     """Stops bitsandbytes from repacking the 4-bit weights of a base for inference.
 
-    On a CPU with AVX512-BF16 its layers do so at their first evaluation. Then no gradient flows through them, without
-    any message, and reading or saving the weights restores them wrongly (`is_repacked`): a model that was evaluated
-    before its training would not learn.
+    On a CPU with AVX512-BF16, bitsandbytes' layers repack at their first evaluation. Then no gradient flows through
+    them, without any message, and reading or saving the weights restores them wrongly (`is_repacked`): a model that was
+    evaluated before training would not learn.
 
     Raises ModelError if a weight has been repacked already.
     """
@@ -177,44 +178,45 @@ def _repacked_error(name: str) -> ModelError:
     return ModelError(
         "a 4-bit weight was repacked by bitsandbytes for inference, and cannot be trained on",
         got=name,
-        fix="load the base again, and wrap it or speed it up before it answers anything",
+        fix="load the base again, and wrap it or speed it up before its first evaluation",
     )
 
 
 def _is_whole(x: torch.Tensor, W: torch.Tensor) -> bool:
-    """Whether W is multiplied as a whole. On an accelerator it is: many launches would cost more than a copy."""
+    """Whether W is multiplied in one matmul. On an accelerator it is: many launches would cost more than a copy."""
     return quant_state(W) is None and (x.dtype == W.dtype or x.device.type != "cpu")
 
 
 def _converted_rows(x: torch.Tensor, W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The rows of W, a few at a time: which they are, and (rows, d_in) in the dtype of x, overwritten by the next."""
+    """Yields chunks of W: the slice of rows, and their values (rows, d_in) in the dtype of x. The next chunk overwrites
+    them."""
     d_out, d_in = weight_shape(W)
     if _is_whole(x, W):
         yield slice(0, d_out), W
         return
     count = max(WEIGHT_CHUNK // d_in // 128 * 128, 128)
-    read = _unpack(W, x.dtype) if quant_state(W) is not None else _cast(W, x.dtype, count)
+    convert = _unpack(W, x.dtype) if quant_state(W) is not None else _cast(W, x.dtype, count)
     for start in range(0, d_out, count):
         rows = slice(start, min(start + count, d_out))
-        yield rows, read(rows)
+        yield rows, convert(rows)
 
 
 def _cast(W: torch.Tensor, dtype: torch.dtype, count: int) -> Callable[[slice], torch.Tensor]:
-    """Casts some rows of W, at most `count`, into memory that is used again."""
-    space = W.new_empty(min(count, len(W)), W.shape[1], dtype=dtype)
-    return lambda rows: space[: rows.stop - rows.start].copy_(W[rows])
+    """A function that casts at most `count` rows of W into a buffer, which each call overwrites."""
+    buffer = W.new_empty(min(count, len(W)), W.shape[1], dtype=dtype)
+    return lambda rows: buffer[: rows.stop - rows.start].copy_(W[rows])
 
 
 def _unpack(W: torch.Tensor, dtype: torch.dtype) -> Callable[[slice], torch.Tensor]:
-    """Unpacks some rows of a 4-bit W."""
+    """A function that unpacks rows of a 4-bit W."""
     state: Any = quant_state(W)
     if is_repacked(state):
         raise _repacked_error(f"one of {tuple(state.shape)}")
     bits, width, size = W.detach().view(torch.uint8).view(-1), state.shape[1], state.blocksize
 
-    def read(rows: slice) -> torch.Tensor:
+    def unpack(rows: slice) -> torch.Tensor:
         packed = bits[rows.start * width // 2 : rows.stop * width // 2, None]
         scales = state.absmax[rows.start * width // size : rows.stop * width // size]
         return dequantize(packed, scales, state, rows.stop - rows.start, dtype)
 
-    return read
+    return unpack

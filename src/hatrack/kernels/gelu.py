@@ -1,12 +1,12 @@
 """GELU in its tanh form, in one pass forward and one backward.
 
-With only x kept for the backward pass (Hendrycks and Gimpel, 2016):
+With only x saved for the backward pass (Hendrycks and Gimpel, 2016):
 
     y = x s,  s = 1 / (1 + exp(-2 u)) = (1 + tanh(u)) / 2,  u = sqrt(2 / pi) (x + 0.044715 x^3)
     dx = g (s + x s (1 - s) 2 u')
 
-Written out in torch, as transformers has it for GPT-2 and others, it takes eight passes and keeps four matrices. GELU
-with the error function and SiLU are left to torch, whose kernels are as fast as ours were (docs/log.md).
+Written out in torch, as in transformers for GPT-2 and others, it takes eight passes and saves four matrices. GELU with
+the error function and SiLU are left to torch, whose kernels are as fast as ours were (docs/log.md).
 """
 
 from typing import Any

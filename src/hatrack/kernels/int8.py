@@ -1,7 +1,6 @@
 """Float32 matmuls rounded to 16-bit or 8-bit integers, for CPUs with AVX2.
 
-What it saves a user: where a CPU has no bfloat16 instructions, training is 1.2 to 1.6 times as fast
-(docs/performance.md).
+On a CPU without bfloat16 instructions, training is 1.2 to 1.6x faster (docs/performance.md).
 
 For x (n, k), W (k, d) and blocks p of 128 along k, with M the largest integer of a format:
 
@@ -15,8 +14,8 @@ v = t_pj / 2, so an output is off by at most
     sum over p, k in p of  u |W_kj| + v |x_ik| + u v
 
 besides the rounding of float32. M is 4,095 (`int16`, 13 bits: 128 M^2 < 2^31) or 63 (`int8`, 7 bits: two sums of two
-multiplications fit in 16 bits with x shifted to 0..2 M). W is quantized while it is multiplied; no copy of it is kept.
-A block with an infinity or a NaN has a scale of NaN, which its whole row or column of y then has too.
+multiplications fit in 16 bits with x shifted to 0..2 M). W is quantized during the matmul; no quantized copy is stored.
+A block with an infinity or a NaN has a scale of NaN, which makes its whole row or column of y NaN.
 """
 
 import torch
@@ -27,7 +26,7 @@ BITS = {"int16": 13, "int8": 7}
 """Bits of the integers, sign included."""
 BLOCK = 128
 TINY = 2.0**-100
-"""A block whose elements are all smaller counts as zeros."""
+"""A block whose elements are all smaller than this counts as zeros."""
 
 
 def is_available() -> bool:
@@ -49,24 +48,24 @@ def int_matmul(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, format: str,
         return
     transposed = W.stride(1) != 1
     workspace = torch.empty(library.int_matmul_workspace(n, k, torch.get_num_threads()), dtype=torch.uint8)
-    leads = x.stride(0), W.stride(1 if transposed else 0), out.stride(0)
-    native.call("int_matmul", getattr(torch, format), x, W, out, workspace, n, k, d, *leads, transposed, add)
+    strides = x.stride(0), W.stride(1 if transposed else 0), out.stride(0)
+    native.call("int_matmul", getattr(torch, format), x, W, out, workspace, n, k, d, *strides, transposed, add)
 
 
 def reference_matmul(x: torch.Tensor, W: torch.Tensor, format: str) -> torch.Tensor:
-    """The plain twin of the kernel: x (n, k) W (k, d) by the formulas, (n, d) float64."""
-    most = 2 ** (BITS[format] - 1) - 1
+    """The kernel's result in plain torch, for tests: x (n, k) W (k, d), (n, d) float64."""
+    limit = 2 ** (BITS[format] - 1) - 1
     y = torch.zeros(len(x), W.shape[1], dtype=torch.float64)
     for rows, columns in zip(torch.split(x, BLOCK, 1), torch.split(W, BLOCK), strict=True):
-        (q, s), (r, t) = quantize_block(rows, most), quantize_block(columns.t(), most)
+        (q, s), (r, t) = quantize_block(rows, limit), quantize_block(columns.t(), limit)
         y += s.double() * t.double().t() * (q.double() @ r.double().t())
     return y
 
 
-def quantize_block(x: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block (n, at most 128) as integers from -most to most, in float32, and the scale (n, 1) of each row."""
+def quantize_block(x: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block (n, at most 128) as integers from -limit to limit, in float32, and the scales (n, 1) of its rows."""
     largest = x.abs().amax(1, keepdim=True)
     usable = (largest >= TINY) & largest.isfinite()
-    scale = torch.where(usable, largest / most, torch.where(largest < TINY, 0.0, torch.nan))
-    inverse = torch.full_like(largest, most) / largest  # torch would round most / largest twice
+    scale = torch.where(usable, largest / limit, torch.where(largest < TINY, 0.0, torch.nan))
+    inverse = torch.full_like(largest, limit) / largest  # torch would round limit / largest twice
     return torch.where(usable, (x * inverse).round(), 0.0), scale

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, without holding all its logits.
+"""Cross-entropy over a large vocabulary, without holding all logits in memory.
 
 For the hidden state x (d,) of a supervised token, the frozen output head W (V, d), b and the target token t:
 
@@ -6,8 +6,8 @@ For the hidden state x (d,) of a supervised token, the frozen output head W (V, 
     loss = log(sum(exp(z))) - z_t
     d loss / d x = W^T (softmax(z) - onehot(t))
 
-The gradient needs only z, so it is computed with the loss, a few tokens at a time: neither all logits nor a
-float32 copy of them are ever held.
+The gradient needs only z, so it is computed together with the loss, a few tokens at a time: neither all logits nor a
+float32 copy of them are in memory at once.
 """
 
 from typing import Any
@@ -29,11 +29,11 @@ def next_token_losses(
 ) -> torch.Tensor:
     """The losses (n,) float32, by the formula above, of hidden states (n, d) and target tokens (n,).
 
-    Without W the states are logits (n, V). W and b get no gradient, and may have another dtype. `rounding`: of the
-    matmuls with W (`frozen_linear.py`).
+    If W is None, the states are logits (n, V). W and b get no gradient, and may have another dtype. `rounding`: that
+    of the matmuls with W (`frozen_linear.py`).
     """
     if not len(targets):
-        return states.sum(-1, dtype=torch.float32)  # empty, but part of the graph
+        return states.sum(-1, dtype=torch.float32)  # empty, but with a gradient
     return _NextToken.apply(states, W, b, targets, rounding)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -49,8 +49,8 @@ class _NextToken(torch.autograd.Function):
     ) -> torch.Tensor:
         values = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        held = LOGITS_BLOCK if states.device.type == "cpu" else LOGITS_BLOCK_ON_ACCELERATOR
-        rows = max(16, held // (states.shape[-1] if W is None else len(W)))
+        block = LOGITS_BLOCK if states.device.type == "cpu" else LOGITS_BLOCK_ON_ACCELERATOR
+        rows = max(16, block // (states.shape[-1] if W is None else len(W)))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             logits = states[part].clone() if W is None else _logits(states[part], W, b, rounding)
@@ -68,8 +68,8 @@ class _NextToken(torch.autograd.Function):
 
 
 def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None) -> torch.Tensor:
-    """states (n, d) W^T + b, (n, V). In float32 on a CPU by oneDNN: 1.4 times as fast as MKL, torch's choice, for few
-    states and a W larger than the caches (docs/log.md)."""
+    """states (n, d) W^T + b, (n, V). In float32 on a CPU by oneDNN: 1.4x faster than MKL, torch's choice, for few
+    states and a W larger than the CPU's caches (docs/log.md)."""
     plain = rounding is None and states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
     if plain and HAS_ONEDNN:
         return onednn_linear(states, W, b)

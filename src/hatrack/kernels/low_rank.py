@@ -1,15 +1,15 @@
-"""The three matmuls of a low-rank adapter, with dropout of the wide side.
+"""The three matmuls of a low-rank adapter, with dropout on the wide side.
 
-For x (n, d) and factors A (r, d), h (n, r), with D dropout that zeroes but does not divide:
+For x (n, d) and factors A (r, d), h (n, r), and dropout D that zeroes but does not divide:
 
     down:  h = D(x) A^T
     up:    y = y + D(h A)
     outer: h^T D(x)                      (r, d)
 
-A kernel makes one pass over x, and nothing else costs time. In torch (on accelerators, and where no kernel applies)
+Each kernel makes a single pass over x, which is its whole cost. In torch (on accelerators, and if no kernel applies)
 each is a matmul with a narrow matrix after a masked copy of x. Masks are drawn again in the backward pass
-(`dropout.py`). Several adapters of one x share the pass: their factors are stacked, with the same number of rows each,
-and each has a mask of its own.
+(`dropout.py`). Several adapters of one x share the pass: their factors, all of one rank, are stacked, and each adapter
+has its own mask.
 """
 
 import ctypes
@@ -22,13 +22,13 @@ from hatrack.kernels import native
 from hatrack.kernels.dropout import NO_DROPOUT, THRESHOLD_STEPS, Mask, apply_mask
 
 LARGEST_RANK, LARGEST_STACK = 64, 256
-"""The kernels are used for adapters up to the first rank (above, torch's matmul is faster), and stacks up to the
-second.
+"""The largest rank of an adapter for which the kernels are used (above it, torch's matmul is faster), and the largest
+sum of ranks in a stack.
 """
 
 
 def prepare_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A factor (r, d) in `dtype`; on a CPU contiguous, and padded with zeros to a multiple of 8 ranks."""
+    """Casts a factor (r, d) to `dtype`; on a CPU, contiguous and padded with zeros to a multiple of 8 ranks."""
     factor = factor.to(dtype)
     if factor.device.type != "cpu":
         return factor
@@ -37,8 +37,8 @@ def prepare_factor(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.Tensor:
-    """scale D(x) A^T, (n, r), for contiguous x (n, d) and A (r, d) of one dtype: in float32 on a CPU, in the dtype of x
-    on an accelerator, where a cast costs a launch."""
+    """scale D(x) A^T, (n, r), for contiguous x (n, d) and A (r, d) of one dtype. float32 on a CPU; in the dtype of
+    x on an accelerator, where a cast costs a launch."""
     masks = masks or (NO_DROPOUT,)
     (n, width), rank = x.shape, A.shape[0]
     if not _kernel_supports(x, rank, masks):
@@ -80,30 +80,30 @@ def outer(x: torch.Tensor, h: torch.Tensor, scale: float, *masks: Mask) -> torch
     return out if scale == 1 else out.mul_(scale)
 
 
-def concat(several: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
+def concat(tensors: list[torch.Tensor], dimension: int = 0) -> torch.Tensor:
     """torch.cat, without a copy if there is only one tensor."""
-    return torch.cat(several, dimension) if len(several) > 1 else several[0]
+    return torch.cat(tensors, dimension) if len(tensors) > 1 else tensors[0]
 
 
 def _scaled_matmul(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale left right, scaled before it is rounded."""
-    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)  # with beta=0 the first is not read
+    """scale (left right), scaled before rounding to the dtype."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)  # beta=0: the first argument is not read
 
 
 def _kernel_supports(x: torch.Tensor, rank: int, masks: tuple[Mask, ...]) -> bool:
-    """Whether the kernels take a wide matrix like x with stacked factors of `rank` rows."""
+    """Whether the kernels support x (n, d) with stacked factors of `rank` rows."""
     fits = rank % (8 * len(masks)) == 0 and rank <= LARGEST_STACK and rank <= LARGEST_RANK * len(masks)
     return native.supports(x) and fits and masks[0].threshold < THRESHOLD_STEPS
 
 
 def _split_adapters(factors: torch.Tensor, masks: tuple[Mask, ...]) -> Iterator[tuple[torch.Tensor, Mask]]:
-    """The rows of each adapter in the stacked factors, with its mask; all rows at once without dropout."""
+    """Each adapter's rows of the stacked factors, with its mask; without dropout, all rows at once."""
     if not masks[0].p:
         masks = masks[:1]
     return zip(factors.chunk(len(masks)), masks, strict=True)
 
 
 def _seeds(masks: tuple[Mask, ...], rank: int) -> ctypes.Array[ctypes.c_uint64]:
-    """The seed of each eight ranks, as a C array."""
-    each = rank // 8 // len(masks)
-    return (ctypes.c_uint64 * (each * len(masks)))(*(mask.seed for mask in masks for _ in range(each)))
+    """A C array with the mask's seed for every eight ranks."""
+    count = rank // 8 // len(masks)
+    return (ctypes.c_uint64 * (count * len(masks)))(*(mask.seed for mask in masks for _ in range(count)))

@@ -1,8 +1,8 @@
 """Compiles the C++ kernels for this CPU, once, and calls them.
 
-The shared library is cached under a name made of its sources, the compiler and the CPU. It depends only on the OpenMP
-runtime that torch has loaded, and runs on torch's threads. Where it cannot be compiled, torch does the work.
-`HATRACK_NATIVE=0` turns the kernels off; `HATRACK_CPU` compiles them for a lesser CPU (`cpu.py`).
+The shared library is cached; its file name has a hash of the sources, the compiler and the CPU. It depends only on the
+OpenMP runtime that torch has loaded, and runs on torch's threads. If it cannot be compiled, torch does the work.
+`HATRACK_NATIVE=0` turns the kernels off; `HATRACK_CPU` compiles them for an older CPU (`cpu.py`).
 """
 
 import ctypes
@@ -44,14 +44,14 @@ FLOAT_SIGNATURES = {
     "attention": (*[c_void_p] * 8, c_float, c_int64, c_uint32, c_float, c_uint64, c_int),
     "attention_backward": (*[c_void_p] * 11, c_float, c_int64, c_uint32, c_float, c_uint64, c_int),
 }
-"""Kernels for float32 only."""
+"""Kernels that exist for float32 only."""
 INTEGER_SIGNATURES = {"int_matmul": (*[c_void_p] * 4, *[c_int64] * 6, c_int, c_int, c_int)}
-"""Kernels for integers, on CPUs with AVX2."""
+"""Kernels that compute in integers, on CPUs with AVX2."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they are turned off or cannot be compiled, which is said in one line."""
+    """The compiled kernels; None if they are turned off, or cannot be compiled, which is reported in one line."""
     if os.environ.get("HATRACK_NATIVE", "1") == "0" or platform.system() != "Linux":
         return None
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
@@ -59,7 +59,7 @@ def library() -> ctypes.CDLL | None:
         say("no C++ compiler found: training runs without hatrack's kernels, slower (install g++ for them)")
         return None
     try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
+        loaded = ctypes.CDLL(str(_compile(compiler)))
     except (OSError, MachineError, subprocess.SubprocessError) as error:
         say(f"hatrack's kernels could not be compiled; training runs without them, slower ({_reason(error)})")
         return None
@@ -76,8 +76,8 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _compiled(compiler: str) -> Path:
-    """The library's file, compiled now if it is not cached."""
+def _compile(compiler: str) -> Path:
+    """The path of the shared library, compiled now if it is not cached."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     source = b"".join(path.read_bytes() for path in SOURCES + INCLUDED)
     flags = (*FLAGS, *cpu.compiler_flags())
@@ -86,10 +86,10 @@ def _compiled(compiler: str) -> Path:
     if not path.exists():
         say("compiling kernels for this CPU (once)")
         with machine_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [compiler, *flags, "-o", str(made), *map(str, SOURCES)]
+            built = Path(folder) / path.name
+            command = [compiler, *flags, "-o", str(built), *map(str, SOURCES)]
             subprocess.run(command, capture_output=True, check=True, timeout=300)
-            made.replace(path)
+            built.replace(path)
     return path
 
 
@@ -100,12 +100,12 @@ def _reason(error: Exception) -> str:
 
 
 def supports(x: torch.Tensor, columns: int = 32) -> bool:
-    """Whether the kernels take a matrix like x (..., d): on a CPU, of one of `DTYPES`, d a multiple of `columns`."""
+    """Whether the kernels support x (..., d): on a CPU, of one of `DTYPES`, d a multiple of `columns`."""
     return x.device.type == "cpu" and x.dtype in DTYPES and x.shape[-1] % columns == 0 and library() is not None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
-    """Calls a kernel for elements of `dtype`. Tensors are passed by their address, the number of threads comes last."""
+    """Calls a kernel for elements of `dtype`. Tensors are passed as addresses; the number of threads is appended."""
     loaded = library()
     assert loaded is not None
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]

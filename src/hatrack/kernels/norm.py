@@ -1,7 +1,7 @@
 """RMSNorm with a frozen weight, in one pass forward and one backward.
 
 y = w x / sqrt(mean(x^2) + epsilon) (Zhang and Sennrich, 2019). With s = 1 / sqrt(...) and u = w g for the gradient g of
-y: dx = s u - x s^3 mean(u x). Only x and s are kept for the backward pass.
+y: dx = s u - x s^3 mean(u x). Only x and s are saved for the backward pass.
 """
 
 from typing import Any

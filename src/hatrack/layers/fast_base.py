@@ -1,9 +1,9 @@
 """Makes a frozen base compute with hatrack's kernels: attention, dropout, norms, GELU, 4-bit matmuls.
 
-No architecture is known by name. A norm is replaced if it answers as an RMSNorm does, an activation if it answers as
-GELU's tanh form, and attention if the model lets transformers choose it and gives the same answers with it. All else
-stays as it is. On accelerators only norms and activations are replaced, by torch's fused ones: attention and dropout
-are fused already.
+Layers are recognized by their outputs, not by the architecture's name. A norm is replaced if its outputs are those of
+an RMSNorm, an activation if its outputs are those of GELU's tanh form, and attention if the model lets transformers
+choose it and its hidden states stay the same. Other modules stay as they are. On accelerators only norms and
+activations are replaced, by torch's fused ones: attention and dropout are fused already.
 """
 
 import ctypes
@@ -34,25 +34,25 @@ from hatrack.upstream.transformers import attention_of
 
 ATTENTION_NAME = "hatrack"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Options of glibc's mallopt (malloc.h): return free memory to the system above so many bytes; take blocks larger than
-that from the system one by one."""
+"""Options of glibc's mallopt (malloc.h): return free memory at the top of the heap to the kernel above a number of
+bytes; map each block larger than a number of bytes separately."""
 MATMUL_CACHE_SIZES = {"LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(CACHED_MATMULS)}
-"""How many compiled bfloat16 matmuls torch and oneDNN store, one for each shape, and so for each length of rows. By
-default each stores 1,024 of 0.4 MiB, between the activations; a step has some 20."""
+"""How many compiled bfloat16 matmuls torch and oneDNN cache, one per shape and so one per row length. By default each
+caches 1,024 of 0.4 MiB, scattered among the activations; a step needs about 20."""
 
 
-class Shortenable(Protocol):
-    """The layers of a base, of which all but the last can be left out for a while (`base.layer_stack.LayerStack`)."""
+class SkippableLayers(Protocol):
+    """The layers of a base, all but the last of which can be skipped (`base.layer_stack.LayerStack`)."""
 
     def only_last_layers(self) -> AbstractContextManager[Any]:
-        """Leaves them out while the block runs."""
+        """While the block runs, only the last layer computes."""
 
 
-def speed_up(base: PreTrainedModel, trunk: Shortenable | None = None, compute: str = "auto") -> None:
+def speed_up(base: PreTrainedModel, trunk: SkippableLayers | None = None, compute: str = "auto") -> None:
     """Makes a frozen base compute with hatrack's kernels, before or after it gets an adapter. Changes it in place.
 
     base: a transformers model without trained weights of its own. It may be on an accelerator or quantized.
-    trunk: the layers of a base that is larger than memory, which then tries its attention with the last layer alone.
+    trunk: the layers of a base that is larger than memory; attention is then tested with the last layer alone.
     compute: "auto" for exact matmuls; "int16" or "int8" round the base's float32 matmuls in training, faster on CPUs
         with AVX2 (`kernels/int8.py`). Under autocast nothing is rounded.
 
@@ -68,11 +68,13 @@ def speed_up(base: PreTrainedModel, trunk: Shortenable | None = None, compute: s
         # a streamed base (`trunk`) is stored in its own dtype and multiplied in float32
         if trunk is None and base.dtype != torch.float32:
             raise RecipeError(
-                f"--compute {compute} is for a base in float32", got=native.dtype_name(base.dtype), fix="load it so"
+                f"--compute {compute} is for a base in float32",
+                got=native.dtype_name(base.dtype),
+                fix="load it in float32",
             )
         _round_matmuls(base, compute)
     if on_cpu:
-        _limit_stored_matmuls()
+        _limit_cached_matmuls()
         _keep_freed_memory(2**25 if getattr(base, "is_quantized", False) else 2**30)
         with trunk.only_last_layers() if trunk else nullcontext():
             _use_attention(base)
@@ -88,19 +90,19 @@ def speed_up(base: PreTrainedModel, trunk: Shortenable | None = None, compute: s
                 layer.forward = partial(_linear_4bit, layer)  # type: ignore[method-assign]
 
 
-def _limit_stored_matmuls() -> None:
-    """Limits how many compiled matmuls are stored, unless the environment does (docs/log.md). Has no effect after the
-    first bfloat16 matmul of the process."""
+def _limit_cached_matmuls() -> None:
+    """Limits how many compiled matmuls are cached, unless the environment sets it (docs/log.md). Has no effect after
+    the first bfloat16 matmul of the process."""
     for name, count in MATMUL_CACHE_SIZES.items():
         os.environ.setdefault(name, count)
 
 
 def _keep_freed_memory(largest: int) -> None:
-    """Makes glibc keep freed memory for the next step, which needs the same again: returning pages to the system and
-    clearing new ones took up to a fifth of a step (docs/log.md). Does nothing without glibc.
+    """Makes glibc keep freed memory for the next step, which needs as much: returning pages to the kernel and clearing
+    new ones took up to a fifth of a step (docs/log.md). Does nothing without glibc.
 
-    Blocks above `largest` bytes are returned: an 8-bit layer is unpacked for each matmul, and beside a 4-bit base the
-    heap had 0.5 to 0.9 GB of holes otherwise (docs/log.md).
+    Blocks above `largest` bytes are still returned: an 8-bit layer is unpacked for each matmul, and with a 4-bit base
+    the heap had 0.5 to 0.9 GB of holes otherwise (docs/log.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     if mallopt is not None:
@@ -114,7 +116,7 @@ def check_rounding(compute: str, device: str) -> None:
         raise RecipeError(
             f"--compute {compute} is for CPUs with AVX2 and hatrack's compiled kernels",
             got=f"{device}{'' if int8.is_available() else ', without them'}",
-            fix="leave it out",
+            fix="leave --compute out",
         )
 
 
@@ -125,7 +127,7 @@ def _round_matmuls(base: PreTrainedModel, compute: str) -> None:
     check_rounding(compute, base.device.type)
     for parent in base.modules():
         for layer in parent.children():
-            of_adapter = isinstance(parent, nn.ModuleDict)  # where peft puts its own layers
+            of_adapter = isinstance(parent, nn.ModuleDict)  # peft puts its own layers there
             trained = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
             if not isinstance(layer, nn.Linear | Conv1D) or of_adapter or trained or has_hooks(layer):
                 continue
@@ -144,18 +146,18 @@ def _use_attention(base: PreTrainedModel) -> None:
     """Switches `base` to our attention if its outputs stay the same, those of padded rows included."""
     if attention_of(base) != "sdpa":
         return
-    wanted = _hidden_states(base)
-    if wanted is None:
+    expected = _hidden_states(base)
+    if expected is None:
         return
     base.set_attn_implementation(ATTENTION_NAME)
     found = _hidden_states(base)
-    if found is None or not float((found - wanted).norm()) <= 0.1 * float(wanted.norm()):
+    if found is None or not float((found - expected).norm()) <= 0.1 * float(expected.norm()):
         base.set_attn_implementation("sdpa")
 
 
 @torch.no_grad()
 def _hidden_states(base: PreTrainedModel) -> torch.Tensor | None:
-    """The last hidden states of two short rows, one of them padded; None if the model does not take such input."""
+    """The last hidden states of two short rows, one of them padded; None if the model cannot read them."""
     body = base.base_model
     ids = (torch.arange(1, 17).view(2, 8) * 7919) % base.config.get_text_config().vocab_size
     real = torch.ones_like(ids)
@@ -164,7 +166,7 @@ def _hidden_states(base: PreTrainedModel) -> torch.Tensor | None:
     body.eval()
     try:
         states = body(input_ids=ids, attention_mask=real)[0]
-    except Exception:  # an encoder-decoder, or a model of something else than text
+    except Exception:  # an encoder-decoder, or a model that does not read text
         return None
     finally:
         body.train(was_training)
@@ -172,14 +174,14 @@ def _hidden_states(base: PreTrainedModel) -> torch.Tensor | None:
 
 
 class FastDropout(nn.Dropout):
-    """torch's dropout with a mask that is cheaper to draw and not kept."""
+    """Dropout with a mask that is cheaper to draw than torch's, and is not saved."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return dropout.dropout(x, self.p) if self.training and x.dim() else x
 
 
 class FastRMSNorm(nn.Module):
-    """An RMSNorm with a frozen weight (d,). It keeps its name and dtype; `added` is 1 if it is stored as w - 1."""
+    """An RMSNorm with a frozen weight (d,), whose name and dtype stay. `added`: 1 if the weight is stored as w - 1."""
 
     def __init__(self, weight: nn.Parameter, epsilon: float, added: float) -> None:
         super().__init__()
@@ -194,7 +196,7 @@ class FastRMSNorm(nn.Module):
 
 @torch.no_grad()
 def _fast_rms_norm(layer: nn.Module) -> FastRMSNorm | None:
-    """The fast norm for `layer`, if that has one frozen vector and answers to random vectors as an RMSNorm does."""
+    """The fast norm for `layer`, if it has one frozen vector and its outputs on a probe are those of an RMSNorm."""
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     if isinstance(layer, FastRMSNorm) or len(tensors) != 1 or tensors[0][0] != "weight" or list(layer.children()):
         return None
@@ -203,18 +205,21 @@ def _fast_rms_norm(layer: nn.Module) -> FastRMSNorm | None:
     if weight.dim() != 1 or weight.requires_grad or len(epsilons) != 1 or has_hooks(layer) or weight.shape[0] % 32:
         return None
     if not isinstance(weight, nn.Parameter) or len(inspect.signature(layer.forward).parameters) != 1:
-        return None  # a weight that is not used, or a norm that takes a gate as well
+        return None  # a weight that is not used, or a norm with a second input
     probe = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 4)[:, None]
     probe = probe.to(weight)
     try:
-        wanted = layer(probe)
+        expected = layer(probe)
     except Exception:  # not a norm of one tensor
         return None
     bound = 1e-5 if weight.dtype == torch.float32 else 2e-2
     for added in (0.0, 1.0):
         norm = FastRMSNorm(weight, next(iter(epsilons)), added)
-        same_kind = isinstance(wanted, torch.Tensor) and (wanted.dtype, wanted.shape) == (probe.dtype, probe.shape)
-        if same_kind and torch.allclose(norm(probe).float(), wanted.float(), rtol=bound, atol=bound * 1e-2):
+        same_shape = isinstance(expected, torch.Tensor) and (expected.dtype, expected.shape) == (
+            probe.dtype,
+            probe.shape,
+        )
+        if same_shape and torch.allclose(norm(probe).float(), expected.float(), rtol=bound, atol=bound * 1e-2):
             return norm
     return None
 
@@ -228,7 +233,7 @@ class FastGELU(nn.Module):
 
 @torch.no_grad()
 def _is_gelu_tanh(layer: nn.Module) -> bool:
-    """Whether `layer` is one of transformers' activations, under any name, and answers as GELU's tanh form does."""
+    """Whether `layer` is one of transformers' activations, and its outputs are those of GELU's tanh form."""
     if type(layer).__module__ != activations.__name__ or list(layer.parameters()) or has_hooks(layer):
         return False
     probe = torch.linspace(-6, 6, 193)
@@ -252,7 +257,7 @@ def attend(
     (B, T, H, d). `attention_mask`: None, (B, T) with true at real tokens, or what torch's attention takes.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    covered = (
+    supported = (
         (attention_mask is None or attention_mask.dim() == 2)
         and position_bias is None
         and query.shape[2] == key.shape[2]
@@ -261,7 +266,7 @@ def attend(
         and query.dtype == key.dtype == value.dtype
         and not kwargs.get("output_attentions", False)
     )
-    if not covered:
+    if not supported:
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = _square(attention_mask, query.shape[2], causal)
         kwargs |= {"is_causal": is_causal, "position_bias": position_bias, "dropout": dropout, "scaling": scaling}
@@ -271,7 +276,7 @@ def attend(
 
 
 def _square(real: torch.Tensor, queries: int, causal: bool) -> torch.Tensor:
-    """The mask for torch's attention from `real` (B, T): which query sees which key, (B, 1, 1 or queries, T)."""
+    """torch's attention mask for `real` (B, T): which query sees which key, (B, 1, 1 or queries, T)."""
     seen = real[:, None, None, :]
     return seen & torch.ones(queries, real.shape[1], dtype=torch.bool, device=real.device).tril() if causal else seen
 
@@ -286,8 +291,8 @@ def mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask function that transformers calls once a pass: (B, T) for padded rows, None where no query sees padding,
-    transformers' own mask for anything else."""
+    """The mask function that transformers calls once per forward pass: (B, T) for padded rows, None if no query sees
+    padding, transformers' own mask for other masks."""
     plain = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     if plain and q_length == kv_length and q_offset == kv_offset == 0:
         if attention_mask is None or bool(attention_mask.all()):

@@ -6,21 +6,21 @@ dropout of the adapter's input (LoRA, Hu et al. 2021, equation 3):
     h = D(x) A^T                          (n, r)
     y = x W^T + b + s h B^T               (n, d_out)
 
-and for the gradient g of y, using that W has none:
+and for the gradient g of y, where W gets no gradient:
 
     g_h = s g B                           (n, r)
     g_B = s g^T h                         (d_out, r)
     g_A = g_h^T D(x)                      (r, d_in)
     g_x = g W + D(g_h A)                  (n, d_in)
-    g_b = the sum of g's rows             (d_out,), where the base's biases are trained (`bias="all"`, `"lora_only"`)
+    g_b = the sum of g's rows             (d_out,), if the base's biases are trained (`bias="all"`, `"lora_only"`)
 
-The backward pass needs h and x, which the layer below keeps anyway. A and B are float32 and are cast to the dtype of x
-once for both passes; peft's layer casts x to float32 instead and keeps that copy. Where x and W have different dtypes
-(under autocast, or for a base stored in another dtype), W is cast in each pass, and no copy of it is kept
+The backward pass needs h, and x, which is saved anyway. A and B are float32 and are cast to the dtype of x once for
+both passes; peft's layer casts x to float32 instead and saves that copy. If x and W have different dtypes (under
+autocast, or for a base stored in another dtype), W is cast in each pass, and no copy of it stays in memory
 (`kernels/frozen_linear.py`). The mask of D is drawn again from its seed in the backward pass (`kernels/dropout.py`).
 
-Layers that get the same x, such as the projections to queries, keys and values, are computed together
-(`shared_input.py`): one pass over x for all h, one for all g_A, and one g_x to which each of them adds.
+Layers that get the same x, such as the query, key and value projections, are computed together (`shared_input.py`): one
+pass over x for all h, one for all g_A, and one g_x to which all layers add.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,9 +49,9 @@ _shared_input = SharedInput()
 class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has no types
     """peft's LoRA layer on a Linear or a Conv1D, x (..., d_in) -> (..., d_out), by the formulas above.
 
-    Left to peft's own forward: merged, disabled or several active adapters, variants such as DoRA, batches that mix
-    adapters, float64, a base weight that is trained or replaced, parts with hooks. Gradients cannot be differentiated
-    again. Un-merging restores the base's weight bit for bit.
+    peft's own forward runs for merged, disabled or several active adapters, variants such as DoRA, batches that mix
+    adapters, float64, a base weight that is trained or replaced, and submodules with hooks. There are no second
+    derivatives. Unmerging restores the base's weight bit for bit.
     """
 
     followers: tuple["FastLinear", ...] = ()
@@ -66,22 +66,22 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
         return self._compute(x, dtype, parts) if y is None else y
 
     def _compute(self, x: torch.Tensor, dtype: torch.dtype, parts: "_PlainParts") -> torch.Tensor:
-        """y of this layer. Computes and stores those of its followers too, if it leads any."""
-        together = [(self, parts)]
+        """y of this layer. If it is a leader, also computes and stores the outputs of its followers."""
+        shared = [(self, parts)]
         if _shared_input.register(x, self):
             for layer in self.followers:
-                others = layer._plain_parts(dtype)
-                if others is not None and others.can_share_pass(parts):
-                    together.append((layer, others))
+                follower_parts = layer._plain_parts(dtype)
+                if follower_parts is not None and follower_parts.can_share_pass(parts):
+                    shared.append((layer, follower_parts))
         flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-        outputs = project(flat, [each.projection() for _, each in together])
+        outputs = project(flat, [each.projection() for _, each in shared])
         own, *rest = (y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
-        for (layer, others), y in zip(together[1:], rest, strict=True):
-            _shared_input.store_result(layer, others.state(), y)
+        for (layer, follower_parts), y in zip(shared[1:], rest, strict=True):
+            _shared_input.store_result(layer, follower_parts.state(), y)
         return own
 
     def _plain_parts(self, dtype: torch.dtype) -> "_PlainParts | None":
-        """What the layer computes with in `dtype`, or None where that is more than the formulas above. Read from dicts:
+        """The tensors and settings of the formulas above; None if peft's forward has to run. Reads dicts directly:
         torch's and peft's attribute lookups take longer than a small matmul."""
         names: list[str] = self.active_adapters
         if len(names) != 1 or self.disable_adapters or self.merged_adapters:
@@ -127,27 +127,27 @@ class _PlainParts(NamedTuple):
         return Projection(W, b, self.A, self.B, self.scaling, draw_mask(self.p), active_rounding(self.base))
 
     def state(self) -> tuple[object, ...]:
-        """What y depends on besides x."""
+        """What y depends on besides x: weights by identity and version, and settings."""
         W = parameter(self.base, "weight")
         versions = version(self.A), version(self.B), version(W), id(self.A), id(self.B), id(W)
         return self.name, self.scaling, self.p, torch.is_grad_enabled(), *versions
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that x is multiplied in: autocast's where it is on (it leaves float64 alone), else x's own."""
+    """The dtype of the matmuls with x: autocast's if it is on (it does not touch float64), else that of x."""
     if x.dtype in COMPUTE_DTYPES and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _is_cast(base: Any) -> bool:
-    """Whether a base layer is computed in another dtype than its own."""
+    """Whether a base layer's weight is cast for its matmul."""
     return type(base) is FrozenLinear or torch.is_autocast_enabled(base.weight.device.type)
 
 
 class Projection(NamedTuple):
-    """What an adapted layer computes: W (d_out, d_in), b (d_out,) or None, A (r, d_in), B (d_out, r), alpha / r, the
-    mask of the input's dropout, and what matmuls with W are rounded to (`kernels/frozen_linear.py`)."""
+    """The inputs of the formulas above, besides x: W (d_out, d_in), b (d_out,) or None, A (r, d_in), B (d_out, r),
+    alpha / r, the dropout mask, and the rounding of the matmuls with W (`kernels/frozen_linear.py`)."""
 
     W: torch.Tensor
     b: torch.Tensor | None
@@ -176,15 +176,15 @@ class LoraMatmuls(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         masks, weights = [mask for _, mask, _ in settings], tensors[::4]
         A = concat([prepare_factor(A, x.dtype) for A in tensors[2::4]])  # ranks padded to a multiple of 8
-        several = [prepare_factor(B.t(), x.dtype) for B in tensors[3::4]]
+        factors_B = [prepare_factor(B.t(), x.dtype) for B in tensors[3::4]]
         h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
         outputs = []
-        parts = zip(weights, tensors[1::4], several, h.chunk(len(masks), 1), settings, strict=True)
+        parts = zip(weights, tensors[1::4], factors_B, h.chunk(len(masks), 1), settings, strict=True)
         for W, b, B, own, (scaling, _, rounding) in parts:
             y = matmul(x, W, b, rounding)  # (n, d_out)
             up(y, own, B, scaling)
             outputs.append(y)
-        ctx.save_for_backward(x, h, A, *weights, *several)
+        ctx.save_for_backward(x, h, A, *weights, *factors_B)
         ctx.settings, ctx.rank = settings, len(tensors[2])
         return tuple(outputs)
 
@@ -193,18 +193,18 @@ class LoraMatmuls(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, A, *saved = ctx.saved_tensors
         masks, needed = [mask for _, mask, _ in ctx.settings], ctx.needs_input_grad[2:]
-        weights, several = saved[: len(masks)], saved[len(masks) :]
+        weights, factors_B = saved[: len(masks)], saved[len(masks) :]
         found: list[torch.Tensor | None] = [None] * len(needed)
-        narrow: list[torch.Tensor] = []
+        low_rank_gradients: list[torch.Tensor] = []
         gradients = tuple(g.contiguous() for g in gradients)
-        parts = zip(gradients, several, h.chunk(len(masks), 1), ctx.settings, strict=True)
+        parts = zip(gradients, factors_B, h.chunk(len(masks), 1), ctx.settings, strict=True)
         for number, (g, B, own, (scaling, mask, _)) in enumerate(parts):
-            narrow.append(down(g, B, scaling * mask.scale))  # (n, r), with the division of D
+            low_rank_gradients.append(down(g, B, scaling * mask.scale))  # (n, r), divided as D divides
             if needed[4 * number + 1]:
                 found[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
                 found[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # (d_out, r)
-        g_h = concat(narrow, 1)  # (n, ranks of all)
+        g_h = concat(low_rank_gradients, 1)  # (n, ranks of all)
         if any(needed[2::4]):
             for number, g_A in enumerate(outer(x, g_h, 1.0, *masks).chunk(len(masks))):
                 found[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
@@ -219,30 +219,30 @@ class LoraMatmuls(torch.autograd.Function):
 
 
 def reference(x: torch.Tensor, projection: Projection, dropout: torch.Tensor) -> torch.Tensor:
-    """The plain twin of `project` for one projection, differentiated by autograd. Only tests use it.
+    """`project` for one projection in plain torch, differentiated by autograd. Only tests use it.
 
-    `dropout` (n, d_in) is what D multiplies x with: 0 or 1 / (1 - p). The projection's own mask is not used.
+    `dropout` (n, d_in): the factors of D, 0 or 1 / (1 - p). The projection's own mask is not used.
     """
     h = (x * dropout) @ projection.A.to(x.dtype).t()
     return F.linear(x, projection.W, projection.b) + projection.scaling * (h @ projection.B.to(x.dtype).t())
 
 
 def fast_layer(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> FastLinear | None:
-    """The adapted layer for `target`, as peft asks for it; None leaves the layer to peft.
+    """The adapted layer for `target`; None if peft is to make it. peft calls this.
 
-    Left to peft: subclasses, weights of other kinds (quantized ones among them), layers with an adapter of another
-    method, and adapters of a single parameter.
+    peft makes the layer for subclasses, other kinds of weights (such as quantized ones), layers with an adapter of
+    another method, and adapters of a single parameter.
     """
     if type(target) not in LAYER_CLASSES or type(target.weight) is not nn.Parameter or options.get("parameter_name"):
         return None
-    config.fan_in_fan_out = type(target) is Conv1D  # only one value is right, and peft reads it from here
+    config.fan_in_fan_out = type(target) is Conv1D  # follows from the layer's class; peft reads it from the config
     return FastLinear(target, adapter_name, config=config, is_target_conv_1d_layer=config.fan_in_fan_out, **options)
 
 
 LAYER_CLASSES: dict[type[nn.Module], Callable[..., FastLinear | None]] = dict.fromkeys(
     (nn.Linear, FrozenLinear, Conv1D), fast_layer
 )
-"""The classes of base layers that `FastLinear` adapts, with the function that makes it; peft adapts all others."""
+"""The classes of base layers that `FastLinear` adapts, with the function that creates it; peft adapts all others."""
 
 
 def get_peft_model(base: nn.Module, config: PeftConfig, **options: Any) -> PeftModel:

@@ -1,10 +1,10 @@
-"""Merging an adapter into a base, undone without changing a bit of it.
+"""Merges an adapter into a base, and unmerges it bit for bit.
 
-What it saves a user: after merging and un-merging 21 times in bfloat16, peft's way has changed 35% of the base's
-weights (it adds s B A and subtracts it again, and both round), and every adapter on that base answers differently.
+peft adds s B A and later subtracts it, and both round: after 21 merges in bfloat16, 35% of the base's weights have
+changed, and with them the answers of every adapter on that base. This keeps the original weights instead.
 
-While an adapter is merged, its layers' weights are in memory twice. The system can drop the pages of the original ones
-where the base is memory-mapped, as on a CPU.
+While an adapter is merged, the weights of its layers are in memory twice. If the base is memory-mapped, as on a CPU,
+the kernel can drop the pages of the originals.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 
 
 class LosslessMerge:
-    """A mixin for peft's LoRA layers, to stand before them among the bases of a class."""
+    """A mixin for peft's LoRA layers; it must come before them in the list of base classes."""
 
     _before: dict[str, torch.Tensor]
-    """The base's weights from before the merge, by name."""
+    """The base layer's weights before the merge, by name."""
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the active adapters, or those named, to a copy of the base's weight."""
+        """Adds the active adapters, or those in `adapter_names`, to a copy of the base layer's weight."""
         base = self.get_base_layer()
         if not self.merged:
             self._before = {name: parameter.data for name, parameter in base.named_parameters(recurse=False)}
@@ -32,7 +32,7 @@ class LosslessMerge:
                 self._restore()
 
     def unmerge(self: Any) -> None:
-        """Puts the original weight back, whatever was merged into it."""
+        """Restores the original weight, whatever was merged into it."""
         if not self.merged:
             super().unmerge()  # type: ignore[misc]  # warns
             return
@@ -43,5 +43,5 @@ class LosslessMerge:
         base = self.get_base_layer()
         for name, tensor in self._before.items():
             parameter = getattr(base, name)
-            parameter.data = tensor.to(parameter.device, parameter.dtype)  # the model may have moved meanwhile
+            parameter.data = tensor.to(parameter.device, parameter.dtype)  # the model may have moved since
         self._before = {}

@@ -1,21 +1,21 @@
 """Computes adapted layers that get the same input tensor together.
 
-The projections of attention to queries, keys and values read one tensor. Computed together, they need one pass over it.
-Which layers share an input is learned from the tensors they get, not from their names:
+Attention's query, key and value projections read one tensor. Computed together, they need one pass over it. Which
+layers share an input is detected from the tensors they get, not from their names:
 
 1. The first layer that gets a tensor is its leader. Another layer that gets the same tensor, unchanged, becomes one of
    the leader's `followers`.
 2. From the next input on, the leader computes the outputs of its followers with its own and stores them here.
-3. A follower that gets the tensor of its leader pops its output, if nothing else that it depends on has changed.
-4. A follower that did not pop its output before the leader's next input is no follower any more.
+3. A follower that gets the leader's tensor pops its stored output, if its weights and settings have not changed.
+4. A follower that did not pop its output before the leader's next input stops being a follower.
 
-An output is handed out once. Input and leader are held by weak references, so nothing is kept alive. Each thread has a
-`SharedInput` of its own.
+An output is popped once. Input and leader are held by weak references, so that they are not kept alive. Each thread
+has its own `SharedInput`.
 
 Layers are computed one by one in inference mode, whose tensors do not tell whether they were changed, and while
-saved-tensor hooks are set, as gradient checkpointing does: each of its passes has to save the same tensors. The same
-holds for a layer that leaves its forward pass to peft (`FastLinear`), and for one whose adapter has another shape or
-dropout than the leader's.
+saved-tensor hooks are set, as in gradient checkpointing, whose passes all have to save the same tensors. A layer is
+also computed alone if it leaves its forward pass to peft (`FastLinear`), or if its adapter has another shape or dropout
+than the leader's.
 """
 
 import threading
@@ -29,13 +29,13 @@ from hatrack.upstream.torch import has_saved_tensor_hooks, version
 
 
 class SharingLayer(Protocol):
-    """A layer that can lead others."""
+    """A layer that can be the leader of others."""
 
     followers: tuple[Any, ...]
 
 
 class SharedInput(threading.local):
-    """The last input of this thread, its leader, and the outputs that wait for the followers."""
+    """The last input of this thread, its leader, and the stored outputs of the followers."""
 
     def __init__(self) -> None:
         self._input: Callable[[], torch.Tensor | None] = lambda: None
@@ -44,7 +44,7 @@ class SharedInput(threading.local):
         self._results: dict[SharingLayer, tuple[tuple[object, ...], torch.Tensor]] = {}
 
     def register(self, x: torch.Tensor, layer: SharingLayer) -> bool:
-        """Notes that `layer` is called with x. Returns whether it is the leader, which computes its followers too."""
+        """Records that `layer` is called with x. Returns whether it is the leader, which computes its followers too."""
         if x.is_inference() or has_saved_tensor_hooks():
             return False
         leader = self._leader()
@@ -58,7 +58,7 @@ class SharedInput(threading.local):
         return True
 
     def store_result(self, layer: SharingLayer, state: tuple[object, ...], y: torch.Tensor) -> None:
-        """Stores the output of a follower. `state` is what it depends on besides the input."""
+        """Stores the output of a follower. `state`: what the output depends on besides the input."""
         self._results[layer] = state, y
 
     def pop_result(
