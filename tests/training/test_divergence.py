@@ -73,7 +73,7 @@ def test_the_rows_named_are_those_of_the_step(
         lengths = inputs["attention_mask"].sum(1).tolist()
         texts = [tuple(ids[:length]) for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
         learn = self.rows.train
-        by_text = {tuple(learn.row(i)[0].tolist()): int(learn.rows[i]) for i in range(len(learn))}
+        by_text = {tuple(learn.row(i)[0].tolist()): int(learn.row_numbers[i]) for i in range(len(learn))}
         seen.setdefault(number, []).extend(by_text[text] for text in texts)
         return plain(self, model, inputs, *args, **kwargs)
 
@@ -113,7 +113,7 @@ def test_a_gradient_that_never_arrives_stops_at_the_first_step(
 
 def test_a_loss_that_stays_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-8, usual_lr=1e-3, dtype="float32")
-    watch.before = 0.7
+    watch.start_loss = 0.7
 
     class State:
         global_step, max_steps = 20, 41
@@ -147,7 +147,7 @@ def test_a_checkpoint_of_a_run_that_is_lost_already_is_not_called_good(
 def test_a_run_that_goes_well_waits_for_no_other_rows(tmp_path: Path) -> None:
     watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-3, usual_lr=1e-3, dtype="float32")
     asked: list[str] = []
-    watch.few = lambda: asked.append("held-out rows") or 0.7  # type: ignore[func-returns-value]
+    watch.estimate_start_loss = lambda: asked.append("held-out rows") or 0.7  # type: ignore[func-returns-value]
 
     def rows() -> list[int]:
         asked.append("row numbers")
@@ -173,7 +173,7 @@ def test_what_a_hard_batch_is_held_against_is_measured_once(tmp_path: Path) -> N
         asked.append(1)
         return 3.9
 
-    watch.few = few
+    watch.estimate_start_loss = few
     for number, loss in enumerate(HARD_AT_LAST, 1):
         watch.step(number, loss, 1.0, lambda: [1])
     assert len(asked) == 1
@@ -186,7 +186,7 @@ BATCHES = [5.43, 4.36, 4.87, 1.04, 3.68, 3.77, 4.26, 1.0, 3.45, 2.74, 2.85, 3.47
 @pytest.mark.parametrize("lost", [False, True])
 def test_batches_that_are_hard_from_the_start_are_no_lost_run(tmp_path: Path, lost: bool) -> None:
     watch = DivergenceWatch(Recipe.make(), tmp_path, lr=1e-3, usual_lr=1e-3, dtype="float32")
-    watch.few = lambda: 2.01
+    watch.estimate_start_loss = lambda: 2.01
     for number, loss in enumerate(BATCHES, 1):
         watch.step(number, loss, 1.0, lambda: [1])
     if lost:

@@ -18,9 +18,9 @@ from hatrack.training.hidden_states import (
     INDEX_SUFFIX,
     STATES_SUFFIX,
     HiddenStateCache,
-    entries,
+    list_entries,
     open_hidden_state_cache,
-    remove,
+    remove_entry,
     row_key,
 )
 
@@ -224,14 +224,14 @@ def test_entries_tell_what_is_there_and_go_unless_used() -> None:
     _filled(1, 2, 3)
     folder = _filled(4, layers=5)
     os.utime(folder / ABOUT, (1000, 1000))
-    newest, oldest = entries()
+    newest, oldest = list_entries()
     assert (hidden_states.count_rows(newest), hidden_states.count_rows(oldest), oldest.used) == (3, 1, 1000)
     assert newest.about == {"format": hidden_states.FORMAT, **MADE_BY, "base": "a-base"} and newest.bytes > 3 * 64
     using = _open()
-    assert not remove(newest) and remove(oldest)
+    assert not remove_entry(newest) and remove_entry(oldest)
     assert _read(using, 1) == bytes(_data(1))
     using.close()
-    assert remove(newest) and entries() == []
+    assert remove_entry(newest) and list_entries() == []
 
 
 def test_a_disk_without_locks_keeps_and_reads_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

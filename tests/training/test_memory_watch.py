@@ -27,8 +27,8 @@ def test_fewer_rows_at_a_time_where_the_first_step_takes_too_much(
     monkeypatch.setattr(callbacks, "resident_bytes", lambda: next(held, GIB // 2))
     hat = train("fewer", batch_size=8, memory="8GiB")
     told = capsys.readouterr().err
-    assert "8 rows at a time took 9.0 GiB of 8.0 GiB: now 4, of 8 a step" in told
-    assert "4 rows at a time took 9.0 GiB of 8.0 GiB: now 2, of 8 a step" in told
+    assert "a micro-batch of 8 rows took 9.0 GiB of 8.0 GiB: starting over with 4 of the 8 rows per step" in told
+    assert "a micro-batch of 4 rows took 9.0 GiB of 8.0 GiB: starting over with 2 of the 8 rows per step" in told
     assert hat.result["planned"]["micro_batch"] == 2 and hat.result["steps"] == wanted.result["steps"] == 4
     assert hat.result["before"] == wanted.result["before"]
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("wanted", "fewer"))

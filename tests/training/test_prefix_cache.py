@@ -226,7 +226,7 @@ def test_a_cached_run_makes_the_adapter_of_an_uncached_one(
     first = train("first", task)
     again = train("again", task)
     rows = 120 if task == "classify" else 32
-    assert hidden_states.count_rows(hidden_states.entries()[0]) <= rows
+    assert hidden_states.count_rows(hidden_states.list_entries()[0]) <= rows
     for hat in (first, again):
         assert hat.result["train_loss"] == pytest.approx(plain.result["train_loss"], rel=1e-5)
         assert hat.result["eval"] == pytest.approx(plain.result["eval"], rel=1e-4)
@@ -247,11 +247,11 @@ def test_layers_below_are_not_computed_from_the_second_epoch_on(train: Any, monk
 
     monkeypatch.setattr(FrozenPrefix, "_compute", counted)
     train("first")
-    rows = hidden_states.count_rows(hidden_states.entries()[0])
+    rows = hidden_states.count_rows(hidden_states.list_entries()[0])
     assert sum(passed) == rows
     passed.clear()
     train("other", r=2, lr=0.01, seed=4, alpha=3)  # another split and order of the same rows
-    assert not passed and len(hidden_states.entries()) == 1
+    assert not passed and len(hidden_states.list_entries()) == 1
     train("changed", max_length=6)
     assert sum(passed) > 0
 
@@ -291,7 +291,7 @@ def test_micro_batches_share_what_is_kept(tmp_path: Path, train: Any) -> None:
         patch.setattr("hatrack.planning.fit.plan_run", lambda where, method=None, rows=None: original(where, method, 2))
         train("parts", batch_size=8, dropout=0.0)
         train("plain", batch_size=8, dropout=0.0, cache_limit=0)
-    assert len(hidden_states.entries()) == 1
+    assert len(hidden_states.list_entries()) == 1
     _equal(tmp_path / "parts", tmp_path / "plain", bits=False)
 
 
@@ -335,7 +335,7 @@ def test_a_cache_that_goes_while_training_is_computed_anew(
 
 def test_the_limit_holds_and_is_said(train: Any, capsys: pytest.CaptureFixture[str]) -> None:
     train("small", cache_limit="16KiB")
-    assert hidden_states.entries()[0].bytes <= 20 * 2**10
+    assert hidden_states.list_entries()[0].bytes <= 20 * 2**10
     assert "the cache of hidden states is full" in capsys.readouterr().err
 
 
@@ -354,7 +354,7 @@ def test_a_sweep_leaves_out_layers_whose_results_are_kept(
     train("plain", "chat", base=str(half_decoder), cache_limit=0)
     with too_large():
         train("streamed", "chat", base=str(half_decoder))
-    assert 0 in shown and hidden_states.count_rows(hidden_states.entries()[0]) == 32
+    assert 0 in shown and hidden_states.count_rows(hidden_states.list_entries()[0]) == 32
     finished = Trainer.score_held_out
     after: list[int] = []
 
@@ -372,4 +372,4 @@ def test_a_sweep_leaves_out_layers_whose_results_are_kept(
     _equal(tmp_path / "streamed", tmp_path / "again")
     for name in ("streamed", "ordinary"):
         _equal(tmp_path / "plain", tmp_path / name, bits=False)
-    assert len(hidden_states.entries()) == 1
+    assert len(hidden_states.list_entries()) == 1

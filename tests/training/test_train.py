@@ -324,7 +324,7 @@ def test_what_a_few_rows_lost_before_training_is_found_out_later_and_changes_not
 
     def asks(watch: DivergenceWatch, number: int, *told: Any) -> None:
         if number == 4:
-            found.append(watch.few())
+            found.append(watch.estimate_start_loss())
         step(watch, number, *told)
 
     undisturbed = _train(tmp_path, tiny_encoder, reviews, epochs=2)

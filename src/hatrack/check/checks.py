@@ -1,7 +1,7 @@
 """Checks a run for every known gotcha, in the order in which the run would meet them.
 
-What other rooms refuse (an unknown target, rows without labels) is found by calling them. docs/gotchas.md has a heading
-for each gotcha. Knows nothing of training.
+What other rooms refuse (an unknown target, rows without labels) is found by calling them. docs/gotchas.md has one
+heading per gotcha. Knows nothing of training.
 """
 
 from collections.abc import Sequence
@@ -42,14 +42,14 @@ BEFORE_TRAINING = (
     rows.end_never_learned,
     base.wrong_chat_template,
 )
-"""Fast, and said nowhere else: each run begins with them."""
+"""Fast checks that every run begins with."""
 
 ON_DEMAND = (base.no_chat_template, base.label_count, base.base_already_tuned)
-"""Said by a run elsewhere, or true of many good runs."""
+"""Checks for `hatrack check` only: a run reports them elsewhere, or they also hold for many good runs."""
 
 
-def advise(prepared: Prepared) -> None:
-    """Runs the fast checks on a run that is about to begin, and says what they find."""
+def print_advice(prepared: Prepared) -> None:
+    """Runs the fast checks on a run that is about to begin, and prints their findings."""
     for gotcha in BEFORE_TRAINING:
         found = gotcha(prepared)
         if found is not None:
@@ -57,7 +57,7 @@ def advise(prepared: Prepared) -> None:
 
 
 def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
-    """Returns everything wrong or doubtful in a run of `recipe`, and the prepared run where it could begin.
+    """Returns all findings for a run of `recipe`, and the prepared run, or None if it would be refused.
 
     Reads rows, headers and the tokenizer, but no weights.
     """
@@ -80,10 +80,10 @@ def check_recipe(recipe: Recipe) -> tuple[list[Finding], Prepared | None]:
     if collector.found or not (examples and files and tokens and dtype and task):
         return collector.found, None
     work = Workload(task, len(examples.labels), tokens.train.sizes, tokens.held_out.sizes)
-    settled = attempt("does-not-fit", plan_or_raise, recipe, files, work, this_machine(recipe.device, dtype))
-    if settled is None:
+    planned = attempt("does-not-fit", plan_or_raise, recipe, files, work, this_machine(recipe.device, dtype))
+    if planned is None:
         return collector.found, None
-    where, plan = settled
+    where, plan = planned
     schedule = where.schedule(plan.micro_batch)
     prepared = Prepared(recipe, files, dtype, tokenizer, examples, tokens, plan, schedule)
     return [found for gotcha in (*BEFORE_TRAINING, *ON_DEMAND) if (found := gotcha(prepared)) is not None], prepared
@@ -113,7 +113,7 @@ def _read_shapes(files: BaseDescription, config: Any, *, task: str, labels: int)
 def _choose_targets(
     recipe: Recipe, files: BaseDescription, config: Any, shapes: dict[str, tuple[int, ...]], *, task: str
 ) -> tuple[TargetChoice, dict[str, tuple[int, int]]]:
-    """The layers that get an adapter, and all that could: full name -> (d_in, d_out)."""
+    """Returns the layers that get an adapter, and all that could: full name -> (d_in, d_out)."""
     heads: Sequence[str] = ()
     if task == "classify":
         heads = sorted({name.rpartition(".")[0] for name in head_shapes(files.config, 1)})
@@ -129,7 +129,7 @@ def _check_rank(recipe: Recipe, chosen: tuple[TargetChoice, dict[str, tuple[int,
 
 
 def _choose_dtype(recipe: Recipe) -> str:
-    """The name of the base's dtype on the recipe's device. Raises RecipeError where this machine cannot do what the
+    """Returns the name of the base's dtype on the recipe's device. Raises RecipeError if this machine lacks what the
     recipe asks for."""
     device, _ = choose_device(recipe.device)
     check_compute(recipe.compute, device.type)

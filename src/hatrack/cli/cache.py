@@ -32,13 +32,13 @@ def cache(
     if action not in (None, "clear"):
         raise RecipeError("unknown action", got=action, fix="use hatrack cache, or hatrack cache clear")
     if action == "clear":
-        tried = [(entry.bytes, hidden_states.remove(entry)) for entry in hidden_states.entries()]
+        tried = [(entry.bytes, hidden_states.remove_entry(entry)) for entry in hidden_states.list_entries()]
         tried += [(entry.bytes, quantized_cache.remove_entry(entry)) for entry in quantized_cache.list_entries()]
         _print_cleared(tried, as_json)
         return
     found = [
         _facts(entry, "layers") | {"layers_below": entry.about.get("layers"), "rows": hidden_states.count_rows(entry)}
-        for entry in hidden_states.entries()
+        for entry in hidden_states.list_entries()
     ]
     found += [_facts(entry, "weights") for entry in quantized_cache.list_entries()]
     found.sort(key=lambda facts: facts["last_used"], reverse=True)

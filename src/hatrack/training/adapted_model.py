@@ -1,4 +1,4 @@
-"""Loads the base of a run and places its adapter: one way for training and for checks."""
+"""Loads the base of a run and adds its adapter, for training and for checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,10 @@ CHECKPOINTING = {"use_reentrant": False}
 """Torch's reentrant form loses the gradients of adapters over frozen inputs."""
 
 
-class LayerPaths(NamedTuple):
-    """What computes layers in place of the model's own forward pass; None where that does it.
+class LayerRunners(NamedTuple):
+    """Objects that run layers in place of the model's own forward pass; None where they are not needed.
 
-    `streaming` takes whole steps over a base on disk, `prefix` computes the frozen layers below the adapters.
+    `streaming` runs whole steps over a base on disk. `prefix` runs the frozen layers below the adapters.
     """
 
     streaming: LayerStreaming | None
@@ -37,8 +37,8 @@ class LayerPaths(NamedTuple):
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """`model` is `base.model` with a new adapter. `stack` is its layers; None where the base is in memory and all its
-    layers are adapted, or where its layers are not one stack."""
+    """`model` is `base.model` with a new adapter. `stack` holds its layers; None if the base is in memory and all its
+    layers are adapted, or if its layers are not a single stack."""
 
     base: Base
     model: Any
@@ -46,9 +46,9 @@ class AdaptedModel:
 
 
 def load_adapted_model(prepared: Prepared) -> AdaptedModel:
-    """Loads the base, speeds it up and places a new adapter, as the recipe and the plan say.
+    """Loads the base, speeds it up and adds a new adapter, as the recipe and the plan say.
 
-    Raises ModelError where the base has to be streamed and has no single stack of layers.
+    Raises ModelError if the base must be streamed but its layers are not a single stack.
     """
     recipe = prepared.recipe
     base = load_run_base(prepared)
@@ -65,24 +65,24 @@ def load_adapted_model(prepared: Prepared) -> AdaptedModel:
     return AdaptedModel(base, model, stack)
 
 
-def open_layer_paths(
+def open_layer_runners(
     adapted: AdaptedModel, prepared: Prepared, cache: HiddenStateCache | None, folder: Path
-) -> LayerPaths:
-    """Opens layer streaming where the base is on disk (`folder` takes the hidden states that do not fit in memory), and
-    the frozen layers below the adapters where there are any, with the `cache` of their output."""
+) -> LayerRunners:
+    """Opens layer streaming if the base is on disk (`folder` takes the hidden states that do not fit in memory), and
+    the frozen prefix if there are layers below the adapters (`cache` stores its output)."""
     base, stack = adapted.base, adapted.stack
     if stack is None or not base.streamed:
-        return LayerPaths(None, _open_prefix(adapted, prepared, cache))
+        return LayerRunners(None, _open_prefix(adapted, prepared, cache))
     mapped_layers = open_layers(base.model, stack, base.dtype, base.description.folder, base.device)
     mapped_layers.load(NON_LAYER_WEIGHTS)
     prefix = _open_prefix(adapted, prepared, cache)
     streaming = LayerStreaming(adapted.model, mapped_layers, prepared.task, LayerInputs(folder), prefix)
     mapped_layers.stream()
-    return LayerPaths(streaming, prefix)
+    return LayerRunners(streaming, prefix)
 
 
 def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
-    """The stack of layers, where the run needs it."""
+    """Returns the stack of layers if the run needs it."""
     if not base.streamed and top_layers is None:
         return None
     try:
@@ -98,7 +98,7 @@ def _find_stack(base: Base, top_layers: int | None) -> LayerStack | None:
 
 
 def _open_prefix(adapted: AdaptedModel, prepared: Prepared, cache: HiddenStateCache | None) -> FrozenPrefix | None:
-    """The layers below the adapters, where there are any and their output is the same each time."""
+    """Returns the frozen prefix if there are layers below the adapters and their output is deterministic."""
     top, stack = prepared.recipe.top_layers, adapted.stack
     if stack is None or top is None or len(stack.layers) == top:
         return None
@@ -108,7 +108,7 @@ def _open_prefix(adapted: AdaptedModel, prepared: Prepared, cache: HiddenStateCa
         say(f"the layers below the adapters are computed again in each epoch: {error}")
         return None
     cached = prepared.cached_fraction
-    once = "" if cache is None else " and are computed once for each row"
+    once = "" if cache is None else " and are computed once per row"
     earlier = f" ({cached:.0%} of the rows were, by earlier runs)" if cached else ""
     say(f"the first {prefix.depth} of {len(stack.layers)} layers are frozen, run without dropout{once}{earlier}")
     return prefix

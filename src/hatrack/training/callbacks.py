@@ -21,7 +21,7 @@ from hatrack.console import ENDING_SIGNALS, console, format_size, say, say_in_si
 from hatrack.storage import machine_errors, write_file
 from hatrack.training.trainer import BEST
 
-STOPS = (signal.SIGINT, *ENDING_SIGNALS)
+STOP_SIGNALS = (signal.SIGINT, *ENDING_SIGNALS)
 SAVE_EVERY_SECONDS = 600
 SAY_EVERY_SECONDS = 15
 ABOVE_FIRST_STEP = 1.03
@@ -134,7 +134,7 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
         """
         before = {}
         if threading.current_thread() is threading.main_thread():
-            asked = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+            asked = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             before = {number: signal.signal(number, self._stop) for number in asked}
         try:
             yield

@@ -1,4 +1,4 @@
-"""Describes a finished run: hatrack.json, the files beside the adapter, and the result that `train` reports."""
+"""Describes a finished run: hatrack.json, extra files in the adapter's folder, train's result."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from hatrack.training.run import Run
 
 
 def adapter_card(run: Run, prepared: Prepared, trained: Trained, cost: dict[str, Any]) -> AdapterCard:
-    """hatrack.json. `cost` is what `CostMeter.measure` returned."""
+    """Makes the content of hatrack.json. `cost` comes from `CostMeter.measure`."""
     examples, tokens = prepared.examples, prepared.tokens
     return AdapterCard(
         name=run.name,
@@ -37,8 +37,8 @@ def adapter_card(run: Run, prepared: Prepared, trained: Trained, cost: dict[str,
     )
 
 
-def files_beside(run: Run, prepared: Prepared, base: Base) -> dict[str, bytes | str]:
-    """File name -> content of what is saved with an adapter: metrics, digests of its rows, generation settings."""
+def extra_adapter_files(run: Run, prepared: Prepared, base: Base) -> dict[str, bytes | str]:
+    """Makes the files saved with an adapter (name -> content): metrics, digests of its rows, generation settings."""
     files: dict[str, bytes | str] = {
         "metrics.jsonl": run.metrics.read_bytes(),
         trained_rows.FILE: trained_rows.to_bytes(trained_rows.keys(prepared.examples.train)),
@@ -49,7 +49,7 @@ def files_beside(run: Run, prepared: Prepared, base: Base) -> dict[str, bytes | 
 
 
 def _generation_config(prepared: Prepared, base: Base) -> str:
-    """For plain transformers and vLLM: the base's own settings, and where an answer of the adapter ends."""
+    """For plain transformers and vLLM: the base's own settings, with the end tokens of the adapter's answers."""
     stops, settings = prepared.tokens.stops, base.model.generation_config.to_diff_dict()
     settings.pop("_from_model_config", None)  # with it, transformers would replace these settings by the config's
     settings["eos_token_id"] = all_end_tokens(base, stops.tokens)
@@ -60,7 +60,7 @@ def _generation_config(prepared: Prepared, base: Base) -> str:
 
 
 def run_result(run: Run, trained: Trained, model: Any) -> dict[str, Any]:
-    """What `hatrack train --json` prints, without the costs, which are known at the very end.
+    """Makes what `hatrack train --json` prints, except the costs, which are measured at the very end.
 
     `seconds` are those of training and scoring, without loading and sample answers.
     """

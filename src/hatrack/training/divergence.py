@@ -1,4 +1,4 @@
-"""Stops a run whose loss diverges, and says once where nothing is learned.
+"""Stops a run whose loss diverges; prints advice if the loss barely moves.
 
 Knows nothing of models: the Trainer gives it losses, gradient norms and rows.
 """
@@ -31,18 +31,18 @@ SMOOTHING = 0.8
 
 
 class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
-    """Looks at each step before the optimizer takes it, so that a diverged step never changes the adapter.
+    """Checks each step before the optimizer takes it, so that a diverged step never changes the adapter.
 
     `folder` is the run's. `lr` is the peak learning rate, `usual_lr` the one that hatrack derives for the base, and
-    `dtype` the base's. The Trainer sets `before`, the held-out loss before training, at the first evaluation. `few`
-    measures it on a few rows; that takes time, and is only called where the run looks diverged.
+    `dtype` the base's. The training loop sets `start_loss`, the held-out loss before training, at the first evaluation,
+    and `estimate_start_loss`, which measures it on a few rows: slow, so only called if the run looks diverged.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, *, lr: float, usual_lr: float, dtype: str) -> None:
         self.recipe, self.folder = recipe, folder
         self.settings = LearningSettings(lr, usual_lr, dtype, recipe.r, recipe.lr == "auto")
-        self.before: float | None = None
-        self.few: Callable[[], float] = lambda: 0.0
+        self.start_loss: float | None = None
+        self.estimate_start_loss: Callable[[], float] = lambda: 0.0
         self.first_loss = 0.0
         self.seen = 0  # steps
         self.mean: float | None = None
@@ -50,10 +50,9 @@ class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
         self.is_advised = False
 
     def step(self, number: int, loss: float, norm: float, rows: Callable[[], list[int]]) -> None:
-        """Raises Diverged where the optimizer must not take step `number`.
+        """Raises Diverged if the optimizer must not take step `number`.
 
-        `loss` and `norm` are those of the step's loss and gradient; `rows` finds the numbers of its rows, which takes
-        time.
+        `loss` is the step's loss and `norm` its gradient norm; `rows` finds the numbers of its rows, which is slow.
         """
         self.mean = loss if self.mean is None else SMOOTHING * self.mean + (1 - SMOOTHING) * loss
         enough, self.seen = self.seen >= MIN_STEPS_GROWN, self.seen + 1
@@ -75,14 +74,14 @@ class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
     def _starting_loss(self, mean: float) -> float:
         """The loss that training began with. Rows of one length may be much harder than others (a loss of 5.4 where the
         mean is 2.0), so a loss above the first one is compared with that of other rows too."""
-        if self.before is None and mean > self.first_loss + 1:
-            self.before = self.few()
-        return max(self.first_loss, self.before or 0.0)
+        if self.start_loss is None and mean > self.first_loss + 1:
+            self.start_loss = self.estimate_start_loss()
+        return max(self.first_loss, self.start_loss or 0.0)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         if 2 * state.global_step < state.max_steps:  # the learning rate may still warm up
             return
-        found = loss_barely_moves(self.before or 0.0, metrics["eval_loss"], state.global_step, self.settings)
+        found = loss_barely_moves(self.start_loss or 0.0, metrics["eval_loss"], state.global_step, self.settings)
         if found is not None and not self.is_advised:
             self.is_advised = True
             say(f"advice: {found}")

@@ -1,7 +1,7 @@
-"""`hatrack plan` and `hatrack.plan`: what a run would take, before any weight is read.
+"""`hatrack plan` and `hatrack.plan`: forecasts a run before any weight is read.
 
-Refuses what training would refuse. Imports torch and transformers only for what cannot be found out without them: to
-convert a base, to read shapes from its config.json alone, to look for code of its own or for experiment trackers.
+Refuses what training would refuse. Imports torch and transformers only where they are needed: to convert a base, to
+derive shapes from its config.json alone, and to check for a base's own code or for experiment trackers.
 """
 
 import dataclasses
@@ -33,11 +33,12 @@ ASSUMED_ROWS, ASSUMED_LENGTH = 1000, 256
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would take.
+    """The memory, disk space and time that a run would take.
 
-    `plan`: the plan that training would follow (`fits`, `peak_memory_bytes`, `seconds`, ...). `ways`: the
-    plan of each method by name, such as "LoRA, 4-bit base". `change`: where the run does not fit, the change of options
-    that makes it fit, or None. `where`: what was planned for: recipe, model, rows and machine. `base`: its description.
+    `plan`: the plan that training would follow (`fits`, `peak_memory_bytes`, `seconds`, ...). `ways`: the plan of each
+    training method by name, such as "LoRA, 4-bit base". `change`: the change of options that would make the run fit;
+    None if it fits or if no change helps. `where`: the recipe, model, rows and machine of the plan. `base`: the base's
+    description.
     """
 
     plan: Plan
@@ -74,14 +75,14 @@ class Forecast:
 
 
 def plan(recipe: Recipe, on: str | None = None) -> Forecast:
-    """Plans a run of `recipe` on this machine, or `on` another one (rtx4090, a100, m2, 16GiB, ...).
+    """Plans a run of `recipe` on this machine, or `on` another machine (rtx4090, a100, m2, 16GiB, ...).
 
-    Raises RecipeError where options are wrong for the machine, ModelError and DataError as training would.
+    Raises RecipeError if options do not suit the machine, and the same ModelError and DataError as training.
     """
     if recipe.base is None:
         raise RecipeError("--base is missing", fix="add --base or a line 'base:' to the recipe")
     if recipe.report_to != "none":
-        _import("hatrack.training.trackers").find_trackers(recipe)
+        _import("hatrack.training.trackers").check_trackers(recipe)
     if not on:
         check_device(recipe.device)
         check_bitsandbytes(recipe.quantize)
@@ -101,7 +102,7 @@ def plan(recipe: Recipe, on: str | None = None) -> Forecast:
 
 
 def _import(module: str) -> Any:
-    """Imports a module of hatrack that imports torch or transformers, which takes a second, where it is needed."""
+    """Imports a module of hatrack that needs torch or transformers. Called late, because that takes a second."""
     return importlib.import_module(module)
 
 
@@ -137,7 +138,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 
 def _workload(recipe: Recipe, base: BaseDescription) -> Workload:
-    """The lengths of the rows; without data, those of 1,000 rows of 256 tokens."""
+    """Reads the rows' lengths. Without data, assumes 1,000 rows of 256 tokens."""
     if recipe.data is None:
         task = recipe.task or ("classify" if family(base.config) == "encoder" else "chat")
         check_task(base.source, base.config, task)

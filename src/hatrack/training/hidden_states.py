@@ -62,7 +62,7 @@ def root() -> Path:
     return cache_dir("states")
 
 
-def entries() -> list[CacheEntry]:
+def list_entries() -> list[CacheEntry]:
     """Every entry, damaged ones included, the last used first."""
     return storage.list_entries(root())
 
@@ -72,7 +72,7 @@ def count_rows(entry: CacheEntry) -> int:
     return sum(len(_read_index(index)) for index in entry.folder.glob(f"*{INDEX_SUFFIX}"))
 
 
-def remove(entry: CacheEntry) -> bool:
+def remove_entry(entry: CacheEntry) -> bool:
     """Removes an entry's files. Returns False where a run is using them."""
     return remove_unused(entry.folder)
 

@@ -1,6 +1,6 @@
-"""The training loop of a run: transformers' Trainer with hatrack's callbacks, scores before and after.
+"""Runs the training loop: transformers' Trainer with hatrack's callbacks; scores before and after.
 
-Starts over with fewer rows at a time where the first step takes more memory than the run may.
+Starts over with a smaller micro-batch if the first step exceeds the memory limit.
 """
 
 import time
@@ -16,7 +16,7 @@ from hatrack.evaluate.score import Score
 from hatrack.inference.generate import all_end_tokens
 from hatrack.planning.fit import MIN_SCORED_ROWS, Plan
 from hatrack.planning.schedule import Schedule
-from hatrack.training.adapted_model import AdaptedModel, LayerPaths
+from hatrack.training.adapted_model import AdaptedModel, LayerRunners
 from hatrack.training.callbacks import (
     GracefulStop,
     MemoryWatch,
@@ -29,13 +29,13 @@ from hatrack.training.checkpoint import STATE
 from hatrack.training.divergence import DivergenceWatch
 from hatrack.training.run import Run
 from hatrack.training.sample_answers import SampleAnswers
-from hatrack.training.trackers import find_trackers
+from hatrack.training.trackers import tracker_names
 from hatrack.training.trainer import BEST, HatTrainer, TrainerArguments, TrainerRows
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished training loop measured. `plan` and `schedule` are those it followed.
+    """The measurements of a finished training loop, with the `plan` and `schedule` it followed.
 
     `before` and `after` are held-out scores. `seconds` (of training and scoring) and `tokens_per_second` are since the
     run was last resumed; `steps`, `tokens` (without padding) and `train_loss`, the mean, are of the whole run.
@@ -53,41 +53,44 @@ class Trained:
 
 
 def train_adapter(
-    run: Run, prepared: Prepared, schedule: Schedule, adapted: AdaptedModel, paths: LayerPaths
+    run: Run, prepared: Prepared, schedule: Schedule, adapted: AdaptedModel, runners: LayerRunners
 ) -> Trained:
     """Trains the adapter of `adapted`, and leaves the best epoch's adapter in it.
 
-    The largest micro-batch comes first. If it takes too much memory, training starts over with a smaller one: the
-    largest that divides the batch. Raises Diverged where the loss diverges, Interrupted where a person stops the run.
+    The micro-batch with the longest rows comes first. If it takes too much memory, training starts over with the next
+    smaller micro-batch size that divides the batch. Raises Diverged if the loss diverges, Interrupted if the user stops
+    the run.
     """
     while True:
-        _remember(run, prepared, schedule)
+        _save_facts(run, prepared, schedule)
         try:
-            return _train_once(run, prepared, schedule, adapted, paths)
+            return _train_once(run, prepared, schedule, adapted, runners)
         except TooMuchMemory as excess:
             batch, before = schedule.batch_size, schedule.micro_batch
             fewer = max(count for count in range(1, before) if batch % count == 0)
             schedule = replace(schedule, micro_batch=fewer)
             say(
-                f"{before} rows at a time took {format_size(excess.used)} of {format_size(excess.limit)}: "
-                f"now {fewer}, of {batch} a step"
+                f"a micro-batch of {before} rows took {format_size(excess.used)} of {format_size(excess.limit)}: "
+                f"starting over with {fewer} of the {batch} rows per step"
             )
         release_memory()
 
 
-def _remember(run: Run, prepared: Prepared, schedule: Schedule) -> None:
-    """Records what the run learns from and its schedule, which a resumed run must find again."""
+def _save_facts(run: Run, prepared: Prepared, schedule: Schedule) -> None:
+    """Records the run's data, base and schedule; a resumed run must have the same."""
     facts = {
         "rows": prepared.examples.digest,
         "base": prepared.lineage["fingerprint"],
         "template": prepared.tokens.template,
         "schedule": asdict(schedule),
     }
-    run.remember(prepared.recipe, facts)
+    run.save_facts(prepared.recipe, facts)
 
 
-def _train_once(run: Run, prepared: Prepared, schedule: Schedule, adapted: AdaptedModel, paths: LayerPaths) -> Trained:
-    """Trains to the end of the schedule, from the newest checkpoint where there is one, and scores."""
+def _train_once(
+    run: Run, prepared: Prepared, schedule: Schedule, adapted: AdaptedModel, runners: LayerRunners
+) -> Trained:
+    """Trains to the end of the schedule, from the newest checkpoint if there is one, and scores."""
     transformers_logging.set_verbosity_error()
     stop, bar, metrics = GracefulStop(), ProgressBar(), MetricsFile(run.metrics)
     watch = DivergenceWatch(
@@ -96,7 +99,7 @@ def _train_once(run: Run, prepared: Prepared, schedule: Schedule, adapted: Adapt
     answers = _sample_answers(prepared, adapted, metrics)
 
     def on_start_score(score: Score) -> None:
-        watch.before = score.metrics["loss"]
+        watch.start_loss = score.metrics["loss"]
         say(f"before training: held-out {format_metrics(score.metrics)}")
 
     trainer = HatTrainer(
@@ -107,14 +110,14 @@ def _train_once(run: Run, prepared: Prepared, schedule: Schedule, adapted: Adapt
         ),
         watch=watch.step,
         on_start_score=on_start_score,
-        streaming=paths.streaming,
-        prefix=paths.prefix,
-        callbacks=[bar, metrics, stop, watch, _memory_watch(run, prepared, paths), *answers],
+        streaming=runners.streaming,
+        prefix=runners.prefix,
+        callbacks=[bar, metrics, stop, watch, _memory_watch(run, prepared, runners), *answers],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    watch.few, bar.loss = trainer.loss_at_start, lambda: trainer.smoothed.value
-    if paths.streaming is None:
+    watch.estimate_start_loss, bar.loss = trainer.loss_at_start, lambda: trainer.smoothed.value
+    if runners.streaming is None:
         trainer.score_held_out(1)  # layers find out which of them share an input: a resumed run's first step knows too
     checkpoint = run.last_checkpoint()
     if checkpoint is not None:
@@ -146,18 +149,18 @@ def _train_once(run: Run, prepared: Prepared, schedule: Schedule, adapted: Adapt
 
 
 def _sample_answers(prepared: Prepared, adapted: AdaptedModel, metrics: MetricsFile) -> list[SampleAnswers]:
-    """The callback that has held-out questions answered; none for classifiers, or where each token of an answer would
-    read a base larger than memory once."""
+    """The callback that answers held-out questions. None for classifiers, nor with a streamed base, which would be read
+    from disk once per generated token."""
     if prepared.task == "classify" or adapted.base.streamed:
         return []
     ends = all_end_tokens(adapted.base, prepared.tokens.stops.tokens)
     return [SampleAnswers(prepared.tokens.held_out, adapted.base, ends, metrics)]
 
 
-def _memory_watch(run: Run, prepared: Prepared, paths: LayerPaths) -> MemoryWatch:
-    """The callback that holds the run to its memory limit. It has none where the micro-batch must not change: in a
-    resumed run, and with layer streaming, whose steps hold what was planned."""
-    is_fixed = run.resumed or paths.streaming is not None
+def _memory_watch(run: Run, prepared: Prepared, runners: LayerRunners) -> MemoryWatch:
+    """The callback that enforces the memory limit. Without a limit if the micro-batch size must not change: in a
+    resumed run, and with layer streaming, which keeps to the plan."""
+    is_fixed = run.resumed or runners.streaming is not None
     return MemoryWatch(prepared.plan.peak_memory_bytes, None if is_fixed else prepared.plan.limit)
 
 
@@ -182,7 +185,7 @@ def _arguments(run: Run, prepared: Prepared, schedule: Schedule, adapted: Adapte
         logging_steps=max(1, schedule.steps // 100),
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
-        report_to=find_trackers(prepared.recipe) or "none",
+        report_to=tracker_names(prepared.recipe) or "none",
         run_name=run.name,
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
@@ -192,7 +195,7 @@ def _arguments(run: Run, prepared: Prepared, schedule: Schedule, adapted: Adapte
 
 
 def _mean_loss(history: list[dict[str, float]]) -> float:
-    """The mean training loss. Each logged loss is the mean of the steps since the one logged before it."""
+    """The mean training loss. Each logged loss is the mean over the steps since the previous log entry."""
     total, last = 0.0, 0
     for entry in history:
         if "loss" in entry:

@@ -10,7 +10,7 @@ from hatrack.check.prepared import Prepared
 from hatrack.check.running import LearningSettings, Step, loss_not_a_number, no_gradient
 from hatrack.data.batch import LengthBatches, collate
 from hatrack.evaluate.loss import Batch, losses
-from hatrack.training.adapted_model import AdaptedModel, load_adapted_model, open_layer_paths
+from hatrack.training.adapted_model import AdaptedModel, load_adapted_model, open_layer_runners
 from hatrack.training.auto_settings import measure_learning_rate
 from hatrack.training.undone_steps import add_gradients
 
@@ -45,7 +45,7 @@ def _add_gradients(adapted: AdaptedModel, prepared: Prepared, batch: Batch) -> f
     """Adds the gradients of a batch's mean loss, which it returns, by the way that training takes."""
     model, seed = adapted.model.train(), prepared.recipe.seed
     with tempfile.TemporaryDirectory() as folder:
-        streaming, prefix = open_layer_paths(adapted, prepared, None, Path(folder))
+        streaming, prefix = open_layer_runners(adapted, prepared, None, Path(folder))
         if streaming is None:
             torch.manual_seed(seed)
             return add_gradients(model, [batch], prepared.task, prefix)

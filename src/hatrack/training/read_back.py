@@ -1,4 +1,4 @@
-"""Loads a saved adapter again and checks that it answers as the trained one did."""
+"""Loads a saved adapter and checks that its outputs match the trained adapter's."""
 
 import dataclasses
 from pathlib import Path
@@ -20,9 +20,9 @@ from hatrack.storage import write_file
 
 
 def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
-    """Loads the adapter just saved, compares its logits with those of the `trained` one, and records its proof.
+    """Loads the saved adapter, compares its logits with those of the `trained` adapter, and records its proof.
 
-    Raises AdapterError where the adapter changes nothing, MachineError where it does not reproduce what was trained.
+    Raises AdapterError if the adapter changes nothing, MachineError if it does not reproduce the trained outputs.
     """
     hat = load(
         output,
@@ -47,12 +47,15 @@ def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
         )
     assert files.card is not None
     write_file(output / HATRACK_JSON, dataclasses.replace(files.card, proof=proof.to_json()).to_json())
-    say(f"proof: read back from disk it gives the same answers; it moves {proof.moved:.1%} of the base's probability")
+    say(
+        "proof: the adapter read back from disk gives the same answers; it changes the base's probabilities by up to "
+        f"{100 * proof.moved:.1f} percentage points (mean of {len(proof.probe)} probe texts)"
+    )
     return hat
 
 
 def _compute_as_in_training(hat: Hat, output: Path) -> None:
-    """Speeds up the base and takes the adapter's float32 weights from the file again.
+    """Speeds up the base and reloads the adapter's float32 weights from the file.
 
     `load` rounds them to the base's dtype. peft's own layers (on quantized bases, for DoRA) compute in the dtype of the
     adapter: in bfloat16 the probabilities of a 4-bit base came out up to 3% apart.

@@ -8,7 +8,7 @@ from hatrack.adapter.registry import find_adapter
 from hatrack.errors import AdapterError
 from hatrack.recipe import Recipe
 
-NOT_REPEATED = ("output", "name", "resume", "overwrite")
+DROPPED_OPTIONS = ("output", "name", "resume", "overwrite")
 REPLACES = {"steps": "epochs", "epochs": "steps"}
 """A changed option drops the other one from the recipe."""
 
@@ -27,7 +27,7 @@ def recipe_of_adapter(adapter: str | Path, **changes: Any) -> Recipe:
             got=f"{adapter}, which has no recipe",
             fix="give base and data",
         )
-    dropped = {*NOT_REPEATED, *(REPLACES[name] for name in changes if name in REPLACES)}
+    dropped = {*DROPPED_OPTIONS, *(REPLACES[name] for name in changes if name in REPLACES)}
     recipe = card.recipe
     options = {name: value for name, value in recipe.items() if name in Recipe.model_fields and name not in dropped}
     return Recipe.make(**(options | changes))

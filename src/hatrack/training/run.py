@@ -62,7 +62,7 @@ class Run:
             (checkpoint.folder_of_step(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
         )
 
-    def remember(self, recipe: Recipe, facts: dict[str, Any]) -> None:
+    def save_facts(self, recipe: Recipe, facts: dict[str, Any]) -> None:
         """Writes the recipe and `facts` (digests of what it is applied to, schedule) to run.json.
 
         Raises RecipeError where the run is resumed and the facts differ from those of the interrupted run.
@@ -83,7 +83,7 @@ class Run:
         content = {"recipe": options | {"resume": False, "name": self.name}, "facts": facts}
         write_file(path, json.dumps(content, indent=2))
 
-    def recall(self, fact: str) -> Any:
+    def saved_fact(self, fact: str) -> Any:
         """A fact that the interrupted run remembered; None where it has none of this name, or no run is resumed."""
         path = self.folder / RUN
         return json.loads(path.read_text())["facts"].get(fact) if self.resumed and path.exists() else None
@@ -191,7 +191,7 @@ def _begin(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
         say(f"{first_reason.what} ({first_reason.got}): this run makes {output.name}")
     _remove_leftovers(output.run_folder)
     run = Run(output.folder, output.run_folder, output.name, overwrite=recipe.overwrite)
-    run.remember(recipe, {})  # from here on --resume finds it
+    run.save_facts(recipe, {})  # from here on --resume finds it
     return run
 
 

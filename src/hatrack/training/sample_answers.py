@@ -1,6 +1,6 @@
-"""Answers held-out questions while a run trains, and checks at its end that answers end.
+"""Answers held-out questions during training; checks afterwards that answers end.
 
-Answers are short and greedy: no random number is drawn, and the model is left as it was.
+Answers are short and greedy: no random number is drawn, and the model is left unchanged.
 """
 
 import time
@@ -22,16 +22,16 @@ from hatrack.inference.hat import Hat
 from hatrack.training.callbacks import MetricsFile
 
 QUESTIONS, TOKENS, SECONDS = 2, 40, 3.0
-"""How many questions are asked at each evaluation, and the most tokens and seconds of an answer."""
+"""Questions per evaluation, and the maximum tokens and seconds of an answer."""
 SHARE, FREE = 0.05, 5.0
-"""Answers may take this share of a run's time, and so many seconds besides. At the end questions are always asked."""
+"""Answers may take this share of a run's time plus this many seconds. After the last step they are always generated."""
 MAX_PROMPT = 512
-"""Tokens of a question that is asked; a longer one would take too long."""
+"""Maximum tokens of a question; answering a longer one would take too long."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row's tokens before an answer, `prompt` (n,), and the row's `answer` (m,), its end token included."""
+    """A row's tokens up to an answer, `prompt` (n,), and its `answer` (m,) with its end token. `row`: its number."""
 
     row: int
     prompt: np.ndarray
@@ -39,7 +39,7 @@ class Question:
 
 
 def find_questions(rows: TokenRows, count: int, longest: int = MAX_PROMPT) -> list[Question]:
-    """The last question and answer of the first `count` rows that have one of at most `longest` tokens."""
+    """Returns each row's last question and answer: the first `count` with a question of at most `longest` tokens."""
     found: list[Question] = []
     for index in range(len(rows)):
         ids, learn, _ = rows.row(index)
@@ -54,7 +54,7 @@ def find_questions(rows: TokenRows, count: int, longest: int = MAX_PROMPT) -> li
 
 
 class SampleAnswers(TrainerCallback):  # type: ignore[misc]
-    """Has the first held-out questions answered at each evaluation, and shows and logs the answers."""
+    """Answers the first held-out questions at each evaluation; shows and logs the answers."""
 
     def __init__(self, held_out: TokenRows, base: Base, ends: list[int], metrics: MetricsFile) -> None:
         self.asked, self.base, self.ends, self.metrics = find_questions(held_out, QUESTIONS), base, ends, metrics
@@ -97,8 +97,8 @@ def _last_line(prompt: str) -> str:
 
 @torch.no_grad()
 def generate_answer(model: Any, prompt: np.ndarray, ends: list[int], base: Base, most: int) -> list[int]:
-    """Generates greedily after `prompt` (n,), up to and with one of `ends`: at most `most` tokens, and no more than the
-    model has positions for."""
+    """Generates greedily after `prompt` (n,) until one of `ends`, which is included. Stops at `most` tokens or at the
+    model's position limit."""
     limit = position_limit(base.model.config.to_dict())
     most = min(most, limit - len(prompt)) if limit else most
     if most < 1:
@@ -121,10 +121,10 @@ def generate_answer(model: Any, prompt: np.ndarray, ends: list[int], base: Base,
     return [int(token) for token in found[0, ids.shape[1] :]]
 
 
-def check_answers_end(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
-    """Advises the user where answers in the data end with one of `tokens` and those of the trained adapter do not end.
+def check_end_token_learned(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> None:
+    """Prints advice if the answers in the data end with one of `tokens`, but the trained adapter's answers do not end.
 
-    Looks at the shortest answer in the data. Costs one forward pass, and a short generation where an end is unlikely.
+    Tests the shortest answer in the data. Costs one forward pass, and a short generation if the end token is unlikely.
     """
     if not tokens or hat.mapped_layers is not None:  # each pass over a base on disk takes as long as a step
         return
@@ -134,11 +134,11 @@ def check_answers_end(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> 
     shortest = min(asked, key=lambda each: len(each.answer))
     ends = all_end_tokens(hat.base, tokens)
     try:
-        likely = _end_likely(hat, shortest, tokens)
+        likely = _end_probability(hat, shortest, tokens)
         if likely >= 0.5:
             return
         said = generate_answer(hat.model, shortest.prompt, ends, hat.base, min(len(shortest.answer) + 24, 2 * TOKENS))
-    except Exception as error:  # no reason to lose an adapter that is trained and proven
+    except Exception as error:  # a failed check must not lose a trained and verified adapter
         say(f"it could not be checked that answers end: {_first_line(error)}")
         return
     if said and said[-1] not in ends:
@@ -147,8 +147,8 @@ def check_answers_end(hat: Hat, learned: TokenRows, tokens: tuple[int, ...]) -> 
 
 
 @torch.no_grad()
-def _end_likely(hat: Hat, question: Question, tokens: tuple[int, ...]) -> float:
-    """The probability of one of `tokens` where the row's answer ends."""
+def _end_probability(hat: Hat, question: Question, tokens: tuple[int, ...]) -> float:
+    """The probability of `tokens` at the end of the row's answer."""
     whole = np.concatenate([question.prompt, question.answer[:-1]])
     ids = torch.tensor(np.array([whole]), dtype=torch.long, device=hat.base.device)
     logits = hat.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
