@@ -116,7 +116,7 @@ REFUSED = [
         "keys messages",
     ),
     ("x.jsonl", '[{"role": "user", "content": "a"}]\n' * 2, 'fix: write each row as {"messages": [...]}'),
-    ("x.jsonl", f"[{LINES[0]}]\n[{LINES[1]}]", "got an array as the first row; fix: give one object a line"),
+    ("x.jsonl", f"[{LINES[0]}]\n[{LINES[1]}]", "got an array as the first row; fix: give one object per line"),
     ("x.jsonl", "{text: 'a'}\n{text: 'b'}", "line 1: Expecting property name enclosed in double quotes"),
     ("x.jsonl", "{'text': b'a'}\n{'text': {1, 2}}", "line 1: Expecting property name"),
     ("x.json", "[" * 200_000, "got nested too deeply"),

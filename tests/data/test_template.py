@@ -312,7 +312,7 @@ def test_a_template_that_keeps_the_last_thought_teaches_what_is_asked() -> None:
 
 @pytest.mark.parametrize("opening", ["<think>\n", "\n", " ", "<think></think>"])
 def test_an_answer_that_is_asked_for_in_another_way_than_learned_is_refused(opening: str) -> None:
-    said = f"asked for after {'<bot>' + opening!r}, learned after '<bot>'"
+    said = f"a prompt ends with {'<bot>' + opening!r}, the answers follow '<bot>'"
     with pytest.raises(DataError, match=re.escape(said) + r".*\[prompt-never-trained\]"):
         _spoken(CUTS.replace("OPENING", opening), [ASKED, ("assistant", "It is Oslo.")])
     later = [ASKED, ("assistant", "It is Oslo."), ("user", "And of Peru?"), ("assistant", "Lima.")]

@@ -11,7 +11,7 @@ from hatrack.data.complaints import BadRows
 from hatrack.data.examples import Example, Examples
 from hatrack.data.render import RenderSettings, encode, render
 from hatrack.data.template import PLAIN_TEMPLATE, chat_template
-from hatrack.data.token_lengths import SAMPLE, LightTokenizer, row_sizes
+from hatrack.data.token_lengths import SAMPLE_ROWS, LightTokenizer, row_sizes
 from hatrack.recipe import Recipe
 from tests.conftest import WORDS, turns
 from tests.data.test_template import CALLING, GEMMA, LLAMA3, QWEN3, TALK, TOOL, TOOLS
@@ -84,7 +84,7 @@ def test_sizes_are_those_that_are_trained_on(tiny_decoder: Path) -> None:
     random = np.random.default_rng(0)
     examples = [
         Example(row, messages=turns(("user", "the film"), ("assistant", " ".join(random.choice(WORDS, size)))))
-        for row, size in enumerate(random.integers(1, 40, SAMPLE))
+        for row, size in enumerate(random.integers(1, 40, SAMPLE_ROWS))
     ]
     tokenizer = AutoTokenizer.from_pretrained(tiny_decoder)
     template = chat_template(tokenizer)[0]
@@ -137,13 +137,13 @@ def test_what_training_refuses_is_refused_and_left_out_before_it(tiny_decoder: P
     bad = {2: turns(("system", "so"), ("user", "who ?"), ("assistant", "one"))}
     bad |= {5: turns(("user", "so " * 90), ("assistant", "one"))}
     plain = turns(("user", "what is red ?"), ("assistant", "the film"))
-    examples = [Example(row, messages=bad.get(row % SAMPLE, plain)) for row in range(1, 2 * SAMPLE)]
+    examples = [Example(row, messages=bad.get(row % SAMPLE_ROWS, plain)) for row in range(1, 2 * SAMPLE_ROWS)]
     refused, cut = "the chat template refuses a conversation (no system turns)", "the answer begins after the 48 tokens"
     with pytest.raises(BadRows) as caught:
         _sizes(examples, folder, 48)
-    assert caught.value.complaints[0] == f"f.jsonl rows 2, {SAMPLE + 2}: {refused}"
-    assert caught.value.complaints[1].startswith(f"f.jsonl rows 5, {SAMPLE + 5}: {cut}")
+    assert caught.value.complaints[0] == f"f.jsonl rows 2, {SAMPLE_ROWS + 2}: {refused}"
+    assert caught.value.complaints[1].startswith(f"f.jsonl rows 5, {SAMPLE_ROWS + 5}: {cut}")
     with pytest.raises(BadRows) as trained:
         render(examples, tokenizer, RenderSettings(task="chat", max_length=48, template=template), source="f.jsonl")
     assert trained.value.complaints == caught.value.complaints and trained.value.fix == caught.value.fix
-    assert len(_sizes(examples, folder, 48, "skip")) == 2 * SAMPLE - 5
+    assert len(_sizes(examples, folder, 48, "skip")) == 2 * SAMPLE_ROWS - 5

@@ -14,7 +14,7 @@ from hatrack.data.render import TokenRows
 class LengthBatches(Sampler[list[int]]):
     """Batches of row indices, rows of similar length together, in another order each epoch.
 
-    A batch has `batch_size` rows. With `by_tokens` that is only the mean: batches of short rows have more, so that all
+    A batch has `batch_size` rows. With `by_tokens` that is the mean: batches of short rows have more rows, so that all
     batches have about the same number of tokens, and steps take about the same time and memory. Use it for losses that
     are means over tokens; in a mean over rows, long rows would weigh more. Every epoch has ceil(rows / `batch_size`)
     batches. The order depends only on `lengths`, `batch_size`, `seed` and the epoch, so a resumed run gets the same
@@ -53,7 +53,7 @@ class RowsDataset(Dataset[Any]):
 def collate(items: list[Any], pad_id: int, task: str) -> dict[str, torch.Tensor]:
     """Pads rows on the right into `input_ids` and `attention_mask` (B, T), and `labels`.
 
-    labels: (B,) int64 or (B, L) float32 to classify; else (B, T) int64, -100 for tokens that are not learned.
+    labels: (B,) int64 or (B, L) float32 for classify; else (B, T) int64, -100 for unsupervised tokens.
     """
     longest = max(len(ids) for ids, _, _ in items)
     input_ids = np.full((len(items), longest), pad_id, dtype=np.int64)

@@ -25,7 +25,7 @@ EXTRA_NAMES = {
     "history": ("history",),
     "tools": ("tools",),
 }
-"""Columns that are read beside a conversation, or a prompt and its completion."""
+"""Columns that are read in addition to a conversation, or to a prompt and its completion."""
 EXTRA_MESSAGES = {
     "input": "the prompt is {prompt!r}, then a blank line and {column!r} if the row has one",
     "system": "{column!r} becomes the first turn",
@@ -86,15 +86,15 @@ def _unclear_columns(task: str | None, columns: Sequence[str], source: str, firs
     ]
     known = {column.strip().lower(): column for column in columns}
     if {"chosen", "rejected"} <= set(known):
-        chosen, learned = known["chosen"], {"messages": known["chosen"]}
+        chosen, suggested = known["chosen"], {"messages": known["chosen"]}
         if "prompt" in known:
-            learned = {"prompt": known["prompt"], "completion": chosen}
+            suggested = {"prompt": known["prompt"], "completion": chosen}
         elif isinstance(first_row.get(chosen), str) and not looks_like_conversation(first_row[chosen]):
-            learned = {"task": "complete", "text": chosen}
+            suggested = {"task": "complete", "text": chosen}
         return DataError(
             f"{source} has pairs of a better and a worse answer; hatrack learns from one answer",
             got=f"columns {', '.join(names)}",
-            fix=f"learn the better one: {' '.join(flag(role, column) for role, column in learned.items())}",
+            fix=f"learn the better one: {' '.join(flag(role, column) for role, column in suggested.items())}",
         )
     accepted = {each: TASK_ROLES[each] for each in ([task] if task else ["classify", "chat", "complete"])}
     sets = dict.fromkeys(roles for each in accepted.values() for roles in each)
@@ -115,14 +115,14 @@ def _unclear_columns(task: str | None, columns: Sequence[str], source: str, firs
 def find_extra_columns(
     task: str, found: Mapping[str, str], recipe: Recipe, filled: Mapping[str, Sequence[Any]]
 ) -> dict[str, str]:
-    """The columns that are read beside those of `found`, by role: input, system, history, tools.
+    """The columns that are read in addition to those of `found`, by role: input, system, history, tools.
 
     `filled` has the columns that are not empty, with their values. Says what is read as what, and what is not read.
     Raises DataError for columns whose meaning hatrack does not support.
     """
     others = [column for column in filled if column not in found.values() and not is_index_column(column)]
-    left = {column: column.strip().lower() for column in others}
-    for column, name in left.items():
+    unread_names = {column: column.strip().lower() for column in others}
+    for column, name in unread_names.items():
         unsupported = _unsupported_values(task, name, filled[column], recipe)
         if unsupported:
             raise DataError(
@@ -134,7 +134,9 @@ def find_extra_columns(
     extra: dict[str, str] = {}
     paired = "completion" in found
     prompts = [
-        column for column, name in left.items() if name in COMMON_NAMES["prompt"] and name not in EXTRA_NAMES["input"]
+        column
+        for column, name in unread_names.items()
+        if name in COMMON_NAMES["prompt"] and name not in EXTRA_NAMES["input"]
     ]
     if paired and prompts and recipe.prompt is None:
         raise DataError(
@@ -145,7 +147,7 @@ def find_extra_columns(
             gotcha="columns-ignored",
         )
     for role, names in EXTRA_NAMES.items() if task == "chat" or paired else ():
-        candidates = [column for column, name in left.items() if name in names]
+        candidates = [column for column, name in unread_names.items() if name in names]
         if role == "input" and (not paired or recipe.prompt is not None):
             continue  # a named prompt is the whole prompt
         if role == "history" and not paired:
@@ -163,14 +165,14 @@ def find_extra_columns(
         if candidates:
             extra[role] = candidates[0]
             say(EXTRA_MESSAGES[role].format(prompt=found.get("prompt"), column=candidates[0]))
-    unread = [column for column in left if column not in extra.values()]
+    unread = [column for column in unread_names if column not in extra.values()]
     if unread:
         say(f"not read: {', '.join(unread)}")
     return extra
 
 
 def find_prompt_columns(task: str, columns: Sequence[str], source: str, named: Mapping[str, str]) -> dict[str, str]:
-    """The columns that hold what to ask an adapter, by role, in rows that need no labels or completions.
+    """The columns that hold prompts, by role. The rows need no labels or completions.
 
     `named` are the columns named by the user, now or for training. Says what is guessed; raises DataError if unclear.
     """
@@ -205,7 +207,7 @@ def find_prompt_columns(task: str, columns: Sequence[str], source: str, named: M
 
 
 def _unsupported_values(task: str, name: str, values: Sequence[Any], recipe: Recipe) -> Sequence[Any]:
-    """The values of an unread column that say what or how much to learn, which hatrack does not support."""
+    """The values of an unread column that say what or how much to learn from, which hatrack does not support."""
     not_true = [value for value in values if str(value).strip().lower() not in TRUE_VALUES]
     chosen = task == "classify" and recipe.text is not None and recipe.label is not None
     if name in WEIGHT_NAMES:
@@ -214,8 +216,8 @@ def _unsupported_values(task: str, name: str, values: Sequence[Any], recipe: Rec
         return [] if chosen else values
     if task != "chat":
         return []
-    rated = name == "label" and all(str(value).strip().lower() in FALSE_VALUES for value in not_true)
-    return not_true if rated else values if name in UNSUPPORTED_NAMES else []
+    is_rating = name == "label" and all(str(value).strip().lower() in FALSE_VALUES for value in not_true)
+    return not_true if is_rating else values if name in UNSUPPORTED_NAMES else []
 
 
 def _fill_roles(

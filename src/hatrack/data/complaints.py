@@ -1,6 +1,6 @@
-"""Reports all rows that cannot be learned from at once, equal complaints as one.
+"""Reports all bad rows at once, with equal complaints grouped.
 
-Knows nothing of what is wrong with them.
+Does not know the rules that rows are checked by.
 """
 
 from collections import defaultdict
@@ -15,9 +15,9 @@ SHOWN_SPANS = 8
 
 
 class BadRows(DataError):
-    """Rows that cannot be learned from: `bad` has those of each source, out of `total` rows.
+    """Rows that cannot be learned from. `bad`: each source and its bad rows; `total`: the number of all rows.
 
-    `others` has the examples of the other rows, if there are enough.
+    `others`: the examples of the other rows, if there are enough.
     """
 
     others: Any = None
@@ -38,7 +38,7 @@ class BadRows(DataError):
 
 
 def join_errors(errors: Sequence[BadRows], total: int) -> BadRows:
-    """Several errors as one; `total` is the number of all rows."""
+    """Joins several errors into one; `total` is the number of all rows."""
     by_source: dict[str, list[BadRow]] = {}
     for error in errors:
         for source, each in error.bad:
@@ -58,7 +58,7 @@ def refuse_or_skip(error: BadRows, bad_rows: str) -> None:
 
 
 def group_complaints(source: str, bad: Sequence[BadRow]) -> list[str]:
-    """The complaints about a source in the order of its rows, equal ones as one.
+    """The complaints about a source in the order of its rows, with equal ones grouped.
 
     >>> bad = [BadRow(3, "empty", "text"), BadRow(4, "empty", "text"), BadRow(9, "empty", "text"), BadRow(5, "odd")]
     >>> group_complaints("f.csv", bad)

@@ -21,8 +21,8 @@ csv.field_size_limit(2**31 - 1)
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
-FEWEST_SURE = 3
-"""This many lines in one cell that all end in a known label are rows, not prose."""
+MIN_ROWS_IN_CELL = 3
+"""If one cell has at least this many lines, and all end in a known label, they are rows, not prose."""
 LABEL_MAX_LENGTH = 40
 """Characters of the longest cell that can be one of a few labels."""
 
@@ -303,7 +303,7 @@ def _read_quotes_as_letters(lines: list[str], separator: str, skipped: int, *, s
     records = [_Record(cells, number, number) for number, cells in enumerate(reader, skipped + 1) if cells]
     header = records[0].cells
     is_row = _RowTest([records[0], *(record for record in records if not any('"' in cell for cell in record.cells))])
-    unsure = swallowed and separator != "\t" and (swallowed < FEWEST_SURE or not is_row.has_few_values())
+    unsure = swallowed and separator != "\t" and (swallowed < MIN_ROWS_IN_CELL or not is_row.has_few_values())
     if len(header) < 2 or any('"' in name for name in header) or unsure:
         return _Reading(records, "quotes are meant as quotes")
     for record in records:

@@ -1,4 +1,4 @@
-"""Makes checked examples of rows: labels, duplicates, the held-out split, and all complaints at once.
+"""Turns rows into examples: checks labels, drops duplicates and splits off held-out rows.
 
 Knows nothing of tokens or models.
 """
@@ -34,10 +34,10 @@ HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 2000
 class Example:
     """One row to learn from; `row` is its number in the file.
 
-    classify: `text` and `label` (an index, or a tuple of indices with several labels a row). complete: `text`, or
+    classify: `text` and `label` (an index, or a tuple of indices if rows can have several). complete: `text`, or
     `text` as the prompt and `completion` to learn. chat: `messages` for a chat template (`role`, `content`, and maybe
     `tool_calls`, `reasoning_content`, ...), `tools` (JSON schemas), and `context_only`, the indices of assistant turns
-    that are not learned.
+    that are not supervised.
     """
 
     row: int
@@ -91,7 +91,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Sources:
-    """The rows of all sources, read: those to train on, and if they come from another source, those to score."""
+    """The rows that were read: a part to train on and, if `eval_data` is given, a part to score."""
 
     task: str
     columns: dict[str, str]
@@ -110,9 +110,11 @@ def read_examples(recipe: Recipe) -> Examples:
     rows = read_rows(str(recipe.data))
     examples = make_examples(recipe, rows, read_rows(recipe.eval_data, "eval_data") if recipe.eval_data else None)
     if examples.labels:
-        counts = Counter(index for e in (*examples.train, *examples.held_out) for index in _indices(e.label))
+        counts = Counter(
+            index for example in (*examples.train, *examples.held_out) for index in _indices(example.label)
+        )
         shown = labels.describe_classes(examples.labels, counts)
-        say(f"classes{' (several a row)' if examples.multi_label else ''}: {shown}")
+        say(f"classes{' (several per row)' if examples.multi_label else ''}: {shown}")
     return examples
 
 
@@ -173,10 +175,10 @@ def _split(sources: _Sources, seed: int) -> Examples:
 def map_parts(
     recipe: Recipe, examples: Examples, make: Callable[[list[Example], str], Made]
 ) -> tuple[Examples, Made, Made]:
-    """`make` of the training and of the held-out rows; it is called with the rows and the name of their source.
+    """Calls `make` with the training rows and with the held-out rows, and the name of their source.
 
     Rows for which it raises BadRows are refused, those of both parts at once. With `bad_rows: skip` they are left out
-    and the remaining rows are split again; returns the examples that remain, too.
+    and the remaining rows are split again. Also returns the remaining examples.
     """
     source = source_name(str(recipe.data))
     names = source, source_name(recipe.eval_data, "eval_data") if recipe.eval_data else source
@@ -259,7 +261,7 @@ def examples_to_score(
 
 
 def split_held_out(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:
-    """The rows to train on, and a tenth of the rows held out (at most 2,000; of each class if `stratified`).
+    """The rows to train on, and a tenth of the rows held out (at most 2,000; a tenth of each class if `stratified`).
 
     Both keep the order of the file. The same seed gives the same rows.
     """
@@ -277,8 +279,8 @@ def split_held_out(examples: Sequence[Example], *, seed: int, stratified: bool) 
     return [example for index, example in enumerate(examples) if index not in chosen], held_out
 
 
-def _filled(sources: Sequence[Rows]) -> dict[str, list[Any]]:
-    """The columns that are not empty, with their values that are not."""
+def _filled_columns(sources: Sequence[Rows]) -> dict[str, list[Any]]:
+    """Column -> its values that are not empty, for columns that have any."""
     names = dict.fromkeys(name for rows in sources for name in rows.columns)
     found = {name: [row[name] for rows in sources for row in rows.rows if has_content(row.get(name))] for name in names}
     return {name: values for name, values in found.items() if values}
@@ -290,7 +292,7 @@ def _read(recipe: Recipe, sources: Sequence[Rows]) -> _Sources:
     task, columns = find_columns(recipe, first.columns, first.source, next(iter(first.rows), None))
     for rows in sources[1:]:
         _check_same_columns(first, rows, columns)
-    columns |= find_extra_columns(task, columns, recipe, _filled(sources))
+    columns |= find_extra_columns(task, columns, recipe, _filled_columns(sources))
     parts, unread = [], set[str]()
     for rows in sources:
         examples, names = [], []
@@ -394,7 +396,7 @@ def _check_classes(part: _Part, classes: list[str], multi_label: bool) -> None:
 
 
 def _without_duplicates(part: _Part) -> _Part:
-    """The part with the first of each text only: copies could be both trained on and held out."""
+    """The part with one row per text, the first: copies could be both trained on and held out."""
     first: dict[str, int] = {}
     conflicting = 0
     for index, example in enumerate(part.examples):
@@ -410,7 +412,7 @@ def _without_duplicates(part: _Part) -> _Part:
 
 
 def _without_leaks(train: _Part, held_out: _Part, classes: list[str]) -> list[Example]:
-    """The training rows that are not held out, too. Raises DataError if a label has no row left."""
+    """The training rows whose text is not held out. Raises DataError if a label has no row left."""
     scored = {_text_key(example) for example in held_out.examples}
     kept = [example for example in train.examples if _text_key(example) not in scored]
     if len(kept) < len(train.examples):

@@ -1,6 +1,6 @@
 """Saves rows given in Python (a list, a DataFrame, a datasets.Dataset) as JSON Lines in the cache.
 
-A run remembers its data by a path, so rows in memory are saved under a hash of their content: resuming, comparing and
+A run records its data as a path, so rows in memory are saved under a hash of their content. Resuming, comparing and
 repeating then work as with any file. Knows nothing of tasks.
 """
 
@@ -39,7 +39,7 @@ def cache_rows(data: Any) -> str:
 def source_name(source: str, option: str = "data") -> str:
     """What messages call a source: its path or name, or `option` if `cache_rows` saved it."""
     path = Path(source)
-    if path.name != FILE or path.parent.parent.name != "data":  # asking for the cache's folder would make it
+    if path.name != FILE or path.parent.parent.name != "data":  # cache_dir would create the folder
         return source
     return option if path.parent.parent == cache_dir("data") else source
 
@@ -59,7 +59,7 @@ def _to_dicts(data: Any) -> Sequence[Any]:
         }
         if len(lengths) != 1 or -1 in lengths:
             raise DataError(
-                "a dict of columns needs one list of values for each, all of one length",
+                "a dict of columns needs one list of values per column, all of the same length",
                 got=short_repr(dict(data)),
                 fix='give {"text": [...], "label": [...]}, or a list of rows',
             )

@@ -25,7 +25,7 @@ JSON_TYPES = {str: "a text", list: "an array", int: "a number", float: "a number
 JSON_TYPES |= {type(None): "null"}
 
 Values = list[Any]
-"""The values in a file, objects if all is well; the ValueError of a line that is not JSON."""
+"""The values in a file, normally objects; a ValueError for each line that is not JSON."""
 
 Layout = Callable[[str, Any], tuple[Values, str] | None]
 """Called with a text, and its value or the ValueError of parsing it; returns its values and a name for the layout."""
@@ -36,17 +36,17 @@ def read_json_lines(source: str, text: str) -> Rows:
 
     A line that is not an object becomes a problem. Raises DataError if most lines are not.
     """
-    values, python = _parse_lines(text)
+    values, python_count = _parse_lines(text)
     good = sum(isinstance(value, dict) for value in values)
     layouts = (_one_array, _under_a_key, _one_by_one, _python_list) if good < len(values) else (_under_a_key,)
     found = _other_layout(text, layouts) if good < len(values) or len(values) == 1 else None
     if found:
-        say_once(f"{source} {found[1]}, not one object a line: read as such")
+        say_once(f"{source} {found[1]}, not one object per line: read as such")
         return _make_rows(source, found[0])
     if 2 * good < len(values):
         raise _not_json(source, text, "JSON Lines", values)
-    if python:
-        lines = f"{python:,} lines are" if python > 1 else "a line is"
+    if python_count:
+        lines = f"{python_count:,} lines are" if python_count > 1 else "a line is"
         say_once(f"{source}: {lines} not JSON but objects as Python prints them: read as such")
     return _make_rows(source, values)
 
@@ -54,7 +54,7 @@ def read_json_lines(source: str, text: str) -> Rows:
 def read_json_array(source: str, text: str) -> Rows:
     """The rows of a JSON file: one array of objects, or another layout, and says so.
 
-    Raises DataError if there are none, with the line where the text stops being JSON.
+    Raises DataError if there are none, with the line in which the text stops being JSON.
     """
     if not text.strip():
         return Rows(source, (), [], [])
@@ -94,16 +94,16 @@ def split_lines(text: str) -> list[str]:
 def _parse_lines(text: str) -> tuple[Values, int]:
     """The value of each line that is not empty, and how many of them are objects as Python prints them."""
     values: Values = []
-    python = 0
+    python_count = 0
     for line in split_lines(text):
         if line.strip():
             value = _loads(line)
             if isinstance(value, ValueError) and line.lstrip().startswith("{"):
-                literal = _literal(line)
+                literal = _parse_literal(line)
                 if isinstance(literal, dict):
-                    value, python = literal, python + 1
+                    value, python_count = literal, python_count + 1
             values.append(value)
-    return values, python
+    return values, python_count
 
 
 def _other_layout(text: str, layouts: Sequence[Layout]) -> tuple[Values, str] | None:
@@ -154,7 +154,7 @@ def _as_columns(text: str, whole: Any) -> tuple[Values, str] | None:
 def _object_lines(text: str, whole: Any) -> tuple[Values, str] | None:
     values, _ = _parse_lines(text)
     several = len(values) > 1 and _are_objects(values)
-    return (values, "holds one object a line") if several else None
+    return (values, "holds one object per line") if several else None
 
 
 def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
@@ -162,7 +162,7 @@ def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
     if not isinstance(whole, ValueError):
         return None
     try:
-        values, place = _objects(text)
+        values, place = _decode_objects(text)
     except (ValueError, RecursionError):
         return None
     opened = text.lstrip().startswith("[")
@@ -170,7 +170,7 @@ def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
     return (values, words) if values and text[place:].strip() == ("]" if opened else "") else None
 
 
-def _objects(text: str) -> tuple[Values, int]:
+def _decode_objects(text: str) -> tuple[Values, int]:
     """The objects one after another from the beginning of a text, and the place after the last.
 
     Raises JSONDecodeError if one is malformed.
@@ -191,7 +191,7 @@ def _skip(pattern: re.Pattern[str], text: str, place: int) -> int:
 
 def _python_list(text: str, whole: Any) -> tuple[Values, str] | None:
     """A list as Python prints it."""
-    value: Any = _literal(text) if isinstance(whole, ValueError) else None
+    value: Any = _parse_literal(text) if isinstance(whole, ValueError) else None
     return (value, "holds a list as Python prints it") if _are_objects(value) else None
 
 
@@ -241,7 +241,7 @@ def _find_repeated_key(value: Any) -> str | None:
     return None
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     """The value that Python prints as this text; None if there is none, or JSON cannot hold it."""
     if len(text) > LARGEST_LITERAL or text.lstrip()[:1] not in ("{", "["):
         return None
@@ -256,7 +256,7 @@ def _literal(text: str) -> Any:
 def _not_json(source: str, text: str, wanted: str, values: Values) -> DataError:
     """Why a text has no rows: the place where it stops being JSON, or what it holds instead."""
     whole = _loads(text)
-    what, fix = f"{source} is not valid {wanted}", "give one object a line, or one array of objects"
+    what, fix = f"{source} is not valid {wanted}", "give one object per line, or one array of objects"
     if isinstance(whole, dict):
         what, got = f"{source} must hold one array of objects", f"one object with the keys {', '.join(whole)[:80]}"
         got = f"one object with the key {short_repr(whole.key)} twice" if isinstance(whole, _RepeatedKey) else got
@@ -265,7 +265,7 @@ def _not_json(source: str, text: str, wanted: str, values: Values) -> DataError:
     elif not isinstance(whole, ValueError) or (values and not any(isinstance(v, ValueError | dict) for v in values)):
         what, first = f"{source} must hold objects", values[0] if values else whole
         got = f"{JSON_TYPES.get(type(first), type(first).__name__)} as the first row"
-        fix = "give one object a line" if _are_objects(first) else 'write each row as {"text": ...}'
+        fix = "give one object per line" if _are_objects(first) else 'write each row as {"text": ...}'
         if _are_objects(first) and {"role", "from"} & set(first[0]):
             fix = 'write each row as {"messages": [...]}'
     else:
@@ -280,7 +280,7 @@ def _describe_error(text: str, whole: ValueError) -> str:
     if not isinstance(whole, json.JSONDecodeError):
         return str(whole)
     try:
-        _, place = _objects(text)
+        _, place = _decode_objects(text)
         why = "an object was expected"
     except json.JSONDecodeError as error:
         place, why = error.pos, error.msg

@@ -24,7 +24,7 @@ Label = str | int | float | bool | list[Any]
 EMPTY_LIST = "a list"
 SHOWN_CLASSES = 20
 FEW_LABELS = 10
-"""Up to this many labels that occur once are complained of one by one."""
+"""With at most this many different labels, those that occur once are reported one by one."""
 MISSING_WORDS = {"none", "null", "nan", "na", "n/a", "<na>", "nil"}
 """How programs write a missing value. One of them may be a class; two of them are the same class."""
 
@@ -180,7 +180,7 @@ def say_joined_labels(labels: Sequence[Label]) -> None:
     for separator in ";|":
         joined = [text for text in texts if separator in text.strip(separator)]
         if 2 * len(joined) > len(labels):
-            say(f"labels such as {short_repr(joined[0])} are read as one label; give lists for several labels a row")
+            say(f"labels such as {short_repr(joined[0])} are read as one label; give lists for several labels per row")
 
 
 def refuse_scores_and_texts(labels: Sequence[Label], source: str, column: str) -> None:
@@ -239,7 +239,7 @@ def is_number(text: str) -> bool:
 
 
 def merge_spellings(labels: Sequence[Label], source: str, column: str, *, merge: bool) -> dict[str, str]:
-    """Each label that is spelled in several ways -> its commonest spelling; says which are merged.
+    """Each label that is spelled in several ways -> its most frequent spelling; says which are merged.
 
     Without `merge`, raises DataError with the spellings and their counts if there are any.
     """
@@ -254,7 +254,7 @@ def merge_spellings(labels: Sequence[Label], source: str, column: str, *, merge:
     if not merge:
         raise DataError(
             f"{source}, column {column}: labels that differ in spelling only",
-            fix=f"spell them alike, or add {flag('merge_labels')}, which keeps the commonest spelling",
+            fix=f"spell them alike, or add {flag('merge_labels')}, which keeps the most frequent spelling",
             gotcha="labels-spelled-twice",
             complaints=shown,
         )
@@ -301,12 +301,12 @@ def match_classes(labels: Sequence[Label], classes: Sequence[str]) -> dict[str, 
 
 def find_classes(labels: Sequence[Label]) -> tuple[list[str], bool]:
     """The sorted classes (numbers by value, words by alphabet), and whether a row may have several."""
-    several = any(isinstance(label, list) for label in labels)
+    multi_label = any(isinstance(label, list) for label in labels)
     found = sorted({item for label in labels for item in label_names(label)})  # sets have another order in each process
     numbers = {item: _parse_number(item) for item in found}
     if all(number is not None for number in numbers.values()):
         found.sort(key=lambda item: numbers[item] or Decimal(0))
-    return found, several
+    return found, multi_label
 
 
 def seen_once_complaints(labels: Sequence[Label]) -> list[str]:
@@ -340,7 +340,7 @@ def unknown_label_complaints(labels: Sequence[Label], classes: Sequence[str], mu
 
 
 def describe_classes(classes: Sequence[str], counts: Mapping[int, int]) -> str:
-    """Every class (20 at most, the commonest first) with its number of rows: `good (12), bad (8)`."""
+    """Every class (20 at most, the most frequent first) with its number of rows: `good (12), bad (8)`."""
     ranked = sorted(range(len(classes)), key=lambda index: -counts[index])
     shown = [f"{_quote_if_needed(classes[index])} ({counts[index]:,})" for index in ranked[:SHOWN_CLASSES]]
     more = len(ranked) - len(shown)

@@ -1,4 +1,4 @@
-"""How long a row may be, by the base's config.json and tokenizer. Imports no torch."""
+"""Finds the longest row that a base can take, from its config.json and tokenizer. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ AFTER_PADDING = frozenset((
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:
-    """The most tokens that a base can read at once, by its config.json or transformers' `to_dict()`; None if it does
+    """The most tokens that a base can read at once, from its config.json or transformers' `to_dict()`; None if it does
     not say."""
     for part in (config, config.get("text_config")):
         if not isinstance(part, Mapping):
@@ -34,7 +34,7 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
 
 
 def length_limit(model_max_length: float | None, config: Mapping[str, Any]) -> int | None:
-    """The longest row in tokens that a base can take, by its tokenizer's `model_max_length` and its config, or None."""
+    """The longest row in tokens that a base can take, from the tokenizer's `model_max_length` and the config."""
     limits = [model_max_length, position_limit(config)]
     return min((int(limit) for limit in limits if limit and 0 < limit < 10**9), default=None)
 

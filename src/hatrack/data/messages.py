@@ -34,7 +34,7 @@ SPEAKER_KEYS = ("name", "tool_call_id")
 """Passed to the template, which may ignore them: they say who speaks, not what is said."""
 
 LEARN_FLAG_KEYS = ("weight", "train", "training", "loss")
-"""Whether a turn is learned: 1 or true, 0 or false."""
+"""Flags for whether a turn is supervised: 1 or true, 0 or false."""
 
 UNSUPPORTED_KEYS: tuple[str, ...] = ("function_call", "mask", "masked", "loss_mask", "loss_scale", "loss_weight")
 UNSUPPORTED_KEYS += ("trainable", "train_detail", "ignore", "skip", "refusal")
@@ -54,7 +54,7 @@ class BadCell(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation: its turns, the indices of assistant turns that are not learned, and message keys not read."""
+    """A conversation: its turns, the indices of assistant turns that are not supervised, and message keys not read."""
 
     turns: tuple[Turn, ...]
     context_only: tuple[int, ...] = ()
@@ -100,11 +100,11 @@ def read_conversation(value: Any) -> Conversation:
         if not isinstance(message, dict):
             raise BadCell(f"message {index + 1} is {_type_name(message)}, not an object with role and content")
         try:
-            turn, learned = _read_turn(message)
+            turn, is_supervised = _read_turn(message)
         except BadCell as error:
             raise BadCell(f"message {index + 1} {error}") from error
         turns.append(turn)
-        context_only += [] if learned else [index]
+        context_only += [] if is_supervised else [index]
         unread |= {str(key) for key, item in message.items() if has_content(item) and key not in KNOWN_KEYS}
     return Conversation(tuple(turns), tuple(context_only), frozenset(unread))
 
@@ -174,7 +174,7 @@ def add_system_turn(conversation: Conversation, text: str) -> Conversation:
 
 
 def check_answer(conversation: Conversation) -> Conversation:
-    """Returns the conversation. Raises BadCell if it has nothing to learn."""
+    """Returns the conversation. Raises BadCell if it has no supervised answer."""
     answers = {index for index, turn in enumerate(conversation.turns) if has_answer(turn)}
     if not answers:
         raise BadCell("the conversation has no assistant turn to learn from")
@@ -184,7 +184,7 @@ def check_answer(conversation: Conversation) -> Conversation:
 
 
 def as_context(conversation: Conversation) -> Conversation:
-    """The conversation with no turn to learn."""
+    """The conversation without supervised turns."""
     answers = (index for index, turn in enumerate(conversation.turns) if turn["role"] == "assistant")
     return replace(conversation, context_only=tuple(answers))
 
@@ -238,7 +238,7 @@ def _describe_unknown_roles(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _read_turn(message: Mapping[str, Any]) -> tuple[Turn, bool]:
-    """A message for the chat template, and whether its flags let it be learned."""
+    """A message for the chat template, and whether it is supervised by its flags."""
     refused = next((key for key in UNSUPPORTED_KEYS if has_content(message.get(key))), None)
     if refused:
         hint = ": write it as tool_calls" if refused == "function_call" else ""
@@ -258,7 +258,7 @@ def _read_turn(message: Mapping[str, Any]) -> tuple[Turn, bool]:
                 raise BadCell(f"has no text as its {key}")
             if turn.setdefault(name, message[key]) != message[key]:
                 raise BadCell(f"has both {name} and {key}")
-    return turn, _is_learned(message)
+    return turn, _is_supervised(message)
 
 
 def _read_content(value: Any) -> str:
@@ -307,8 +307,8 @@ def _read_tool_calls(value: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _is_learned(message: Mapping[str, Any]) -> bool:
-    """Whether the flags of a message let it be learned."""
+def _is_supervised(message: Mapping[str, Any]) -> bool:
+    """Whether a message is supervised by its flags."""
     flags = {key: message[key] for key in LEARN_FLAG_KEYS if has_content(message.get(key))}
     found = {key: FLAG_VALUES.get(str(value).strip().lower()) for key, value in flags.items()}
     for key, learned in found.items():

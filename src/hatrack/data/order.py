@@ -1,4 +1,4 @@
-"""Puts rows of similar length into batches, in a seeded order, by lengths alone. Imports no torch."""
+"""Puts rows of similar length into batches, in a seeded order. Imports no torch."""
 
 import numpy as np
 
@@ -25,8 +25,8 @@ def epoch_batches(
     for start in range(0, len(order), span):
         window = order[start : start + span]
         window = window[np.argsort(lengths[window], kind="stable")]
-        rows = np.arange(batch_size, len(window), batch_size)
-        batches += np.split(window, _balanced_cuts(lengths[window], len(rows) + 1) if by_tokens else rows)
+        cuts = np.arange(batch_size, len(window), batch_size)
+        batches += np.split(window, _balanced_cuts(lengths[window], len(cuts) + 1) if by_tokens else cuts)
     batches = [batches[index] for index in random.permutation(len(batches))]
     if epoch == 0 and batches:
         largest = max(range(len(batches)), key=lambda index: len(batches[index]) * lengths[batches[index]].max())
@@ -35,7 +35,7 @@ def epoch_batches(
 
 
 def _balanced_cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
-    """Where to cut rows into `parts` of about equal tokens, at least one row each."""
+    """The positions that cut rows into `parts` with about equal tokens, and at least one row each."""
     number = np.arange(1, parts)
     tokens = np.cumsum(lengths)
     cuts = np.searchsorted(tokens, tokens[-1] * number / parts)
@@ -44,7 +44,7 @@ def _balanced_cuts(lengths: np.ndarray, parts: int) -> np.ndarray:
 
 
 def scoring_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Batches of row indices for scoring, longest rows first, so that too little memory shows at once.
+    """Batches of row indices for scoring, longest rows first: if memory is too small, the first batch fails.
 
     A batch has at most `batch_size` rows and `SCORED_TOKENS` tokens with padding, but at least one row.
     """

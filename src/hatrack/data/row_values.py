@@ -44,7 +44,7 @@ def read_example(
     """
     try:
         if task == "chat":
-            conversation = _learned_conversation(row, columns)
+            conversation = _training_conversation(row, columns)
             tools = _read_cell(row, columns["tools"], read_tools) if "tools" in columns else ()
             if unread is not None:
                 unread |= conversation.unread
@@ -67,7 +67,7 @@ def read_example(
 def read_prompt(
     number: int, row: Mapping[str, Any], task: str, columns: Mapping[str, str]
 ) -> str | list[dict[str, Any]] | BadRow:
-    """What a row asks an adapter: its text, or the turns of its conversation before the answer; or a BadRow.
+    """The prompt in a row: its text, or the turns of its conversation before the answer; or a BadRow.
 
     Reads what `read_example` reads, without completions and labels.
     """
@@ -86,8 +86,8 @@ def read_prompt(
     return str(turns[0]["content"]) if plain else turns
 
 
-def _learned_conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
-    """The conversation of a row. Raises BadCell if it has no answer to learn."""
+def _training_conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
+    """The conversation of a row. Raises BadCell if it has no supervised answer."""
     conversation = _conversation(row, columns)
     with _named_column(columns["messages" if "messages" in columns else "completion"]):
         return check_answer(conversation)

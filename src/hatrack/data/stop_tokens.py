@@ -1,4 +1,4 @@
-"""Finds the tokens or texts that end the answers in the rows, where generation is to stop.
+"""Finds the tokens or texts that end the answers in the rows: generation stops there.
 
 Knows nothing of files or models. The tokenizer comes as an argument, from transformers.
 """
@@ -21,7 +21,7 @@ SAMPLE_ANSWER = "Xyzzy"
 class Stops:
     """What ends an answer: control `tokens`, or if there are none `strings` of several tokens.
 
-    Both are empty if the rows teach no end.
+    Both are empty if no end was found.
     """
 
     tokens: tuple[int, ...] = ()
@@ -29,7 +29,7 @@ class Stops:
 
 
 def find_stops(rows: TokenRows, tokenizer: Any, max_length: int, template: str | None) -> Stops:
-    """How the answers of `rows` end, without those that were cut at `max_length`.
+    """Finds how the answers in `rows` end. Ignores answers that were cut at `max_length`.
 
     The base's own end token need not be among the stops: an untuned base ends texts with <|endoftext|>, while its
     template may end turns with <|im_end|>.
@@ -49,7 +49,7 @@ def stops_of_template(tokenizer: Any, template: str) -> Stops:
     """How a chat template ends an answer."""
     try:
         after = text_after_answer(tokenizer, SAMPLE_ANSWER, template)
-    except DataError:  # it needs more than a question and an answer
+    except DataError:  # the template needs more than a question and an answer
         return Stops()
     ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after.strip() else []
     special, added = _control_tokens(tokenizer)
@@ -65,8 +65,8 @@ def _control_tokens(tokenizer: Any) -> tuple[set[int], set[int]]:
 
 
 def _last_tokens(rows: TokenRows, max_length: int) -> np.ndarray:
-    """The last token of each learned span, of all rows."""
-    ends = np.append(rows.supervised[1:] < rows.supervised[:-1], False)  # learned, and the next token is not
+    """The last token of each supervised span, in all rows."""
+    ends = np.append(rows.supervised[1:] < rows.supervised[:-1], False)  # supervised, and the next token is not
     finals = rows.offsets[1:] - 1  # after a row's last token comes another row
     ends[finals] = rows.supervised[finals] & (rows.lengths < max_length)
     last: np.ndarray = rows.ids[ends]

@@ -62,9 +62,12 @@ def from_objects(
     """Rows from objects by row number; `columns` defaults to all of their keys. Leaves out columns as `from_cells`."""
     names = list(columns if columns is not None else dict.fromkeys(name for _, row in rows for name in row))
     left_out = _unread_columns(source, names, lambda place: [row.get(names[place]) for _, row in rows])
-    gone = {names[place] for place in left_out}
-    found = [{name: value for name, value in row.items() if name not in gone} if gone else row for _, row in rows]
-    kept = tuple(name for name in names if name not in gone)
+    left_out_names = {names[place] for place in left_out}
+    found = [
+        {name: value for name, value in row.items() if name not in left_out_names} if left_out_names else row
+        for _, row in rows
+    ]
+    kept = tuple(name for name in names if name not in left_out_names)
     return Rows(source, kept, found, [number for number, _ in rows], list(problems))
 
 
@@ -85,9 +88,9 @@ def is_index_column(name: str) -> bool:
 
 
 def _unread_columns(source: str, header: Sequence[str], column: Callable[[int], Sequence[Any]]) -> set[int]:
-    """The places of columns that are not read: without a name of their own, and empty or an index. Says which.
+    """The indices of columns that are not read: without a name of their own, and empty or an index. Says which.
 
-    `column` returns the cells of a place.
+    `column` returns the cells of a column, by its index.
     """
     nameless = {place: column(place) for place, name in enumerate(header) if is_index_column(name)}
     empty = {place for place, cells in nameless.items() if not any(_as_text(cell) for cell in cells)}

@@ -1,4 +1,4 @@
-"""Writes conversations with a chat template, and finds the characters that the assistant says.
+"""Writes conversations with a chat template, and finds the text of the assistant's turns.
 
 Knows nothing of rows or files. The template is Jinja, run by transformers in its sandbox.
 """
@@ -21,7 +21,7 @@ from hatrack.data.template_coverage import Writer, check_answer_written, write_i
 from hatrack.errors import DataError, ModelError
 
 SHOWN_CHARACTERS = 20
-"""How much of a text a message shows."""
+"""Characters of a text that a message shows."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
@@ -88,7 +88,7 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]], template: st
 
 
 def text_after_answer(tokenizer: Any, answer: str, template: str) -> str:
-    """What the template writes after an answer and is learned with it: the end of a turn, without the line break."""
+    """What the template writes after an answer, supervised with it: the end of the turn, without the line break."""
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
     return _apply_template(tokenizer, turns, template).rpartition(answer)[2].rstrip()
 
@@ -101,9 +101,9 @@ def render_chat(
     tools: Sequence[dict[str, Any]] = (),
     context_only: Sequence[int] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation's tokens (int32), and which are learned (bool).
+    """The token ids of a conversation (int32), and its loss mask (bool).
 
-    Learned are the assistant's turns, each with the token that ends it, except those whose index is in `context_only`.
+    The assistant's turns and the tokens that end them are supervised, except turns whose index is in `context_only`.
     `tools` are the tools that the assistant could call. Raises DataError if the template fails, leaves out anything of
     the conversation, or does not show where the assistant speaks; ModelError if the tokenizer has no offsets.
     """
@@ -113,12 +113,12 @@ def render_chat(
             got=type(tokenizer).__name__,
             fix="use a base with a tokenizer.json, or --task complete with prompt and completion",
         )
-    whole, spans = write_conversation(messages, tokenizer, template, tools=tools, context_only=context_only)
-    ids, offsets = _tokenize(tokenizer, whole, [start for start, _ in spans])
-    learned = np.zeros(len(offsets), dtype=bool)
+    conversation, spans = write_conversation(messages, tokenizer, template, tools=tools, context_only=context_only)
+    ids, offsets = _tokenize(tokenizer, conversation, [start for start, _ in spans])
+    supervised = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
-        learned |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
-    return np.array(ids, dtype=np.int32), learned
+        supervised |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
+    return np.array(ids, dtype=np.int32), supervised
 
 
 def write_conversation(
@@ -129,37 +129,37 @@ def write_conversation(
     tools: Sequence[dict[str, Any]] = (),
     context_only: Sequence[int] = (),
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as the template writes it, and the spans of characters that are learned.
+    """A conversation as the template writes it, and its supervised spans of characters.
 
     Raises DataError as `render_chat` does.
     """
     write = partial(_apply_template, tokenizer, template=template)
-    turns, whole = write_in_full(write, list(messages), tools)
-    learned = [index for index, turn in enumerate(turns) if has_answer(turn) and index not in context_only]
-    spans = assistant_spans(partial(write, tools=tools), turns, whole, learned)
+    turns, conversation = write_in_full(write, list(messages), tools)
+    supervised = [index for index, turn in enumerate(turns) if has_answer(turn) and index not in context_only]
+    spans = assistant_spans(partial(write, tools=tools), turns, conversation, supervised)
     if not spans:
         raise DataError(
             "the chat template does not show where the assistant speaks",
             got=f"a template that begins {template[:40]!r}",
             fix="use a base with another template, or --task complete with prompt and completion",
         )
-    return whole, spans
+    return conversation, spans
 
 
-def _tokenize(tokenizer: Any, whole: str, starts: Sequence[int]) -> tuple[list[int], np.ndarray]:
-    """The ids of a text, and where in it each token begins and ends (tokens, 2).
+def _tokenize(tokenizer: Any, conversation: str, starts: Sequence[int]) -> tuple[list[int], np.ndarray]:
+    """The token ids of a text, and the start and end of each token in it (tokens, 2).
 
     What stands before an answer, which begins at one of `starts`, must become the same tokens as without the answer.
     If the answer would change them (a prompt that ends with a space, say), the parts are tokenized separately.
     """
     encode = partial(tokenizer, add_special_tokens=False, verbose=False)
-    found = encode(whole, return_offsets_mapping=True)
+    found = encode(conversation, return_offsets_mapping=True)
     ids, offsets = list(found["input_ids"]), list(found["offset_mapping"])
-    prompts = (encode(whole[:start])["input_ids"] for start in starts if start)
+    prompts = (encode(conversation[:start])["input_ids"] for start in starts if start)
     if any(ids[: len(prompt)] != list(prompt) for prompt in prompts):
         ids, offsets = [], []
-        for start, end in pairwise((0, *starts, len(whole))):
-            part = encode(whole[start:end], return_offsets_mapping=True)
+        for start, end in pairwise((0, *starts, len(conversation))):
+            part = encode(conversation[start:end], return_offsets_mapping=True)
             ids += part["input_ids"]
             offsets += [(start + first, start + last) for first, last in part["offset_mapping"]]
     return ids, np.array(offsets, dtype=np.int64).reshape(-1, 2)
@@ -167,7 +167,7 @@ def _tokenize(tokenizer: Any, whole: str, starts: Sequence[int]) -> tuple[list[i
 
 def check_deterministic(messages: Sequence[Turn], tokenizer: Any, template: str) -> None:
     """Raises ModelError if the template writes the same conversation differently each time: prompts would then differ
-    from what was learned. A conversation that the template refuses is not checked."""
+    from the training rows. A conversation that the template refuses is not checked."""
     with suppress(DataError):
         first, again = (_apply_template(tokenizer, list(messages), template) for _ in range(2))
         if first != again:
@@ -181,53 +181,54 @@ def check_deterministic(messages: Sequence[Turn], tokenizer: Any, template: str)
             )
 
 
-def assistant_spans(write: Writer, turns: list[Turn], whole: str, learned: Sequence[int]) -> list[tuple[int, int]]:
-    """The (start, end) in `whole` of each of the `learned` turns; empty if the template does not show one of them.
+def assistant_spans(
+    write: Writer, turns: list[Turn], conversation: str, supervised: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The (start, end) in `conversation` of each `supervised` turn; empty if the template does not show one of them.
 
     A turn is the text between the conversation before it with the generation prompt, and the conversation up to it.
     Some templates rewrite earlier turns once a later one follows (they drop old reasoning); then only the last counts.
     """
-    spans = [_answer_span(write, turns, whole, index) for index in learned]
-    if not all(spans) and learned and learned[-1] == len(turns) - 1:
+    spans = [_answer_span(write, turns, conversation, index) for index in supervised]
+    if not all(spans) and supervised and supervised[-1] == len(turns) - 1:
         spans = spans[-1:]
         if spans[0] is not None:
             say_once("the chat template rewrites earlier turns: only the last answer of such conversations is learned")
     return [span for span in spans if span is not None] if all(spans) else []
 
 
-def _answer_span(write: Writer, turns: list[Turn], whole: str, index: int) -> tuple[int, int] | None:
-    upto = whole if index == len(turns) - 1 else write(turns[: index + 1])
-    if not whole.startswith(upto):
+def _answer_span(write: Writer, turns: list[Turn], conversation: str, index: int) -> tuple[int, int] | None:
+    text = conversation if index == len(turns) - 1 else write(turns[: index + 1])
+    if not conversation.startswith(text):
         return None
     if index == 0:
-        return _first_turn_span(write, turns, upto)
+        return _first_turn_span(write, turns, text)
     before = write(turns[:index], prompt=True)
-    start, end = len(_shared_prefix(before, upto)), len(upto.rstrip())  # learns the end-of-turn token, no line break
-    if not check_answer_written(turns[index], upto[start:end] if start == len(before) else upto):
+    start, end = len(_shared_prefix(before, text)), len(text.rstrip())  # with the end-of-turn token, no line break
+    if not check_answer_written(turns[index], text[start:end] if start == len(before) else text):
         return None
     if start < len(before):
         since = len(_shared_prefix(write(turns[:index]), before[:start]))
         raise DataError(
             "the chat template's generation prompt differs from what it writes before an answer",
-            got=f"asked for after {before[since:]!r}, learned after {before[since:start]!r}",
+            got=f"a prompt ends with {before[since:]!r}, the answers follow {before[since:start]!r}",
             fix="use a base with another template, or --task complete with prompt and completion",
             gotcha="prompt-never-trained",
         )
     return (start, end) if end > start else None
 
 
-def _first_turn_span(write: Writer, turns: list[Turn], upto: str) -> tuple[int, int] | None:
-    """The span of an assistant's turn that begins the conversation: templates refuse to write the empty one before it.
+def _first_turn_span(write: Writer, turns: list[Turn], text: str) -> tuple[int, int] | None:
+    """The span of an assistant's turn that begins the conversation: templates refuse to write an empty conversation.
 
-    The generation prompt is taken from after the turn, where the template writes the same.
+    The generation prompt is therefore the one that the template writes after the turn.
     """
-    asked = write(turns[:1], prompt=True)
-    single = write(turns[:1])
-    opening = asked.removeprefix(single)
-    start, end = upto.find(opening), len(upto.rstrip())
-    if not opening or opening == asked or start < 0:
+    prompt = write(turns[:1], prompt=True)
+    opening = prompt.removeprefix(write(turns[:1]))
+    start, end = text.find(opening), len(text.rstrip())
+    if not opening or opening == prompt or start < 0:
         return None
-    check_answer_written(turns[0], upto[start:end])
+    check_answer_written(turns[0], text[start:end])
     return (start + len(opening), end) if end > start + len(opening) else None
 
 
@@ -239,7 +240,7 @@ def _shared_prefix(one: str, other: str) -> str:
 def _apply_template(
     tokenizer: Any, turns: list[Turn], template: str, *, prompt: bool = False, tools: Sequence[dict[str, Any]] = ()
 ) -> str:
-    """The text of a conversation, with `prompt` up to where the assistant's next turn begins."""
+    """The text of a conversation; with `prompt`, it ends where the assistant's next turn begins."""
     try:
         text = tokenizer.apply_chat_template(
             turns,
@@ -254,7 +255,7 @@ def _apply_template(
             got=f"line {error.lineno}: {error.message}",
             fix="correct it in the base's chat_template.jinja or tokenizer_config.json, or use another base",
         ) from error
-    except Exception as error:  # templates raise anything, for roles they do not know for example
+    except Exception as error:  # templates may raise anything, for unknown roles for example
         reason = " ".join(str(error).split())
         raise DataError(
             "the chat template refuses a conversation", got=reason, fix="check its roles and their order"

@@ -19,28 +19,28 @@ THINK_TAG = re.compile(r"</?think(?:ing)?>")
 
 
 def write_in_full(write: Writer, turns: list[Turn], tools: Sequence[dict[str, Any]]) -> tuple[list[Turn], str]:
-    """The conversation in the first form that the template writes completely, and the text.
+    """Returns the first form of the conversation that the template writes completely, and its text.
 
-    Templates differ in how they take tool calls: arguments as an object or as JSON text, beside an empty content or
-    none. Raises DataError, about the first form, if the template writes none completely.
+    Templates differ in how they take tool calls: arguments as an object or as JSON text, with an empty content or
+    none. Raises DataError, about the first form, if no form is written completely.
     """
     refusal: DataError | None = None
     for form in _forms(turns):
         try:
             text = write(form, tools=tools)
-            missing = _missing(write, form, tools, text)
+            missing = _find_missing(write, form, tools, text)
             if not missing:
                 return form, text
-            raise _left_out(" and ".join(missing), got=", ".join(missing.values()))
+            raise _left_out_error(" and ".join(missing), got=", ".join(missing.values()))
         except DataError as error:
             refusal = refusal or error
     raise refusal or DataError("the chat template refuses a conversation")
 
 
 def check_answer_written(turn: Turn, text: str) -> bool:
-    """Whether `text`, the part of the conversation to learn, has anything of an assistant's turn.
+    """Whether `text`, the supervised part of a conversation, has the parts of an assistant's turn.
 
-    Raises DataError if it has some of it but not all.
+    False if it has none of them. Raises DataError if it has only some.
     """
     content = turn["content"] or ""
     kind = "the thoughts" if THINK_TAG.search(content) else "a part"
@@ -52,11 +52,11 @@ def check_answer_written(turn: Turn, text: str) -> bool:
         return False
     missing = next((what for found, what in written if not found), None)
     if missing:
-        raise _left_out(f"{missing} of answers: they are not learned")
+        raise _left_out_error(f"{missing} of answers: they are not learned")
     return True
 
 
-def _left_out(what: str, got: str | None = None) -> DataError:
+def _left_out_error(what: str, got: str | None = None) -> DataError:
     return DataError(
         f"the chat template leaves out {what}",
         got=got,
@@ -66,7 +66,7 @@ def _left_out(what: str, got: str | None = None) -> DataError:
 
 
 def _forms(turns: list[Turn]) -> list[list[Turn]]:
-    """The forms of a conversation that templates may want: one if it has no tool calls."""
+    """The forms of a conversation that templates may expect; only one if it has no tool calls."""
     if not any("tool_calls" in turn for turn in turns):
         return [turns]
     return [
@@ -87,8 +87,8 @@ def _with_calls(turn: Turn, as_text: bool, content: str | None) -> Turn:
     return turn | {"tool_calls": calls, "content": turn["content"] or content}
 
 
-def _missing(write: Writer, turns: list[Turn], tools: Sequence[dict[str, Any]], text: str) -> dict[str, str]:
-    """What the template does not write of a conversation: a name -> an example.
+def _find_missing(write: Writer, turns: list[Turn], tools: Sequence[dict[str, Any]], text: str) -> dict[str, str]:
+    """What the template leaves out of a conversation: name -> example.
 
     A key of a turn is looked for in the conversation up to that turn: templates may drop it from earlier turns.
     """
@@ -122,7 +122,11 @@ def _try_write(write: Writer, turns: list[Turn], tools: Sequence[dict[str, Any]]
 
 def _writes(value: Any, text: str, without: str) -> bool:
     """Whether a template writes `value`: `text` holds its words, and differs from the text `without` it."""
-    return text != without and all(_contains(text, word) for word in _words(value)) and not _as_python(value, text)
+    return (
+        text != without
+        and all(_contains(text, word) for word in _words(value))
+        and not _is_written_as_python(value, text)
+    )
 
 
 def _words(value: Any) -> Iterator[str]:
@@ -138,8 +142,8 @@ def _words(value: Any) -> Iterator[str]:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
-def _as_python(value: Any, text: str) -> bool:
-    """Whether arguments are written as Python prints a dict: no model should learn to answer so."""
+def _is_written_as_python(value: Any, text: str) -> bool:
+    """Whether arguments are written as Python prints a dict, which no model should learn."""
     calls = value if isinstance(value, list) else []
     given = [call["function"].get("arguments") for call in calls if isinstance(call, dict)]
     return any(isinstance(each, dict) and each and str(each) in text for each in given)

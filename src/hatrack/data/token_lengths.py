@@ -1,6 +1,6 @@
 """Estimates how many tokens rows have, from tokenizer.json and the chat template alone. Imports no torch.
 
-A few rows are tokenized completely; of more rows a sample is, and the others are estimated from their characters.
+Tokenizes all rows if they are few. Otherwise tokenizes a sample, and estimates the others from their characters.
 """
 
 import json
@@ -22,11 +22,11 @@ from hatrack.data.template import chat_template, check_deterministic, write_conv
 from hatrack.errors import DataError
 from hatrack.recipe import Recipe
 
-SAMPLE = 300
-CHECKED = 5000
-"""Up to this many conversations are all written with the template, so that each one it refuses is found."""
-CHARACTERS_PER_TOKEN, FEWEST_PER_TOKEN = 4, 2
-"""The usual number, for bases without a tokenizer.json; and one that few rows fall below."""
+SAMPLE_ROWS = 300
+MAX_TEMPLATE_CHECKS = 5000
+"""With at most this many conversations, all are written with the template, to find every one that it refuses."""
+CHARACTERS_PER_TOKEN, MIN_CHARACTERS_PER_TOKEN = 4, 2
+"""A typical value, for bases without a tokenizer.json; and a lower bound for nearly all rows."""
 
 
 class LightTokenizer:
@@ -58,8 +58,8 @@ class LightTokenizer:
 
     def __call__(self, text: str | list[str], add_special_tokens: bool = True, **options: Any) -> dict[str, Any]:
         """`input_ids` and `offset_mapping` of a text or of several."""
-        several = [text] if isinstance(text, str) else text
-        found = self._tokenizer.encode_batch(several, add_special_tokens=add_special_tokens)
+        texts = [text] if isinstance(text, str) else text
+        found = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         ids, offsets = [each.ids for each in found], [each.offsets for each in found]
         one = isinstance(text, str)
         return {"input_ids": ids[0] if one else ids, "offset_mapping": offsets[0] if one else offsets}
@@ -119,49 +119,51 @@ def row_sizes(
 ) -> tuple[Examples, np.ndarray, np.ndarray]:
     """The examples that can be learned from, and the sizes of the training and of the held-out rows.
 
-    Sizes are (n, 2): the tokens of a row, cut to `max_length`, and how many of these are learned. Raises BadRows with
-    every row that `render` would refuse, unless `bad_rows` is skip; of more than `CHECKED` conversations only the
+    Sizes are (n, 2): token count, at most `max_length`, and supervised-token count. Raises BadRows with every row that
+    `render` would refuse, unless `bad_rows` is skip. With more than `MAX_TEMPLATE_CHECKS` conversations, only the
     sample is checked.
     """
     try:
         tokenizer = LightTokenizer(folder)
     except Exception:  # missing or damaged: training reports which
-        return examples, _estimated(examples.train, max_length), _estimated(examples.held_out, max_length)
+        return examples, _estimate_sizes(examples.train, max_length), _estimate_sizes(examples.held_out, max_length)
     both = [*examples.train, *examples.held_out]
     tools = any(example.tools for example in both)
     template = chat_template(tokenizer, tools=tools)[0] if examples.task == "chat" else None
     if template:
         check_deterministic(both[0].messages, tokenizer, template)
-    return map_parts(recipe, examples, lambda part, source: _sizes(part, tokenizer, template, max_length, source))
+    return map_parts(
+        recipe, examples, lambda part, source: _measure_sizes(part, tokenizer, template, max_length, source)
+    )
 
 
-def _estimated(examples: Sequence[Example], max_length: int) -> np.ndarray:
-    """The sizes of rows by their characters alone."""
-    sizes = np.maximum(np.array([_characters(example) for example in examples]) / CHARACTERS_PER_TOKEN, 1)
-    learned = [example.label is None for example in examples]
-    return np.array(np.minimum(np.stack([sizes, sizes * learned], axis=1), max_length), np.int64)
+def _estimate_sizes(examples: Sequence[Example], max_length: int) -> np.ndarray:
+    """Estimates the sizes of rows from their characters alone."""
+    sizes = np.maximum(np.array([_count_characters(example) for example in examples]) / CHARACTERS_PER_TOKEN, 1)
+    is_supervised = [example.label is None for example in examples]
+    return np.array(np.minimum(np.stack([sizes, sizes * is_supervised], axis=1), max_length), np.int64)
 
 
-def _sizes(
+def _measure_sizes(
     examples: Sequence[Example], tokenizer: Any, template: str | None, max_length: int, source: str
 ) -> np.ndarray:
-    """The sizes of a sample of the rows, or of all if they are few; the others interpolated by their characters."""
-    characters = np.array([_characters(example) for example in examples])
+    """Measures the sizes of a sample of the rows, or of all if they are few; interpolates the others by characters."""
+    characters = np.array([_count_characters(example) for example in examples])
     order = np.argsort(characters, kind="stable")
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SAMPLE, len(order))).astype(int))]
-    if examples[0].label is None and len(examples) <= CHECKED:  # their answers may begin after the cut
-        chosen = np.union1d(chosen, np.flatnonzero(characters > FEWEST_PER_TOKEN * max_length))
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SAMPLE_ROWS, len(order))).astype(int))]
+    if examples[0].label is None and len(examples) <= MAX_TEMPLATE_CHECKS:  # their answers may begin after the cut
+        chosen = np.union1d(chosen, np.flatnonzero(characters > MIN_CHARACTERS_PER_TOKEN * max_length))
     chosen = chosen[np.argsort(characters[chosen], kind="stable")]
     others = np.setdiff1d(order, chosen)
     encoded = {index: try_encode(examples[index], tokenizer, template) for index in chosen}
-    if template and len(examples) <= CHECKED:
+    if template and len(examples) <= MAX_TEMPLATE_CHECKS:
         encoded |= {
             index: error for index in others if (error := _template_error(examples[index], tokenizer, template))
         }
     checked = sorted(encoded)
     settings = RenderSettings("", max_length, limit=tokenizer.model_max_length)
     check_learnable([examples[index] for index in checked], [encoded[index] for index in checked], settings, source)
-    found = np.array([_size(encoded[index], max_length) for index in chosen])
+    found = np.array([_encoded_size(encoded[index], max_length) for index in chosen])
     sizes = np.empty((len(examples), 2))
     sizes[chosen] = found
     for column in range(2):
@@ -180,13 +182,13 @@ def _template_error(example: Example, tokenizer: Any, template: str) -> DataErro
     return None
 
 
-def _characters(example: Example) -> int:
-    more = [{name: turn[name] for name in turn.keys() - PLAIN_KEYS} for turn in example.messages]
-    beside = len(json.dumps([more, example.tools])) if any(more) or example.tools else 0
-    return len(example.all_text) + beside
+def _count_characters(example: Example) -> int:
+    extra = [{name: turn[name] for name in turn.keys() - PLAIN_KEYS} for turn in example.messages]
+    extra_length = len(json.dumps([extra, example.tools])) if any(extra) or example.tools else 0
+    return len(example.all_text) + extra_length
 
 
-def _size(encoded: Encoded | DataError, max_length: int) -> tuple[int, int]:
+def _encoded_size(encoded: Encoded | DataError, max_length: int) -> tuple[int, int]:
     assert not isinstance(encoded, DataError), "refused rows are not counted"
-    ids, learned = encoded
-    return max(1, min(len(ids), max_length)), int(learned[:max_length].sum())
+    ids, supervised = encoded
+    return max(1, min(len(ids), max_length)), int(supervised[:max_length].sum())

@@ -1,4 +1,4 @@
-"""All rows of a run as tokens, those to train on and those held out. Knows nothing of files or batches."""
+"""Tokenizes the training and the held-out rows of a run. Knows nothing of files or batches."""
 
 import sys
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ from hatrack.recipe import Recipe
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows to train on and those held out, and how they were made: the chat `template`, None for other tasks, and
-    the `max_length` of a row. `stops` is how the answers end."""
+    """The training and the held-out rows, and how they were made: the chat `template`, None for other tasks, and the
+    `max_length` of a row. `stops` is how the answers end."""
 
     train: TokenRows
     held_out: TokenRows
@@ -34,8 +34,8 @@ def tokenize(
     """`examples` as tokens of the base that `tokenizer` and transformers' `config` belong to.
 
     Conversations are written with `template`, by default the base's own. With `bad_rows: skip`, rows that cannot be
-    learned from are left out; returns the examples that remain, too. Says how many rows were cut. Raises RecipeError if
-    `max_length` is more than the base can take, BadRows if nothing would be learned from a row.
+    learned from are left out. Also returns the remaining examples. Says how many rows were cut. Raises RecipeError if
+    `max_length` is more than the base can take, BadRows if a row cannot be learned from.
     """
     if examples.task == "chat" and template is None:
         tools = any(example.tools for part in (examples.train, examples.held_out) for example in part)
@@ -67,7 +67,7 @@ def render_settings(
 def render_both(
     recipe: Recipe, examples: Examples, tokenizer: Any, settings: RenderSettings
 ) -> tuple[Examples, TokenRows, TokenRows]:
-    """The examples that can be learned from, those to train on as tokens, and those held out as tokens.
+    """Tokenizes both parts. Returns the remaining examples, the training rows and the held-out rows.
 
     Raises BadRows with all rows that cannot be learned from, unless `bad_rows` is skip.
     """
@@ -90,7 +90,7 @@ def check_known_tokens(rows: TokenRows, tokenizer: Any, config: Any) -> None:
 
 
 def check_prompt_tokens(ids: np.ndarray, tokenizer: Any, config: Any, task: str) -> None:
-    """Raises DataError if the base cannot take one of these rows of tokens (rows, tokens), padded or not."""
+    """Raises DataError if the base cannot take a row of `ids` (rows, tokens), which may be padded."""
     count = _embedding_count(config)
     if (ids >= count).any():
         raise DataError(
@@ -124,7 +124,7 @@ def single_end_token(tokenizer: Any, config: Any, task: str) -> int | None:
 
 
 def _embedding_count(config: Any) -> int:
-    """The embeddings of a base; a huge number if its config does not say."""
+    """The number of embeddings of a base; `sys.maxsize` if its config does not say."""
     found = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
     return found or sys.maxsize
 

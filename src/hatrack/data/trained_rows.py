@@ -1,4 +1,4 @@
-"""Hashes of the rows that were trained on, 8 bytes each, to recognise them later by their text.
+"""Hashes of the rows that were trained on, 8 bytes each, to recognize them later by their text.
 
 The key of a row to classify is its text, without the label. The key of a conversation, or of a prompt with its
 completion, is all of the text up to its last answer: a prompt with another answer is another row, and the beginning of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FILE = "trained_on.bin"
 """The file beside an adapter: a checksum of 8 bytes, then the sorted keys."""
 FORMAT = b"hatrack rows 1"
-BYTES = 8
+KEY_BYTES = 8
 
 
 def keys(examples: Iterable["Example"]) -> np.ndarray:
@@ -57,26 +57,26 @@ def to_bytes(keys: np.ndarray) -> bytes:
 
 def from_bytes(content: bytes) -> np.ndarray:
     """The keys in a file's content. Raises ValueError if it is damaged."""
-    if len(content) < BYTES or len(content) % BYTES or content[:BYTES] != _checksum(content[BYTES:]):
+    if len(content) < KEY_BYTES or len(content) % KEY_BYTES or content[:KEY_BYTES] != _checksum(content[KEY_BYTES:]):
         raise ValueError(f"{len(content):,} bytes that do not match their checksum")
-    return np.frombuffer(content[BYTES:], dtype="<u8").astype(np.uint64)
+    return np.frombuffer(content[KEY_BYTES:], dtype="<u8").astype(np.uint64)
 
 
 def _texts_up_to_answers(example: "Example") -> list[str]:
-    """The text up to each answer, normalised; the last is the whole row."""
+    """The normalized text up to each answer; the last is the whole row."""
     if not example.messages:
-        return [_normalised(f"{example.text} {example.completion or ''}")]
+        return [_normalize(f"{example.text} {example.completion or ''}")]
     found, text = [], ""
     for turn in example.messages:
         if turn["role"] != "system":
             calls = json.dumps(turn["tool_calls"], sort_keys=True) if turn.get("tool_calls") else ""
             text += f" {turn['content']} {calls}"
         if turn["role"] == "assistant":
-            found.append(_normalised(text))
-    return found or [_normalised(text)]
+            found.append(_normalize(text))
+    return found or [_normalize(text)]
 
 
-def _normalised(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
@@ -85,4 +85,4 @@ def _hash(text: str) -> int:
 
 
 def _checksum(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=BYTES, person=FORMAT).digest()
+    return hashlib.blake2b(content, digest_size=KEY_BYTES, person=FORMAT).digest()
