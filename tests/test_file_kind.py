@@ -119,7 +119,7 @@ def test_data_of_another_kind(tmp_path: Path, name: str, content: str) -> None:
         ("rows.jsonl", KINDS["a Parquet file"], "name it rows.parquet"),
         ("rows.csv.gz", b"text,label\na,b\n", "name it rows.csv "),
         ("rows.csv.bz2", KINDS["compressed with gzip"], "name it rows.csv.gz"),
-        ("rows.csv.zip", zipped("rows.csv"), "unpack it, and name the file that was in it"),
+        ("rows.csv.zip", zipped("rows.csv"), "unpack it, and give the file inside"),
         ("rows.csv.gz", gzip.compress(POINTER, mtime=0), "git lfs pull"),
         (
             "rows.csv.gz",

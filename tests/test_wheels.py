@@ -111,7 +111,7 @@ def test_a_file_comes_out_of_a_wheel_and_the_second_time_from_the_cache(
     assert "tiny_thing-1.0-py3-none-any.whl, " in said
     assert f"sha256 {sha256(wheel)}" in said
 
-    monkeypatch.setattr(wheels, "_pip", None)  # from here on, pip would be an error
+    monkeypatch.setattr(wheels, "_run_pip", None)  # from here on, pip would be an error
     folder = fetch_member("pypi:tiny-thing==1.0/thing/data")
     assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == {"a.txt", "deep/b.txt"}
     assert fetch_member("pypi:tiny-thing==1.0/thing/data") == folder
@@ -265,7 +265,7 @@ def test_no_network_is_an_error_of_the_machine(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_what_pip_says_becomes_one_line(output: str, kind: type[HatrackError], words: str) -> None:
-    error = wheels._why_pip_failed("a==1", output)
+    error = wheels._pip_error("a==1", output)
     assert type(error) is kind
     assert words in str(error)
     assert "\n" not in str(error)

@@ -1,6 +1,6 @@
 """The instruction sets of this CPU, by Linux's names. Imports no torch.
 
-For tests, `HATRACK_CPU` limits them to those of a lesser CPU: `avx2`, `avx512` (Skylake's, without VNNI or bfloat16) or
+For tests, `HATRACK_CPU` limits them to those of an older CPU: `avx2`, `avx512` (Skylake's, without VNNI or bfloat16) or
 `avx512_bf16` (without AMX). hatrack's choices and its compiled kernels follow it; for torch, `limit_torch` sets torch's
 own variables.
 """
@@ -18,8 +18,8 @@ VARIABLE = "HATRACK_CPU"
 
 @dataclass(frozen=True)
 class Level:
-    """A kind of CPU: the features it needs and those it lacks (the beginnings of their names), the compiler's flags for
-    it, and its names in torch and oneDNN."""
+    """A level of CPUs. `needs`: features that every such CPU has. `lacks`: prefixes of the features that it does not
+    have. `torch` and `onednn`: the names of the level in these libraries."""
 
     needs: frozenset[str]
     lacks: tuple[str, ...]
@@ -55,18 +55,18 @@ LEVELS = {
 
 
 def features() -> frozenset[str]:
-    """The CPU's instruction sets by Linux's names; none on other systems."""
+    """The CPU's instruction sets by Linux's names; empty on other systems."""
     chosen = chosen_level()
     return _features() if chosen is None else frozenset(f for f in _features() if not f.startswith(chosen.lacks))
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself: AMX, AVX512-BF16, or Arm's bf16 instructions."""
+    """Whether the CPU has bfloat16 matmul instructions: AMX, AVX512-BF16, or Arm's bf16 instructions."""
     return bool(features() & {"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 
 
 def compiler_flags() -> tuple[str, ...]:
-    """The flags that make a C++ compiler write for this CPU."""
+    """The C++ compiler flags for this CPU."""
     chosen = chosen_level()
     if chosen is None:
         return ("-march=native",)
@@ -74,23 +74,22 @@ def compiler_flags() -> tuple[str, ...]:
 
 
 def chosen_level() -> Level | None:
-    """The kind of CPU that `HATRACK_CPU` asks for; None if it is not set.
+    """The level that `HATRACK_CPU` asks for; None if it is not set.
 
-    Raises RecipeError for an invalid value, or one that this CPU does not reach.
+    Raises RecipeError for an invalid value, or a level that this CPU does not reach.
     """
     asked = os.environ.get(VARIABLE)
     if not asked:
         return None
     if asked not in LEVELS or not LEVELS[asked].needs <= _features():
-        can = [name for name, each in LEVELS.items() if each.needs <= _features()]
-        fix = f"use {', '.join(can)}, or unset it" if can else "unset it"
+        possible = [name for name, each in LEVELS.items() if each.needs <= _features()]
+        fix = f"use {', '.join(possible)}, or unset it" if possible else "unset it"
         raise RecipeError(f"{VARIABLE}={asked} is not possible on this CPU", fix=fix)
     return LEVELS[asked]
 
 
 def limit_torch() -> None:
-    """Limits torch as `HATRACK_CPU` asks, in this process and those it starts. To be called before torch is
-    imported."""
+    """Limits torch to the level of `HATRACK_CPU`, in this process and its children. Call it before importing torch."""
     chosen = chosen_level()
     if chosen is not None:
         os.environ["ATEN_CPU_CAPABILITY"] = chosen.torch
@@ -98,8 +97,8 @@ def limit_torch() -> None:
 
 
 def cpuinfo(*keys: str) -> list[str]:
-    """The values in Linux's /proc/cpuinfo of keys that begin with one of `keys`, for each CPU; none on other
-    systems."""
+    """The values in Linux's /proc/cpuinfo of keys that begin with one of `keys`, for each CPU; empty on
+    other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -108,7 +107,7 @@ def cpuinfo(*keys: str) -> list[str]:
 
 
 def identity() -> str:
-    """A text that is the same for CPUs which run the same compiled code."""
+    """A string that is the same for CPUs that run the same compiled code."""
     return "".join([platform.machine(), *sorted(set(cpuinfo("model name", "flags", "Features", "CPU part")))])
 
 

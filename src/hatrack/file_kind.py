@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeVar
 from hatrack.errors import HatrackError, join_first
 
 START_BYTES = 1024
-"""Bytes that are read; of a zip archive the names in it too."""
+"""Bytes that are read to identify a file; for a zip archive, also its list of names."""
 
 LARGEST_HEADER = 100 * 2**20
 """The largest safetensors header, in bytes."""
@@ -57,12 +57,12 @@ FIXES = {
     PAGE: "download the file again: a site sent this page in its place",
     SPREADSHEET: "save it as CSV (UTF-8) in the program that made it",
     "a Word document": "save it as CSV or plain text in the program that made it",
-    SAFETENSORS: "let its name end in .safetensors, or give the right file",
-    GGUF: "let its name end in .gguf, or give the right file",
+    SAFETENSORS: "rename it to end in .safetensors, or give the right file",
+    GGUF: "rename it to end in .gguf, or give the right file",
     PICKLE: "get it as safetensors, or give the right file",
     "a PDF": "give its text as CSV or JSON Lines",
 }
-ARCHIVE_FIX, OTHER_FIX = "unpack it, and name the file that was in it", "give the right file"
+ARCHIVE_FIX, OTHER_FIX = "unpack it, and give the file inside", "give the right file"
 
 _TEXT = rb"(\xef\xbb\xbf)?\s*"
 PATTERNS = {
@@ -78,7 +78,7 @@ _ERROR = TypeVar("_ERROR", bound=HatrackError)
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file is ("a zip archive"), how that shows, and what to do where another kind was wanted."""
+    """What a file is ("a zip archive"), the evidence, and what to do if another kind was expected."""
 
     kind: str
     got: str
@@ -86,7 +86,7 @@ class FileKind:
 
 
 def identify(file: BinaryIO) -> FileKind | None:
-    """What an open file is; None for plain text and other files without a typical beginning.
+    """Identifies an open file; None for plain text and other files without typical first bytes.
 
     Reads from the current position, and moves it.
     """
@@ -97,7 +97,7 @@ def identify(file: BinaryIO) -> FileKind | None:
     if not kind and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER:
         kind = SAFETENSORS
     if kind == ZIP:
-        kind, got = _in_zip(file)
+        kind, got = _identify_zip(file)
     elif kind in (LFS, PAGE):
         first = start.decode("utf-8-sig", "replace").strip().splitlines()[0]
         got = f"it begins with {first[:50]!r}"
@@ -108,8 +108,8 @@ def identify(file: BinaryIO) -> FileKind | None:
 
 
 def wrong_kind_error(path: Path, wanted: str, error: type[_ERROR]) -> _ERROR | None:
-    """The error for a file that is not of the kind `wanted` ("a safetensors file"); None where its first bytes do not
-    show what it is, or where it cannot be read."""
+    """The error for a file that is not of the kind `wanted` ("a safetensors file"); None if its first bytes do not
+    show what it is, or if it cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         found = identify(file)
         if found and found.kind != wanted and (found.kind, wanted) != (DAMAGED_ZIP, PICKLE):  # as torch.save makes
@@ -118,8 +118,8 @@ def wrong_kind_error(path: Path, wanted: str, error: type[_ERROR]) -> _ERROR | N
     return None
 
 
-def _in_zip(file: BinaryIO) -> tuple[str, str]:
-    """What a zip archive is by the names in it, and the first of them."""
+def _identify_zip(file: BinaryIO) -> tuple[str, str]:
+    """What a zip archive is, by the names in it, and the evidence."""
     names: list[str] = []
     with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         names = zipfile.ZipFile(file).namelist()

@@ -23,22 +23,22 @@ from platformdirs import user_cache_dir, user_data_dir
 from hatrack.errors import HatrackError, MachineError
 
 FULL_BELOW = 2**20
-"""Bytes: a disk with less left is full."""
+"""A disk with fewer free bytes than this counts as full."""
 
 ABANDONED_AFTER = 60
-"""Seconds after which an unfinished folder that is not in use counts as left by a killed process."""
+"""An unfinished folder that is not in use counts as left by a killed process after this many seconds."""
 
 LOCK = ".lock"
-"""End of the name of a file that says, while a process has it locked, that the folder beside it is in use."""
+"""Suffix of lock files. While a process has one locked, the folder beside it is in use."""
 
 ABOUT = "about.json"
-"""The file in a cache entry that says what made it. Its time of change is when the entry was last used."""
+"""The file in a cache entry that says what made it. Its modification time is when the entry was last used."""
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A folder of the cache. `about`: what made it, empty where that is damaged. `used`: when a run last used it, in
-    seconds since 1970."""
+    """A folder of the cache. `about`: the content of its about.json, empty if that is damaged. `used`: when a
+    run last used it, in seconds since 1970."""
 
     folder: Path
     about: dict[str, Any]
@@ -49,9 +49,9 @@ class CacheEntry:
 def cache_dir(*parts: str) -> Path:
     """A folder in the cache: `$HATRACK_CACHE`, an existing `~/.cache/hatrack`, or else the system's folder for caches.
 
-    Everything in it can be made again.
+    Everything in it can be recreated.
     """
-    root = os.environ.get("HATRACK_CACHE") or _first_existing("~/.cache/hatrack", user_cache_dir("hatrack", False))
+    root = os.environ.get("HATRACK_CACHE") or _prefer_existing("~/.cache/hatrack", user_cache_dir("hatrack", False))
     folder = Path(root).expanduser().joinpath(*parts)
     with machine_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,12 +60,12 @@ def cache_dir(*parts: str) -> Path:
 
 def data_dir() -> Path:
     """Where the rack is: `$HATRACK_HOME`, an existing `~/.hatrack`, or else the system's folder for a user's data."""
-    root = os.environ.get("HATRACK_HOME") or _first_existing("~/.hatrack", user_data_dir("hatrack", False))
+    root = os.environ.get("HATRACK_HOME") or _prefer_existing("~/.hatrack", user_data_dir("hatrack", False))
     return Path(root).expanduser()
 
 
-def _first_existing(before: str, new: str) -> str:
-    return before if Path(before).expanduser().is_dir() else new
+def _prefer_existing(old: str, new: str) -> str:
+    return old if Path(old).expanduser().is_dir() else new
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Locks a file while the block runs, and writes this process's number into it. The system releases the lock when
     the process ends, however it ends.
 
-    Raises BlockingIOError where another process has the lock and `wait` is off.
+    Raises BlockingIOError if another process has the lock and `wait` is off.
     """
     with machine_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,14 +156,14 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def in_use(folder: Path) -> Iterator[Path | None]:
-    """Keeps `remove_unused` of any process from a folder while the block runs, by locking a file beside it.
+    """Protects a folder from `remove_unused` in any process while the block runs, by locking a file beside it.
 
-    Yields that file, or None where it could not be locked.
+    Yields that file, or None if it could not be locked.
     """
     path = folder.with_name(f"{folder.name}.{os.getpid()}-{secrets.token_hex(4)}{LOCK}")
     lock = FileLock(path, thread_local=False)
     try:
-        with contextlib.suppress(OSError):  # the disk may be full, read-only, or a network's that has no locks
+        with contextlib.suppress(OSError):  # the disk may be full, read-only, or a network disk without locks
             lock.acquire(timeout=1)
         yield path if lock.is_locked else None
     finally:
@@ -173,7 +173,7 @@ def in_use(folder: Path) -> Iterator[Path | None]:
 
 
 def is_in_use(folder: Path, own: Path | None = None) -> bool:
-    """Whether a folder is in use, or may be (some disks have no locks), not counting the use whose file is `own`."""
+    """Whether a folder is in use, or may be, as on a disk without locks. `own`: a lock file to ignore."""
     return any(path != own and _is_locked(path) for path in _lock_files(folder))
 
 
@@ -210,14 +210,14 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames on one disk; returns once the rename would survive a power cut."""
+    """Renames within one disk; returns once the rename would survive a power failure."""
     source.rename(target)
     _sync_entries(target.parent)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file as a whole, or leaves the one that was there."""
-    with new_file(path) as file:  # names of files hold surrogates where the locale knows too few letters
+    with new_file(path) as file:  # file names contain surrogates if the locale cannot decode them
         file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
 
 
@@ -241,7 +241,7 @@ def new_file(final: Path) -> Iterator[BinaryIO]:
 
 
 def list_entries(root: Path) -> list[CacheEntry]:
-    """Every folder in `root`, the last used first; `about` is empty for unfinished and damaged ones."""
+    """Every folder in `root`, most recently used first; `about` is empty for unfinished and damaged ones."""
     found = []
     for folder in (path for path in root.iterdir() if path.is_dir()):
         about = folder / ABOUT
@@ -252,7 +252,7 @@ def list_entries(root: Path) -> list[CacheEntry]:
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """The about.json of an entry; None where it is missing or not a JSON object."""
+    """The about.json of an entry; None if it is missing or not a JSON object."""
     try:
         found = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError):

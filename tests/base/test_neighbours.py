@@ -79,4 +79,4 @@ def test_a_padding_token_without_an_embedding_is_replaced(tmp_path: Path, capsys
     assert tokenizer.pad_token_id == 12
     tokenizer.save_pretrained(folder)
     assert load_tokenizer(describe_folder(folder)).pad_token_id == 2
-    assert "its padding token <pad> has none of its 12 embeddings" in capsys.readouterr().err
+    assert "its padding token <pad> is outside its 12 embeddings" in capsys.readouterr().err

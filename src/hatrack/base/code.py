@@ -1,4 +1,4 @@
-"""Custom code of a base (`auto_map` in its JSON files): runs only where a person named that base.
+"""Custom code of a base (`auto_map` in its JSON files): runs only if the user named that base.
 
 Knows nothing of adapters: no field of one, and none of a base, can ask for code to be run.
 """
@@ -12,14 +12,14 @@ from hatrack.base.description import BaseDescription
 from hatrack.errors import ModelError
 from hatrack.recipe import flag
 
-ASKED_FOR = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer")
+AUTO_CLASSES = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer")
 
 
 def check_code(base: BaseDescription) -> None:
-    """Raises ModelError, naming the base and the code, where code is needed that was not allowed, is in another
+    """Raises ModelError, naming the base and the code, if the base needs code that is not allowed, is in another
     repository, or is missing.
 
-    A base whose classes transformers has itself is loaded by those, whatever code is beside it.
+    If transformers has the base's classes, it uses these, and the base's own code is ignored.
     """
     needed = needed_code(base.config, base.tokenizer_config)
     modules = sorted({f"{reference.rpartition('.')[0]}.py" for reference in needed})
@@ -52,12 +52,12 @@ def needed_code(*configs: Mapping[str, Any]) -> list[str]:
     for config in configs:
         found = config.get("auto_map")
         if isinstance(found, dict):
-            references += [reference for kind in ASKED_FOR for reference in _texts(found.get(kind))]
+            references += [reference for kind in AUTO_CLASSES for reference in _texts(found.get(kind))]
         elif found is not None:  # older tokenizers: a pair
             references += _texts(found)
     if not references:
         return []
-    known = set(dir(transformers))  # which takes a while
+    known = set(dir(transformers))  # takes a while
     names = {reference: reference.rpartition(".")[2] for reference in references}
     return [reference for reference, name in names.items() if not {name, name.removesuffix("Fast")} & known]
 

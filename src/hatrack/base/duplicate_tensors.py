@@ -1,4 +1,4 @@
-"""Finds tensors that a base's files have several times. Needs no torch."""
+"""Finds tensors that a base's files contain several times, with different values. Needs no torch."""
 
 import hashlib
 from collections import defaultdict
@@ -10,8 +10,8 @@ from hatrack.storage import machine_errors
 
 
 def check_duplicates(source: str, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
-    """Raises ModelError where a base's files (name -> header) hold one tensor several times with different values: in
-    several shards, or with and without what a wrapper puts into names. Which of them is used would be chance."""
+    """Raises ModelError if a base's files (name -> header) hold one tensor several times with different values: in
+    several shards, or with and without what a wrapper puts into names. Which copy is used would be chance."""
     found: dict[str, list[TensorInfo]] = defaultdict(list)
     for header in headers.values():
         for name, info in header.items():

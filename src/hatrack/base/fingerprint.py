@@ -17,11 +17,11 @@ from hatrack.errors import ModelError, WrongBase
 from hatrack.storage import cache_dir
 
 READ_WHOLE = 512 * 2**20
-"""Bytes up to which all of a base is read."""
+"""Bases of up to this many bytes are read whole."""
 BUDGET = 128 * 2**20
-"""Bytes read of a larger base, the same share of each tensor: about a second if it is not in the page cache."""
+"""Bytes that are read of a larger base, the same fraction of each tensor: about a second without the page cache."""
 SAMPLE = 64 * 2**10
-"""Bytes of one sample: large enough for a disk to read samples about as fast as whole files."""
+"""Bytes per sample: large enough for a disk to read samples about as fast as whole files."""
 DIGITS = 16
 FINGERPRINT_KIND = 2
 """Version of the fingerprint, stored beside each: fingerprints of different versions are not compared."""
@@ -33,10 +33,10 @@ def fingerprint(base: BaseDescription) -> str:
     """16 hexadecimal digits of a sha256 over every tensor's name, type, shape and bytes, or samples of its bytes.
 
     The same for the same weights in one file or many, in any order, with or without the model's prefix in the names,
-    a task's own head or a second copy of the embedding. A base of up to 512 MiB is read whole. Of a larger one every
-    tensor's start, end and evenly spread samples are read, together 128 MiB: a change all over a matrix, as any
-    training makes, always shows; one of a few neighbouring rows shows with the probability of the share read (1% for
-    13.5 GB). Raises ModelError where a file cannot be read.
+    a task's own head or a second copy of the embedding. A base of up to 512 MiB is read whole. Of a larger base, each
+    tensor's start, end and evenly spread samples are read, 128 MiB in total. This always detects a change all over a
+    matrix, as any training makes; a change of a few neighboring rows is detected with a probability equal to the
+    fraction read (1% for 13.5 GB). Raises ModelError if a file cannot be read.
     """
     digests = dict(_tensor_digests(own_parameters(base.config, base.tensors)))
     for name in EMBEDDING_COPIES:
@@ -48,15 +48,15 @@ def fingerprint(base: BaseDescription) -> str:
 
 
 def tensors_digest(tensors: Mapping[str, TensorInfo]) -> str:
-    """The fingerprint of any tensors, with their names. Raises ModelError where a file cannot be read."""
+    """The fingerprint of any tensors, with their names. Raises ModelError if a file cannot be read."""
     return _combine(dict(_tensor_digests(tensors)))
 
 
 def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
-    """What hatrack.json says about a base: where it came from, its fingerprint, and in which form it was trained on.
+    """What hatrack.json records about a base: where it came from, its fingerprint, and its form in training.
 
-    The fingerprint is that of the weights on disk. `form` says that a base was converted from a GGUF or pickled file,
-    or quantized for training: its weights are then only close to those of the full base.
+    The fingerprint is that of the weights on disk. `form` says if the base was converted from a GGUF or pickled file,
+    or quantized for training: its weights are then only approximately those of the full base.
     """
     source, revision = _portable_name(base)
     converted = base.folder.parent == cache_dir("bases")  # into a folder named after the file
@@ -79,20 +79,20 @@ def check_base(
     base: BaseDescription,
     *,
     allow_other: bool = False,
-    known: str | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
-    """Raises WrongBase, naming both, where an adapter was not trained on a base; says once where that is unknown.
+    """Raises WrongBase if an adapter was not trained on `base`; reports once if that is unknown.
 
     `made_on`: what `lineage` returned when the adapter was made, or `source` and `revision` alone for an adapter made
-    elsewhere; a fingerprint of another version is ignored. `allow_other`: another base is only said. `known`: the
-    base's fingerprint, where it is known already.
+    elsewhere; a fingerprint of another version is ignored. `allow_other`: only report another base.
+    `base_fingerprint`: the base's fingerprint, computed if None.
     """
     wanted, why = made_on.get("fingerprint"), "was not made by hatrack"
     if wanted and made_on.get("fingerprint_kind") != FINGERPRINT_KIND:
         wanted, why = None, "has a fingerprint of another version of hatrack, which cannot be compared"
     there = f"{made_on['source']}" + (f" ({made_on['form']})" if made_on.get("form") else "")
     if wanted:
-        found = known or fingerprint(base)
+        found = base_fingerprint or fingerprint(base)
         if wanted == found:
             return
         what, there, here = "was trained on other weights", f"{there}, {wanted}", f"{base.source}, {found}"
@@ -142,9 +142,9 @@ def _tensor_digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, by
 
 
 def sample_ranges(size: int, share: float) -> list[tuple[int, int]]:
-    """(start, length) of the samples of `size` bytes that are about this `share` of them, first and last included.
+    """(start, length) of samples that cover about `share` of `size` bytes, the first and last bytes included.
 
-    >>> samples(10, 1.0)
+    >>> sample_ranges(10, 1.0)
     [(0, 10)]
     """
     count = max(2, round(size * share / SAMPLE))
@@ -154,11 +154,11 @@ def sample_ranges(size: int, share: float) -> list[tuple[int, int]]:
 
 
 def _same_name(made_on: Mapping[str, Any], base: BaseDescription) -> bool:
-    """Whether an adapter made elsewhere may mean this base: by the last part of its name and the commit if known."""
+    """Whether an adapter made elsewhere may be for this base: by the last part of the name, and the commit if known."""
     names = [re.split(r"[/\\]", str(source).rstrip("/\\"))[-1].lower() for source in (made_on["source"], base.source)]
     commits = [str(commit) for commit in (made_on.get("revision"), base.revision) if commit]
-    known = [commit for commit in commits if re.fullmatch(r"[0-9a-f]{40}", commit)]
-    return names[0] == names[1] and (len(known) < 2 or known[0] == known[1])
+    hashes = [commit for commit in commits if re.fullmatch(r"[0-9a-f]{40}", commit)]
+    return names[0] == names[1] and (len(hashes) < 2 or hashes[0] == hashes[1])
 
 
 def _portable_name(base: BaseDescription) -> tuple[str, str | None]:

@@ -1,4 +1,4 @@
-"""Free memory: how much there is, whether a base fits in it, and how to release some.
+"""Free memory: measures it, tells whether a base fits in it, and releases unused memory.
 
 Knows no torch and reads no weights.
 """
@@ -18,11 +18,11 @@ from hatrack.console import format_size
 from hatrack.errors import RecipeError
 
 OVERHEAD = 640 * 2**20
-"""Bytes for all but the base during inference: torch itself, an adapter, a few rows."""
+"""Bytes that inference needs besides the base: torch itself, an adapter, a few rows."""
 
 
 def fits_in_memory(header: Mapping[str, TensorInfo], dtype: str, free: int, limit: int | None) -> bool:
-    """Whether a base in `dtype` fits in memory: in `limit` bytes, and in the `free` ones."""
+    """Whether a base in `dtype` fits in the `free` bytes, and in `limit` bytes if there is a limit."""
     weights = sum(math.prod(info.shape) for info in header.values()) * (4 if dtype == "float32" else 2)
     return weights <= free and (limit is None or weights + OVERHEAD <= limit)
 
@@ -30,8 +30,8 @@ def fits_in_memory(header: Mapping[str, TensorInfo], dtype: str, free: int, limi
 def available_memory(root: Path = Path("/")) -> tuple[int, str]:
     """Bytes a process can still allocate, and what sets the limit: the system, or a control group (version 1 or 2).
 
-    A group leaves its limit less what is in use; cached files that can be dropped do not count as used. `root` is the
-    root of the file system.
+    A group has its limit minus its used memory left; cached files that can be dropped do not count as used. `root`:
+    the root of the file system.
     """
     found = [(psutil.virtual_memory().available, "free on this machine")]
     for group in _control_groups(root):
@@ -48,13 +48,15 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
     return min(found)
 
 
-def missing_device_error(asked: str, there: Sequence[str]) -> RecipeError:
+def missing_device_error(asked: str, available: Sequence[str]) -> RecipeError:
     """The error for a device that this machine does not have."""
-    return RecipeError(f"--device {asked} is not in this machine", got=", ".join(there), fix=f"use --device {there[0]}")
+    return RecipeError(
+        f"--device {asked} is not in this machine", got=", ".join(available), fix=f"use --device {available[0]}"
+    )
 
 
 def check_bitsandbytes(quantize: str) -> None:
-    """Raises RecipeError where a base is to be quantized and bitsandbytes is not installed."""
+    """Raises RecipeError if a base is to be quantized and bitsandbytes is not installed."""
     if quantize != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"--quantize {quantize} needs bitsandbytes", fix="pip install 'hatrack[quantize]'")
 
@@ -78,7 +80,7 @@ def trim_heap() -> None:
 
 
 def _control_groups(root: Path) -> list[Path]:
-    """The folders of this process's memory control groups and their parents, of version 1 and 2."""
+    """The folders of this process's memory control groups (version 1 and 2) and of their parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -89,8 +91,8 @@ def _control_groups(root: Path) -> list[Path]:
         if controllers not in ("", "memory") and "memory" not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        place = PurePosixPath(path)
-        folders += [mount / part.relative_to("/") for part in (place, *place.parents)]
+        group = PurePosixPath(path)
+        folders += [mount / part.relative_to("/") for part in (group, *group.parents)]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 

@@ -30,10 +30,10 @@ ITEM_BITS |= {"F64": 64, "C64": 64}
 WRAPPERS = re.compile(
     r"^(?:module\.|_orig_mod\.)+|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-"""What DistributedDataParallel, torch.compile and FSDP add to tensor names of a model that is saved through them."""
+"""What DistributedDataParallel, torch.compile and FSDP add to the tensor names of a model that they wrap."""
 
 PACKED_TYPES = ("U8", "I8", "U16", "I16", "U32", "I32", "F4", "F6", "F8")
-"""Prefixes of the dtypes that quantized weights are packed in."""
+"""Prefixes of the dtypes of packed quantized weights."""
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """The keys of config.json that describe quantized weights."""
 
@@ -57,7 +57,7 @@ PREFIXES |= dict.fromkeys(
     ("gpt2", "gpt_neo", "gptj", "gpt_bigcode", "codegen", "falcon", "bloom", "mpt"), "transformer"
 )
 PREFIXES |= dict.fromkeys(("t5", "mt5", "umt5"), "transformer")
-"""Model type -> where its classes keep the base model; others: the type itself for encoders, else `model`."""
+"""Model type -> attribute of the base model in its classes; others: the type itself for encoders, else `model`."""
 
 HEAD_KINDS = {"distilbert": "pre", "deberta": "pooler", "deberta-v2": "pooler", "modernbert": "normed"}
 HEAD_KINDS |= dict.fromkeys(
@@ -67,7 +67,7 @@ HEAD_KINDS |= dict.fromkeys(("big_bird", "convbert", "nystromformer", "ibert", "
 
 POOLERS = dict.fromkeys(("bert", "megatron-bert", "ernie", "mobilebert", "rembert", "squeezebert"), "pooler.dense")
 POOLERS |= {"albert": "pooler", "big_bird": "pooler"}
-"""Model types whose classifier reads a pooler in the base model -> the pooler's name."""
+"""Model type -> name of the pooler in the base model that its classifier reads."""
 
 LANGUAGE_HEADS = ("lm_head.", "embed_out.", "head.")
 """A language model's output head; the last one is RWKV's."""
@@ -102,15 +102,15 @@ class TensorInfo:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The base's config.json. Raises ModelError where it is missing, unreadable or not a JSON object."""
+    """The base's config.json. Raises ModelError if it is missing, unreadable or not a JSON object."""
     return read_json(folder / CONFIG)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The safetensors headers of a base: those of each file, and the tensors that transformers reads, by stored name.
+    """The safetensors headers of a base: `files` by file name, and in `stored` the tensors that transformers reads.
 
-    `tensors` has the same names without what wrappers such as torch.compile put into them; `wrappers` lists that.
+    `tensors`: the same as `stored`, without what wrappers such as torch.compile put into names, which `wrappers` lists.
     """
 
     files: Mapping[str, Mapping[str, TensorInfo]]
@@ -136,7 +136,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads the headers of the files that transformers reads: `model.safetensors`, else the shards of the index.
 
-    Raises ModelError, naming the file, where one is missing, truncated or malformed, or lacks a tensor of the index.
+    Raises ModelError, naming the file, if one is missing, truncated or malformed, or lacks a tensor of the index.
     """
     index = folder / INDEX
     if (folder / WEIGHTS).exists() or not index.is_file():
@@ -180,13 +180,13 @@ def own_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
 
 
 def check_trainable(source: str, config: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
-    """Raises ModelError where a base's tensors cannot be trained on, whatever the task: an adapter's among them (a
-    model that was saved with its adapters unmerged), empty ones, or ones packed in fewer bits."""
-    carried = [name for name in header if ".lora_" in name or ".base_layer." in name]
-    if carried:
+    """Raises ModelError if a base's tensors cannot be trained on, whatever the task: if some are an adapter's (a
+    model that was saved with unmerged adapters), empty, or packed in fewer bits."""
+    from_adapter = [name for name in header if ".lora_" in name or ".base_layer." in name]
+    if from_adapter:
         raise ModelError(
             f"{source} carries an adapter already",
-            got=f"{len(carried):,} tensors such as {carried[0]}",
+            got=f"{len(from_adapter):,} tensors such as {from_adapter[0]}",
             fix="merge it first, or start from the bare base",
             gotcha="base-with-adapters",
         )
@@ -211,7 +211,7 @@ def check_trainable(source: str, config: Mapping[str, Any], header: Mapping[str,
 
 
 def quantization_in_config(config: Mapping[str, Any]) -> str | None:
-    """The quantization that config.json describes, such as `4 bits (bitsandbytes)`; None where it describes none."""
+    """The quantization that config.json describes, such as `4 bits (bitsandbytes)`; None if it describes none."""
     parts = (config, config.get("text_config") or {})
     described = next((part[key] for part in parts for key in QUANTIZATION_KEYS if part.get(key)), None)
     if described is None:
@@ -227,7 +227,7 @@ def quantization_in_config(config: Mapping[str, Any]) -> str | None:
 
 
 def check_task(source: str, config: Mapping[str, Any], task: str) -> None:
-    """Raises ModelError where a base of this kind cannot do the task."""
+    """Raises ModelError if a base of this kind cannot do the task."""
     kind = family(config)
     described = f"{source} ({config.get('model_type', 'unknown type')})"
     if task == "classify" and config.get("model_type") in IGNORE_MASK:
@@ -281,7 +281,7 @@ def read_file_header(path: Path, largest: int = MAX_HEADER_BYTES) -> dict[str, T
 
 
 def parameter_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The number of elements in tensors of these shapes together."""
+    """The total number of elements in tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -314,7 +314,7 @@ def head_shapes(config: Mapping[str, Any], labels: int) -> dict[str, tuple[int, 
     """The classification head that transformers puts on a base: parameter name -> shape, for `labels` outputs.
 
     Unknown model types get the usual head of their family: one linear layer on an encoder, a dense layer and a
-    projection on an encoder-decoder, `score` on a decoder. Raises ModelError where the config has no hidden size.
+    projection on an encoder-decoder, `score` on a decoder. Raises ModelError if the config has no hidden size.
     """
     width = hidden_size(config)
     square = {"weight": (width, width), "bias": (width,)}
@@ -386,7 +386,7 @@ def without_prefix(name: str, config: Mapping[str, Any]) -> str:
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
-    """The hidden size, under whichever name the architecture has for it. Raises ModelError where there is none."""
+    """The hidden size, under the name that the architecture uses. Raises ModelError if there is none."""
     for part in (config, config.get("text_config") or {}):
         for name in ("hidden_size", "n_embd", "dim", "d_model"):
             if type(part.get(name)) is int:
@@ -414,12 +414,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """As `read_json`; an empty dict where there is no such file."""
+    """As `read_json`; an empty dict if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
-def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
-    """Checks and returns one header entry. `data` is the byte where the file's data begins."""
+def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Checks and returns one header entry. `data_start`: the offset of the data in the file."""
     try:
         shape, dtype, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
         fits = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
@@ -428,7 +428,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise _damaged_error(path, f"a malformed entry for {name}") from error
     if not fits or end - begin != math.ceil(bits / 8):
         raise _damaged_error(path, f"{name} with shape {list(shape)} in bytes {begin} to {end}")
-    return TensorInfo(shape, dtype, path, data + begin, end - begin)
+    return TensorInfo(shape, dtype, path, data_start + begin, end - begin)
 
 
 def _prefix(config: Mapping[str, Any]) -> str:
@@ -442,7 +442,7 @@ def _prefixed(module: str, parts: Mapping[str, tuple[int, ...]]) -> dict[str, tu
 
 
 def _modern_name(name: str) -> str:
-    """A name as transformers has it now; the oldest checkpoints call LayerNorm's parameters gamma and beta."""
+    """The current name in transformers; the oldest checkpoints call LayerNorm's parameters gamma and beta."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
@@ -453,7 +453,7 @@ def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _is_packed(name: str, info: TensorInfo, *, in_config: bool) -> bool:
-    """Whether a tensor holds weights in fewer bits than a float; `in_config`: config.json says that some do."""
+    """Whether a tensor holds quantized weights; `in_config`: config.json says that the base is quantized."""
     matrix = len(info.shape) > 1 and info.dtype.startswith(PACKED_TYPES) and not _is_buffer(name, info.shape)
     return matrix and (in_config or "weight" in name.rpartition(".")[2])
 

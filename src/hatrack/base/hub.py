@@ -49,7 +49,7 @@ CONFIG_FILES = ("*.json", "*.jinja", "tokenizer.model")
 def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription:
     """Describes a base on the hub, from the hub's cache or over the network.
 
-    Raises ModelError where there is no such base, MachineError where the hub does not answer.
+    Raises ModelError if there is no such base, MachineError if the hub does not answer.
     """
     cached = _cached_snapshot(source, revision)
     if cached is not None:
@@ -76,7 +76,7 @@ def describe_on_hub(source: str, revision: str | None = None) -> BaseDescription
 
 
 def _cached_snapshot(source: str, revision: str | None) -> Path | None:
-    """The snapshot of a base whose weights are all in the hub's cache; None where there is none."""
+    """The snapshot of a base whose weights are all in the hub's cache; None if there is none."""
     try:
         folder = Path(snapshot_download(source, revision=revision, local_files_only=True))
     except Exception:  # not cached; whatever the reason, asking the hub will say it

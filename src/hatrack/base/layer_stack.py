@@ -1,8 +1,8 @@
-"""Runs the parts of a Hugging Face encoder or decoder: what is before its layers, one layer, what is after.
+"""Runs parts of a transformers model: what comes before its layers, one layer, what comes after.
 
-Knows no architecture: it watches the model's own forward pass. The layer stack is the list of modules whose members are
-called one after the other, each with the output of the one before. While parts run, other layers return their input, so
-that the model's own code still makes masks, position embeddings and heads.
+Knows no architecture: it watches the model's own forward pass. The layer stack is the list of modules that are called
+one after the other, each with the output of the one before. While a part runs, the other layers return their input, so
+that the model's own code still computes masks, position embeddings and heads.
 
 Knows nothing of adapters, losses or where weights are.
 """
@@ -23,7 +23,7 @@ from hatrack.errors import ModelError
 class Call:
     """A layer's arguments besides the hidden states: masks, position embeddings and the like.
 
-    `place`: the number of the positional argument, or the name of the keyword, that takes the hidden states.
+    `place`: the position or the keyword of the argument that takes the hidden states.
     """
 
     args: tuple[Any, ...]
@@ -41,7 +41,7 @@ class Call:
 class LayerStack:
     """A model's stack of layers; `name` is its full name in the model. Adapters may be placed in its layers later.
 
-    `extras`: how many values a layer returns besides its hidden states, or None where it returns these alone.
+    `extras`: how many values a layer returns besides the hidden states; None if it returns only the hidden states.
     """
 
     name: str
@@ -81,7 +81,7 @@ class LayerStack:
     @contextmanager
     def replace_layers(self, give: Callable[[], torch.Tensor] | None, layers: int | None = None) -> Iterator[None]:
         """While the block runs, the first `layers` of the model (by default all) compute nothing: each returns its
-        input, and the last of them the hidden states (B, T, d) that `give` returns, where there is a `give`."""
+        input, or, if `give` is not None, the last of them returns the hidden states (B, T, d) from `give`."""
         own = [layer.forward for layer in self.layers]
         past = len(own) if layers is None else layers
 
@@ -97,7 +97,7 @@ class LayerStack:
             yield
 
     def only_last_layers(self, layers: int = 1) -> AbstractContextManager[None]:
-        """While the block runs, only the last `layers` compute: enough to watch a forward pass of a large model."""
+        """While the block runs, only the last `layers` compute: enough to test a large model's forward pass."""
         return self.replace_layers(None, len(self.layers) - layers)
 
     def _as_output(self, hidden: torch.Tensor) -> Any:
@@ -116,9 +116,8 @@ class LayerStack:
 def find_layer_stack(model: Any) -> LayerStack:
     """Finds the stack of layers of a Hugging Face `model` by a forward pass over four tokens.
 
-    Of each candidate only the first layer computes in that pass, so that a large base is not read for it. Raises
-    ModelError where there is no stack, or more than one: layers that are shared, or that pass each other more than
-    hidden states.
+    Only the first layer of each candidate computes in that pass, so that most of a large base is not read. Raises
+    ModelError if there is not exactly one stack, as with shared layers, or layers that pass more than hidden states.
     """
     lists = _outermost_lists(model)
     recorders = {name: _CallRecorder(list(members)) for name, members in lists.items()}
@@ -130,7 +129,7 @@ def find_layer_stack(model: Any) -> LayerStack:
     try:
         with torch.no_grad(), quiet(), without_kv_cache(model.config), _replaced_forwards(forwards):
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except Exception as error:  # an encoder-decoder, or a model that reads something else than text
+    except Exception as error:  # an encoder-decoder, or a model that does not read text
         failure = error
     finally:
         model.train(was_training)
@@ -165,7 +164,7 @@ class _StopForward(Exception):
 
 @dataclass
 class _CallRecorder:
-    """Records a candidate's calls: in which order, and whether each layer got the output of the one before alone."""
+    """Records the order of a candidate's calls, and whether each layer gets the output of the previous one alone."""
 
     layers: list[nn.Module]
     called: list[int] = field(default_factory=list)
@@ -217,7 +216,7 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 @contextmanager
 def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replaces the forward of modules while the block runs; then puts their own (or accelerate's) back."""
+    """While the block runs, replaces the forward of modules; then restores their own (or accelerate's)."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -234,7 +233,7 @@ def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterato
 def _find_hidden_states(
     args: tuple[Any, ...], kwargs: dict[str, Any], wanted: torch.Tensor | None
 ) -> tuple[int | str, torch.Tensor]:
-    """The argument that holds a layer's hidden states, and these: the tensor `wanted`, else the first float tensor."""
+    """The position or keyword of a layer's hidden states, and the tensor: `wanted`, else the first float tensor."""
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in named:
         if isinstance(value, torch.Tensor) and (value is wanted if wanted is not None else value.is_floating_point()):

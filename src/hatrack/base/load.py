@@ -55,10 +55,10 @@ BYTE_TOKENIZERS = ("ByT5", "Canine", "Perceiver")
 class BaseOptions:
     """How to load a base.
 
-    `task`: classify gives a head of `len(labels)` outputs, the checkpoint's own where it has that many, else a fresh
-    one that depends on `seed` alone; chat and complete give a causal language model. `device`: auto, cpu, cuda, mps or
-    xpu. `dtype`: auto, float32, bfloat16 or float16. `quantize`: none, 8bit or 4bit. `streamed`: leave the weights
-    mapped in the files' own dtype, to be loaded layer by layer.
+    `task`: classify gives a head of `len(labels)` outputs, the checkpoint's own if it has that many, else a new one
+    initialized from `seed`; chat and complete give a causal language model. `device`: auto, cpu, cuda, mps or
+    xpu. `dtype`: auto, float32, bfloat16 or float16. `quantize`: none, 8bit or 4bit. `streamed`: keep the weights
+    memory-mapped in the files' dtype, to be loaded layer by layer.
     """
 
     task: Task
@@ -75,8 +75,8 @@ class BaseOptions:
 class Base:
     """A frozen model, ready to run: no parameter requires a gradient, dropout is off.
 
-    `device` and `dtype` are those of its floating-point weights, or of what is computed with them where they are
-    quantized or `streamed`.
+    `device` and `dtype`: those of its matmuls, and of its floating-point weights unless these are quantized or
+    `streamed`.
     """
 
     description: BaseDescription
@@ -88,7 +88,7 @@ class Base:
 
     @property
     def chat_template(self) -> str | None:
-        """The base's own chat template (Jinja), or None where it has none."""
+        """The base's own chat template (Jinja), or None if it has none."""
         template = getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, dict):
             template = template.get("default")
@@ -98,20 +98,20 @@ class Base:
 def choose_device(asked: str) -> tuple[torch.device, str]:
     """The device to compute on, and why. `auto` takes the first available of CUDA, MPS, XPU and CPU.
 
-    Raises RecipeError where this machine does not have the one asked for.
+    Raises RecipeError if this machine does not have the device.
     """
-    there = _available_devices()
+    available = _available_devices()
     if asked == "auto":
-        return torch.device(there[0]), "the fastest there is" if there[0] != "cpu" else "no accelerator found"
+        return torch.device(available[0]), "the fastest there is" if available[0] != "cpu" else "no accelerator found"
     kind, _, number = asked.partition(":")
     counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
-    if kind not in there or (number and int(number) >= counts[kind]()):
-        raise missing_device_error(asked, there)
+    if kind not in available or (number and int(number) >= counts[kind]()):
+        raise missing_device_error(asked, available)
     return torch.device(asked), "as asked"
 
 
 def choose_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of the frozen base, and why. `auto` takes bfloat16 where the device is fast at it."""
+    """The dtype of the frozen base, and why. `auto` takes bfloat16 if the device is fast at it."""
     if asked != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked], "as asked"
     if device.type == "cuda":
@@ -135,11 +135,11 @@ def free_memory(device: torch.device) -> int:
 def load_base(description: BaseDescription, options: BaseOptions) -> Base:
     """Loads a base for a task, frozen and in evaluation mode.
 
-    Weights are mapped from the files, not copied, where device and dtype allow it. Quantized ones are cached on disk
-    from the first time on, and mapped from there (`quantized_cache.py`). Code of the base runs only if it is trusted.
+    Weights are memory-mapped, not copied, if device and dtype allow it. Quantized weights are cached on disk and mapped
+    from there (`quantized_cache.py`). Code of the base runs only if it is trusted.
 
-    Raises ModelError where the base cannot do the task or its files do not fit together, RecipeError for a device or
-    quantization this machine does not have, MachineError where memory runs out.
+    Raises ModelError if the base cannot do the task or its files do not fit together, RecipeError for a device or
+    quantization this machine does not have, MachineError if memory runs out.
     """
     device, _ = choose_device(options.device)
     dtype, _ = choose_dtype(options.dtype, device)
@@ -159,10 +159,10 @@ def load_base(description: BaseDescription, options: BaseOptions) -> Base:
     loading = _Loading(description, task, torch.device("cpu") if streamed else device, options.seed, arguments)
     model, info = _load_model(loading) if quantize == "none" else _load_quantized(loading, quantize)
     _check_complete(loading, model, info)
-    _say_what_is_fresh(loading, info)
+    _report_fresh_weights(loading, info)
     for part in (model.config, model.config.get_text_config()):
         part.pad_token_id = tokenizer.pad_token_id
-    if task == "classify":  # as in training, whatever side it generates from: many models count positions from the left
+    if task == "classify":  # as in training: many models count positions from the left
         tokenizer.padding_side = "right"
     prevent_repacking(model)
     model.requires_grad_(False)
@@ -172,7 +172,7 @@ def load_base(description: BaseDescription, options: BaseOptions) -> Base:
 
 @dataclass(frozen=True)
 class _Loading:
-    """A call of transformers' `from_pretrained` for a base, with its further `arguments`."""
+    """One call of transformers' `from_pretrained` for a base; `arguments`: its further keyword arguments."""
 
     base: BaseDescription
     task: Task
@@ -187,18 +187,18 @@ class _Loading:
 
 def _available_devices() -> list[str]:
     """The kinds of device in this machine, the fastest first."""
-    there = {
+    kinds = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "xpu": torch.xpu.is_available(),
     }
-    return [*(kind for kind, present in there.items() if present), "cpu"]
+    return [*(kind for kind, present in kinds.items() if present), "cpu"]
 
 
 def load_config(base: BaseDescription, *, task: Task, labels: Sequence[str] = (), multi_label: bool = False) -> Any:
     """transformers' configuration of the model, with the task's labels.
 
-    Raises ModelError where the base cannot do the task or needs code that may not run, RecipeError without labels.
+    Raises ModelError if the base cannot do the task or needs code that may not run, RecipeError without labels.
     """
     check_code(base)
     check_task(base.source, base.config, task)
@@ -228,7 +228,7 @@ def _read_model_config(base: BaseDescription, extra: Mapping[str, Any] = Mapping
 
 
 def _drop_quantization_config(base: BaseDescription, config: Any) -> Any:
-    """Removes, and says so, a quantization that config.json still names for full weights, as after a merge."""
+    """Removes, and reports, a quantization that config.json still names for full weights, as after a merge."""
     quantization = quantization_in_config(config.to_dict())
     if quantization:
         dtype = base.stored_dtype
@@ -248,10 +248,10 @@ def has_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bool:
 
 
 def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
-    """Loads a base's tokenizer; one without a padding token, as many generating bases have, gets one.
+    """Loads a base's tokenizer, and sets a padding token if it has none, as with many causal bases.
 
-    `rows`: the number of embeddings, by default the config's. Raises ModelError where the tokenizer is missing,
-    damaged, or needs code that may not run, or where there is no token to pad with.
+    `rows`: the number of embeddings, by default the config's. Raises ModelError if the tokenizer is missing,
+    damaged, or needs code that may not run, or if there is no token to pad with.
     """
     check_code(base)
     if not has_tokenizer(base.folder, base.tokenizer_config):
@@ -272,7 +272,7 @@ def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
     embeddings = rows if isinstance(rows, int) else math.inf
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embeddings:
         say_once(
-            f"{base.source}: its padding token {tokenizer.pad_token} has none of its {rows:,} embeddings; "
+            f"{base.source}: its padding token {tokenizer.pad_token} is outside its {rows:,} embeddings; "
             "another token is used for padding, which changes no answer"
         )
         tokenizer.pad_token = None
@@ -288,22 +288,22 @@ def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
 
 
 def _load_quantized(loading: _Loading, quantize: str) -> tuple[Any, dict[str, Any]]:
-    """As `_load_model`, in fewer bits: from the cache on disk, which gets the weights first where possible."""
+    """As `_load_model`, but quantized: from the cache on disk if possible, where the weights are written first."""
     base, arguments = loading.base, loading.arguments
-    settings = _quantization(quantize, arguments["dtype"], base.config, loading.task)
+    settings = _bitsandbytes_settings(quantize, arguments["dtype"], base.config, loading.task)
     from_full = loading.with_arguments(quantization_config=settings)
     folder = _quantized_folder(from_full, quantize)
     if folder is None:
         return _load_model(from_full)
-    arguments["config"].quantization_config = settings.to_dict()  # by which transformers knows that they are quantized
-    with folder_to_load(folder, base.folder) as there:
-        model, info = _load_model(replace(loading, base=replace(base, folder=there, wrappers=())))
+    arguments["config"].quantization_config = settings.to_dict()  # tells transformers that the weights are quantized
+    with folder_to_load(folder, base.folder) as merged:
+        model, info = _load_model(replace(loading, base=replace(base, folder=merged, wrappers=())))
     model.name_or_path = model.config.name_or_path = str(base.folder)
     return model, info
 
 
 def _quantized_folder(loading: _Loading, quantize: str) -> Path | None:
-    """The folder with the base's quantized weights, made where there is none yet; None where they cannot be cached."""
+    """The folder with the base's quantized weights, written if it is missing; None if they cannot be cached."""
     base, dtype = loading.base, dtype_name(loading.arguments["dtype"])
     key = quantized_cache.cache_key(base, task=loading.task, quantize=quantize, dtype=dtype, device=loading.device.type)
     folder = quantized_cache.find_cached(key)
@@ -324,8 +324,8 @@ def _quantized_folder(loading: _Loading, quantize: str) -> Path | None:
 
 
 def _quantized_weights(loading: _Loading) -> dict[str, torch.Tensor]:
-    """Name -> weight of the quantized base, with its own head if it has one and without fresh weights, so that they do
-    not depend on the task's labels. Raises ModelError as `load_base` does."""
+    """Name -> weight of the quantized base: with its own head if it has one, but without newly initialized weights, so
+    that the weights do not depend on the task's labels. Raises ModelError as `load_base` does."""
     loading = replace(loading.with_arguments(config=_read_model_config(loading.base)), seed=0)
     model, info = _load_model(loading)
     _check_complete(loading, model, info)
@@ -334,8 +334,8 @@ def _quantized_weights(loading: _Loading) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in weights.items() if name not in fresh}
 
 
-def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], task: Task) -> Any:
-    """The settings for bitsandbytes: heads that are trained are not quantized."""
+def _bitsandbytes_settings(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], task: Task) -> Any:
+    """The settings for bitsandbytes, which does not quantize heads that are trained."""
     check_bitsandbytes(quantize)
     skipped = quantized_cache.skipped_modules(config, task)
     if quantize == "8bit":
@@ -349,18 +349,18 @@ def _quantization(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], 
 
 
 def _load_model(loading: _Loading) -> tuple[Any, dict[str, Any]]:
-    """The model, and transformers' loading info; fresh weights depend on the seed alone."""
+    """The model, and transformers' loading info; new weights are initialized from the seed."""
     base, device = loading.base, loading.device
     kind = AutoModelForSequenceClassification if loading.task == "classify" else AutoModelForCausalLM
     accelerators = [device] if device.type in ("cuda", "xpu") else []
-    # sizes that do not match are not ignored: _check_complete refuses them, more plainly than transformers does
-    usual: dict[str, Any] = {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    usual |= {"trust_remote_code": base.trusted, "key_mapping": _key_mapping(base)}
+    # _check_complete refuses sizes that do not match, with a plainer message than transformers'
+    options: dict[str, Any] = {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options |= {"trust_remote_code": base.trusted, "key_mapping": _key_mapping(base)}
     try:
         with quiet(), torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
             torch.manual_seed(loading.seed)
-            model, info = kind.from_pretrained(base.folder, **usual, **loading.arguments)
-            # a fresh head is drawn on the CPU, so that it is the same wherever it is used
+            model, info = kind.from_pretrained(base.folder, **options, **loading.arguments)
+            # a new head is initialized on the CPU, so that it is the same on every device
             return model if "device_map" in loading.arguments else model.to(device), info
     except HatrackError:
         raise
@@ -386,7 +386,7 @@ def _key_mapping(base: BaseDescription) -> dict[str, str] | None:
     return {WRAPPERS.pattern: ""}
 
 
-def _say_what_is_fresh(loading: _Loading, info: Mapping[str, Any]) -> None:
+def _report_fresh_weights(loading: _Loading, info: Mapping[str, Any]) -> None:
     if info["mismatched_keys"]:
         say(f"the base's own head has another number of labels; a fresh one takes its place (seed {loading.seed})")
     if any(".pooler." in name for name in _fresh_tensors(info)):
@@ -394,34 +394,34 @@ def _say_what_is_fresh(loading: _Loading, info: Mapping[str, Any]) -> None:
 
 
 def _check_complete(loading: _Loading, model: Any, info: Mapping[str, Any]) -> None:
-    """Raises ModelError where more than a classifier's head or pooler is missing from a base's files."""
+    """Raises ModelError if more than a classifier's head or pooler is missing from a base's files."""
     mismatched = {
         str(name): f"{name}: file {tuple(in_file)}, config {tuple(in_config)}"
         for name, in_file, in_config in info["mismatched_keys"]
     }
     inner = f"{model.base_model_prefix}."
-    lost = [
+    missing = [
         name
         for name in _fresh_tensors(info)
         if loading.task != "classify" or (name.startswith(inner) and ".pooler." not in name)
     ]
-    if lost:
-        _check_no_prefix(loading.base, lost, map(str, info["unexpected_keys"]))
-        only_head = all(not name.startswith(inner) for name in lost)
+    if missing:
+        _check_no_prefix(loading.base, missing, map(str, info["unexpected_keys"]))
+        only_head = all(not name.startswith(inner) for name in missing)
         raise ModelError(
-            f"{loading.base.source} lacks {len(lost):,} of the tensors that its config.json asks for",
-            got=mismatched.get(lost[0], lost[0]),
+            f"{loading.base.source} lacks {len(missing):,} of the tensors that its config.json asks for",
+            got=mismatched.get(missing[0], missing[0]),
             fix="use a base that has its language model head" if only_head else "copy or download the base again",
         )
 
 
-def _check_no_prefix(base: BaseDescription, lost: Sequence[str], others: Iterable[str]) -> None:
-    """Raises ModelError where the tensors that are `lost` are among the `others`, under names with a prefix."""
-    names = {other.removesuffix(f".{lost[0]}"): other for other in others if other.endswith(f".{lost[0]}")}
+def _check_no_prefix(base: BaseDescription, missing: Sequence[str], unexpected: Iterable[str]) -> None:
+    """Raises ModelError if the `missing` tensors are among the `unexpected` ones, under names with a prefix."""
+    names = {name.removesuffix(f".{missing[0]}"): name for name in unexpected if name.endswith(f".{missing[0]}")}
     for prefix, other in names.items():
         raise ModelError(
             f"the tensors of {base.source} have other names than its config.json asks for",
-            got=f"{other} for {lost[0]}",
+            got=f"{other} for {missing[0]}",
             fix=f"remove '{prefix}.' from the names in its files, or save the model itself, without its wrapper",
             gotcha="base-refused",
         )

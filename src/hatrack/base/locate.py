@@ -1,4 +1,4 @@
-"""Finds a base that came in a wheel or a GGUF file on this machine. Needs no torch, converts nothing."""
+"""Finds a base in a wheel or a GGUF file. Needs no torch, converts nothing."""
 
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ def gguf_folder(file: Path) -> Path:
 def find_in_wheel(source: str) -> Path:
     """The folder or .gguf file of a `pypi:` source, unpacked; without a path in it, the only base in the wheel.
 
-    Raises ModelError where the wheel is missing, refused, or holds no base or several.
+    Raises ModelError if the wheel is missing, refused, or holds no base or several.
     """
     with _as_model_error():
         requirement, inside, sha256 = wheels.parse_pypi(source)
@@ -61,7 +61,7 @@ def find_in_wheel(source: str) -> Path:
 
 
 def files_digest(files: Sequence[Path], *more: str) -> str:
-    """sha256 over names and contents."""
+    """sha256 over the names and contents of `files`, and over the texts `more`."""
     total = hashlib.sha256()
     for path in files:
         with machine_errors(path), path.open("rb") as file:

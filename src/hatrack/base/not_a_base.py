@@ -45,11 +45,11 @@ def no_model_error(path: Path, names: Collection[str], source: str) -> ModelErro
 
 def adapter_error(source: str, folder: Path) -> ModelError:
     """The error for an adapter's `folder`, given as `source`: it names the adapter's base."""
-    return ModelError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_base_of(folder))
+    return ModelError(f"{source} is an adapter, not a base", got=ADAPTER_CONFIG, fix=_use_base_fix(folder))
 
 
-def _base_of(folder: Path, whose: str = "its") -> str:
-    """The advice to use an adapter's base, which peft and mlx-lm name under different keys."""
+def _use_base_fix(folder: Path, whose: str = "its") -> str:
+    """The fix text that names an adapter's base, for which peft and mlx-lm have different keys."""
     config = read_json(folder / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path") or config.get("model")
     return f"use {whose} base: {base}" if base else f"use {whose} base, which {ADAPTER_CONFIG} does not name"
@@ -63,16 +63,16 @@ def missing_path_error(source: str) -> ModelError:
         fix = f"give its hub id: {flag('base', hub_id)}"
     if re.match(r"[a-z][a-z0-9+.-]+://", source):
         return ModelError(f"{source} is an address, not a folder or a hub id", fix=fix)
-    there = Path(source.replace("\\", "/")).expanduser()
+    path = Path(source.replace("\\", "/")).expanduser()
     if re.match(r"[A-Za-z]:[\\/]", source) or "\\" in source:
-        if there.exists():
-            return ModelError(f"there is no base at {source}", fix=f"did you mean {there}?")
+        if path.exists():
+            return ModelError(f"there is no base at {source}", fix=f"did you mean {path}?")
         return ModelError(f"there is no base at {source}", got="a Windows path", fix=fix)
-    missing = next((folder for folder in [*reversed(there.parents)] if not folder.exists()), None)
+    missing = next((folder for folder in [*reversed(path.parents)] if not folder.exists()), None)
     if missing is None:
-        near = f"{there.parent} has {list_names(entry.name for entry in _entries(there.parent))}"
-        return ModelError(f"there is no base at {source}", got=near, fix=fix if hub_id else "check the path")
-    other = ": a path of another machine" if there.is_absolute() and len(missing.parts) == 2 else ""
+        nearby = f"{path.parent} has {list_names(entry.name for entry in _entries(path.parent))}"
+        return ModelError(f"there is no base at {source}", got=nearby, fix=fix if hub_id else "check the path")
+    other = ": a path of another machine" if path.is_absolute() and len(missing.parts) == 2 else ""
     return ModelError(f"there is no base at {source}", got=f"no folder {missing} here{other}", fix=fix)
 
 
@@ -100,7 +100,7 @@ def _adapters_below(path: Path) -> ModelError | None:
     if not adapters:
         return None
     inside = list_names(str(adapter.relative_to(path)) for adapter in adapters)
-    return ModelError(f"{path} holds adapters, not a base", got=inside, fix=_base_of(adapters[0], "their"))
+    return ModelError(f"{path} holds adapters, not a base", got=inside, fix=_use_base_fix(adapters[0], "their"))
 
 
 def _other_format(path: Path, names: Collection[str]) -> ModelError | None:

@@ -1,9 +1,9 @@
 """Caches bases in 4 or 8 bits on disk: later runs load them in seconds, without the memory for full weights.
 
-A folder for each, named by all that its weights depend on, which `about.json` tells: which base, in how many bits, with
-which dtype, by which versions. `model.safetensors` has the quantized model's weights under transformers' names, without
-those that are made for a task. A folder appears whole or not at all, and is used only while it is as it was written: up
-to 512 MiB are read to check that, of larger ones samples, as for a base's fingerprint.
+Each base has a folder, named by a hash of what its weights depend on; `about.json` lists that: the base, the bits, the
+dtype, the versions. `model.safetensors` has the quantized model's weights under transformers' names, without those that
+are made for a task. A folder appears whole or not at all, and is used only if its weights are as they were written:
+they are checked like a base's fingerprint, read whole up to 512 MiB, else by samples.
 
 Needs no torch: `load.py` quantizes and loads.
 """
@@ -31,7 +31,7 @@ from hatrack.storage import ABOUT, CacheEntry, cache_dir, in_use, new_folder, re
 FORMAT = 1
 DIGITS = 16
 BITS = {"4bit": 4, "8bit": 8}
-"""Bits of a weight, without its scales."""
+"""Bits per weight, without scales."""
 
 
 def root() -> Path:
@@ -40,12 +40,12 @@ def root() -> Path:
 
 
 def list_entries() -> list[CacheEntry]:
-    """Every cached base, the last used first; damaged ones as well."""
+    """Every cached base, most recently used first, damaged ones included."""
     return storage.list_entries(root())
 
 
 def remove_entry(entry: CacheEntry) -> bool:
-    """Removes a cached base, unless a run is writing or opening it; a run that has it mapped may go on."""
+    """Removes a cached base, unless a run is writing or opening it; a run that has it memory-mapped can go on."""
     return remove_unused(entry.folder)
 
 
@@ -57,10 +57,10 @@ def skipped_modules(config: Mapping[str, Any], task: str) -> list[str] | None:
 
 
 def cache_key(base: BaseDescription, *, task: str, quantize: str, dtype: str, device: str) -> dict[str, Any]:
-    """All that the quantized weights of a base depend on. `dtype` is that of the other weights and of the matmuls,
-    `device` the kind of device (cpu, cuda) that quantized them.
+    """What the quantized weights of a base depend on. `dtype`: that of the other weights and of the matmuls. `device`:
+    the kind of device (cpu, cuda) that quantizes.
 
-    Raises RecipeError where bitsandbytes is not installed, ModelError where the base cannot be read.
+    Raises RecipeError if bitsandbytes is not installed, ModelError if the base cannot be read.
     """
     check_bitsandbytes(quantize)
     return {
@@ -84,12 +84,12 @@ def is_cached(about: Mapping[str, Any]) -> bool:
 
 
 def find_cached(about: Mapping[str, Any]) -> Path | None:
-    """The folder of a cached base; None where there is none. A damaged one is said and removed."""
+    """The folder of a cached base; None if there is none. A damaged folder is reported and removed."""
     try:
         folder = _folder(about)
         if not folder.exists():
             return None
-        if _is_whole(folder, about):
+        if _is_intact(folder, about):
             with contextlib.suppress(OSError):
                 os.utime(folder / ABOUT)
             return folder
@@ -101,23 +101,23 @@ def find_cached(about: Mapping[str, Any]) -> Path | None:
 
 
 def has_disk_space(base: BaseDescription, quantize: str) -> bool:
-    """Whether the disk may have room for the quantized base; says once why not."""
+    """Whether the disk seems to have room for the quantized base; reports once if not."""
     least = parameter_count({n: info.shape for n, info in base.tensors.items()}) * BITS[quantize] // 8
     try:
-        there, free = root(), shutil.disk_usage(root()).free
+        folder, free = root(), shutil.disk_usage(root()).free
     except (OSError, MachineError) as error:
         return _say_not_cached(str(error))
-    if not os.access(there, os.W_OK):
-        return _say_not_cached(f"writing to {there} is not allowed")
+    if not os.access(folder, os.W_OK):
+        return _say_not_cached(f"writing to {folder} is not allowed")
     return free > least or _say_not_cached(
-        f"{there} has {format_size(free)} left, and more than {format_size(least)} are needed"
+        f"{folder} has {format_size(free)} left, and more than {format_size(least)} are needed"
     )
 
 
 def write_cached(about: Mapping[str, Any], source: str, write: Callable[[Path], None]) -> Path | None:
-    """Caches the weights that `write` writes to the safetensors file it is given; `source` is the base's name.
+    """Caches the weights: `write` gets the path of the safetensors file to write. `source`: the base's name.
 
-    None where that fails, which is said once.
+    Returns the folder; None if that fails, which is reported once.
     """
     try:
         with new_folder(_folder(about)) as working:
@@ -154,7 +154,7 @@ def _folder(about: Mapping[str, Any]) -> Path:
     return root() / key[:DIGITS]
 
 
-def _is_whole(folder: Path, about: Mapping[str, Any]) -> bool:
+def _is_intact(folder: Path, about: Mapping[str, Any]) -> bool:
     written = read_about(folder) or {}
     try:
         return {name: written.get(name) for name in about} == about and written.get("weights") == tensors_digest(

@@ -21,9 +21,9 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 
 def describe_shapes(folder: Path, source: str) -> BaseDescription:
-    """Describes a base of which only config.json is there.
+    """Describes a base that has only config.json.
 
-    Raises ModelError where transformers makes no model of it.
+    Raises ModelError if transformers cannot make a model of it.
     """
     found = read_config(folder)
     try:

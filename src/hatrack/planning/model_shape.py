@@ -1,6 +1,6 @@
 """The sizes of a model and its adapter that memory and time depend on. Imports no torch.
 
-They come from config.json and the tensors' shapes, under whichever names an architecture has for them.
+Computed from config.json and the tensors' shapes, under the names that each architecture uses.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,14 +14,14 @@ from hatrack.base.header import head_shapes, parameter_count, task_shapes, weigh
 from hatrack.recipe import Recipe
 
 AFTER_ATTENTION = ("o_proj", "out_proj", "out_lin", "c_proj", "dense", "wo", "Wo", "o", "proj")
-"""Last names of the projection after attention; attention's other projections come before it."""
+"""Last part of the names of attention's output projection; its other projections are inputs."""
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Elements of a token: in its hidden state, in the MLP, in the queries of all heads, in the keys of all key heads
-    (and as many in the values). `gated`: two projections lead into the MLP, not one.
+    """The sizes of a model. Elements per token: `hidden` of its hidden state, `intermediate` in the MLP, `query` in the
+    queries of all heads, `key` in the keys of all key heads (and in the values). `gated`: the MLP has a gate.
     """
 
     hidden: int
@@ -38,17 +38,16 @@ class Dimensions:
 class ModelShape:
     """A base with the adapter of a recipe. Weights, inputs and outputs are counted in elements, not bytes.
 
-    Weights: `matmul_weights` of all linear layers inside the model's layers, `largest_matrix` the most in one of them,
-    `head_weights` of the output head, `other_weights` of all else (embeddings, norms, heads); `linear_layers` counts
-    them.
+    Weights: `matmul_weights` of the linear layers inside the model's layers (there are `linear_layers` of them),
+    `largest_matrix` of the largest of these, `head_weights` of the output head, `other_weights` of all else
+    (embeddings, norms, heads).
 
-    Of each token: `adapter_inputs` are the inputs of adapted layers, kept for the backward pass; `other_inputs` those
-    of the other linear layers that a gradient passes through; `peft_copies` what peft's own layers would keep besides;
-    `adapted_width` is the sum of d_in and d_out of the adapted layers. DoRA multiplies with `dora_weights` twice and
-    scales `dora_outputs`.
+    Per token: `adapter_inputs` of the adapted layers, saved for the backward pass; `other_inputs` of the other linear
+    layers in the backward pass; `peft_copies` that peft's own layers save in addition; `adapted_width`, the sum of d_in
+    and d_out of the adapted layers. DoRA multiplies with `dora_weights` twice and scales `dora_outputs`.
 
-    Of the layers: a gradient passes through `backward_layers`; the hidden states of the lowest `cached_layers`, below
-    all adapters, are cached. The checkpoint has `disk_bytes` bytes in `stored_dtype`.
+    Layers: `backward_layers` are in the backward pass; below all adapters are `cached_layers`, whose output is cached.
+    The checkpoint has `disk_bytes` bytes in `stored_dtype`.
     """
 
     dims: Dimensions
@@ -78,7 +77,7 @@ class ModelShape:
 
 
 def dimensions_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]] | None = None) -> Dimensions:
-    """The dimensions in a config.json, under whichever names its architecture has for them; 0 where it has none."""
+    """The dimensions in a config.json, under the names that its architecture uses; 0 if it has none."""
     config = config.get("text_config", config)
 
     def number(*names: str) -> int:
@@ -88,7 +87,7 @@ def dimensions_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, in
     heads = number("num_attention_heads", "n_head", "n_heads", "num_heads") or 1
     width = number("head_dim", "d_kv") or hidden // heads
     intermediate = number("intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim") or 4 * hidden
-    into = [name for name, sides in (linears or {}).items() if sides == (hidden, intermediate)]
+    mlp_inputs = [name for name, sides in (linears or {}).items() if sides == (hidden, intermediate)]
     fused = any(sides == (hidden, 2 * intermediate) for sides in (linears or {}).values())
     layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     return Dimensions(
@@ -99,12 +98,12 @@ def dimensions_of(config: Mapping[str, Any], linears: Mapping[str, tuple[int, in
         heads=heads,
         query=heads * width,
         key=(number("num_key_value_heads", "n_head_kv") or heads) * width,
-        gated=fused or len(into) >= 2 * max(layers, 1),
+        gated=fused or len(mlp_inputs) >= 2 * max(layers, 1),
     )
 
 
 def describe_model(base: BaseDescription, recipe: Recipe, *, task: str, labels: int) -> ModelShape:
-    """The shape of a base with the adapter that `recipe` puts on it, to do `task`, with `labels` labels to classify.
+    """The shape of a base with the adapter of `recipe` for `task`; `labels`: the number of labels to classify.
 
     Raises TargetError or RecipeError if the recipe does not fit the base.
     """
@@ -148,7 +147,7 @@ def describe_model(base: BaseDescription, recipe: Recipe, *, task: str, labels: 
 
 
 def _layer_numbers(name: str) -> tuple[int, ...]:
-    """The numbers in a module's name: first the index of its layer."""
+    """The numbers in a module's name; the first is the index of its layer."""
     return tuple(int(part) for part in name.split(".") if part.isdigit())
 
 
@@ -158,14 +157,14 @@ def _inside_layers(linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[in
 
 
 def _backward_layers(choice: TargetChoice, linears: Collection[str]) -> int:
-    """How many layers a gradient passes through: from the lowest adapted one up."""
-    depths = [place[0] for place in map(_layer_numbers, linears) if place]
-    lowest = min((place[0] for place in map(_layer_numbers, choice.names) if place), default=0)
+    """The number of layers in the backward pass: from the lowest adapted layer up."""
+    depths = [numbers[0] for numbers in map(_layer_numbers, linears) if numbers]
+    lowest = min((numbers[0] for numbers in map(_layer_numbers, choice.names) if numbers), default=0)
     return max(depths, default=-1) + 1 - lowest
 
 
 def _input_elements(names: Collection[str], linears: Mapping[str, tuple[int, int]], dims: Dimensions) -> int:
-    """Elements a token in the inputs of the named layers: each distinct input once, however many layers read it."""
+    """Elements per token of the inputs of the named layers; an input that several layers read counts once."""
     distinct: dict[tuple[tuple[int, ...], str], int] = {}
     for name in names:
         d_in, d_out = linears[name]
