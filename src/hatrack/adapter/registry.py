@@ -83,8 +83,8 @@ def list_adapters() -> list[RegisteredAdapter]:
 
 
 def registered_name(adapter: str | Path, folder: Path) -> str:
-    """An adapter's name: `adapter` if that is its name on the rack, else the name its `folder` is registered under,
-    else the one in its hatrack.json, else its folder's."""
+    """Returns an adapter's name: `adapter` if that is its name on the rack, else the name its `folder` is registered
+    under, else the name in its hatrack.json, else the folder's name."""
     if VALID_NAME.fullmatch(str(adapter)) and _registered_folder(str(adapter)) == folder.resolve():
         return str(adapter)
     card = read_card(folder)

@@ -121,7 +121,7 @@ def check_rank(r: int, choice: TargetChoice, linears: Mapping[str, tuple[int, in
 
 
 def matches(name: str, target: str) -> bool:
-    """peft's rule: the whole name, or its last parts."""
+    """Whether peft takes `target` for this module: it is the whole name, or its last parts."""
     return name == target or name.endswith("." + target)
 
 
@@ -129,14 +129,14 @@ def layer_counts(names: Iterable[str]) -> dict[str, int]:
     """Number of layers of each repeated stack: `{"model.layers": 32}`."""
     found: dict[str, int] = defaultdict(int)
     for name in names:
-        place = _split_name(name)
-        if place:
-            found[place[0]] = max(found[place[0]], place[1] + 1)
+        split = _split_name(name)
+        if split:
+            found[split[0]] = max(found[split[0]], split[1] + 1)
     return dict(found)
 
 
 def _split_name(name: str) -> tuple[str, int, str] | None:
-    """Stack, index and the path inside the layer: `model.layers.7.mlp.up_proj` -> (model.layers, 7, mlp.up_proj)."""
+    """Stack, layer index and path inside it: `model.layers.7.mlp.up_proj` -> (model.layers, 7, mlp.up_proj)."""
     match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
     return (match[1], int(match[2]), match[3]) if match else None
 
@@ -171,8 +171,8 @@ def _narrow_layers(names: Collection[str], linears: Mapping[str, tuple[int, int]
 
 def _kinds(names: Iterable[str]) -> str:
     """The kinds of blocks that projections belong to: `attention and MLP`."""
-    places = {(_split_name(name) or ("", 0, name))[2] for name in names}
-    found = {next(kind for kind, pattern in KINDS.items() if re.search(pattern, place)) for place in places}
+    paths = {(_split_name(name) or ("", 0, name))[2] for name in names}
+    found = {next(kind for kind, pattern in KINDS.items() if re.search(pattern, path)) for path in paths}
     ordered = [kind for kind in KINDS if kind in found]
     return " and ".join(filter(None, [", ".join(ordered[:-1]), *ordered[-1:]]))
 
@@ -222,8 +222,8 @@ def _in_top_layers(names: set[str], linears: Iterable[str], top: int) -> set[str
         raise RecipeError(
             f"--layers top-{top} is more than this model has", got=f"{deepest} layers", fix="use --layers all"
         )
-    places = {name: _split_name(name) for name in names}
-    return {name for name, place in places.items() if place and place[1] >= depths[place[0]] - top}
+    splits = {name: _split_name(name) for name in names}
+    return {name for name, split in splits.items() if split and split[1] >= depths[split[0]] - top}
 
 
 def _short_targets(names: Sequence[str], modules: set[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Finds the column of each role, and the task. Guesses only if one reading is possible, and says so.
+"""Finds the task, and the column of each role. Guesses only if one reading is possible, and reports it.
 
 Knows nothing of what becomes of the rows.
 """

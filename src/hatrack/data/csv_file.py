@@ -1,8 +1,8 @@
 """Reads rows from CSV and TSV: finds the separator and what the quotes mean.
 
-A quote that opens by mistake silently swallows rows. So a file is read by RFC 4180 only if nothing looks swallowed;
-else in another way that makes a row of every line, and says so; else it is refused. Knows nothing of encodings, tasks
-or labels.
+A quote that opens by mistake silently swallows rows. So a file is read by RFC 4180 only if no rows seem swallowed.
+Otherwise it is read in another way that makes a row of every line, and a message says so; if there is no such way, it
+is refused. Knows nothing of encodings, tasks or labels.
 """
 
 import csv
@@ -105,7 +105,7 @@ def _fits(cells: Sequence[str], header: Sequence[str]) -> bool:
     """Whether a row has a cell for each column up to the last with a name, and only empty ones after it."""
     if len(cells) == len(header):
         return True
-    named = max((place for place, name in enumerate(header, 1) if name.strip()), default=len(header))
+    named = max((position for position, name in enumerate(header, 1) if name.strip()), default=len(header))
     return len(cells) >= named and not any(cells[len(header) :])
 
 
@@ -150,9 +150,9 @@ def _find_separator(source: str, lines: list[str], usual: str, skipped: int) -> 
 
 
 def _best_reading(source: str, lines: list[str], separator: str, skipped: int, *, say_how: bool = True) -> _Reading:
-    """The reading by the rules of CSV, or if it has a fault another without one, and says so.
+    """Returns the reading by the rules of CSV; if it has a fault, another reading without one, and says so.
 
-    If all have faults, returns the reading by the rules.
+    If all readings have faults, returns the reading by the rules.
     """
     by_rules = _read_by_rules(lines, separator, skipped)
     if not by_rules.fault and not by_rules.ragged:
@@ -213,40 +213,40 @@ def _read_by_rules(lines: list[str], separator: str, skipped: int, **form: Any) 
 def _check_swallowed(records: list[_Record], lines: list[str], separator: str) -> _Reading:
     """A reading of these records, with a fault if a quoted cell seems to have swallowed rows."""
     width, ragged = _Reading(records).width, _ragged(records)
-    spaced = _BEFORE_QUOTE.search("".join(lines[:100])) and _find_quoted_column(records)
-    if spaced:
-        return _Reading(records, f"a space before each quote of {spaced}", ragged)
+    spaced_column = _BEFORE_QUOTE.search("".join(lines[:100])) and _find_quoted_column(records)
+    if spaced_column:
+        return _Reading(records, f"a space before each quote of {spaced_column}", ragged)
     if width > 1:
         is_row = None
         for record in records[1:]:
             if record.last > record.first:
                 is_row = is_row or _RowTest(records)
                 inside = lines[record.first - 1 : record.last]
-                free = {place for place, cell in enumerate(record.cells) if "\n" in cell or "\r" in cell}
+                free = {position for position, cell in enumerate(record.cells) if "\n" in cell or "\r" in cell}
                 free |= set(range(width)) if separator == "\t" else set()  # prose has no tabs
-                whole = sum(is_row(line.rstrip("\r\n").split(separator), free) for line in inside)
-                if whole >= 2 and 2 * whole > len(inside):
+                row_count = sum(is_row(line.rstrip("\r\n").split(separator), free) for line in inside)
+                if row_count >= 2 and 2 * row_count > len(inside):
                     span = f"a quote that opens in line {record.first} and closes in line {record.last}"
-                    return _Reading(records, f"{span}, around {whole} lines that look like rows", ragged, whole)
+                    return _Reading(records, f"{span}, around {row_count} lines that look like rows", ragged, row_count)
     return _Reading(records, "", ragged)
 
 
 def _ragged(records: Sequence[_Record]) -> list[int]:
-    """The numbers of the rows that do not fit the header."""
+    """The numbers of rows that do not fit the header."""
     return [n for n, record in enumerate(records[1:], 1) if not _fits(record.cells, records[0].cells)]
 
 
 def _find_quoted_column(records: Sequence[_Record]) -> str:
     """A column whose cells are all quoted after a space, which CSV reads as part of the text; empty if none."""
-    for place, name in enumerate(records[0].cells if len(records) > 1 else []):
-        cells = [record.cells[place] for record in records[1:] if len(record.cells) > place]
+    for position, name in enumerate(records[0].cells if len(records) > 1 else []):
+        cells = [record.cells[position] for record in records[1:] if len(record.cells) > position]
         if cells and all(cell.startswith(" ") and cell.lstrip(" ").startswith('"') for cell in cells):
-            return name.strip() or f"column {place + 1}"
+            return name.strip() or f"column {position + 1}"
     return ""
 
 
 class _RowTest:
-    """Tells whether the cells of a line look like a row of this table, judged by its rows of one line.
+    """Tells whether the cells of a line look like a row of this table. Learns this from its rows of one line.
 
     In prose, what follows a comma is not one of a few labels, and begins with a space.
     """
@@ -255,7 +255,7 @@ class _RowTest:
         self.width = len(records[0].cells)
         rows = [record.cells for record in records[1:] if record.first == record.last]
         rows = [cells for cells in rows if len(cells) == self.width]
-        self.values = [{cells[place] for cells in rows} for place in range(self.width)]
+        self.values = [{cells[position] for cells in rows} for position in range(self.width)]
         self.few_values = [
             len(rows) > 3 and 2 * len(values) <= len(rows) and _are_short(values) for values in self.values
         ]
@@ -265,20 +265,20 @@ class _RowTest:
         """Whether each cell fits its column; cells at the places `free`, or with a quote, may be anything."""
         has_few_values = self.has_few_values(free)
         return len(cells) == self.width and all(
-            place in free or '"' in cell or self._cell_fits(place, cell, has_few_values)
-            for place, cell in enumerate(cells)
+            position in free or '"' in cell or self._cell_fits(position, cell, has_few_values)
+            for position, cell in enumerate(cells)
         )
 
     def has_few_values(self, free: Container[int] = ()) -> bool:
         """Whether the table has a column of a few labels, which tells rows from prose."""
-        return any(few_values and place not in free for place, few_values in enumerate(self.few_values))
+        return any(few_values and position not in free for position, few_values in enumerate(self.few_values))
 
-    def _cell_fits(self, place: int, cell: str, has_few_values: bool) -> bool:
-        if self.few_values[place]:
-            return cell in self.values[place]
-        if self.numeric[place]:
+    def _cell_fits(self, position: int, cell: str, has_few_values: bool) -> bool:
+        if self.few_values[position]:
+            return cell in self.values[position]
+        if self.numeric[position]:
             return _is_float(cell)
-        return has_few_values or (cell != "" and not (place and cell[0].isspace()))
+        return has_few_values or (cell != "" and not (position and cell[0].isspace()))
 
 
 def _are_short(values: Iterable[str]) -> bool:

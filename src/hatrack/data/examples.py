@@ -52,8 +52,8 @@ class Example:
     def content(self) -> list[Any]:
         """All but the row number, as JSON values. Equal for equal examples, in every version of hatrack."""
         plain = [[turn["role"], turn["content"]] if set(turn) == PLAIN_KEYS else turn for turn in self.messages]
-        more = [self.tools, self.context_only] if self.tools or self.context_only else []
-        return [self.text, self.label, plain, self.completion, *more]
+        extra = [self.tools, self.context_only] if self.tools or self.context_only else []
+        return [self.text, self.label, plain, self.completion, *extra]
 
     @property
     def all_text(self) -> str:
@@ -119,7 +119,7 @@ def read_examples(recipe: Recipe) -> Examples:
 
 
 def make_examples(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:
-    """Checked, de-duplicated and split examples.
+    """Checks the rows, drops duplicates and splits off held-out rows.
 
     Raises DataError with all complaints at once (`add_complaints` adds those of a tokenizer); with `bad_rows: skip`,
     rows that cannot be learned from are left out and counted instead.
@@ -151,7 +151,7 @@ def add_complaints(error: BadRows, check: Callable[[Examples], object]) -> BadRo
 
 
 def _split(sources: _Sources, seed: int) -> Examples:
-    """The examples to train on and those held out. Raises DataError if there are too few."""
+    """Splits the examples into training and held-out rows. Raises DataError if there are too few."""
     parts, classes = sources.parts, sources.classes
     if sources.task == "classify":
         _check_classes(parts[0], classes, sources.multi_label)
@@ -205,8 +205,8 @@ def _without_rows(recipe: Recipe, examples: Examples, dropped: list[set[int]]) -
     )
     if not examples.separate_files:
         stratified = examples.task == "classify" and not examples.multi_label
-        rest = sorted([*train, *held_out], key=lambda example: example.row)
-        train, held_out = split_held_out(rest, seed=recipe.seed, stratified=stratified)
+        remaining = sorted([*train, *held_out], key=lambda example: example.row)
+        train, held_out = split_held_out(remaining, seed=recipe.seed, stratified=stratified)
     source = source_name(str(recipe.data))
     _check_enough(train, held_out, source)
     missing = _classes_without_rows(train, examples.labels)
@@ -435,9 +435,9 @@ def _text_key(example: Example) -> str:
     """Equal for rows of the same text, apart from white space and the way letters are composed."""
     if example.messages:
         text = "\n".join(f"{turn['role']}\t{' '.join(turn['content'].split())}" for turn in example.messages)
-        more = [{name: turn[name] for name in sorted(turn.keys() - PLAIN_KEYS)} for turn in example.messages]
-        if any(more) or example.tools or example.context_only:
-            text += json.dumps([more, example.tools, example.context_only])
+        extra = [{name: turn[name] for name in sorted(turn.keys() - PLAIN_KEYS)} for turn in example.messages]
+        if any(extra) or example.tools or example.context_only:
+            text += json.dumps([extra, example.tools, example.context_only])
     else:
         text = " ".join(example.text.split()) + (
             "\t" + " ".join(example.completion.split()) if example.completion else ""

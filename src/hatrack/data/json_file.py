@@ -1,4 +1,4 @@
-"""Reads rows from JSON and JSON Lines, in the layout that the file's name says or else in another, and says so.
+"""Reads rows from JSON and JSON Lines. Says so if the layout is not the one of the file's ending.
 
 Knows nothing of encodings, tasks or labels.
 """
@@ -32,7 +32,7 @@ Layout = Callable[[str, Any], tuple[Values, str] | None]
 
 
 def read_json_lines(source: str, text: str) -> Rows:
-    """The rows of a JSON Lines file: one object per line, or another layout, and says so.
+    """The rows of a JSON Lines file: one object per line. Says so if the layout is another one.
 
     A line that is not an object becomes a problem. Raises DataError if most lines are not.
     """
@@ -52,7 +52,7 @@ def read_json_lines(source: str, text: str) -> Rows:
 
 
 def read_json_array(source: str, text: str) -> Rows:
-    """The rows of a JSON file: one array of objects, or another layout, and says so.
+    """The rows of a JSON file: one array of objects. Says so if the layout is another one.
 
     Raises DataError if there are none, with the line in which the text stops being JSON.
     """
@@ -153,8 +153,8 @@ def _as_columns(text: str, whole: Any) -> tuple[Values, str] | None:
 
 def _object_lines(text: str, whole: Any) -> tuple[Values, str] | None:
     values, _ = _parse_lines(text)
-    several = len(values) > 1 and _are_objects(values)
-    return (values, "holds one object per line") if several else None
+    fits = len(values) > 1 and _are_objects(values)
+    return (values, "holds one object per line") if fits else None
 
 
 def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
@@ -162,31 +162,31 @@ def _one_by_one(text: str, whole: Any) -> tuple[Values, str] | None:
     if not isinstance(whole, ValueError):
         return None
     try:
-        values, place = _decode_objects(text)
+        values, position = _decode_objects(text)
     except (ValueError, RecursionError):
         return None
     opened = text.lstrip().startswith("[")
     words = "holds an array with a comma before its end" if opened else "holds objects one after another"
-    return (values, words) if values and text[place:].strip() == ("]" if opened else "") else None
+    return (values, words) if values and text[position:].strip() == ("]" if opened else "") else None
 
 
 def _decode_objects(text: str) -> tuple[Values, int]:
-    """The objects one after another from the beginning of a text, and the place after the last.
+    """The objects from the beginning of a text, and the position after the last.
 
     Raises JSONDecodeError if one is malformed.
     """
     values = []
-    place = _skip(_BEGINNING, text, 0)
-    while text[place : place + 1] == "{":
-        value, place = _DECODER.raw_decode(text, place)
+    position = _skip(_BEGINNING, text, 0)
+    while text[position : position + 1] == "{":
+        value, position = _DECODER.raw_decode(text, position)
         values.append(value)
-        place = _skip(_BETWEEN, text, place)
-    return values, place
+        position = _skip(_BETWEEN, text, position)
+    return values, position
 
 
-def _skip(pattern: re.Pattern[str], text: str, place: int) -> int:
-    found = pattern.match(text, place)
-    return found.end() if found else place
+def _skip(pattern: re.Pattern[str], text: str, position: int) -> int:
+    found = pattern.match(text, position)
+    return found.end() if found else position
 
 
 def _python_list(text: str, whole: Any) -> tuple[Values, str] | None:
@@ -254,14 +254,14 @@ def _parse_literal(text: str) -> Any:
 
 
 def _not_json(source: str, text: str, wanted: str, values: Values) -> DataError:
-    """Why a text has no rows: the place where it stops being JSON, or what it holds instead."""
+    """The error for a text without rows: says where it stops being JSON, or what it holds instead."""
     whole = _loads(text)
     what, fix = f"{source} is not valid {wanted}", "give one object per line, or one array of objects"
     if isinstance(whole, dict):
         what, got = f"{source} must hold one array of objects", f"one object with the keys {', '.join(whole)[:80]}"
         got = f"one object with the key {short_repr(whole.key)} twice" if isinstance(whole, _RepeatedKey) else got
-        several = sum(_are_objects(value) for value in whole.values()) > 1
-        fix = "put the rows of one key into a file of their own" if several else "put the rows in [...]"
+        has_several_lists = sum(_are_objects(value) for value in whole.values()) > 1
+        fix = "put the rows of one key into a file of their own" if has_several_lists else "put the rows in [...]"
     elif not isinstance(whole, ValueError) or (values and not any(isinstance(v, ValueError | dict) for v in values)):
         what, first = f"{source} must hold objects", values[0] if values else whole
         got = f"{JSON_TYPES.get(type(first), type(first).__name__)} as the first row"
@@ -276,18 +276,18 @@ def _not_json(source: str, text: str, wanted: str, values: Values) -> DataError:
 
 
 def _describe_error(text: str, whole: ValueError) -> str:
-    """The line in which a text stops being objects, and why. `whole` is the error of parsing all of it."""
+    """Describes where a text stops being JSON objects, and why. `whole` is the error of parsing all of it."""
     if not isinstance(whole, json.JSONDecodeError):
         return str(whole)
     try:
-        _, place = _decode_objects(text)
+        _, position = _decode_objects(text)
         why = "an object was expected"
     except json.JSONDecodeError as error:
-        place, why = error.pos, error.msg
+        position, why = error.pos, error.msg
     except RecursionError:
         return "nested too deeply"
-    line = len(split_lines(text[:place]))
-    shown = split_lines(text[place : place + 200])[0].strip()
+    line = len(split_lines(text[:position]))
+    shown = split_lines(text[position : position + 200])[0].strip()
     if shown.startswith(("//", "/*", "#")):
         why = "a comment, which JSON does not have"
     return f"line {line}: {why}: " + (repr(shown[:40]) if shown else "the end of the file")

@@ -38,7 +38,7 @@ BITS = re.compile(r"(?:0|1|true|false)(?:\.0*)?(?:[\s,;|]+(?:0|1|true|false)(?:\
 
 
 def read_label(value: Any) -> Label:
-    """The label in a cell: text (without the spaces around it), a number, true or false, or a list of these.
+    """The label in a cell: text (stripped), a number, true or false, or a list of these.
 
     A list may also be written as text, in JSON or as Python prints it. Raises ValueError with the reason if the cell
     has no label.

@@ -302,8 +302,8 @@ def _read_tool_calls(value: Any) -> list[dict[str, Any]]:
             arguments = None
         if not isinstance(arguments, dict):
             raise BadCell("has tool_calls whose arguments are not a JSON object")
-        more = {"id": call["id"]} if "function" in call and has_content(call.get("id")) else {}
-        found.append({"type": "function", **more, "function": {"name": function["name"], "arguments": arguments}})
+        call_id = {"id": call["id"]} if "function" in call and has_content(call.get("id")) else {}
+        found.append({"type": "function", **call_id, "function": {"name": function["name"], "arguments": arguments}})
     return found
 
 

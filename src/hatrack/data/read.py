@@ -1,4 +1,4 @@
-"""Reads files of rows or lines, in any of the known formats, with the row numbers that a person would count.
+"""Reads files of rows or lines in any known format, and numbers the rows from 1.
 
 CSV and JSON Lines are read by the standard library, because `datasets` loses row numbers and stops at the first bad
 line (docs/decisions/0002). Knows nothing of tasks, labels or tokens.

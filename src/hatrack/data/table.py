@@ -1,4 +1,4 @@
-"""Rows of a file with the row numbers that a person would count, for messages.
+"""Rows of a file with their row numbers, counted from 1 without the header.
 
 Knows nothing of file formats, tasks or labels.
 """
@@ -46,10 +46,10 @@ def from_cells(
     Leaves out empty columns without a name and pandas' index. Raises DataError if another column has no name, or two
     have the same.
     """
-    left_out = _unread_columns(source, header, lambda place: [cells[place] for _, cells in rows])
-    kept = [(place, name) for place, name in enumerate(header) if place not in left_out]
+    left_out = _unread_columns(source, header, lambda position: [cells[position] for _, cells in rows])
+    kept = [(position, name) for position, name in enumerate(header) if position not in left_out]
     check_names(source, header, [name for _, name in kept])
-    found = [{name: cells[place] for place, name in kept} for _, cells in rows]
+    found = [{name: cells[position] for position, name in kept} for _, cells in rows]
     return Rows(source, tuple(name for _, name in kept), found, [number for number, _ in rows], list(problems))
 
 
@@ -61,8 +61,8 @@ def from_objects(
 ) -> Rows:
     """Rows from objects by row number; `columns` defaults to all of their keys. Leaves out columns as `from_cells`."""
     names = list(columns if columns is not None else dict.fromkeys(name for _, row in rows for name in row))
-    left_out = _unread_columns(source, names, lambda place: [row.get(names[place]) for _, row in rows])
-    left_out_names = {names[place] for place in left_out}
+    left_out = _unread_columns(source, names, lambda position: [row.get(names[position]) for _, row in rows])
+    left_out_names = {names[position] for position in left_out}
     found = [
         {name: value for name, value in row.items() if name not in left_out_names} if left_out_names else row
         for _, row in rows
@@ -92,16 +92,18 @@ def _unread_columns(source: str, header: Sequence[str], column: Callable[[int], 
 
     `column` returns the cells of a column, by its index.
     """
-    nameless = {place: column(place) for place, name in enumerate(header) if is_index_column(name)}
-    empty = {place for place, cells in nameless.items() if not any(_as_text(cell) for cell in cells)}
+    nameless = {position: column(position) for position, name in enumerate(header) if is_index_column(name)}
+    empty = {position for position, cells in nameless.items() if not any(_as_text(cell) for cell in cells)}
     index = sorted(
-        place
-        for place, cells in nameless.items()
-        if place not in empty and all(_DIGITS.fullmatch(_as_text(cell)) for cell in cells)
+        position
+        for position, cells in nameless.items()
+        if position not in empty and all(_DIGITS.fullmatch(_as_text(cell)) for cell in cells)
     )
     if index:
-        names = " and ".join(header[place] if header[place].strip() else f"column {place + 1}" for place in index)
-        no_name = "" if all(header[place].strip() for place in index) else ", which has no name"
+        names = " and ".join(
+            header[position] if header[position].strip() else f"column {position + 1}" for position in index
+        )
+        no_name = "" if all(header[position].strip() for position in index) else ", which has no name"
         say_once(f"{source}: not read: {names}{no_name} (pandas' index, which index=False leaves out)")
     if empty:
         count = f"{len(empty)} columns" if len(empty) > 1 else "a column"

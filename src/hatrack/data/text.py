@@ -1,6 +1,6 @@
 """Reads a file's text: decompresses it and finds its encoding.
 
-Says so if the encoding is not UTF-8 but UTF-16, UTF-32 or Windows-1252. Knows nothing of rows.
+Reports an encoding other than UTF-8: UTF-16, UTF-32 or Windows-1252. Knows nothing of rows.
 """
 
 import bz2

@@ -86,9 +86,11 @@ class LightTokenizer:
 
 def _read_templates(folder: Path, in_config: Any) -> Any:
     """A base's chat template, or several by name; template files win over tokenizer_config.json."""
-    own, more = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    default, named = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files = (
-        {"default": own, **{path.stem: path for path in more}} if own.is_file() else {path.stem: path for path in more}
+        {"default": default, **{path.stem: path for path in named}}
+        if default.is_file()
+        else {path.stem: path for path in named}
     )
     found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     if not found and isinstance(in_config, list):

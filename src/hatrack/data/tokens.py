@@ -79,11 +79,11 @@ def check_known_tokens(rows: TokenRows, tokenizer: Any, config: Any) -> None:
     count = _embedding_count(config)
     if not len(rows.ids) or rows.ids.max() < count:
         return
-    place = int((rows.ids >= count).argmax())
-    row = rows.row_numbers[np.searchsorted(rows.offsets, place, side="right") - 1]
+    position = int((rows.ids >= count).argmax())
+    row = rows.row_numbers[np.searchsorted(rows.offsets, position, side="right") - 1]
     raise ModelError(
         "the tokenizer has tokens that the base has no embedding for",
-        got=f"{_describe_token(tokenizer, int(rows.ids[place]), count)} in row {row}",
+        got=f"{_describe_token(tokenizer, int(rows.ids[position]), count)} in row {row}",
         fix="use tokenizer and weights of one model, or weights whose embeddings were resized for it",
         gotcha="token-without-embedding",
     )

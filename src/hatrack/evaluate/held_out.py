@@ -1,6 +1,6 @@
-"""Finds the rows to compare adapters on: none that one of them was trained on.
+"""Finds the rows to compare adapters on, without rows that one of them was trained on.
 
-Rows are told apart by content: by the keys in the adapter's folder (`data/trained_rows.py`) or, without such a file, by
+Rows are identified by content: by the keys in the adapter's folder (`data/trained_rows.py`) or, without such a file, by
 the data that its hatrack.json names, if that has not changed.
 """
 

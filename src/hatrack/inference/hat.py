@@ -32,7 +32,7 @@ from hatrack.layers.fast_lora import LAYER_CLASSES
 
 @dataclass(frozen=True)
 class AttachedAdapter:
-    """An adapter on the base: its hatrack.json, its folder, and its own tokenizer if it brought one."""
+    """An attached adapter: its hatrack.json, its folder, and its own tokenizer if it has one."""
 
     card: AdapterCard
     folder: Path
@@ -104,7 +104,7 @@ class Hat:
         return self.tokenizer_of(self.active)
 
     def tokenizer_of(self, name: str | None) -> Any:
-        """The tokenizer of an attached adapter; the base's with None, or if the adapter brought none."""
+        """The tokenizer of an attached adapter; the base's with None, or if the adapter has none."""
         adapter = self.adapters.get(name) if name else None
         return (adapter and adapter.tokenizer) or self.base.tokenizer
 
