@@ -68,7 +68,7 @@ def test_one_without_its_best_epoch_is_not_gone_on_from(tmp_path: Path, capsys: 
     _write(tmp_path, 20, best=10)
     checkpoint.remove_damaged(tmp_path)
     assert checkpoint.saved_steps(tmp_path) == []
-    assert "the best epoch's, of step 10, is gone" in capsys.readouterr().err
+    assert "the best epoch's checkpoint, of step 10, is missing" in capsys.readouterr().err
 
 
 def test_the_newest_two_and_the_best_stay(tmp_path: Path) -> None:

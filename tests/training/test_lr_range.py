@@ -64,6 +64,6 @@ def test_a_run_measures_takes_it_and_remembers(
         batch_size=8,
     )
     said = capsys.readouterr().err
-    assert "learning rate: up to the rate that is measured below" in said and "(measured: the loss fell from" in said
+    assert "learning rate: up to the measured rate (see below)" in said and "(measured: the loss fell from" in said
     assert hat.result["eval"]["loss"] < hat.result["before"]["loss"]
     assert hat.cards["hat"].recipe["lr"] == "auto"

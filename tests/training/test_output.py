@@ -87,7 +87,7 @@ def test_a_derived_name_steps_aside_for_runs_interrupted_or_going_on(capsys: pyt
     _interrupt(_recipe())
     with open_run(_recipe()) as (second, _), open_run(_recipe()) as (third, _):
         assert (second.name, third.name) == ("reviews-2", "reviews-3")
-    assert "an interrupted run is in the way (reviews.run): this run makes reviews-2" in capsys.readouterr().err
+    assert "the folder holds an interrupted run (reviews.run): this run makes reviews-2" in capsys.readouterr().err
     assert Path("reviews.run/checkpoint-4").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: progress bar, metrics.jsonl, stopping with a checkpoint, and the memory limit.
+"""Callbacks of the Trainer: progress bar, metrics.jsonl, graceful stop, memory limit.
 
 Know nothing of models or data.
 """
@@ -27,20 +27,20 @@ SAY_EVERY_SECONDS = 15
 ABOVE_FIRST_STEP = 1.03
 """Freed memory is returned to the system once the process holds this many times what it held after the first step."""
 FAR_ABOVE_PLAN = 1.1
-"""The first step's memory is reported if it is more than this many times what was planned."""
+"""The first step's memory is reported if it is more than this many times the planned memory."""
 RAISE_BY = 1.01
-"""The threshold is raised by this factor each time, so that a plan that is too low does not slow every step."""
+"""The threshold is raised by this factor each time, so that too low a plan does not slow down every step."""
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Metrics for people: `accuracy 0.795, loss 0.441`."""
+    """Formats metrics: `accuracy 0.795, loss 0.441`."""
     return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]
-    """A bar with the loss and the time left; without a terminal, a line every 15 seconds.
+    """A progress bar with the loss and the time left; without a terminal, one line every 15 seconds.
 
-    `loss` returns the loss to show: a smoothed one, since the losses of single steps jump too much.
+    `loss` returns the loss to show, which is smoothed because the losses of single steps vary too much.
     """
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         )
         self.task: Any = None
         self.loss: Callable[[], float | None] = lambda: None
-        self.said, self.began, self.first_step = 0.0, 0.0, 0
+        self.last_line, self.began, self.first_step = 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, loss="...")
         self.bar.start()
-        self.said = self.began = time.monotonic()
+        self.last_line = self.began = time.monotonic()
         self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -69,10 +69,10 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
         shown = "..." if loss is None else f"{loss:.3f}"
         self.bar.update(self.task, completed=state.global_step, loss=shown)
         now = time.monotonic()
-        if self.bar.disable and now - self.said > SAY_EVERY_SECONDS:
+        if self.bar.disable and now - self.last_line > SAY_EVERY_SECONDS:
             left = (now - self.began) / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
             say(f"step {state.global_step} of {state.max_steps}, loss {shown}, {left:,.0f} s left")
-            self.said = now
+            self.last_line = now
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(BEST)}
@@ -116,19 +116,19 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
 
 
 class GracefulStop(TrainerCallback):  # type: ignore[misc]
-    """On Ctrl-C, SIGTERM or a closed terminal, finishes the step, saves a checkpoint and stops. Without one, saves a
-    checkpoint every 10 minutes.
+    """Saves a checkpoint every 10 minutes. On Ctrl-C, SIGTERM or a closed terminal, finishes the step, saves a
+    checkpoint and stops.
 
-    `stopped` says whether the run was stopped. A second Ctrl-C stops at once; the last checkpoint stays.
+    `stopped`: whether the run was stopped. A second Ctrl-C stops at once; the last checkpoint is kept.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals while the block runs, except those that the parent process set to be ignored (nohup).
+        """Handles the signals while the block runs, except signals that the parent process ignores (nohup).
 
         Does nothing outside the main thread, where Python cannot handle signals.
         """
@@ -151,12 +151,12 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps
         control.should_training_stop |= self.stopped
-        due = self.stopped or time.monotonic() - self.saved > SAVE_EVERY_SECONDS
+        due = self.stopped or time.monotonic() - self.last_save > SAVE_EVERY_SECONDS
         if due and not self._at_epoch_end(state):
             control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped and not self._at_epoch_end(state):  # a run that is not stopped has no score in mid-epoch
+        if self.stopped and not self._at_epoch_end(state):  # an uninterrupted run has no score in mid-epoch
             control.should_evaluate = control.should_save = control.should_log = False
 
     def _at_epoch_end(self, state: Any) -> bool:
@@ -164,11 +164,11 @@ class GracefulStop(TrainerCallback):  # type: ignore[misc]
         return bool(state.epoch == int(state.epoch) or state.global_step >= state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
 
 class TooMuchMemory(Exception):
-    """The first step used more memory than the run may: `used` of `limit` bytes."""
+    """The first step exceeded the memory limit: it `used` more than `limit` bytes."""
 
     def __init__(self, used: int, limit: int) -> None:
         super().__init__(used, limit)
@@ -176,12 +176,12 @@ class TooMuchMemory(Exception):
 
 
 class MemoryWatch(TrainerCallback):  # type: ignore[misc]
-    """Keeps a run on a CPU below its memory limit. `planned` and `limit` in bytes; None for no limit.
+    """Keeps a run on a CPU below its memory limit. `planned` and `limit` are in bytes; None means no limit.
 
     After the first step, whose first micro-batch is the largest, raises TooMuchMemory if the process holds more than
     `limit` and the micro-batch can be smaller, and reports memory far above `planned`. From then on, returns freed
-    memory to the system whenever the process holds more than after the first step: every new shape of batch leaves new
-    holes between blocks.
+    memory to the system whenever the process holds more than after the first step, because each new batch shape
+    fragments the heap.
     """
 
     def __init__(self, planned: int, limit: int | None) -> None:
@@ -191,7 +191,7 @@ class MemoryWatch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not args.use_cpu:
             return
-        held = resident_bytes()  # freed memory stays with the process: this is the most that the step held
+        held = resident_bytes()  # the process keeps freed memory, so this is the step's peak
         if self.threshold is None:
             if state.global_step == 1:
                 self._check_first_step(held, args.per_device_train_batch_size)

@@ -1,4 +1,4 @@
-"""Writes, checks and removes checkpoints of a run; a checkpoint is complete or not there.
+"""Writes, checks and removes a run's checkpoints. Each is complete or absent.
 
 A manifest lists the files of transformers' Trainer. Knows nothing of what the files hold, except the step of the best
 epoch, whose checkpoint a later one needs.
@@ -19,7 +19,7 @@ from hatrack.storage import new_folder, write_file
 
 MANIFEST, STATE = "manifest.json", "trainer_state.json"
 NEWEST = 2
-"""Checkpoints that `prune` leaves, besides the best epoch's."""
+"""Number of newest checkpoints that `prune` keeps, besides the best epoch's."""
 
 
 def folder_of_step(run: Path, step: int) -> Path:
@@ -35,50 +35,54 @@ def saved_steps(run: Path) -> list[int]:
 
 @contextlib.contextmanager
 def write_checkpoint(run: Path, step: int) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes the checkpoint of `step` once all of it is on disk.
+    """Yields a folder to fill. It becomes the checkpoint of `step` once all its files are on disk.
 
-    Raises MachineError where it could not be written; earlier checkpoints stay as they are.
+    Raises MachineError if it could not be written; earlier checkpoints are unchanged.
     """
     final = folder_of_step(run, step)
     try:
         with new_folder(final) as working:
             yield working
             write_file(working / MANIFEST, json.dumps(_list_files(working), indent=2))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a failed write
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors raise their own for a failed write
         if isinstance(error, MachineError):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise MachineError(f"{final} could not be written", got=reason, fix="check that disk") from error
+        raise MachineError(f"{final} could not be written", got=reason, fix="check the disk") from error
 
 
 def prune(run: Path, best: int | None) -> None:
-    """Removes all checkpoints but the newest and the one of step `best`."""
+    """Removes all checkpoints except the newest ones and that of step `best`."""
     for step in saved_steps(run)[NEWEST:]:
         if step != best:
             shutil.rmtree(folder_of_step(run, step), ignore_errors=True)
 
 
 def remove_damaged(run: Path) -> None:
-    """Removes checkpoints that are incomplete, or whose best epoch's checkpoint is; says which."""
+    """Removes damaged checkpoints, and those whose best epoch's checkpoint is missing or damaged; says which."""
     for path in run.glob(".*"):  # left by a killed process
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    damaged = {step: problem for step in saved_steps(run) if (problem := _problem(folder_of_step(run, step)))}
+    damaged = {step: problem for step in saved_steps(run) if (problem := _find_damage(folder_of_step(run, step)))}
     for step in saved_steps(run):
-        problem = damaged.get(step) or _without_best(folder_of_step(run, step), damaged)
+        problem = damaged.get(step) or _find_missing_best(folder_of_step(run, step), damaged)
         if problem:
             say(f"{folder_of_step(run, step)} is not used: {problem}")
             shutil.rmtree(folder_of_step(run, step))
 
 
-def _without_best(checkpoint: Path, damaged: dict[int, str]) -> str | None:
-    """Says that the best epoch's checkpoint is gone; None where it is not."""
+def _find_missing_best(checkpoint: Path, damaged: dict[int, str]) -> str | None:
+    """Returns a message if the best epoch's checkpoint is missing or damaged, else None."""
     best = json.loads((checkpoint / STATE).read_text())["best_global_step"]
-    gone = best is not None and (best in damaged or not folder_of_step(checkpoint.parent, best).exists())
-    return f"the best epoch's, of step {best}, is gone" if gone else None
+    is_missing = best is not None and (best in damaged or not folder_of_step(checkpoint.parent, best).exists())
+    return f"the best epoch's checkpoint, of step {best}, is missing" if is_missing else None
 
 
-def _problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they match the manifest."""
+def _find_damage(checkpoint: Path) -> str | None:
+    """Returns what is wrong with a checkpoint's files; None if they match the manifest."""
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text())
         for name, (size, digest) in listed.items():
@@ -95,7 +99,7 @@ def _problem(checkpoint: Path) -> str | None:
 
 
 def _list_files(folder: Path) -> dict[str, tuple[int, str]]:
-    """The size in bytes and the SHA-256 of each file, by name."""
+    """Returns the size in bytes and the SHA-256 of each file: name -> (size, digest)."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_size, _sha256(path)) for path in files}
 

@@ -1,7 +1,7 @@
-"""What a run costs: peak memory, seconds of training, and bytes read from disk.
+"""Measures a run's peak memory, seconds of training, and bytes read from disk.
 
-Memory is the most that the process holds resident, anonymous and mapped pages together; on an accelerator, what torch
-allocates there. Knows nothing of how a run trains.
+Memory is the process's peak resident memory, mapped pages included; on an accelerator, torch's peak allocation.
+Knows nothing of how a run trains.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ STATUS, CLEAR, IO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Pa
 
 @dataclass(frozen=True)
 class CostMeter:
-    """Measures what a run costs from `start_cost_meter` on; `bytes_read_before`: what it had read by then."""
+    """Measures a run's cost since `start_cost_meter`. `bytes_read_before`: bytes the process had read until then."""
 
     bytes_read_before: int
 
     def measure(self, seconds: float) -> dict[str, Any]:
-        """The cost so far: `peak_memory_bytes`, `bytes_read` from disk, and `seconds`, those of training as given."""
+        """Returns the cost so far: `peak_memory_bytes`, `bytes_read` from disk, and the given `seconds` of training."""
         return {
             "peak_memory_bytes": peak_memory(),
             "seconds": round(seconds, 3),
@@ -40,14 +40,14 @@ class CostMeter:
 
 
 def start_cost_meter() -> CostMeter:
-    """Starts to measure. Resets the peak memory of this process, where the system can do that (Linux)."""
+    """Starts to measure. Resets this process's peak memory if the system supports it (Linux)."""
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")
     return CostMeter(_bytes_read())
 
 
 def compare_with_plan(plan: Plan, cost: dict[str, Any]) -> str:
-    """One line with what `CostMeter.measure` returned beside what was planned."""
+    """Formats a line that compares what `CostMeter.measure` returned with the plan."""
     peak = cost["peak_memory_bytes"]
     planned_seconds = "" if plan.seconds is None else f" (planned {plan.seconds:,.1f})"
     parts = [
@@ -59,9 +59,9 @@ def compare_with_plan(plan: Plan, cost: dict[str, Any]) -> str:
 
 
 def peak_memory() -> int:
-    """The most memory this process has held, in bytes: on the accelerator if it has one, else resident.
+    """This process's peak memory in bytes: on the accelerator if it uses one, else resident.
 
-    Read from VmHWM, since getrusage counts what the parent process held when it started this one.
+    Read from VmHWM, because getrusage includes what the parent process held when it started this one.
     """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated())
@@ -72,7 +72,7 @@ def peak_memory() -> int:
 
 
 def _peak_resident() -> int:
-    """The peak memory of this process where there is no VmHWM: on macOS, Windows, and Linux without /proc."""
+    """This process's peak memory without VmHWM: on macOS, Windows, and Linux without /proc."""
     if resource is None:
         return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -80,7 +80,7 @@ def _peak_resident() -> int:
 
 
 def _bytes_read() -> int:
-    """Bytes that this process has read from a disk; 0 where the system does not count them."""
+    """Bytes that this process has read from a disk; 0 if the system does not count them."""
     try:
         return int(next(line.split()[1] for line in IO.read_text().splitlines() if line.startswith("read_bytes")))
     except (OSError, StopIteration):

@@ -1,7 +1,7 @@
-"""Finds a run's folder, its adapter's name, and the interrupted run that --resume means.
+"""Finds a run's folder, its adapter's name, and the interrupted run to resume.
 
-A folder or name that the user typed is used as typed. One that is derived from the data file gets a number where it
-is taken: `reviews`, `reviews-2`, `reviews-3`. Knows nothing of a run's folder besides `run.json`.
+A folder or name given by the user is used as it is. A derived one (from the data file) gets a number if it is taken:
+`reviews`, `reviews-2`, `reviews-3`. Knows nothing of a run's folder besides `run.json`.
 """
 
 import itertools
@@ -19,13 +19,13 @@ from hatrack.recipe import Recipe, flag
 RUN = "run.json"
 SUFFIXES = (".gz", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 MAX_LENGTH = 50
-"""Characters of a derived name; a name may have 64, so this leaves room for `-2`."""
+"""Maximum characters of a derived name. A name may have 64, so this leaves room for `-2`."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """The folder and the name of an adapter that a run will make. `derived` has "folder" and "name" where the user did
-    not type them."""
+    """The folder and the name of an adapter that a run will make. `derived` lists those of "folder" and "name" that
+    the user did not give."""
 
     folder: Path
     name: str
@@ -33,7 +33,7 @@ class Output:
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the run until its adapter is finished."""
+        """The run's folder, used until its adapter is finished."""
         return run_folder(self.folder)
 
 
@@ -43,7 +43,7 @@ def run_folder(output: Path) -> Path:
 
 
 def output_candidates(recipe: Recipe) -> Iterator[Output]:
-    """The outputs that a run may have, the preferred one first; only one where the user typed both parts."""
+    """Yields the outputs that a run may use, the preferred one first; only one if the user gave both parts."""
     derived = frozenset(
         part for part, typed in (("folder", recipe.output or recipe.name), ("name", recipe.name)) if not typed
     )
@@ -56,7 +56,7 @@ def output_candidates(recipe: Recipe) -> Iterator[Output]:
 
 
 def name_from_data(data: str | None) -> str:
-    """Derives an adapter's name from its data file: without known suffixes, in the characters that a name may have.
+    """Derives an adapter's name from its data file: drops known suffixes, replaces characters not allowed in names.
 
     >>> name_from_data("data/reviews.v2.csv.gz"), name_from_data("Größen.jsonl"), name_from_data("acme/tickets")
     ('reviews.v2', 'Grossen', 'tickets')
@@ -69,10 +69,10 @@ def name_from_data(data: str | None) -> str:
 
 
 def find_interrupted(recipe: Recipe) -> Path:
-    """The output folder of the run that `--resume` means: the one the user typed, else the only interrupted run in the
+    """Returns the output folder of the run to resume: the one given by the user, or the only interrupted run in the
     current folder (with --data, the only one on a file of that name).
 
-    Raises RecipeError where there is none, or more than one.
+    Raises RecipeError if there is none, or more than one.
     """
     if recipe.output or recipe.name:
         return Path(str(recipe.output or recipe.name))
@@ -86,7 +86,7 @@ def find_interrupted(recipe: Recipe) -> Path:
         about = f" on {recipe.data}" if recipe.data else ""
         raise RecipeError(
             "there is no interrupted run to resume",
-            got=f"no *.run folder of one{about} in {Path().resolve()}",
+            got=f"no *.run folder of an interrupted run{about} in {Path().resolve()}",
             fix="name its folder with --output FOLDER, or leave out --resume",
         )
     if len(outputs) > 1:
@@ -100,7 +100,7 @@ def find_interrupted(recipe: Recipe) -> Path:
 
 
 def _data_of(run: Path) -> str:
-    """The data file that a run's `run.json` names; empty where it cannot be read."""
+    """Returns the data file that a run's `run.json` names; empty if it cannot be read."""
     try:
         return str(json.loads(run.read_text(encoding="utf-8"))["recipe"].get("data", ""))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

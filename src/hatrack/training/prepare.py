@@ -35,9 +35,9 @@ from hatrack.training.hidden_states import HiddenStateCache, open_hidden_state_c
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads, once: the base's small files, its fingerprint and tokenizer, and the rows as tokens.
+    """Everything that a run reads once: the base's small files, its fingerprint and tokenizer, and the rows as tokens.
 
-    `device` and `dtype` are those that the base will be loaded on and in.
+    `device` and `dtype`: where, and in which dtype, the base will be loaded.
     """
 
     base: BaseDescription
@@ -52,7 +52,7 @@ class RunInputs:
 def read_inputs(recipe: Recipe, template: str | None = None) -> RunInputs:
     """Reads base and data of a recipe. `template` is the chat template to use, by default the base's own.
 
-    Raises DataError, ModelError or RecipeError where one of them cannot be used.
+    Raises DataError, ModelError or RecipeError if one of them cannot be used.
     """
     examples = read_recipe_examples(recipe)
     base = find_base(str(recipe.base), recipe.revision, trust=recipe.trust_remote_code)
@@ -66,9 +66,9 @@ def read_inputs(recipe: Recipe, template: str | None = None) -> RunInputs:
 
 @contextmanager
 def open_cache(recipe: Recipe, inputs: RunInputs) -> Iterator[HiddenStateCache | None]:
-    """Opens the cache of hidden states that the layers below the adapters give; None where it is not used.
+    """Opens the cache of the hidden states after the layers below the adapters. Yields None if it is not used.
 
-    Its key names everything that these hidden states depend on, besides a row's tokens.
+    Its key covers everything that these hidden states depend on, except a row's tokens.
     """
     layers_below = dimensions_of(inputs.base.config).layers - (recipe.top_layers or math.inf)
     cache = None
@@ -139,7 +139,7 @@ def prepare(
 
 
 def _cached_fraction(cache: HiddenStateCache | None, tokens: Tokens) -> float:
-    """The share of all rows whose hidden states an earlier run has cached."""
+    """The share of all rows whose hidden states are cached by an earlier run."""
     if not cache:
         return 0.0
     keys = [row_key(rows.row(index)[0]) for rows in (tokens.train, tokens.held_out) for index in range(len(rows))]
@@ -160,7 +160,7 @@ def _is_quantized_base_cached(recipe: Recipe, inputs: RunInputs) -> bool:
 
 
 def _this_machine(device: torch.device, dtype: str) -> Machine:
-    """This machine with the memory that is free now."""
+    """This machine, with the memory that is free now."""
     machine = dataclasses.replace(this_machine("auto" if device.type == "cuda" else "cpu", dtype), dtype=dtype)
     if device.type == "cuda":
         return dataclasses.replace(machine, memory=free_memory(device), accelerator=True)
@@ -172,7 +172,7 @@ def _this_machine(device: torch.device, dtype: str) -> Machine:
 def _say_plan(request: PlanRequest, plan: Plan, schedule: Schedule) -> None:
     if not plan.fits:
         needed, limit = format_size(plan.peak_memory_bytes), format_size(request.limit)
-        say(f"this does not fit: {needed} needed, {limit} available; started all the same, as --force asks")
+        say(f"this does not fit: {needed} needed, {limit} available; started anyway because of --force")
     if schedule.reasons:
         say(f"derived: {', '.join(schedule.reasons)}")
     micro_batches = f" ({schedule.micro_batch} at a time, to fit)" if schedule.accumulation > 1 else ""
@@ -181,8 +181,8 @@ def _say_plan(request: PlanRequest, plan: Plan, schedule: Schedule) -> None:
         f"{schedule.steps:,} steps of {schedule.batch_size} rows{micro_batches}"
     )
     if plan.method.checkpointing:
-        say("activations are computed again in the backward pass, to fit")
-    rate = "the rate that is measured below" if request.recipe.lr == "auto" else f"{schedule.lr:g}"
+        say("activation checkpointing is used, to fit")
+    rate = "the measured rate (see below)" if request.recipe.lr == "auto" else f"{schedule.lr:g}"
     warmup = schedule.warmup_steps
     rise = f"up to {rate} in {warmup} step{'s' * (warmup > 1)}, then" if warmup else f"{rate}, then"
     say(f"learning rate: {rise} linear decay to 0")

@@ -10,14 +10,13 @@ from hatrack.recipe import Recipe
 
 DROPPED_OPTIONS = ("output", "name", "resume", "overwrite")
 REPLACES = {"steps": "epochs", "epochs": "steps"}
-"""A changed option drops the other one from the recipe."""
+"""Giving one of these options drops the other from the recipe."""
 
 
 def recipe_of_adapter(adapter: str | Path, **changes: Any) -> Recipe:
     """Returns the recipe that `adapter` (a folder, or a name on the rack) was trained with, with `changes`.
 
-    Raises AdapterError where there is no such adapter, or where hatrack did not train it; RecipeError where a change is
-    invalid.
+    Raises AdapterError if there is no such adapter, or if hatrack did not train it; RecipeError if a change is invalid.
     """
     folder = find_adapter(adapter)
     card = read_card(folder)

@@ -1,4 +1,4 @@
-"""A run on disk: its folders, its lock, what it remembers to be resumed, and its move to the rack.
+"""A run on disk: its folders, lock, saved facts (for --resume) and final move to the rack.
 
 The finished adapter goes to `OUTPUT`; until then everything is in `OUTPUT.run`, so OUTPUT is never incomplete. One
 process at a time may use them. Knows nothing of models or data.
@@ -26,18 +26,18 @@ from hatrack.training.output import RUN, Output, find_interrupted, name_from_dat
 
 MAY_CHANGE = {"resume", "output", "name", "device", "report_to", "memory", "force", "data", "eval_data", "base"}
 MAY_CHANGE |= {"cache_limit", "overwrite"}
-"""Options that may differ when a run is resumed. Base and data may have moved: digests tell whether they changed."""
+"""Options that may change when a run is resumed. Base and data may have moved; digests detect whether they changed."""
 
 LOCK, ADAPTER, METRICS, REPLACED = "lock", "adapter", "metrics.jsonl", "replaced"
 RUN_FILES = re.compile(r"lock$|\.?(run\.json|metrics\.jsonl|adapter|replaced|checkpoint-\d+)($|\.)")
-"""The names in a run's folder. A folder that has others, and no `run.json`, belongs to somebody and is left alone."""
+"""Names that a run writes in its folder. A folder with other names and no `run.json` is not a run's: refused."""
 
 
 @dataclass(frozen=True)
 class Run:
     """The folders of one run and the name of its adapter.
 
-    `resumed`: it goes on from its last checkpoint. `overwrite`: it may replace an adapter in `output`.
+    `resumed`: it continues from its last checkpoint. `overwrite`: it may replace an adapter in `output`.
     """
 
     output: Path
@@ -48,24 +48,24 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """A JSON-lines file: an object for each logged step and evaluation."""
+        """A JSON-lines file: one object per logged step and evaluation."""
         return self.folder / METRICS
 
     @property
     def adapter(self) -> Path:
-        """The folder of the adapter until its proof has passed."""
+        """The adapter's folder until its proof has passed."""
         return self.folder / ADAPTER
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint. Damaged ones were removed when the run was resumed."""
+        """The newest checkpoint, or None. Damaged checkpoints were removed when the run was resumed."""
         return next(
             (checkpoint.folder_of_step(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
         )
 
     def save_facts(self, recipe: Recipe, facts: dict[str, Any]) -> None:
-        """Writes the recipe and `facts` (digests of what it is applied to, schedule) to run.json.
+        """Writes the recipe and `facts` (digests of data and base, schedule) to run.json.
 
-        Raises RecipeError where the run is resumed and the facts differ from those of the interrupted run.
+        Raises RecipeError if the run is resumed and the facts differ from the interrupted run's.
         """
         path = self.folder / RUN
         stored = json.loads(path.read_text()) if self.resumed else {"recipe": {}, "facts": {}}
@@ -73,23 +73,23 @@ class Run:
         changed = sorted(name for name in before if facts.get(name) != before[name])
         if changed:
             raise RecipeError(
-                f"the interrupted run in {self.folder} saw another {' and '.join(changed)}",
+                f"the interrupted run in {self.folder} was started with different {' and '.join(changed)}",
                 got="; ".join(
                     f"{_describe_fact(name, options, facts)}, then {_describe_fact(name, stored['recipe'], before)}"
                     for name in changed
                 ),
-                fix="give it what it was started with, or start anew without --resume",
+                fix="give it what it was started with, or start a new run without --resume",
             )
         content = {"recipe": options | {"resume": False, "name": self.name}, "facts": facts}
         write_file(path, json.dumps(content, indent=2))
 
     def saved_fact(self, fact: str) -> Any:
-        """A fact that the interrupted run remembered; None where it has none of this name, or no run is resumed."""
+        """Returns a fact that the interrupted run saved. None if it saved no such fact, or if no run is resumed."""
         path = self.folder / RUN
         return json.loads(path.read_text())["facts"].get(fact) if self.resumed and path.exists() else None
 
     def interrupted(self) -> Interrupted:
-        """The error for a run that a person stopped: what is saved, and how to resume."""
+        """Makes the error for a run that the user stopped: what is saved, and how to resume."""
         step = next(iter(checkpoint.saved_steps(self.folder)), None)
         if not (self.folder / RUN).exists():
             return Interrupted(f"stopped at the very end: the adapter in {self.output} is finished")
@@ -101,7 +101,7 @@ class Run:
         )
 
     def saved_progress(self) -> str | None:
-        """What to tell about the newest checkpoint of a run that failed; None where there is none."""
+        """The message about the newest checkpoint of a failed run. None if there is no checkpoint."""
         step = next(iter(checkpoint.saved_steps(self.folder)), None)
         return f"step {step:,} is saved in {self.folder}; go on with: {self._resume_command()}" if step else None
 
@@ -109,9 +109,9 @@ class Run:
         return f"hatrack train --resume --output {self.output}"
 
     def finish(self) -> None:
-        """Moves the proven adapter to `output`, registers its name, and removes the run's folder.
+        """Moves the verified adapter to `output`, registers its name, and removes the run's folder.
 
-        Raises RecipeError where something else is at `output` by now, AdapterError where the name was taken meanwhile.
+        Raises RecipeError if `output` was created meanwhile, AdapterError if the name was taken meanwhile.
         """
         if self.output.exists() and self.overwrite:
             _check_replaceable(self.output)
@@ -134,12 +134,12 @@ class Run:
         self._remove_folder()
 
     def _remove_folder(self) -> None:
-        (self.folder / RUN).unlink()  # first: a folder without it is left over, and the next run removes it
+        (self.folder / RUN).unlink()  # first: the next run treats a folder without it as left over and removes it
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _describe_fact(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
-    """A fact after the option that it belongs to: `bases/small (0f3a...)`."""
+    """Formats a fact after the value of its option: `bases/small (0f3a...)`."""
     source = options.get({"rows": "data"}.get(fact, fact))
     return f"{source} ({short_repr(facts.get(fact))})" if source else short_repr(facts.get(fact))
 
@@ -148,11 +148,11 @@ def _describe_fact(fact: str, options: dict[str, Any], facts: dict[str, Any]) ->
 def open_run(recipe: Recipe) -> Iterator[tuple[Run, Recipe]]:
     """Yields a new run and its recipe, or with `resume` the interrupted run and its recipe. Locks the run's folder.
 
-    Where a folder or name that hatrack derived is taken, another one is derived, and said. However the block ends, the
-    newest checkpoint stays, and how to resume is said; without a checkpoint, the run's folder is removed.
+    If a folder or name that hatrack derived is taken, it derives another and says so. If the block fails, the newest
+    checkpoint is kept and a message says how to resume; without a checkpoint, the run's folder is removed.
 
-    Raises RecipeError where the output exists, the name is taken, the folder is used by another process or holds an
-    interrupted run, or there is nothing to resume; Interrupted on Ctrl-C.
+    Raises RecipeError if the output exists, the name is taken, the folder is used by another process or holds an
+    interrupted run, or if there is nothing to resume. Raises Interrupted on Ctrl-C.
     """
     with contextlib.ExitStack() as claimed:
         run, recipe = _resume(recipe, claimed) if recipe.resume else (_begin(recipe, claimed), recipe)
@@ -169,7 +169,7 @@ def open_run(recipe: Recipe) -> Iterator[tuple[Run, Recipe]]:
 
 
 def _begin(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
-    """Makes a new run. `claimed` holds the lock of its folder."""
+    """Makes a new run and locks its folder. `claimed` releases the lock."""
     for option in ("base", "data"):
         if getattr(recipe, option) is None:
             raise RecipeError(
@@ -204,7 +204,7 @@ class OutputTaken(RecipeError):
 
 
 def _claim(recipe: Recipe, output: Output, claimed: contextlib.ExitStack) -> None:
-    """Locks the folder of an output that is free; `claimed` holds the lock. Raises OutputTaken where it is not free."""
+    """Locks the folder of a free output; `claimed` releases the lock. Raises OutputTaken if the output is not free."""
     if output.folder.exists() and not recipe.overwrite:
         raise OutputTaken(
             "folder",
@@ -222,14 +222,14 @@ def _claim(recipe: Recipe, output: Output, claimed: contextlib.ExitStack) -> Non
     if (output.run_folder / RUN).exists() and checkpoint.saved_steps(output.run_folder) and not recipe.overwrite:
         raise OutputTaken(
             "folder",
-            "an interrupted run is in the way",
+            "the folder holds an interrupted run",
             got=output.run_folder,
-            fix=f"go on with it by --resume, or remove {output.run_folder}",
+            fix=f"continue it with --resume, or remove {output.run_folder}",
         )
 
 
 def _check_replaceable(output: Path) -> None:
-    """Raises RecipeError for a folder that is not an adapter's: --overwrite removes nothing else."""
+    """Raises RecipeError if a folder is not an adapter's, as --overwrite must remove nothing else."""
     if not (output / CONFIG).is_file():
         raise RecipeError(
             "--overwrite replaces adapters only", got=f"{output}, which is not one", fix="choose another --output"
@@ -237,13 +237,13 @@ def _check_replaceable(output: Path) -> None:
 
 
 def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> tuple[Run, Recipe]:
-    """Finds the interrupted run that the recipe means. `claimed` holds the lock of its folder."""
+    """Finds the interrupted run that the recipe means and locks its folder. `claimed` releases the lock."""
     output = find_interrupted(recipe)
     folder = run_folder(output)
     claimed.enter_context(_lock_folder(folder))
     recipe = _merge_recipes(recipe, folder, output)
     checkpoint.remove_damaged(folder)
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # it was saved, but its proof had not passed
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # saved, but not verified yet
     name = recipe.name or name_from_data(recipe.data)
     registry.check_free(name, output, replace=recipe.overwrite)
     return Run(output, folder, name, resumed=True, overwrite=recipe.overwrite), recipe
@@ -251,7 +251,7 @@ def _resume(recipe: Recipe, claimed: contextlib.ExitStack) -> tuple[Run, Recipe]
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Makes a run's folder and locks it. Removes it afterwards, unless it can be resumed from."""
+    """Makes a run's folder and locks it. Removes it afterwards unless the run can be resumed."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_empty, made)
@@ -274,7 +274,7 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes the files of an earlier run that ended, or was killed before its first checkpoint."""
+    """Removes the files of an earlier run that finished, or was killed before its first checkpoint."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -289,7 +289,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes a run's folder. Raises RecipeError where it cannot be one, or holds files that are not a run's."""
+    """Makes a run's folder. Raises RecipeError if that is impossible, or if it holds files that are not a run's."""
     try:
         with machine_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _merge_recipes(recipe: Recipe, folder: Path, output: Path) -> Recipe:
-    """The interrupted run's recipe with the options given now. Raises RecipeError where they contradict it."""
+    """Returns the interrupted run's recipe with the options given now. Raises RecipeError if they contradict it."""
     path = folder / RUN
     if not path.exists():
         is_adapter = (output / HATRACK_JSON).exists()
@@ -321,7 +321,7 @@ def _merge_recipes(recipe: Recipe, folder: Path, output: Path) -> Recipe:
     before = json.loads(path.read_text())["recipe"]
     given = recipe.explicit_options()
     if given.get("layers") == "auto":
-        del given["layers"]  # decided already, or still to be
+        del given["layers"]  # the run has chosen layers, or will
     for name, value in given.items():
         if name not in MAY_CHANGE and before.get(name) != value:
             raise RecipeError(
