@@ -314,7 +314,7 @@ def test_a_changed_data_file_is_refused(stopped: tuple[Path, Path], tmp_path: Pa
     data.write_text(data.read_text() + "a very different film,yes\n")
     child = Child(["train", "--resume", "--output", output], tmp_path / "said 2")
     assert child.end() == 2
-    assert "was started with different rows" in child.said and child.said.count(f"{data} (") == 2
+    assert "rows changed since the interrupted run" in child.said and child.said.count(f"{data} (") == 2
     assert _files(tmp_path / "hat.run") == before
 
 
@@ -327,7 +327,11 @@ def test_a_changed_base_is_refused_by_both_names(
     save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
     child = Child(["train", "--resume", "--output", stopped[0], "--base", other], tmp_path / "said 2")
     assert child.end() == 2
-    assert f"was started with different base; got {other} ('" in child.said and f", then {tiny_encoder} ('" in child.said
+    assert (
+        "base changed since" in child.said
+        and f"was started; got {other} ('" in child.said
+        and f", then {tiny_encoder} ('" in child.said
+    )
 
 
 def test_a_moved_run_goes_on(stopped: tuple[Path, Path], straight: Any, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_resumed_run_keeps_its_name(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     (tmp_path / "hat.run/checkpoint-4/trainer_state.json").write_text('{"best_global_step": null}')
     with (
-        pytest.raises(RecipeError, match="another rows"),
+        pytest.raises(RecipeError, match="rows changed since"),
         open_run(Recipe.make(output=str(tmp_path / "hat"), resume=True)) as (run, recipe),
     ):
         assert (run.name, recipe.r, run.resumed) == ("reviews", 4, True)

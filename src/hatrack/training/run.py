@@ -73,7 +73,7 @@ class Run:
         changed = sorted(name for name in before if facts.get(name) != before[name])
         if changed:
             raise RecipeError(
-                f"the interrupted run in {self.folder} was started with different {' and '.join(changed)}",
+                f"{' and '.join(changed)} changed since the interrupted run in {self.folder} was started",
                 got="; ".join(
                     f"{_describe_fact(name, options, facts)}, then {_describe_fact(name, stored['recipe'], before)}"
                     for name in changed
