@@ -108,14 +108,14 @@ def test_a_base_with_a_head_of_another_size(facts: Make, tiny_encoder: Path, tmp
     assert base.label_count(facts()) is None
     assert base.label_count(facts(base=_classifier(tiny_encoder, tmp_path, 2))) is None
     found = base.label_count(facts(base=_classifier(tiny_encoder, tmp_path, 5)))
-    assert found is not None and found.what.endswith("another number of labels: a new head replaces its own")
+    assert found is not None and found.what.endswith("a different number of labels: a new head replaces its own")
     assert found.got == "5 in the base, 2 in the data" and found.fix == "go on, or give the data the base's labels"
 
 
 def test_a_base_that_is_a_classifier_already(facts: Make, tiny_encoder: Path, tmp_path: Path) -> None:
     assert base.base_already_tuned(facts(base=_classifier(tiny_encoder, tmp_path, 5))) is None
     found = base.base_already_tuned(facts(base=_classifier(tiny_encoder, tmp_path, 2)))
-    assert found is not None and found.what == "the base is a classifier already: training goes on from its head"
+    assert found is not None and found.what == "the base is a classifier already: training continues from its head"
     assert found.got == "its labels mood 0, mood 1; yours no, yes" and "the base it was made from" in found.fix
 
 

@@ -149,7 +149,7 @@ def test_held_out_questions_are_answered_at_each_evaluation_and_change_nothing(
 def test_answers_that_do_not_end_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _trained(tmp_path, CHATML, says="\nIt is.ab")
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "[end-not-learned]" in line]
-    assert "'<|im_end|>' 0% likely at the end of row" in line and "tokens without it when asked" in line
+    assert "'<|im_end|>' is 0% likely at the end of row" in line and "tokens were generated without it" in line
     last = json.loads((tmp_path / "hat/metrics.jsonl").read_text().splitlines()[-1])
     assert "train_loss" in last or "answers" in last
 

@@ -1,1 +1,1 @@
-"""Looks for what goes wrong in silence: one function per gotcha."""
+"""Finds mistakes that raise no error: one function per gotcha."""

@@ -21,7 +21,7 @@ def no_chat_template(prepared: Prepared) -> Finding | None:
 
 
 def wrong_chat_template(prepared: Prepared) -> Finding | None:
-    """Answers contain <|im_end|> as text: the template belongs to another base's tokenizer."""
+    """Answers contain <|im_end|> as text: the chat template belongs to another base's tokenizer."""
     marks = sorted(set(MARK.findall(prepared.tokens.template or "")))
     pieces = {mark: prepared.tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in marks}
     split = [mark for mark, ids in pieces.items() if len(ids) != 1 or ids[0] == prepared.tokenizer.unk_token_id]
@@ -42,20 +42,20 @@ def label_count(prepared: Prepared) -> Finding | None:
         return None
     return Finding(
         "label-count",
-        "the base is a classifier with another number of labels: a new head replaces its own",
+        "the base is a classifier with a different number of labels: a new head replaces its own",
         f"{own} in the base, {len(prepared.examples.labels)} in the data",
         "go on, or give the data the base's labels",
     )
 
 
 def base_already_tuned(prepared: Prepared) -> Finding | None:
-    """The tuned model knows less than before: the base was an instruct model or a classifier already."""
+    """Training makes the model worse: the base was an instruct model or a classifier already."""
     own = _own_labels(prepared)
     if prepared.task == "classify" and own == len(prepared.examples.labels):
         names = [str(name) for name in (prepared.config.get("id2label") or {}).values()]
         return Finding(
             "base-already-tuned",
-            "the base is a classifier already: training goes on from its head",
+            "the base is a classifier already: training continues from its head",
             f"its labels {', '.join(names[:5]) or own}; yours {', '.join(prepared.examples.labels[:5])}",
             "go on if they mean the same in the same order, else use the base it was made from",
         )
@@ -70,7 +70,7 @@ def base_already_tuned(prepared: Prepared) -> Finding | None:
 
 
 def _own_labels(prepared: Prepared) -> int | None:
-    """How many labels the base's own classification head has; None where it has no such head."""
+    """Returns the number of labels of the base's classification head, or None if it has no such head."""
     architectures = prepared.config.get("architectures") or [""]
     if prepared.task != "classify" or not str(architectures[0]).endswith("ForSequenceClassification"):
         return None

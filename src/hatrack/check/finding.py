@@ -1,4 +1,4 @@
-"""What a check found, in the three parts of every message: what, got, fix."""
+"""A check's finding, in the three parts of every message: what, got, fix."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Finding:
-    """A gotcha that was found. `gotcha` is its heading in docs/gotchas.md; `refused`: hatrack would refuse the run."""
+    """A gotcha that was found. `gotcha`: its heading in docs/gotchas.md. `refused`: whether hatrack refuses the run."""
 
     gotcha: str
     what: str
@@ -29,7 +29,7 @@ class Finding:
 
 
 def refusal(gotcha: str, error: HatrackError) -> Finding:
-    """Makes a finding of an error, under the error's own heading, or else under `gotcha`."""
+    """Turns an error into a finding, under the error's own heading or else `gotcha`."""
     complaints = error.complaints if isinstance(error, DataError) and len(error.complaints) > 1 else []
     more = [f"... and {len(complaints) - MAX_COMPLAINTS:,} more"] if len(complaints) > MAX_COMPLAINTS else []
     what = "\n  ".join([error.what, *complaints[:MAX_COMPLAINTS], *more])
@@ -38,15 +38,15 @@ def refusal(gotcha: str, error: HatrackError) -> Finding:
 
 
 class FindingCollector:
-    """Calls one function after the other, and collects a finding from each that raises. Functions that need the result
-    of one that raised are skipped."""
+    """Calls functions and collects a finding from each one that raises. Skips functions that need the result of a
+    function that raised."""
 
     def __init__(self) -> None:
         self.found: list[Finding] = []
 
     def attempt(self, gotcha: str, find: Callable[..., Result], *needed: Any, **options: Any) -> Result | None:
-        """Returns `find(*needed, **options)`. None where that raises, which becomes a finding named `gotcha`, or where
-        one of `needed` is None."""
+        """Returns `find(*needed, **options)`, or None if one of `needed` is None or if the call raises. The error then
+        becomes a finding named `gotcha`."""
         if any(value is None for value in needed):
             return None
         try:

@@ -1,4 +1,4 @@
-"""Gotchas in an adapter's folder, found in its files without its base."""
+"""Gotchas in an adapter's folder, found without loading its base."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +16,13 @@ from hatrack.console import format_size
 
 Tensors = dict[str, torch.Tensor]
 PEFT_HEADS = ("classifier", "score")
-"""Heads that peft names in modules_to_save for every classifier, whichever it has."""
+"""Heads that peft lists in modules_to_save of every classifier, even if the base lacks them."""
 EMBEDDINGS = ("embed_tokens", "word_embeddings", ".wte.", "lm_head")
 
 
 def check_adapter(adapter: str | Path, base: str | None = None, *, trust: str | None = None) -> list[Finding]:
-    """Returns everything wrong or doubtful in an adapter's files. `base` is the folder of its base, where that moved;
-    `trust` is the base whose own code may run."""
+    """Returns all findings in an adapter's files. `base`: its base's new folder if that moved. `trust`: the base whose
+    own code may run."""
     collector = FindingCollector()
     folder = collector.attempt("adapter-refused", find_adapter, adapter)
     files = collector.attempt("adapter-refused", read_adapter, folder)
@@ -42,14 +42,14 @@ def inert_adapter(files: AdapterFiles, tensors: Tensors) -> Finding | None:
     everything = len(zero) == len(ups) and len(ups) == sum(".lora_A." in name for name in tensors)
     return Finding(
         "inert-adapter",
-        "the adapter adds nothing to its base" if everything else "a part of the adapter adds nothing",
+        "the adapter adds nothing to its base" if everything else "part of the adapter adds nothing",
         f"{len(zero)} of {len(ups)} lora_B tensors are zero, the first {zero[0]}",
         "train again, with a higher --lr; or --targets whose output reaches the loss",
     )
 
 
 def modules_to_save_unknown(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """peft says nothing where a name in modules_to_save matches no module, which is then neither trained nor saved."""
+    """peft says nothing if a name in modules_to_save matches no module; that module is neither trained nor saved."""
     wanted = set(files.config.get("modules_to_save") or []) - set(PEFT_HEADS)
     missing = [name for name in sorted(wanted) if not any(f".{name}." in f".{tensor}" for tensor in tensors)]
     if not missing:
@@ -58,19 +58,19 @@ def modules_to_save_unknown(files: AdapterFiles, tensors: Tensors) -> Finding | 
         "modules-to-save-unknown",
         f"{files.folder} names modules to save that are not in it",
         f"{', '.join(missing)} in modules_to_save, no such tensors",
-        "correct the name and train again: the module it means was never saved",
+        "correct the name and train again: the intended module was never saved",
         refused=True,
     )
 
 
 def embeddings_saved(files: AdapterFiles, tensors: Tensors) -> Finding | None:
-    """The adapter is hundreds of megabytes: peft saved the embeddings with it, unasked."""
+    """The adapter is hundreds of megabytes: peft saved the embeddings with it, without being asked to."""
     asked = files.config.get("modules_to_save") or []
     bulky = {
         name: tensor.numel() * tensor.element_size()
         for name, tensor in tensors.items()
         if ".lora_" not in name
-        and "trainable_tokens_delta" not in name  # the rows that were to be trained
+        and "trainable_tokens_delta" not in name  # rows that were trained on purpose
         and not files.config.get("ensure_weight_tying")  # one of the two is in modules_to_save, the other follows it
         and any(part in f".{name}." for part in EMBEDDINGS)
         and not any(f".{module}." in f".{name}" for module in asked)

@@ -1,4 +1,4 @@
-"""`Prepared`: a run before its first step, complete when made, and handed on whole.
+"""`Prepared`: everything that is known of a run before its weights are loaded.
 
 The checks and training both read it. It is defined here because check/ may not import training/, which makes it.
 """
@@ -17,13 +17,13 @@ from hatrack.recipe import Recipe
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can begin: its recipe, and all that was read and derived for it. No weight has been loaded.
+    """A run that can begin: its recipe, and everything that was read and derived for it. No weights are loaded yet.
 
-    `base` is the frozen base as described by its small files, `dtype` what its weights will be loaded in. `examples`
-    are the rows as read, `tokens` the same rows as token ids. `schedule.lr` is the usual learning rate where the recipe
-    leaves it to be measured. `cached_fraction`: the share of rows for which an earlier run cached the outputs of the
-    layers below the adapters. `lineage`: what hatrack.json says of the base. It needs the weights to be read, which
-    `hatrack check` does not do: there it is empty.
+    `base` describes the frozen base (from its small files); `dtype` is the dtype its weights will be loaded in.
+    `examples` are the rows as read, `tokens` the same rows as token ids. With `--lr auto`, `schedule.lr` is the usual
+    learning rate until it is measured. `cached_fraction`: the share of rows for which an earlier run cached the outputs
+    of the layers below the adapters. `lineage`: what hatrack.json will say about the base; empty in `hatrack check`,
+    because it requires reading the weights.
     """
 
     recipe: Recipe
@@ -49,7 +49,7 @@ class Prepared:
 
     @property
     def usual_lr(self) -> float:
-        """The learning rate that hatrack derives for a base of this width."""
+        """The learning rate that hatrack derives from the base's hidden size."""
         return learning_rate(self.base.hidden_size)
 
     @property

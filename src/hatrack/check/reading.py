@@ -1,4 +1,4 @@
-"""Reads the rows of a recipe, as examples and as tokens, and complains of all bad ones at once."""
+"""Reads the rows of a recipe as examples and as tokens; reports all bad rows at once."""
 
 from typing import Any, cast
 
@@ -14,8 +14,8 @@ from hatrack.recipe import Recipe, Task
 def read_recipe_examples(recipe: Recipe) -> Examples:
     """Reads the examples of a recipe's files.
 
-    Raises BadRows with every row that cannot be learned from. These include rows that only the base's tokenizer or chat
-    template refuses, unless the base would have to be downloaded for that.
+    Raises BadRows with every row that cannot be used for training. These include rows that only the base's tokenizer or
+    chat template refuses, unless checking them would require downloading the base.
     """
     try:
         return read_examples(recipe)
@@ -28,10 +28,10 @@ def read_recipe_examples(recipe: Recipe) -> Examples:
 def tokenize_for_base(
     recipe: Recipe, base: BaseDescription, examples: Examples, template: str | None = None
 ) -> tuple[Any, Examples, Tokens]:
-    """The base's tokenizer, the examples that can be learned from, and these as tokens.
+    """Returns the base's tokenizer, the examples that can be used for training, and their tokens.
 
-    `template` is the chat template to use, by default the base's own. Raises ModelError where the base cannot do the
-    task, otherwise as `tokenize` does.
+    `template` is the chat template to use, by default the base's own. Raises ModelError if the base does not support
+    the task, and whatever `tokenize` raises.
     """
     task = cast(Task, examples.task)
     config = load_config(base, task=task, labels=examples.labels, multi_label=examples.multi_label)

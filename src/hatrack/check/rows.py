@@ -11,11 +11,11 @@ from hatrack.data.stop_tokens import Stops
 from hatrack.errors import short_repr
 
 IMBALANCED = 0.8
-"""The share of rows with one label from which on classes are imbalanced."""
+"""Classes are imbalanced if at least this share of the rows has one label."""
 MANY_CUT = 0.05
-"""The share of rows that are cut off, from which on it is said."""
+"""Truncation is reported if at least this share of the rows is cut."""
 MANY_CLASSES = 20
-"""Classes that are numbers, up to so many, may be classes."""
+"""Up to this many distinct numbers may be classes; more are likely scores."""
 
 
 def class_imbalance(prepared: Prepared) -> Finding | None:
@@ -36,15 +36,15 @@ def class_imbalance(prepared: Prepared) -> Finding | None:
 
 
 def labels_are_scores(prepared: Prepared) -> Finding | None:
-    """There are dozens of classes, each a number with decimals: scores, whose order a classifier does not know."""
+    """There are dozens of classes, all numbers with decimals: likely scores, whose order a classifier ignores."""
     names = prepared.examples.labels
     if len(names) <= MANY_CLASSES or not all(map(is_number, names)) or not any("." in name for name in names):
         return None
     return Finding(
         "labels-are-scores",
-        "the classes are numbers with decimals; if these are scores, a classifier learns nothing of their order",
+        "the classes are numbers with decimals; if these are scores, a classifier ignores their order",
         f"{len(names)} classes such as {short_repr(names[0])} and {short_repr(names[1])}",
-        "replace the scores by a class for each range of scores",
+        "replace the scores by one class per range of scores",
     )
 
 
@@ -100,11 +100,11 @@ def end_never_learned(prepared: Prepared) -> Finding | None:
     """The tuned model does not stop: no row teaches it a token that ends an answer."""
     if prepared.task == "classify":
         return None
-    learn, tokenizer = prepared.tokens.train, prepared.tokenizer
-    whole = [index for index in range(len(learn)) if learn.lengths[index] < prepared.tokens.max_length]
+    train, tokenizer = prepared.tokens.train, prepared.tokenizer
+    whole = [index for index in range(len(train)) if train.lengths[index] < prepared.tokens.max_length]
     if not whole or prepared.tokens.stops != Stops():
         return None
-    last = {int(learn.row(index)[0][learn.row(index)[1]][-1]) for index in whole[:2000]}
+    last = {int(train.row(index)[0][train.row(index)[1]][-1]) for index in whole[:2000]}
     return Finding(
         "end-never-learned",
         "no row teaches where an answer ends: the tuned model will not stop",
@@ -118,7 +118,7 @@ def _normalize(example: Example) -> str:
 
 
 def _control_tokens(prepared: Prepared) -> list[str]:
-    """The control tokens that the chat template writes; without a template, all that the base has."""
+    """The control tokens in the chat template; without a template, all control tokens of the base."""
     tokens = {str(token) for token in prepared.tokenizer.added_tokens_decoder.values()}
     tokens |= set(prepared.tokenizer.all_special_tokens)
     template = prepared.tokens.template

@@ -1,4 +1,4 @@
-"""Gotchas that only show while a run trains, found in its losses and gradients."""
+"""Gotchas that only show during training, found in losses and gradients."""
 
 import math
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ from hatrack.check.finding import Finding
 from hatrack.check.settings import WILD
 
 MIN_STEPS_GROWN = 5
-"""Steps that the running mean of the loss needs before it shows that the loss has grown."""
+"""Steps after which the running mean of the loss can show that the loss has grown."""
 MIN_STEPS_MOVED = 10
-"""Steps that a run needs before its held-out loss shows whether it learns."""
+"""Steps after which the held-out loss can show whether the model learns."""
 MIN_CHANGE = 0.005
-"""A held-out loss has moved where it changed by this share of the loss before training."""
+"""A held-out loss has moved if it changed by at least this share of the loss before training."""
 ALREADY_LOW = 0.02
-"""A held-out loss below this leaves nothing to learn."""
+"""A held-out loss below this can hardly improve."""
 MAX_ROWS_NAMED = 8
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step (`number` counts from 1): its loss, the norm of its gradient, and its rows of `source`."""
+    """One optimizer step. `number` counts from 1; `norm` is the gradient norm; `rows` are row numbers in `source`."""
 
     number: int
     loss: float
@@ -30,7 +30,7 @@ class Step:
 
     @property
     def named_rows(self) -> str:
-        """The numbers of the first few rows, and the data they are from."""
+        """Formats the numbers of the first few rows and the name of their data."""
         shown = ", ".join(str(row) for row in sorted(self.rows)[:MAX_ROWS_NAMED])
         more = len(self.rows) - MAX_ROWS_NAMED
         return f"rows {shown}{f' and {more} more' if more > 0 else ''} of {self.source}"
@@ -38,8 +38,8 @@ class Step:
 
 @dataclass(frozen=True)
 class LearningSettings:
-    """The settings that a loss may be blamed on: `lr` is the peak learning rate (`is_lr_measured`: by --lr auto),
-    `usual_lr` the one that hatrack derives for the base, `dtype` the base's, `r` the rank."""
+    """The settings that may cause a bad loss: `lr` is the peak learning rate (`is_lr_measured`: by --lr auto),
+    `usual_lr` the learning rate that hatrack derives for the base, `dtype` the base's dtype, `r` the rank."""
 
     lr: float
     usual_lr: float
@@ -71,23 +71,23 @@ def loss_not_a_number(step: Step, settings: LearningSettings) -> Finding | None:
 
 
 def has_grown(first: float, recent: float) -> bool:
-    """Whether the loss is above its first value by 50% and by two nats.
+    """Whether the loss exceeds its first value by more than 50% and by more than two nats.
 
-    On sound runs the mean over a few rows of similar length moves by a nat (SmolLM2 on short questions: 0.9 to 1.9). On
-    a diverged run it grows to that of random guesses and beyond.
+    On good runs, the mean over a few rows of similar length varies by a nat (SmolLM2 on short questions: 0.9 to 1.9).
+    On a diverged run, the loss grows to that of random guesses and beyond.
     """
     return recent > first + max(2.0, 0.5 * first)
 
 
 def loss_explodes(first: float, recent: float, step: Step, settings: LearningSettings) -> Finding | None:
-    """The loss grows past where it began and does not come back. `first` is the loss before the first step, `recent`
-    the mean over the last few steps."""
+    """The loss grows past its first value and stays there. `first` is the loss before the first step, `recent` the mean
+    over the last few steps."""
     if not has_grown(first, recent):
         return None
     slower = min(settings.usual_lr, settings.lr / 3)
     return Finding(
         "loss-explodes",
-        f"the loss has grown far past where it began, by step {step.number:,}",
+        f"the loss has grown far above its first value by step {step.number:,}",
         f"{recent:.3g} after {first:.3g}, now at {step.named_rows}",
         f"likely the learning rate {settings.lr:g}: start again with --lr {slower:.2g}",
         refused=True,
@@ -95,7 +95,7 @@ def loss_explodes(first: float, recent: float, step: Step, settings: LearningSet
 
 
 def no_gradient(step: Step) -> Finding | None:
-    """No gradient reaches the adapter: torch says "None of the inputs have requires_grad=True", or nothing."""
+    """No gradient reaches the adapter. torch warns "None of the inputs have requires_grad=True", or says nothing."""
     if step.norm != 0 or step.loss < 1e-6:
         return None
     return Finding(
@@ -108,13 +108,13 @@ def no_gradient(step: Step) -> Finding | None:
 
 
 def loss_barely_moves(before: float, now: float, step: int, settings: LearningSettings) -> Finding | None:
-    """The held-out loss is where it was: nothing is learned. The advice is to raise the learning rate before the rank.
+    """The held-out loss has not changed: nothing is learned. The advice is to raise the learning rate before the rank.
 
     `before` and `now` are the held-out losses before training and after `step` steps.
     """
     if step < MIN_STEPS_MOVED or before < ALREADY_LOW or before - now >= MIN_CHANGE * before:
         return None
-    if now > before * (1 + MIN_CHANGE):  # it moved, upwards
+    if now > before * (1 + MIN_CHANGE):  # it grew
         return None
     lr = settings.lr
     faster = settings.usual_lr if lr < settings.usual_lr else 3 * lr
@@ -128,11 +128,11 @@ def loss_barely_moves(before: float, now: float, step: int, settings: LearningSe
 
 
 def end_not_learned(row: int, end: str, likely: float, tokens: int) -> Finding:
-    """The tuned model goes on where the answers in its data end. `end` is the end token, which is `likely` (0 to 1) at
-    the end of `row`'s answer; the model was given `tokens` tokens and did not end its own."""
+    """The tuned model does not stop where the answers in its data end. `end` is the end token and `likely` (0 to 1) its
+    probability at the end of `row`'s answer; the model generated `tokens` tokens without an end token."""
     return Finding(
         "end-not-learned",
-        "the answers do not end by themselves yet",
-        f"{end!r} {likely:.0%} likely at the end of row {row}'s answer, and {tokens} tokens without it when asked",
-        "more --epochs or --steps, or a higher --lr; until then --max-new-tokens bounds them",
+        "the adapter's answers do not end by themselves",
+        f"{end!r} is {likely:.0%} likely at the end of row {row}'s answer; {tokens} tokens were generated without it",
+        "more --epochs or --steps, or a higher --lr; until then, --max-new-tokens limits them",
     )

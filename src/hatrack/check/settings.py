@@ -1,4 +1,4 @@
-"""Gotchas in the settings of a run: each function takes a prepared run and returns a finding, or None."""
+"""Gotchas in the settings of a run. Each function returns a finding or None."""
 
 import math
 
@@ -11,12 +11,12 @@ TIMID, WILD = 1 / 30, 5
 """Multiples of the usual learning rate that are too low and too high. At 3 times it training still works well, at 10
 times it does not (docs/log.md)."""
 USUAL_RANK = 16
-MUCH_ROOM = 100
-"""Times the bits in the data: an adapter with so much more room has too high a rank."""
+MAX_CAPACITY_RATIO = 100
+"""An adapter whose capacity is more than this many times the bits in the data has too high a rank."""
 
 
 def learning_rate_timid(prepared: Prepared) -> Finding | None:
-    """The run ends and nothing has changed: the rate is one for full fine-tuning, or a typing error."""
+    """The run ends and nothing has changed: the rate suits full fine-tuning, or is a typing error."""
     lr, usual = prepared.schedule.lr, prepared.usual_lr
     if prepared.recipe.lr == "auto" or lr >= usual * TIMID:
         return None
@@ -55,24 +55,24 @@ def alpha_far_from_2r(prepared: Prepared) -> Finding | None:
 
 
 def rank_before_data(prepared: Prepared) -> Finding | None:
-    """r was raised and nothing got better: the data is the limit.
+    """A higher r does not improve the result: the data is the limit.
 
-    An adapter holds about 2 bits a parameter (Allen-Zhu and Li, "Physics of Language Models 3.3", 2024); data has at
-    most log2(labels) bits a row to classify, and about one a supervised token otherwise (Schulman et al., "LoRA Without
-    Regret", 2025).
+    An adapter stores about 2 bits per parameter (Allen-Zhu and Li, "Physics of Language Models 3.3", 2024). Data has at
+    most log2(labels) bits per row to classify, otherwise about one bit per supervised token (Schulman et al., "LoRA
+    Without Regret", 2025).
     """
     if prepared.recipe.r <= USUAL_RANK:
         return None
-    examples, learn = prepared.examples, prepared.tokens.train
-    bits = len(learn) * max(1.0, math.log2(max(len(examples.labels), 2)))
-    bits = bits if prepared.task == "classify" else float(learn.supervised.sum())
-    room = 2 * prepared.plan.trainable
-    if room <= MUCH_ROOM * bits:
+    examples, train = prepared.examples, prepared.tokens.train
+    bits = len(train) * max(1.0, math.log2(max(len(examples.labels), 2)))
+    bits = bits if prepared.task == "classify" else float(train.supervised.sum())
+    capacity = 2 * prepared.plan.trainable
+    if capacity <= MAX_CAPACITY_RATIO * bits:
         return None
     return Finding(
         "rank-before-data",
-        "r is raised where the data is the limit",
-        f"r {prepared.recipe.r} has room for {room / bits:,.0f} times what {len(learn):,} rows can teach",
+        "r is higher than the data can use",
+        f"r {prepared.recipe.r} has room for {capacity / bits:,.0f} times what {len(train):,} rows can teach",
         "--r 8; more rows help, and --lr before --r",
     )
 
