@@ -21,8 +21,8 @@ from hatrack.errors import RecipeError
 class BaseDescription:
     """A base and its small files, read once.
 
-    `source`: the name that the user gave. `folder`: where config.json, safetensors and the
-    tokenizer are. `tensors`: by name, without what wrappers such as torch.compile put into names, which `wrappers`
+    `source`: the name that the user gave. `folder`: has config.json, safetensors and the
+    tokenizer. `tensors`: by name, without what wrappers such as torch.compile put into names, which `wrappers`
     lists. `tokenizer_config`: empty if there is none. `revision`: the exact commit of a base on the hub. `trusted`:
     whether the user allowed the base's own code to run. `to_download`: bytes of weights not yet on this machine.
     """

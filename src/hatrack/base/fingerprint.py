@@ -123,7 +123,7 @@ def _combine(digests: Mapping[str, bytes]) -> str:
 def _tensor_digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
     """Name and digest of dtype, shape and bytes, or samples of them; each file is opened once and read in order."""
     total_bytes = sum(info.bytes for info in tensors.values())
-    share = 1.0 if total_bytes <= READ_WHOLE else BUDGET / total_bytes
+    fraction = 1.0 if total_bytes <= READ_WHOLE else BUDGET / total_bytes
     by_file: dict[Path, list[tuple[int, str]]] = {}
     for name, info in tensors.items():
         by_file.setdefault(info.file, []).append((info.offset, name))
@@ -133,7 +133,7 @@ def _tensor_digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, by
                 for offset, name in sorted(places, key=itemgetter(0)):
                     info = tensors[name]
                     tensors_digest = hashlib.sha256(f"{info.dtype}\0{info.shape}\0".encode())
-                    for start, length in sample_ranges(info.bytes, share):
+                    for start, length in sample_ranges(info.bytes, fraction):
                         file.seek(offset + start)
                         tensors_digest.update(file.read(length))
                     yield name, tensors_digest.digest()
@@ -141,14 +141,14 @@ def _tensor_digests(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, by
             raise ModelError(f"{path} cannot be read", got=error.strerror) from error
 
 
-def sample_ranges(size: int, share: float) -> list[tuple[int, int]]:
-    """(start, length) of samples that cover about `share` of `size` bytes, the first and last bytes included.
+def sample_ranges(size: int, fraction: float) -> list[tuple[int, int]]:
+    """(start, length) of samples that cover about `fraction` of `size` bytes, the first and last bytes included.
 
     >>> sample_ranges(10, 1.0)
     [(0, 10)]
     """
-    count = max(2, round(size * share / SAMPLE))
-    if share >= 1 or count * SAMPLE >= size:
+    count = max(2, round(size * fraction / SAMPLE))
+    if fraction >= 1 or count * SAMPLE >= size:
         return [(0, size)]
     return [((size - SAMPLE) * part // (count - 1), SAMPLE) for part in range(count)]
 

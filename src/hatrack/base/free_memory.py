@@ -73,7 +73,7 @@ def release_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Returns free heap memory to the system, where glibc can."""
+    """Returns free heap memory to the system, if glibc can."""
     found = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
     if found is not None:
         found(0)

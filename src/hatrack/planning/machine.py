@@ -141,7 +141,7 @@ def machine_named(name: str) -> Machine:
         return Machine(key, memory, f"{gib} GiB less the driver's", dtype, accelerator=True, speed=speed)
     if key in LAPTOPS:
         gib, speed_16bit, bandwidth = LAPTOPS[key]
-        reason = f"{LAPTOP_FRACTION:.0%} of {gib} GiB, the least there is of it"
+        reason = f"{LAPTOP_FRACTION:.0%} of {gib} GiB, the smallest it is sold with"
         speed = _data_sheet_speed(speed_16bit, bandwidth)
         return Machine(
             key, int(gib * GIB * LAPTOP_FRACTION), reason, "bfloat16", accelerator=True, speed=speed, can_stream=False

@@ -78,10 +78,10 @@ def forward_counts(model: ModelShape, batch: MicroBatch) -> OpCounts:
 
 def frozen_prefix_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
     """The part of the forward pass below all adapters, which is computed once per row and cached."""
-    share = 0.0 if method.full else model.cached_layers / max(model.dims.layers, 1)
+    fraction = 0.0 if method.full else model.cached_layers / max(model.dims.layers, 1)
     head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * model.dims.vocabulary, 0)
-    counts = (forward_counts(model, batch) - head) * share
-    return counts + OpCounts(0, 3 * model.matmul_weights * share, 0) if method.quantize != "none" else counts
+    counts = (forward_counts(model, batch) - head) * fraction
+    return counts + OpCounts(0, 3 * model.matmul_weights * fraction, 0) if method.quantize != "none" else counts
 
 
 def step_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
@@ -91,22 +91,22 @@ def step_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCount
     inputs; twice as many if the weights are trained. Attention recomputes its scores. DoRA multiplies with the adapted
     weights a second time and computes their norms. A quantized base is unpacked in each pass.
     """
-    dims, share = model.dims, model.backward_layers / max(model.dims.layers, 1)
+    dims, backward_fraction = model.dims, model.backward_layers / max(model.dims.layers, 1)
     forward = forward_counts(model, batch)
     head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * dims.vocabulary, 0)
     layers = forward - head
     attention = OpCounts(6 * batch.longest * dims.query * dims.layers * batch.tokens, 0, 0)
-    counts = forward + head + (layers + attention) * share
+    counts = forward + head + (layers + attention) * backward_fraction
     if method.full:
         counts += OpCounts(2 * model.matmul_weights * batch.tokens, 6 * model.frozen, 0)
     else:
         dora = model.dora_weights
         counts += OpCounts(4 * dora * batch.tokens, 6 * dora, 3 * model.adapted_layers if dora else 0)
     if method.quantize != "none":
-        counts += OpCounts(0, 3 * model.matmul_weights * (1 + share), 0)
+        counts += OpCounts(0, 3 * model.matmul_weights * (1 + backward_fraction), 0)
     if method.checkpointing or method.streamed:
-        counts += layers * share
+        counts += layers * backward_fraction
     below = model.cached_layers / max(model.dims.layers, 1)  # these are not rounded
-    passes = 1 - below + share * (2 if method.checkpointing or method.streamed else 1)
+    passes = 1 - below + backward_fraction * (2 if method.checkpointing or method.streamed else 1)
     base_operations = 2 * model.matmul_weights * batch.tokens * passes + 4 * model.head_weights * batch.supervised
     return counts + OpCounts(0, 0, 0, 0 if method.full else base_operations)
