@@ -314,7 +314,7 @@ def test_a_changed_data_file_is_refused(stopped: tuple[Path, Path], tmp_path: Pa
     data.write_text(data.read_text() + "a very different film,yes\n")
     child = Child(["train", "--resume", "--output", output], tmp_path / "said 2")
     assert child.end() == 2
-    assert "rows changed since the interrupted run" in child.said and child.said.count(f"{data} (") == 2
+    assert "rows and schedule changed since the interrupted run" in child.said and child.said.count(f"{data} (") == 2
     assert _files(tmp_path / "hat.run") == before
 
 

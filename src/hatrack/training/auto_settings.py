@@ -42,16 +42,16 @@ def measure_learning_rate(base: Base, model: Any, prepared: Prepared) -> float:
 
 
 def choose_layers(prepared: Prepared) -> Recipe:
-    """Returns the recipe with the number of top layers that a short comparison finds enough, and says why."""
+    """Returns the recipe with the smallest sufficient number of top layers, found by a short trial; says why."""
     try:
         return prepared.recipe.changed(layers=_compare_depths(prepared))
-    except (ModelError, ValueError) as error:  # no single stack of layers, or its output is not the same each time
+    except (ModelError, ValueError) as error:  # no single stack of layers, or its output is not deterministic
         say(f"layers: all; depths cannot be compared: {error}")
         return prepared.recipe.changed(layers="all")
 
 
 def _compare_depths(prepared: Prepared) -> str:
-    """The value of --layers that the comparison finds."""
+    """Compares depths and returns the chosen value of --layers."""
     count = trial_steps(prepared.schedule.steps)
     if not count:
         say(f"layers: all; a run of {prepared.schedule.steps:,} steps is too short to try several depths first")
@@ -68,7 +68,7 @@ def _compare_depths(prepared: Prepared) -> str:
         tried.append(depth)
         seconds = depth.seconds(prepared.schedule.steps, rows_below)
         say(f"  {depth.name}: {_format_score(depth.score)} after them; about {seconds:,.0f} s for the whole run")
-        if not keeps_enough(depth, tried[0], before.metrics["loss"]):  # a smaller one would keep less
+        if not keeps_enough(depth, tried[0], before.metrics["loss"]):  # smaller depths would keep even less
             break
     chosen = choose_depth(tried, before.metrics["loss"], prepared.schedule.steps, rows_below)
     say(f"layers: {_explain(tried, chosen, before, prepared)}")
@@ -92,13 +92,13 @@ def _make_trial(base: Base, prepared: Prepared, count: int) -> DepthTrial:
 
 
 def _first_steps(base: Base, prepared: Prepared, schedule: Schedule, count: int) -> list[list[Batch]]:
-    """The micro-batches of a schedule's first steps, on the base's device."""
-    learn = prepared.tokens.train
+    """Returns the micro-batches of a schedule's first steps, on the base's device."""
+    train_rows = prepared.tokens.train
     order = LengthBatches(
-        learn.lengths, schedule.micro_batch, prepared.recipe.seed, by_tokens=prepared.task != "classify"
+        train_rows.lengths, schedule.micro_batch, prepared.recipe.seed, by_tokens=prepared.task != "classify"
     )
     found = [
-        collate([learn.row(index) for index in rows], base.tokenizer.pad_token_id, prepared.task)
+        collate([train_rows.row(index) for index in rows], base.tokenizer.pad_token_id, prepared.task)
         for rows in itertools.islice(order, count * schedule.accumulation)
     ]
     moved = [{name: tensor.to(base.device) for name, tensor in batch.items()} for batch in found]
@@ -106,13 +106,13 @@ def _first_steps(base: Base, prepared: Prepared, schedule: Schedule, count: int)
 
 
 def _rows_below(prepared: Prepared) -> int:
-    """How many rows the run passes through the layers below the adapters: each once, or without a cache each time."""
+    """Counts the rows that pass through the layers below the adapters: each once, or without a cache, each time."""
     visits = prepared.schedule.steps * prepared.schedule.batch_size
     return visits if prepared.recipe.cache_limit == 0 else min(len(prepared.tokens.train), visits)
 
 
 def _explain(tried: Sequence[MeasuredDepth], chosen: MeasuredDepth, before: Score, prepared: Prepared) -> str:
-    """Says what was chosen, what it costs and what it saves."""
+    """Explains the choice: what it costs and what it saves."""
     all_layers, metric = tried[0], main_metric(prepared.task)
     gain = before.metrics["loss"] - all_layers.loss
     if chosen is all_layers:

@@ -4,8 +4,8 @@ Saves a user the runs that find the N of `--layers top-N`: where a few layers ar
 as long (docs/log.md: 0.36x on MiniLM with 2 of 6 layers, 0.41x on SmolLM2 with 10 of 30).
 
 Each depth trains for a few small steps on the same rows, from the same start, with the same learning rate schedule
-scaled down, and is scored on the same held-out rows. The layers below the adapters are computed once for each row, as
-in the run itself. Weights and random state are restored. Knows nothing of recipes or files.
+scaled down, and is scored on the same held-out rows. The layers below the adapters are computed once per row, as in
+the run itself. Weights and random state are restored. Knows nothing of recipes or files.
 """
 
 import time
@@ -23,26 +23,26 @@ from hatrack.training.prefix_cache import FrozenPrefix
 from hatrack.training.undone_steps import add_gradients, undo_steps
 
 SHARES = (1 / 2, 1 / 3, 1 / 6)
-"""Shares of all layers that are tried besides all of them."""
+"""Depths to try besides all layers, as shares of all layers."""
 MIN_GAIN_SHARE = 0.95
 """A smaller depth must lower the held-out loss by this share of what all layers lower it by."""
 MIN_GAIN = 0.01
-"""Nats. Where all layers lower the loss by less, the comparison shows nothing."""
+"""In nats. If all layers lower the loss by less, the comparison shows nothing."""
 ROWS_PART, BATCH_PART = 20, 4
-"""A trial sees this part of the rows that the run will see (1/20), in batches of this part of its size (1/4). Smaller
-batches give more steps in the same time, and the first few dozen steps learn too little to tell depths apart."""
+"""A trial uses 1/20 of the rows of the run, in batches of 1/4 of its size. Smaller batches give more steps in the same
+time, and the first few dozen steps learn too little to tell depths apart."""
 MIN_STEPS, MAX_STEPS = 48, 128
-"""Steps of a trial. A run whose trial would have fewer has no comparison."""
+"""Steps of a trial. If a run's trial would have fewer, depths are not compared."""
 TIMED_STEPS = 2
-"""Steps of the run's own size that are timed."""
+"""Number of steps with the run's own batch size that are timed."""
 MAX_SCORED = 256
-"""Held-out rows that are scored."""
+"""Maximum number of held-out rows that are scored."""
 
 
 @dataclass(frozen=True)
 class MeasuredDepth:
     """The measurements of adapters on the last `top` of `layers` layers: the held-out score after the trial, the
-    seconds of a step of the run's size, and the seconds a row of the layers below, which are computed once."""
+    seconds per step with the run's batch size, and the seconds per row of the layers below, computed once per row."""
 
     top: int
     layers: int
@@ -67,8 +67,8 @@ class MeasuredDepth:
 
 @dataclass(frozen=True)
 class DepthTrial:
-    """What every depth is tried on: the micro-batches of the trial's steps (`small`) and of a few steps of the run's
-    own size (`whole`), the peak learning rate, and how a model is scored on held-out rows."""
+    """The settings of a trial, the same for all depths. `small`: the micro-batches of the trial's steps; `whole`: those
+    of a few steps with the run's batch size; `lr`: the peak learning rate; `score`: scores a model on held-out rows."""
 
     small: Sequence[Sequence[Batch]]
     whole: Sequence[Sequence[Batch]]
@@ -78,7 +78,7 @@ class DepthTrial:
 
 
 def trial_steps(steps: int) -> int:
-    """The steps of each trial for a run of `steps` steps; 0 where the run is too short for a comparison."""
+    """Returns the steps of each trial for a run of `steps` steps; 0 if the run is too short for a comparison."""
     found = min(MAX_STEPS, BATCH_PART * steps // ROWS_PART)
     return found if found >= MIN_STEPS else 0
 
@@ -95,8 +95,8 @@ def depths_to_try(layers: int) -> list[int]:
 def try_depths(model: Any, stack: LayerStack, trial: DepthTrial) -> Iterator[MeasuredDepth]:
     """Measures one depth after the other, all layers first.
 
-    `model` has adapters on all layers. A depth with no adapter in its layers is skipped. Raises ValueError where the
-    output of the layers below is not the same each time.
+    `model` has adapters on all layers. A depth without adapters in its layers is skipped. Raises ValueError if the
+    output of the layers below is not deterministic.
     """
     with undo_steps(model):
         add_gradients(model, trial.whole[0], trial.task)  # the first pass is slower, and would count for all layers
@@ -107,14 +107,14 @@ def try_depths(model: Any, stack: LayerStack, trial: DepthTrial) -> Iterator[Mea
 
 
 def keeps_enough(depth: MeasuredDepth, all_layers: MeasuredDepth, before: float) -> bool:
-    """Whether a depth lowers the held-out loss `before` by enough of what all layers lower it by. False for every depth
-    where all layers lower it too little to compare."""
+    """Whether a depth lowers the held-out loss `before` by nearly as much as all layers do. Always False if all layers
+    lower it too little to compare."""
     gain = before - all_layers.loss
     return gain >= MIN_GAIN and before - depth.loss >= MIN_GAIN_SHARE * gain
 
 
 def choose_depth(tried: Sequence[MeasuredDepth], before: float, steps: int, rows: int) -> MeasuredDepth:
-    """The fastest depth that keeps enough, else all layers (the first of `tried`)."""
+    """Returns the fastest depth that keeps enough, else all layers (the first of `tried`)."""
     enough = [depth for depth in tried if keeps_enough(depth, tried[0], before)]
     return min(enough, key=lambda depth: depth.seconds(steps, rows)) if enough else tried[0]
 
@@ -148,7 +148,7 @@ def _measure(
 
 @contextmanager
 def _frozen_below(stack: LayerStack, layers: int) -> Iterator[None]:
-    """While the block runs, adapters in the first `layers` layers are not trained, and so add nothing."""
+    """Freezes the adapters in the first `layers` layers while the block runs. Untrained, they add nothing."""
     frozen = [p for layer in stack.layers[:layers] for p in layer.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -163,7 +163,7 @@ class _MemoryCache(dict[bytes, bytes]):
     """Caches hidden states of rows in memory; a trial has few rows."""
 
     def read(self, key: bytes, into: memoryview) -> bool:
-        """Fills `into` with a row's hidden states; False where they are not cached."""
+        """Fills `into` with a row's hidden states. Returns False if they are not cached."""
         if key in self:
             into[:] = self[key]
         return key in self

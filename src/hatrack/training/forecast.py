@@ -68,8 +68,10 @@ class Forecast:
         }
 
     def __repr__(self) -> str:
-        needed, there = format_size(self.plan.peak_memory_bytes), format_size(self.where.limit)
-        verdict = f"fits: {needed} of {there}" if self.plan.fits else f"does not fit: {needed} needed, {there} there"
+        needed, limit = format_size(self.plan.peak_memory_bytes), format_size(self.where.limit)
+        verdict = (
+            f"fits: {needed} of {limit}" if self.plan.fits else f"does not fit: {needed} needed, {limit} available"
+        )
         time = "" if self.plan.seconds is None else f", {self.plan.seconds:,.0f} s of training"
         return f"Forecast({verdict}{time}{f'; to change: {self.change}' if self.change else ''})"
 
@@ -125,10 +127,10 @@ def _find_description(recipe: Recipe) -> BaseDescription:
     base = describe_local(source, recipe.revision)
     folder = Path(source).expanduser()
     if base is None and folder.is_dir() and not any(_weight_files(folder)) and (folder / "config.json").is_file():
-        say("no weights there: planned from the shapes of config.json")
+        say("the base's folder has no weights: planned from the shapes in config.json")
         return cast(BaseDescription, _import("hatrack.base.shapes").describe_shapes(folder, source))
     if base is None:
-        say("this base has to be converted before anything is known of it")
+        say("this base has to be converted before it can be planned for")
         return cast(BaseDescription, _import("hatrack.base.sources").find_base(source, recipe.revision))
     return base
 
@@ -156,7 +158,7 @@ def _workload(recipe: Recipe, base: BaseDescription) -> Workload:
     except BadRows as error:
         raise add_complaints(error, count) from None
     if not (base.folder / "tokenizer.json").is_file():
-        say("no tokenizer.json there: the rows' lengths are estimated from their letters")
+        say("the base has no tokenizer.json: the rows' lengths are estimated from their characters")
     examples, rows, held_out = count(examples)
     return Workload(examples.task, max(len(examples.labels), 1), rows, held_out)
 

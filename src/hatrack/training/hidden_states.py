@@ -1,11 +1,11 @@
 """Caches hidden states of rows on disk, between epochs and between runs.
 
-Saves a user about a third of each epoch after the first with `--layers top-N`, and of every epoch of later runs on the
-same rows (docs/log.md: MiniLM 36%, SmolLM2 27%), as the layers below the adapters are not computed again.
+With `--layers top-N`, saves about a third of each epoch after the first, and of every epoch of later runs on the same
+rows (docs/log.md: MiniLM 36%, SmolLM2 27%), because the layers below the adapters are not computed again.
 
-The cache has a folder (an entry) for each base, depth and dtype; `about.json` says which. Each process that writes has
-two files there: `NAME.states` holds the rows one after the other, `NAME.index` says where each row begins. An index is
-replaced as a whole, and only after the rows it lists are on disk, so a killed process leaves only rows that are
+The cache has one folder (an entry) per base, depth and dtype, described in its `about.json`. Each process that writes
+has two files there: `NAME.states` holds the rows one after the other, `NAME.index` says where each row begins. An index
+is replaced as a whole, and only after the rows it lists are on disk, so a killed process leaves only rows that are
 complete or not listed. A checksum over a row's tokens and states finds other damage.
 
 Rows are read with system calls, not from mapped memory, where a truncated file or a failing disk would end the process
@@ -45,11 +45,11 @@ from hatrack.storage import (
 FORMAT = 1
 STATES_SUFFIX, INDEX_SUFFIX = ".states", ".index"
 RECORD = np.dtype([("row", "V16"), ("start", "<i8"), ("bytes", "<i8"), ("check", "<u4")])
-"""A row in an index: its key, where its states begin in the file, their size in bytes, and a checksum."""
+"""A row in an index: its key, the offset of its states in the file, their size in bytes, and a checksum."""
 
 
 class _Location(NamedTuple):
-    """Where a row's states are."""
+    """The location of a row's states: file, offset, size in bytes, checksum."""
 
     file: io.FileIO
     start: int
@@ -58,22 +58,22 @@ class _Location(NamedTuple):
 
 
 def root() -> Path:
-    """The folder of all entries."""
+    """Returns the folder of all entries."""
     return cache_dir("states")
 
 
 def list_entries() -> list[CacheEntry]:
-    """Every entry, damaged ones included, the last used first."""
+    """Returns all entries, damaged ones included, the most recently used first."""
     return storage.list_entries(root())
 
 
 def count_rows(entry: CacheEntry) -> int:
-    """How many rows an entry has. A row that two runs cached at the same time counts twice."""
+    """Counts an entry's rows. A row that two runs cached at the same time counts twice."""
     return sum(len(_read_index(index)) for index in entry.folder.glob(f"*{INDEX_SUFFIX}"))
 
 
 def remove_entry(entry: CacheEntry) -> bool:
-    """Removes an entry's files. Returns False where a run is using them."""
+    """Removes an entry's files. Returns False if a run is using them."""
     return remove_unused(entry.folder)
 
 
@@ -83,10 +83,10 @@ def row_key(ids: np.ndarray) -> bytes:
 
 
 def open_hidden_state_cache(made_by: Mapping[str, Any], source: str, limit: int | None) -> "HiddenStateCache | None":
-    """Opens the entry of the states that `made_by` describes; `source` is the base's name, for people.
+    """Opens the entry of the states that `made_by` describes. `source` is the base's name, for `hatrack cache`.
 
-    `limit` is the most bytes that all entries may have together; None allows half of the disk's free space to be added.
-    Returns None where nothing can be cached, and says so once.
+    `limit` is the maximum total size of all entries in bytes; None allows adding half of the disk's free space. Returns
+    None if nothing can be cached, and says so once.
     """
     about = json.loads(json.dumps({"format": FORMAT, **made_by}))
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -104,14 +104,14 @@ def open_hidden_state_cache(made_by: Mapping[str, Any], source: str, limit: int 
 
 
 class HiddenStateCache:
-    """Hidden states of rows by key, of one entry. `len` is the number of rows.
+    """One entry: hidden states of rows by key. `len` is the number of rows.
 
-    No method raises for a disk error: a row that cannot be read counts as missing, and after a failed write no more
-    rows are added, which is said once.
+    No method raises for a disk error: an unreadable row counts as missing, and after a failed write no more rows are
+    added, which is reported once.
     """
 
     def __init__(self, folder: Path, room: int) -> None:
-        """`room` is how many bytes may be added. Raises OSError where the folder cannot be read."""
+        """`room` is the number of bytes that may be added. Raises OSError if the folder cannot be read."""
         self.folder, self.room = folder, room
         self._open = contextlib.ExitStack()
         own = self._open.enter_context(in_use(folder))
@@ -134,7 +134,7 @@ class HiddenStateCache:
         return key in self._locations
 
     def read(self, key: bytes, into: memoryview) -> bool:
-        """Fills `into` with a row's states. Returns False where they are missing, damaged or of another size."""
+        """Fills `into` with a row's states. Returns False if they are missing, damaged or of another size."""
         found = self._locations.get(key)
         if found is None:
             return False
@@ -150,7 +150,7 @@ class HiddenStateCache:
         return True
 
     def add(self, key: bytes, states: memoryview) -> None:
-        """Adds a row's states, unless the row is there already."""
+        """Adds a row's states, unless the row is cached already."""
         if key in self._locations or not self.room:
             return
         if len(states) > self.room:
@@ -173,7 +173,7 @@ class HiddenStateCache:
         self.room -= len(states)
 
     def flush(self) -> None:
-        """Writes the index: later runs find what was added so far, even if this process is killed."""
+        """Writes the index, so that later runs find the rows added so far even if this process is killed."""
         if self._file is None or self._flushed_rows == len(self._added):
             return
         content = io.BytesIO()
@@ -187,7 +187,7 @@ class HiddenStateCache:
         self._flushed_end, self._flushed_rows = self._end, len(self._added)
 
     def close(self) -> None:
-        """Flushes, and closes the files."""
+        """Flushes and closes the files."""
         self.flush()
         self._locations.clear()
         self._open.close()
@@ -201,7 +201,7 @@ class HiddenStateCache:
             states = states[self._file.write(states) :]
 
     def _stop_adding(self, error: Exception) -> None:
-        """Adds nothing from now on, and removes what is not flushed, as a checkpoint may need the disk space."""
+        """Stops adding rows, and removes rows that are not flushed, because a checkpoint may need the disk space."""
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(error)
         why = "the disk is full" if is_full else str(error)
         say_once(
@@ -217,7 +217,7 @@ class HiddenStateCache:
         self._end = self._flushed_end
 
     def _load(self, index: Path) -> None:
-        """Loads an index, without rows that end beyond its file of states."""
+        """Loads an index, except rows that end beyond the end of its states file."""
         try:
             file = self._open.enter_context(index.with_suffix(STATES_SUFFIX).open("rb", buffering=0))
         except OSError:
@@ -228,7 +228,7 @@ class HiddenStateCache:
                 self._locations[bytes(row)] = _Location(file, start, count, checksum)
 
     def _remove_unlisted(self) -> None:
-        """Removes what killed processes wrote and no index lists. Nobody else may have the entry open."""
+        """Removes states that killed processes left without an index. No other process may have the entry open."""
         ends: dict[str, int] = {}
         for found in self._locations.values():
             ends[found.file.name] = max(ends.get(found.file.name, 0), found.start + found.bytes)
@@ -242,7 +242,7 @@ class HiddenStateCache:
 
 
 def _read_index(index: Path) -> np.ndarray:
-    """The records (rows,) of an index; none where it is damaged."""
+    """Reads the records (rows,) of an index; none if it is damaged."""
     try:
         records = np.load(io.BytesIO(index.read_bytes()), allow_pickle=False)
     except (OSError, ValueError, EOFError):

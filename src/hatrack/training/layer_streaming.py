@@ -2,7 +2,7 @@
 
 An ordinary step passes one micro-batch after the other forward and backward through all layers, and so reads a base
 that does not fit in memory twice for each micro-batch. Layer streaming passes all micro-batches of a step through one
-layer before the next layer is read: the base is read twice a step, however many rows the step has. The hidden states
+layer before the next layer is read: the base is read twice per step, for any number of rows. The hidden states
 that enter each layer are stored; the backward pass computes each layer again from them (activation checkpointing: Chen
 et al., "Training Deep Nets with Sublinear Memory Cost", 2016). Random generators are set to the state that the ordinary
 step would have, so losses and gradients are the same, dropout included.
@@ -28,13 +28,13 @@ from hatrack.storage import machine_errors
 from hatrack.training.prefix_cache import FrozenPrefix, memory_of
 
 RandomState = tuple[torch.Tensor, ...]
-"""The state of the CPU's random generator and, where there is one, of the accelerator's."""
+"""The state of the CPU's random generator, and of the accelerator's if there is one."""
 
 
 @dataclass
 class _MicroBatch:
-    """A micro-batch on its way through the layers. `hidden` (B, T, d) is what enters the next layer; in the backward
-    pass, the gradient of what the layer gave."""
+    """A micro-batch on its way through the layers. `hidden` (B, T, d) is the next layer's input; in the backward pass,
+    the gradient of the layer's output."""
 
     batch: Batch
     hidden: torch.Tensor
@@ -75,8 +75,8 @@ class LayerStreaming:
     ) -> torch.Tensor:
         """Adds the gradients of the sum of `loss_of` over the micro-batches `batches`, and returns the sum ().
 
-        `seeds` has one seed for each micro-batch. `loss_of` must run the model once. Raises MachineError where the disk
-        is full.
+        `seeds` has one seed per micro-batch. `loss_of` must run the model once. Raises MachineError if the disk is
+        full.
         """
         last = len(self.stack.layers) - 1
         self.mapped_layers.load(NON_LAYER_WEIGHTS, next_part=self._entry_layer)
@@ -103,8 +103,8 @@ class LayerStreaming:
 
     @torch.no_grad()
     def losses(self, batches: Iterable[Batch]) -> Iterator[Losses]:
-        """What `evaluate.loss.losses` gives for each batch. Batches pass through the layers in groups whose hidden
-        states fill the memory budget of `inputs`."""
+        """Yields the result of `evaluate.loss.losses` for each batch. Batches pass through the layers in groups whose
+        hidden states fill the memory budget of `inputs`."""
         waiting = iter(batches)
         more = True
         while more:
@@ -126,7 +126,7 @@ class LayerStreaming:
         return losses(self.model, batch, self.task)
 
     def _enter(self, batch: Batch, run: Callable[[Batch], Any], seed: int | None) -> _MicroBatch:
-        """A micro-batch as it enters the first layer that it does not skip."""
+        """Makes a micro-batch that is about to enter the first layer that it does not skip."""
         if seed is not None:
             torch.manual_seed(seed)
         if self.prefix:
@@ -139,7 +139,7 @@ class LayerStreaming:
 
     @torch.no_grad()
     def _forward(self, micros: Sequence[_MicroBatch], store_from: int | None) -> None:
-        """Passes all micro-batches through all layers; stores what enters the layers from `store_from` on."""
+        """Passes all micro-batches through all layers. Stores the inputs of the layers from `store_from` on."""
         last = len(self.stack.layers) - 1
         for number in range(min((micro.first_layer for micro in micros), default=0), last + 1):
             self.mapped_layers.load(number, next_part=number + 1 if number < last else NON_LAYER_WEIGHTS)
@@ -155,8 +155,8 @@ class LayerStreaming:
                     micro.hidden = self.prefix.store(micro.batch, micro.hidden)
 
     def _loss(self, micro: _MicroBatch, loss_of: Callable[[Batch], torch.Tensor], needs_gradient: bool) -> torch.Tensor:
-        """The loss of a micro-batch that passed all layers. Its `hidden` becomes the gradient of the last layer's
-        output, where a layer needs one."""
+        """Computes the loss of a micro-batch that passed all layers. If a layer needs a gradient, `hidden` becomes the
+        gradient of the last layer's output."""
         hidden = micro.hidden.requires_grad_(needs_gradient)
 
         def last_output() -> torch.Tensor:
@@ -174,7 +174,7 @@ class LayerStreaming:
     def _backward(
         self, number: int, micro: _MicroBatch, entered: tuple[torch.Tensor, RandomState], needs_gradient: bool
     ) -> None:
-        """Computes a layer again from what `entered` it, and its gradients from that of its output."""
+        """Recomputes a layer from its stored input (`entered`), then its gradients from its output's gradient."""
         hidden, random = entered
         hidden.requires_grad_(needs_gradient)
         self._set_random_state(random)
@@ -208,7 +208,7 @@ class LayerInputs:
         self._device = torch.device("cpu")
 
     def store(self, key: tuple[int, int], hidden: torch.Tensor, random: RandomState) -> None:
-        """Raises MachineError where the disk is full."""
+        """Stores one layer input. Raises MachineError if the disk is full."""
         if hidden.nbytes <= self._free:
             self._free -= hidden.nbytes
         else:
@@ -218,7 +218,7 @@ class LayerInputs:
         self._stored[key] = (hidden, random)
 
     def take(self, key: tuple[int, int]) -> tuple[torch.Tensor, RandomState]:
-        """Returns hidden states and random state, and removes them."""
+        """Returns the hidden states and random state of `key`, and removes them."""
         hidden, random = self._stored.pop(key)
         if key not in self._offsets:
             self._free += hidden.nbytes
@@ -229,7 +229,7 @@ class LayerInputs:
         return read.to(self._device), random
 
     def close(self) -> None:
-        """Removes everything stored, and the file. More can be stored afterwards."""
+        """Removes everything stored, and the file. More inputs can be stored afterwards."""
         if self._file is not None:
             self._file.close()
         self._file, self._free = None, self.budget
@@ -237,7 +237,7 @@ class LayerInputs:
         self._offsets.clear()
 
     def _write(self, hidden: torch.Tensor) -> int:
-        """Writes hidden states to the end of the file, and returns where they begin."""
+        """Appends hidden states to the file and returns their offset."""
         with machine_errors(self.folder):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115

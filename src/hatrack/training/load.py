@@ -13,7 +13,7 @@ from hatrack.recipe import Task
 def load_run_base(prepared: Prepared) -> Base:
     """Loads the base for the task and labels of the examples. Says on which device, in which dtype, and why.
 
-    Raises ModelError where the files cannot be loaded, MachineError where memory runs out.
+    Raises ModelError if the files cannot be loaded, MachineError if memory runs out.
     """
     recipe, examples, streamed = prepared.recipe, prepared.examples, prepared.plan.method.streamed
     device, why_device = choose_device(recipe.device)

@@ -15,16 +15,16 @@ from hatrack.training.undone_steps import add_gradients, undo_steps
 
 STEPS = 20
 LOWEST, HIGHEST = 1 / 30, 100
-"""Where the test begins and ends, as multiples of the usual rate."""
+"""The first and the last rate of the test, as multiples of the usual rate."""
 TOO_HIGH = 1.3
-"""The test ends where the loss is this many times the lowest so far: the rate is too high."""
+"""The test ends once the loss is this many times the lowest loss so far: the rate is too high."""
 SAFETY = 4
-"""The chosen rate is this many times below the one that led to the lowest loss, as training is longer than the test."""
+"""The rate with the lowest loss is divided by this, because training is longer than the test."""
 
 
 def find_learning_rate(model: Any, batches: Sequence[dict[str, torch.Tensor]], task: str, usual: float) -> float:
-    """Measures the peak learning rate for the trainable parameters of `model`, to two digits; `usual` where the test is
-    inconclusive.
+    """Measures the peak learning rate for the trainable parameters of `model`, to two digits. Returns `usual` if the
+    test is inconclusive.
 
     `batches` are the micro-batches of one step. Weights, random state and mode are restored.
     """
@@ -42,7 +42,7 @@ def find_learning_rate(model: Any, batches: Sequence[dict[str, torch.Tensor]], t
 
 
 def choose_rate(tried: Sequence[tuple[float, float]], usual: float) -> float:
-    """The rate `SAFETY` times below the one that led to the lowest loss; `usual` where no rate lowered the loss.
+    """Returns the rate that led to the lowest loss, divided by `SAFETY`; `usual` if no rate lowered the loss.
 
     `tried` has each rate with the loss before the step at that rate.
     """
@@ -63,7 +63,7 @@ def _try_rates(
             rate = usual * LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
             loss = add_gradients(model, batches, task)
             tried.append((rate, loss))
-            if not loss <= TOO_HIGH * min(earlier for _, earlier in tried) + 0.05:  # also where it is nan
+            if not loss <= TOO_HIGH * min(earlier for _, earlier in tried) + 0.05:  # also if it is nan
                 break
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for group in optimizer.param_groups:

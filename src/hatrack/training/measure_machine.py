@@ -1,7 +1,7 @@
-"""Measures this machine for plans: its matmuls, what else a step costs, and its disk.
+"""Benchmarks this machine for plans: matmuls, other operations of a step, and the disk.
 
 A small decoder and a small encoder take real training steps with hatrack's own layers and kernels, so the measurements
-follow when these get faster. Takes some seconds; knows nothing of any base or data.
+follow when these get faster. Takes a few seconds. Knows nothing of any base or data.
 """
 
 import functools
@@ -34,11 +34,12 @@ from hatrack.recipe import Recipe
 from hatrack.storage import cache_dir
 
 MIN_SECONDS = 0.4
-"""How long each thing is timed at least."""
+"""Minimum time that each operation is timed for."""
 DISK_BYTES = 2**27
 """Bytes that are read to measure the disk."""
 SIZES = ((1, 16), (4, 64), (8, 128))
-"""Rows and tokens of the timed steps. The first takes its time to call operations, the last to compute matmuls."""
+"""Rows and tokens of the timed steps. In the first, calling operations takes most of the time; in the last, matmuls
+do."""
 
 
 def measure() -> Probe:
@@ -51,7 +52,9 @@ def measure() -> Probe:
     operation = {name: _seconds_per_operation(dtype) for name, dtype in dtypes.items()}
     fast = "bfloat16" if cpu.has_fast_bfloat16() else "float32"
     steps = _timed_steps(dtypes[fast])
-    operation[fast] = min(operation[fast], _seconds_per_operation(dtypes[fast]))  # again: others may use the machine
+    operation[fast] = min(
+        operation[fast], _seconds_per_operation(dtypes[fast])
+    )  # measured again, because other processes may use the machine
     element, call = _fit_other_costs(steps, operation[fast])
     rounded = {name: _seconds_per_operation(torch.float32, name) for name in int8.BITS} if int8.is_available() else {}
     prices = {name: MachineSpeed(operation[name], element, call, disk, start, "probe", rounded) for name in dtypes}
@@ -70,7 +73,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _seconds_per_operation(dtype: torch.dtype, rounding: str | None = None) -> float:
-    """Seconds of an operation in the matmuls of a medium layer; `rounding` as in `kernels/frozen_linear.py`."""
+    """Seconds per operation in the matmuls of a medium layer; `rounding` as in `kernels/frozen_linear.py`."""
     x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (2048, 768), (768, 2048)))
     return _seconds(lambda: matmul(matmul(x, W, None, rounding), V, None, rounding)) / (2 * 2 * 512 * 768 * 2048)
 
@@ -89,8 +92,8 @@ def _timed_steps(dtype: torch.dtype) -> list[tuple[OpCounts, float]]:
 
 
 def _fit_other_costs(steps: list[tuple[OpCounts, float]], operation: float) -> tuple[float, float]:
-    """Seconds for each element that is read or written and for each call: fitted by least squares to the time of the
-    steps without their matmuls."""
+    """Seconds per element that is read or written and per call: fitted by least squares to the steps' time without
+    matmuls."""
     parts = [[counts.elements / seconds, counts.calls / seconds] for counts, seconds in steps]  # relative errors
     rest = [1 - counts.operations * operation / seconds for counts, seconds in steps]
     return fit_not_negative(np.array(parts), np.array(rest))
@@ -153,7 +156,7 @@ def _batch(rows: int, tokens: int, task: str) -> dict[str, torch.Tensor]:
 
 
 def _disk_speed() -> float:
-    """Bytes a second at which a file in hatrack's cache is read from disk, not from the system's cache."""
+    """Bytes per second at which a file in hatrack's cache is read from disk, not from the page cache."""
     with tempfile.NamedTemporaryFile(dir=cache_dir("probe")) as file:
         for _ in range(DISK_BYTES // 2**20):
             file.write(os.urandom(2**20))

@@ -1,4 +1,4 @@
-"""The step that `hatrack check` tries: is the loss a number, does a gradient reach the adapter."""
+"""Tries one step for `hatrack check`: is the loss finite, does a gradient reach the adapter."""
 
 import tempfile
 from pathlib import Path
@@ -18,21 +18,21 @@ ROWS = 4
 
 
 def one_step(prepared: Prepared) -> list[Finding]:
-    """Loads the base and places the adapter as `train` does, and computes the gradients of a few rows. Measures the
-    learning rate where the recipe says `--lr auto`. Saves nothing.
+    """Loads the base and adds the adapter as `train` does, and computes the gradients of a few rows. With `--lr auto`,
+    measures the learning rate. Saves nothing.
 
-    Raises HatrackError where the base cannot be loaded.
+    Raises HatrackError if the base cannot be loaded.
     """
     adapted = load_adapted_model(prepared)
-    learn = prepared.tokens.train
-    chosen = next(iter(LengthBatches(learn.lengths, min(ROWS, len(learn)), prepared.recipe.seed)))
-    batch = collate([learn.row(index) for index in chosen], adapted.base.tokenizer.pad_token_id, prepared.task)
+    train_rows = prepared.tokens.train
+    chosen = next(iter(LengthBatches(train_rows.lengths, min(ROWS, len(train_rows)), prepared.recipe.seed)))
+    batch = collate([train_rows.row(index) for index in chosen], adapted.base.tokenizer.pad_token_id, prepared.task)
     loss = _add_gradients(adapted, prepared, {name: tensor.to(adapted.base.device) for name, tensor in batch.items()})
     trained = [parameter for parameter in adapted.model.parameters() if parameter.requires_grad]
     found = [parameter.grad for parameter in trained if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
     adapted.model.zero_grad()
-    rows = [int(learn.row_numbers[index]) for index in chosen]
+    rows = [int(train_rows.row_numbers[index]) for index in chosen]
     step = Step(1, loss, norm, rows, str(prepared.recipe.data))
     settings = LearningSettings(prepared.schedule.lr, prepared.usual_lr, prepared.dtype, prepared.recipe.r)
     findings = [loss_not_a_number(step, settings), no_gradient(step)]
@@ -42,7 +42,7 @@ def one_step(prepared: Prepared) -> list[Finding]:
 
 
 def _add_gradients(adapted: AdaptedModel, prepared: Prepared, batch: Batch) -> float:
-    """Adds the gradients of a batch's mean loss, which it returns, by the way that training takes."""
+    """Adds the gradients of a batch's mean loss, computed as in training. Returns the loss."""
     model, seed = adapted.model.train(), prepared.recipe.seed
     with tempfile.TemporaryDirectory() as folder:
         streaming, prefix = open_layer_runners(adapted, prepared, None, Path(folder))

@@ -1,11 +1,11 @@
-"""Computes the layers below the first adapter once for each row, and reads their output back afterwards.
+"""Computes the layers below the first adapter once per row, then reads their cached output.
 
-With adapters in the top layers only, nothing below them changes while training, and no gradient goes there. What the
-last layer below gives for the real tokens of a row depends on the base and the row alone. It is cached on disk
+With adapters in the top layers only, the layers below them do not change during training and get no gradient. Their
+output for the real tokens of a row depends on the base and the row alone. It is cached on disk
 (`hidden_states.py`), for later epochs and for later runs with any rank, learning rate, seed or order of rows.
 Embeddings, masks and position tables are made by the model's own code each time, as they cost next to nothing.
 
-The layers below run without dropout, with a cache or without, as the cache would repeat one dropout mask for ever.
+The layers below always run without dropout: a cache would repeat one dropout mask in every epoch.
 
 Knows nothing of recipes, data files or how adapters are placed.
 """
@@ -28,19 +28,19 @@ class RowCache(Protocol):
     """Hidden states of rows by key: on disk (`hidden_states.HiddenStateCache`) or in memory."""
 
     def read(self, key: bytes, into: memoryview) -> bool:
-        """Fills `into` with a row's hidden states; False where they are not cached."""
+        """Fills `into` with a row's hidden states. Returns False if they are not cached."""
 
     def add(self, key: bytes, states: memoryview) -> None:
         """Caches a row's hidden states."""
 
     def flush(self) -> None:
-        """Makes what was added available to later runs."""
+        """Makes the added rows available to later runs."""
 
 
 class FrozenPrefix:
     """The first `depth` layers of `model`, none of which is trained. Their output for each row is cached in `states`.
 
-    Raises ValueError where their output is not a function of the row alone: something below them is trained, or they
+    Raises ValueError if their output is not a function of the row alone: they, or modules before them, are trained, or
     draw random numbers even in evaluation mode.
     """
 
@@ -54,13 +54,13 @@ class FrozenPrefix:
         is_trained = any(p.requires_grad for layer in stack.layers[:depth] for p in layer.parameters())
         once, again = self._probe(), self._probe()
         if is_trained or once.requires_grad or not torch.equal(once, again):
-            raise ValueError("what is below the adapters is not the same each time")
+            raise ValueError("the output of the layers below the adapters is not the same each time")
         self.width, self.dtype = once.shape[-1], once.dtype
 
     @contextmanager
     def use_cached(self, batch: Batch) -> Iterator[None]:
-        """While the block runs the model on `batch`, the cached output stands in for these layers. Rows that are not
-        cached are computed first."""
+        """Replaces these layers by their cached output while the block runs the model on `batch`. Computes rows that
+        are not cached first."""
         self.set_eval()
         hidden, missing = self._read(batch)
         if missing:
@@ -72,19 +72,19 @@ class FrozenPrefix:
             yield
 
     def losses(self, batches: Iterable[Batch]) -> Iterator[Losses]:
-        """What `evaluate.loss.losses` gives for each batch."""
+        """Yields the result of `evaluate.loss.losses` for each batch."""
         for batch in batches:
             with self.use_cached(batch):
                 found = losses(self.model, batch, self.task)
             yield found
 
     def set_eval(self) -> None:
-        """Puts these layers, and what comes before them, into evaluation mode; to be called after `model.train()`."""
+        """Puts these layers and the modules before them into evaluation mode. Call it after `model.train()`."""
         for module in self._modules:
             module.training = False
 
     def read(self, batch: Batch) -> torch.Tensor | None:
-        """The cached output of these layers for a batch (B, T, d); None unless all of its rows are cached."""
+        """Returns the cached output of these layers for a batch (B, T, d), or None unless all its rows are cached."""
         hidden, missing = self._read(batch)
         return None if missing else hidden.to(self.device)
 
@@ -100,7 +100,7 @@ class FrozenPrefix:
         return hidden
 
     def flush(self) -> None:
-        """Makes what was cached so far available to later runs."""
+        """Makes the rows cached so far available to later runs."""
         if self.states is not None:
             self.states.flush()
 
@@ -112,7 +112,7 @@ class FrozenPrefix:
         return hidden
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor, list[int]]:
-        """The cached output for a batch (B, T, d), on the CPU, zero elsewhere; and the rows that are not cached."""
+        """Reads the cached output for a batch (B, T, d), on the CPU, zero elsewhere; and lists the missing rows."""
         hidden = torch.zeros(*batch["input_ids"].shape, self.width, dtype=self.dtype)
         return hidden, [
             row
@@ -121,7 +121,7 @@ class FrozenPrefix:
         ]
 
     def _probe(self) -> torch.Tensor:
-        """What enters the first layer for a few tokens, in training mode."""
+        """Returns the first layer's input for a few tokens, in training mode."""
         ids = torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
         was_training = self.model.training
         self.model.train()
@@ -134,7 +134,7 @@ class FrozenPrefix:
             self.model.train(was_training)
 
     def _modules_before_layers(self) -> list[nn.Module]:
-        """The modules that have run before the first layer is called: embeddings, their norm, their dropout."""
+        """Finds the modules that run before the first layer: embeddings, their norm, their dropout."""
         layers = {module for layer in self.stack.layers for module in layer.modules()}
         called: list[nn.Module] = []
         others = [module for module in self.model.modules() if module not in layers]
@@ -148,7 +148,7 @@ class FrozenPrefix:
 
 
 def _keys(batch: Batch) -> Iterator[tuple[bytes, int]]:
-    """The key and the length of each row."""
+    """Yields the key and the length of each row."""
     for ids, length in zip(batch["input_ids"].cpu().numpy(), batch["attention_mask"].sum(1).tolist(), strict=True):
         yield row_key(ids[:length]), length
 

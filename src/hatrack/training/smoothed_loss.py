@@ -1,4 +1,4 @@
-"""Smooths the training loss that is shown, as if every step had rows of the usual length.
+"""Smooths the shown training loss, corrected for the length of each step's rows.
 
 A batch has rows of similar length, and the loss of short rows may be several times that of long ones. So a plain mean
 over the last steps shows their lengths rather than what was learned. Knows nothing of models.
@@ -11,21 +11,21 @@ import numpy as np
 from hatrack.data.render import TokenRows
 
 STEPS = 20
-"""How far back the mean reaches: the weight of a step falls to 1 / e in so many steps."""
+"""The weight of a step falls to 1 / e after this many steps."""
 SLOPE_PENALTY = 1.0
-"""Pulls the slope towards 0, which a few steps, or steps of similar length, cannot tell. In squared logarithms."""
+"""Pulls the slope towards 0, as few steps, or steps of similar length, do not determine it. In squared logarithms."""
 
 
 class SmoothedLoss:
     """The smoothed loss is `value`: `a` of the line  loss = a + c (log(length) - usual)  through the last steps.
 
     The line is fitted by least squares, with more weight on recent steps and c pulled towards 0. `usual` is the mean of
-    log(length) over the supervised tokens of `rows`. Where all lengths are equal, `value` is the weighted mean.
+    log(length) over the supervised tokens of `rows`. If all lengths are equal, `value` is the weighted mean.
     """
 
     def __init__(self, rows: TokenRows) -> None:
-        learned = np.ones(len(rows)) if not rows.supervised.any() else rows.sizes[:, 1]
-        self.usual = float(np.average(np.log(np.maximum(rows.lengths, 1)), weights=learned))
+        weights = np.ones(len(rows)) if not rows.supervised.any() else rows.sizes[:, 1]
+        self.usual = float(np.average(np.log(np.maximum(rows.lengths, 1)), weights=weights))
         self.sums = np.zeros(5)
         self.value: float | None = None
 

@@ -30,9 +30,9 @@ StepWatch = Callable[[int, float, float, Callable[[], list[int]]], None]
 """Called before each optimizer step with its number (from 1), loss, gradient norm, and a function that returns the
 numbers of its rows. May raise: then the step is not taken."""
 BEST = "goodness"
-"""The metric that decides which epoch's adapter is kept; higher is better."""
+"""The metric that selects the best epoch's adapter; higher is better."""
 FIRST_ROWS = 32
-"""Held-out rows whose loss stands for that of all, while these are not scored yet."""
+"""Number of held-out rows that estimate the loss of all, until all are scored."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class TrainerArguments(TrainingArguments):  # type: ignore[misc]
 class TrainerRows:
     """The training rows and the held-out rows of a task (classify, chat or complete), as tokens.
 
-    `pad_id` is the token that fills short rows up.
+    `pad_id` is the padding token.
     """
 
     train: TokenRows
@@ -71,10 +71,10 @@ class TrainerRows:
 class HatTrainer(HookedTrainer):
     """Trains the adapter of `model` and scores it on held-out rows.
 
-    `watch` is called before each optimizer step. `on_start_score` is called with the score of the adapter that training
-    began with, which is measured at the first evaluation: that adapter is copied, so that the first step need not wait
-    for its score. `streaming` computes steps and scores where the base is larger than memory; `prefix` computes
-    the layers below all adapters, or reads their cached outputs. Further keywords go to `Trainer`.
+    `watch` is called before each optimizer step. `on_start_score` is called with the score of the initial adapter. A
+    copy of the initial adapter is scored at the first evaluation, so that the first step need not wait for it.
+    `streaming` computes steps and scores where the base is larger than memory; `prefix` computes the layers below all
+    adapters, or reads their cached outputs. Further keywords go to `Trainer`.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class HatTrainer(HookedTrainer):
         return LengthBatches(self.rows.train.lengths, size, self.args.seed, by_tokens=by_tokens)
 
     def rows_of_step(self, number: int) -> list[int]:
-        """The numbers of the rows that optimizer step `number` (from 1) learns from, on all processes together."""
+        """The numbers of the rows of optimizer step `number` (from 1), on all processes together."""
         batches = self._batches()
         per_step = self.args.gradient_accumulation_steps * self.args.world_size
         epoch, index = divmod(number - 1, -(-len(batches) // per_step))
@@ -182,7 +182,7 @@ class HatTrainer(HookedTrainer):
         return metrics
 
     def score_at_start(self) -> Score:
-        """The held-out score of the adapter and head that training began with, measured once."""
+        """The held-out score of the initial adapter and head, measured once."""
         if self._start_score is None:
             self._start_score = self._score_start_adapter()
             self._start_adapter = []
@@ -190,12 +190,12 @@ class HatTrainer(HookedTrainer):
         return self._start_score
 
     def loss_at_start(self) -> float:
-        """The held-out loss that training began with; of the first rows only, until all of them are scored."""
+        """The held-out loss of the initial adapter; on the first rows only, until all are scored."""
         return (self._start_score or self._score_start_adapter(FIRST_ROWS)).metrics["loss"]
 
     @contextmanager
     def restarting_on(self, error: type[Exception]) -> Iterator[None]:
-        """Puts the adapter and head that training began with back where the block raises `error`, before any score."""
+        """Restores the initial adapter and head if the block raises `error`, before any score."""
         try:
             yield
         except error:
@@ -220,13 +220,13 @@ class HatTrainer(HookedTrainer):
             parameter.copy_(value)
 
     def score_best(self) -> Score:
-        """Loads the best epoch's adapter and returns its score, which is measured again if this process has not."""
+        """Loads the best epoch's adapter and returns its score; measures it if this process has not yet."""
         self.load_best()
         best = self.state.best_global_step
         return self.scores[best] if best in self.scores else self.score_held_out()
 
     def score_held_out(self, rows: int | None = None) -> Score:
-        """Scores the model as it is now on the held-out rows, or on the first `rows` of them. Logs nothing."""
+        """Scores the current model on the held-out rows, or on the first `rows` of them. Logs nothing."""
         lower = self.streaming or self.prefix
         return score(
             self.model,
@@ -245,7 +245,7 @@ class HatTrainer(HookedTrainer):
         return Path(self.args.output_dir)
 
     def write_checkpoint(self) -> None:
-        """Saves all that a resumed run needs: adapter, optimizer, schedule, random state, step and best epoch.
+        """Saves everything a resumed run needs: adapter, optimizer, schedule, random state, step and best epoch.
 
         The order of the data is a function of the seed and the step, and needs no file.
         """
@@ -259,7 +259,7 @@ class HatTrainer(HookedTrainer):
         checkpoint.prune(self._run, self.state.best_global_step)
 
     def before_step(self, norm: float) -> None:
-        """Called between the gradients of a step and the step itself: the last moment to stop a bad one."""
+        """Called after a step's gradients and before the optimizer step: the last moment to stop a bad step."""
         loss, self.step_loss = float(self.step_loss), 0.0
         number = self.state.global_step + 1
         self.watch(number, loss, norm, lambda: self.rows_of_step(number))
@@ -270,11 +270,11 @@ class HatTrainer(HookedTrainer):
 
 
 def _seed(*path: int) -> int:
-    """A seed for torch, another one for each combination of numbers."""
+    """Derives a seed for torch from a combination of numbers."""
     return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0])
 
 
 def _goodness(score: Score, task: str) -> float:
-    """Accuracy for classifiers, then the lower loss where it is equal; for generators minus the loss."""
+    """For classifiers, accuracy (ties: lower loss); otherwise minus the loss."""
     loss = score.metrics["loss"]
     return score.metrics["accuracy"] + 1e-6 / (1 + loss) if task == "classify" else -loss

@@ -1,4 +1,4 @@
-"""Training steps that are undone: for measurements before a run. Knows nothing of recipes or files."""
+"""Takes training steps and undoes them, for measurements before a run."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from hatrack.training.prefix_cache import FrozenPrefix
 
 @contextmanager
 def undo_steps(model: Any) -> Iterator[list[torch.nn.Parameter]]:
-    """Yields the trainable parameters of `model`, in training mode. Restores them, the random state and the mode when
-    the block ends, and removes gradients."""
+    """Puts `model` in training mode and yields its trainable parameters. When the block ends, restores parameters,
+    random state and mode, and removes gradients."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before, was_training = [parameter.detach().clone() for parameter in parameters], model.training
     accelerators = [parameters[0].device] if parameters[0].device.type in ("cuda", "xpu") else []
