@@ -163,7 +163,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers hatrack's layers with every `LoraConfig` there will be, and counts what they do."""
     if os.environ.get("PEFT_SUITE_STOCK") or "PEFT_SUITE_COUNTS" not in os.environ:
         return
-    made, judge = LoraConfig.__post_init__, FastLinear._parts
+    made, judge = LoraConfig.__post_init__, FastLinear._plain_parts
 
     def post_init(config: LoraConfig) -> None:
         made(config)
@@ -177,7 +177,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return answer
 
     setattr(LoraConfig, "__post_init__", post_init)  # noqa: B010
-    setattr(FastLinear, "_parts", parts)  # noqa: B010
+    setattr(FastLinear, "_plain_parts", parts)  # noqa: B010
 
 
 class _All(Counter[str]):
