@@ -19,7 +19,7 @@ from hatrack.adapter import config
 from hatrack.adapter.card import AdapterCard
 from hatrack.adapter.files import save_adapter
 from hatrack.adapter.place import place
-from hatrack.base.fingerprint import lineage
+from hatrack.base.fingerprint import base_record
 from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.errors import AdapterError, HatrackError, WrongBase
@@ -39,7 +39,7 @@ def _make(folder: Path, base: Path, task: str = "chat") -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    hat = AdapterCard(name=folder.name, base=lineage(files), task=task, labels=labels)
+    hat = AdapterCard(name=folder.name, base=base_record(files), task=task, labels=labels)
     save_adapter(model, folder, hat, base=str(base))
     return folder
 

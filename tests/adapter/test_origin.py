@@ -13,7 +13,7 @@ from hatrack.adapter.card import AdapterCard, model_card
 from hatrack.adapter.files import read_adapter
 from hatrack.adapter.origin import card_of, find_base_of
 from hatrack.base.description import describe_folder
-from hatrack.base.fingerprint import lineage
+from hatrack.base.fingerprint import base_record
 from hatrack.check.folder import check_adapter
 from hatrack.errors import AdapterError, HatrackError, ModelError, OptionStyle
 from tests.adapter.test_like_peft import QV, _adapter, _base
@@ -177,7 +177,7 @@ def test_what_a_base_is_called_elsewhere(tiny_decoder: Path, tmp_path: Path) -> 
         (describe_folder(cached, wheel), wheel, None),
         (describe_folder(tiny_decoder), str(tiny_decoder.resolve()), None),
     ):
-        made_on = lineage(files)
+        made_on = base_record(files)
         assert (made_on["source"], made_on["revision"]) == (source, revision)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hatrack.base.description import BaseDescription, describe_folder
-from hatrack.base.fingerprint import DIGITS, SAMPLE, check_base, fingerprint, lineage, sample_ranges
+from hatrack.base.fingerprint import DIGITS, SAMPLE, base_record, check_base, fingerprint, sample_ranges
 from hatrack.errors import WrongBase
 
 from . import tiny
@@ -131,11 +131,11 @@ def test_a_base_says_where_it_came_from(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "cache/bases/Some-Model.Q4_1-0123456789abcdef"
     tiny.save(folder, "Llama", "causal")
-    made_on = lineage(describe_folder(folder, "some.gguf"), "4bit")
+    made_on = base_record(describe_folder(folder, "some.gguf"), "4bit")
     assert made_on["form"] == "converted from Some-Model.Q4_1, held in 4bit" and made_on["model_type"] == "llama"
     tiny.save(tmp_path / "plain", "Llama", "causal")
     plain = describe_folder(tmp_path / "plain")
-    assert lineage(plain)["form"] is None and lineage(plain)["fingerprint"] == made_on["fingerprint"]
+    assert base_record(plain)["form"] is None and base_record(plain)["fingerprint"] == made_on["fingerprint"]
     check_base("hat", made_on, plain)
 
 
@@ -143,7 +143,7 @@ def test_another_base_is_refused_with_both_names(tmp_path: Path, capsys: pytest.
     for seed in (1, 2):
         tiny.save(tmp_path / f"base-{seed}", "Llama", "causal", seed=seed)
     one, other = (describe_folder(tmp_path / f"base-{seed}") for seed in (1, 2))
-    made_on = lineage(one)
+    made_on = base_record(one)
     with pytest.raises(WrongBase) as caught:
         check_base("my-hat", made_on, other)
     assert caught.value.what == f"my-hat was trained on other weights: {one.source}, {fingerprint(one)}"
@@ -184,7 +184,7 @@ def test_an_adapter_made_elsewhere_is_held_to_its_bases_name(
 def test_a_fingerprint_of_another_version_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That it differs says nothing of the weights: the name decides, and what cannot be known is said."""
     files = describe_folder(tiny.save(tmp_path / "base", "Llama", "causal"))
-    older = lineage(files) | {"fingerprint": "0" * DIGITS}
+    older = base_record(files) | {"fingerprint": "0" * DIGITS}
     del older["fingerprint_kind"]
     check_base("old-hat", older, files)
     said = capsys.readouterr().err.replace("\n", " ")
@@ -192,4 +192,4 @@ def test_a_fingerprint_of_another_version_is_not_compared(tmp_path: Path, capsys
     with pytest.raises(WrongBase, match="old-hat names another base"):
         check_base("old-hat", older | {"source": "some/other"}, files)
     with pytest.raises(WrongBase, match="was trained on other weights"):
-        check_base("hat", lineage(files) | {"fingerprint": "0" * DIGITS}, files)
+        check_base("hat", base_record(files) | {"fingerprint": "0" * DIGITS}, files)

@@ -34,7 +34,7 @@ def _adapter(folder: Path, weights: bytes = b"w") -> None:
 
 def _finish(recipe: Recipe, weights: bytes = b"w") -> Run:
     with open_run(recipe) as (run, _):
-        _adapter(run.adapter, weights)
+        _adapter(run.adapter_folder, weights)
         run.finish()
     return run
 
@@ -107,7 +107,7 @@ def test_what_the_user_typed_is_refused_where_it_is_taken(typed: dict[str, str])
 def test_overwrite_replaces_the_adapter_when_the_new_one_is_finished() -> None:
     _finish(_recipe(), b"old")
     with open_run(_recipe(overwrite=True)) as (run, _):
-        _adapter(run.adapter, b"new")
+        _adapter(run.adapter_folder, b"new")
         assert Path("reviews/adapter_model.safetensors").read_bytes() == b"old"
         run.finish()
     assert Path("reviews/adapter_model.safetensors").read_bytes() == b"new"

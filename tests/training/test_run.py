@@ -16,9 +16,9 @@ def _recipe(output: Path, **options: object) -> Recipe:
 
 
 def _saved(run: Run, weights: bytes) -> None:
-    run.adapter.mkdir()
-    (run.adapter / "adapter_config.json").write_text("{}")
-    (run.adapter / "adapter_model.safetensors").write_bytes(weights)
+    run.adapter_folder.mkdir()
+    (run.adapter_folder / "adapter_config.json").write_text("{}")
+    (run.adapter_folder / "adapter_model.safetensors").write_bytes(weights)
 
 
 def _checkpoint(run: Run, step: int) -> None:
@@ -74,7 +74,7 @@ def test_an_interrupted_run_says_what_is_left(tmp_path: Path, steps: list[int], 
 def test_a_resumed_run_keeps_its_name(tmp_path: Path) -> None:
     with pytest.raises(Interrupted), open_run(_recipe(tmp_path / "hat", r=4)) as (run, recipe):
         _checkpoint(run, 4)
-        run.save_facts(recipe, {"rows": "x"})
+        run.save_values(recipe, {"rows": "x"})
         raise KeyboardInterrupt
     (tmp_path / "hat.run/checkpoint-4/trainer_state.json").write_text('{"best_global_step": null}')
     with (
@@ -82,7 +82,7 @@ def test_a_resumed_run_keeps_its_name(tmp_path: Path) -> None:
         open_run(Recipe.make(output=str(tmp_path / "hat"), resume=True)) as (run, recipe),
     ):
         assert (run.name, recipe.r, run.resumed) == ("reviews", 4, True)
-        run.save_facts(recipe, {"rows": "y"})
+        run.save_values(recipe, {"rows": "y"})
     assert json.loads((tmp_path / "hat.run/run.json").read_text())["facts"] == {"rows": "x"}
 
 

@@ -52,7 +52,7 @@ def tensors_digest(tensors: Mapping[str, TensorInfo]) -> str:
     return _combine(dict(_tensor_digests(tensors)))
 
 
-def lineage(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
+def base_record(base: BaseDescription, quantize: str = "none") -> dict[str, Any]:
     """What hatrack.json records about a base: where it came from, its fingerprint, and its form in training.
 
     The fingerprint is that of the weights on disk. `form` says if the base was converted from a GGUF or pickled file,
@@ -83,7 +83,7 @@ def check_base(
 ) -> None:
     """Raises WrongBase if an adapter was not trained on `base`; reports once if that is unknown.
 
-    `made_on`: what `lineage` returned when the adapter was made, or `source` and `revision` alone for an adapter made
+    `made_on`: the `base_record` of when the adapter was made, or `source` and `revision` alone for an adapter made
     elsewhere; a fingerprint of another version is ignored. `allow_other`: only report another base.
     `base_fingerprint`: the base's fingerprint, computed if None.
     """

@@ -22,8 +22,8 @@ class Prepared:
     `base` describes the frozen base (from its small files); `dtype` is the dtype its weights will be loaded in.
     `examples` are the rows as read, `tokens` the same rows as token ids. With `--lr auto`, `schedule.lr` is the usual
     learning rate until it is measured. `cached_fraction`: the share of rows for which an earlier run cached the outputs
-    of the layers below the adapters. `lineage`: what hatrack.json will say about the base; empty in `hatrack check`,
-    because it requires reading the weights.
+    of the layers below the adapters. `base_record`: what hatrack.json will say about the base; empty in
+    `hatrack check`, because it requires reading the weights.
     """
 
     recipe: Recipe
@@ -35,7 +35,7 @@ class Prepared:
     plan: Plan
     schedule: Schedule
     cached_fraction: float = 0.0
-    lineage: Mapping[str, Any] = field(default_factory=dict)
+    base_record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def task(self) -> str:

@@ -27,6 +27,11 @@ class Tokens:
     max_length: int
     stops: Stops = field(default_factory=Stops)
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids of the tokens that end an answer."""
+        return self.stops.tokens
+
 
 def tokenize(
     recipe: Recipe, examples: Examples, tokenizer: Any, config: Any, *, template: str | None = None

@@ -17,12 +17,12 @@ def adapter_card(run: Run, prepared: Prepared, trained: Trained, cost: dict[str,
     examples, tokens = prepared.examples, prepared.tokens
     return AdapterCard(
         name=run.name,
-        base=dict(prepared.lineage),
+        base=dict(prepared.base_record),
         task=examples.task,
         labels=examples.labels,
         multi_label=examples.multi_label,
         template=tokens.template,
-        end_tokens=list(tokens.stops.tokens),
+        end_tokens=list(tokens.end_tokens),
         stop_strings=list(tokens.stops.strings),
         max_length=tokens.max_length,
         recipe=prepared.recipe.explicit_options(),
@@ -50,12 +50,12 @@ def extra_adapter_files(run: Run, prepared: Prepared, base: Base) -> dict[str, b
 
 def _generation_config(prepared: Prepared, base: Base) -> str:
     """For plain transformers and vLLM: the base's own settings, with the end tokens of the adapter's answers."""
-    stops, settings = prepared.tokens.stops, base.model.generation_config.to_diff_dict()
+    tokens, settings = prepared.tokens, base.model.generation_config.to_diff_dict()
     settings.pop("_from_model_config", None)  # with it, transformers would replace these settings by the config's
-    settings["eos_token_id"] = all_end_tokens(base, stops.tokens)
+    settings["eos_token_id"] = all_end_tokens(base, tokens.end_tokens)
     settings["pad_token_id"] = base.tokenizer.pad_token_id
-    if stops.strings:
-        settings["stop_strings"] = list(stops.strings)
+    if tokens.stops.strings:
+        settings["stop_strings"] = list(tokens.stops.strings)
     return json.dumps(settings, indent=2) + "\n"
 
 

@@ -62,7 +62,7 @@ def train_adapter(
     the run.
     """
     while True:
-        _save_facts(run, prepared, schedule)
+        _save_values(run, prepared, schedule)
         try:
             return _train_once(run, prepared, schedule, adapted, runners)
         except TooMuchMemory as excess:
@@ -76,15 +76,15 @@ def train_adapter(
         release_memory()
 
 
-def _save_facts(run: Run, prepared: Prepared, schedule: Schedule) -> None:
+def _save_values(run: Run, prepared: Prepared, schedule: Schedule) -> None:
     """Records the run's data, base and schedule; a resumed run must have the same."""
-    facts = {
+    values = {
         "rows": prepared.examples.digest,
-        "base": prepared.lineage["fingerprint"],
+        "base": prepared.base_record["fingerprint"],
         "template": prepared.tokens.template,
         "schedule": asdict(schedule),
     }
-    run.save_facts(prepared.recipe, facts)
+    run.save_values(prepared.recipe, values)
 
 
 def _train_once(
@@ -153,7 +153,7 @@ def _sample_answers(prepared: Prepared, adapted: AdaptedModel, metrics: MetricsF
     from disk once per generated token."""
     if prepared.task == "classify" or adapted.base.streamed:
         return []
-    ends = all_end_tokens(adapted.base, prepared.tokens.stops.tokens)
+    ends = all_end_tokens(adapted.base, prepared.tokens.end_tokens)
     return [SampleAnswers(prepared.tokens.held_out, adapted.base, ends, metrics)]
 
 

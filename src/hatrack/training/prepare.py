@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from hatrack.base.description import BaseDescription
-from hatrack.base.fingerprint import lineage
+from hatrack.base.fingerprint import base_record
 from hatrack.base.free_memory import resident_bytes, trim_heap
 from hatrack.base.load import choose_device, choose_dtype, dtype_name, free_memory
 from hatrack.base.quantized_cache import cache_key, is_cached
@@ -41,7 +41,7 @@ class RunInputs:
     """
 
     base: BaseDescription
-    lineage: dict[str, Any]
+    base_record: dict[str, Any]
     tokenizer: Any
     examples: Examples
     tokens: Tokens
@@ -61,11 +61,11 @@ def read_inputs(recipe: Recipe, template: str | None = None) -> RunInputs:
     check_compute(recipe.compute, device.type)
     check_rounding(recipe.compute, device.type)
     dtype = dtype_name(choose_dtype(recipe.dtype, device)[0])
-    return RunInputs(base, lineage(base, recipe.quantize), tokenizer, examples, tokens, device, dtype)
+    return RunInputs(base, base_record(base, recipe.quantize), tokenizer, examples, tokens, device, dtype)
 
 
 @contextmanager
-def open_cache(recipe: Recipe, inputs: RunInputs) -> Iterator[HiddenStateCache | None]:
+def hidden_state_cache(recipe: Recipe, inputs: RunInputs) -> Iterator[HiddenStateCache | None]:
     """Opens the cache of the hidden states after the layers below the adapters. Yields None if it is not used.
 
     Its key covers everything that these hidden states depend on, except a row's tokens.
@@ -74,7 +74,7 @@ def open_cache(recipe: Recipe, inputs: RunInputs) -> Iterator[HiddenStateCache |
     cache = None
     if layers_below > 0 and recipe.cache_limit != 0:
         key = {
-            "fingerprint": inputs.lineage["fingerprint"],
+            "fingerprint": inputs.base_record["fingerprint"],
             "config": hashlib.sha256(json.dumps(inputs.base.config, sort_keys=True).encode()).hexdigest()[:16],
             "task": "classify" if inputs.examples.task == "classify" else "generate",
             "pad": inputs.tokenizer.pad_token_id,
@@ -84,7 +84,7 @@ def open_cache(recipe: Recipe, inputs: RunInputs) -> Iterator[HiddenStateCache |
             "device": inputs.device.type,
             "transformers": transformers.__version__,
         }
-        cache = open_hidden_state_cache(key, inputs.lineage["source"], recipe.cache_limit)
+        cache = open_hidden_state_cache(key, inputs.base_record["source"], recipe.cache_limit)
     if cache is None:
         yield None
         return
@@ -134,7 +134,7 @@ def prepare(
         plan=plan,
         schedule=schedule,
         cached_fraction=cached_fraction,
-        lineage=inputs.lineage,
+        base_record=inputs.base_record,
     )
 
 

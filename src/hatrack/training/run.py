@@ -1,4 +1,4 @@
-"""A run on disk: its folders, lock, saved facts (for --resume) and final move to the rack.
+"""A run on disk: its folders, lock, saved values (for --resume) and final move to the rack.
 
 The finished adapter goes to `OUTPUT`; until then everything is in `OUTPUT.run`, so OUTPUT is never incomplete. One
 process at a time may use them. Knows nothing of models or data.
@@ -52,7 +52,7 @@ class Run:
         return self.folder / METRICS
 
     @property
-    def adapter(self) -> Path:
+    def adapter_folder(self) -> Path:
         """The adapter's folder until its proof has passed."""
         return self.folder / ADAPTER
 
@@ -62,31 +62,31 @@ class Run:
             (checkpoint.folder_of_step(self.folder, step) for step in checkpoint.saved_steps(self.folder)), None
         )
 
-    def save_facts(self, recipe: Recipe, facts: dict[str, Any]) -> None:
-        """Writes the recipe and `facts` (digests of data and base, schedule) to run.json.
+    def save_values(self, recipe: Recipe, values: dict[str, Any]) -> None:
+        """Writes the recipe and `values` (digests of data and base, schedule) to run.json.
 
-        Raises RecipeError if the run is resumed and the facts differ from the interrupted run's.
+        Raises RecipeError if the run is resumed and the values differ from the interrupted run's.
         """
         path = self.folder / RUN
         stored = json.loads(path.read_text()) if self.resumed else {"recipe": {}, "facts": {}}
-        options, before, facts = recipe.explicit_options(), stored["facts"], json.loads(json.dumps(facts))
-        changed = sorted(name for name in before if facts.get(name) != before[name])
+        options, before, values = recipe.explicit_options(), stored["facts"], json.loads(json.dumps(values))
+        changed = sorted(name for name in before if values.get(name) != before[name])
         if changed:
             raise RecipeError(
                 f"{' and '.join(changed)} changed since the interrupted run in {self.folder} was started",
                 got="; ".join(
-                    f"{_describe_fact(name, options, facts)}, then {_describe_fact(name, stored['recipe'], before)}"
+                    f"{_describe_value(name, options, values)}, then {_describe_value(name, stored['recipe'], before)}"
                     for name in changed
                 ),
                 fix="give it what it was started with, or start a new run without --resume",
             )
-        content = {"recipe": options | {"resume": False, "name": self.name}, "facts": facts}
+        content = {"recipe": options | {"resume": False, "name": self.name}, "facts": values}
         write_file(path, json.dumps(content, indent=2))
 
-    def saved_fact(self, fact: str) -> Any:
-        """Returns a fact that the interrupted run saved. None if it saved no such fact, or if no run is resumed."""
+    def resumed_value(self, name: str) -> Any:
+        """Returns a value that the interrupted run saved. None if it saved no such value, or if no run is resumed."""
         path = self.folder / RUN
-        return json.loads(path.read_text())["facts"].get(fact) if self.resumed and path.exists() else None
+        return json.loads(path.read_text())["facts"].get(name) if self.resumed and path.exists() else None
 
     def interrupted(self) -> Interrupted:
         """Makes the error for a run that the user stopped: what is saved, and how to resume."""
@@ -119,8 +119,8 @@ class Run:
                 move(self.output, self.folder / REPLACED)
         if not self.output.exists():
             with machine_errors(self.output):
-                move(self.adapter, self.output)
-        elif not filecmp.cmp(self.adapter / WEIGHTS, self.output / WEIGHTS, shallow=False):
+                move(self.adapter_folder, self.output)
+        elif not filecmp.cmp(self.adapter_folder / WEIGHTS, self.output / WEIGHTS, shallow=False):
             raise RecipeError("the output exists already", got=self.output, fix="move it away, and --resume")
         try:
             registry.register(self.name, self.output, replace=self.overwrite)
@@ -138,10 +138,10 @@ class Run:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _describe_fact(fact: str, options: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Formats a fact after the value of its option: `bases/small (0f3a...)`."""
-    source = options.get({"rows": "data"}.get(fact, fact))
-    return f"{source} ({short_repr(facts.get(fact))})" if source else short_repr(facts.get(fact))
+def _describe_value(name: str, options: dict[str, Any], values: dict[str, Any]) -> str:
+    """Formats a saved value after its option: `bases/small (0f3a...)`."""
+    source = options.get({"rows": "data"}.get(name, name))
+    return f"{source} ({short_repr(values.get(name))})" if source else short_repr(values.get(name))
 
 
 @contextlib.contextmanager
@@ -191,7 +191,7 @@ def _begin(recipe: Recipe, claimed: contextlib.ExitStack) -> Run:
         say(f"{first_reason.what} ({first_reason.got}): this run makes {output.name}")
     _remove_leftovers(output.run_folder)
     run = Run(output.folder, output.run_folder, output.name, overwrite=recipe.overwrite)
-    run.save_facts(recipe, {})  # from here on --resume finds it
+    run.save_values(recipe, {})  # from here on --resume finds it
     return run
 
 
