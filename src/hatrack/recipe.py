@@ -158,7 +158,8 @@ class Recipe(BaseModel):
     messages: str | None = option(None, "Column with whole conversations.", group="Data", metavar="COLUMN")
     max_length: int | None = option(
         None,
-        "Longest row in tokens; longer rows are cut. Default: the base's limit, at most 512 to classify, else 2,048.",
+        "Longest row in tokens; longer rows are cut. Default: the base's limit, but at most 512 (classify) or "
+        "2,048 (chat, complete).",
         group="Data",
         metavar="N",
         ge=4,
@@ -195,7 +196,8 @@ class Recipe(BaseModel):
     )
     layers: Annotated[str, AfterValidator(_check_layers)] = option(
         "all",
-        "Layers that get an adapter: all, top-N (the last N), or auto (a short trial picks the smallest sufficient N).",
+        "Layers that get an adapter: all, top-N (the last N), or auto (a short trial picks the smallest N that scores "
+        "about as well as all layers).",
         group="Adapter",
         metavar="all|auto|top-N",
         fix="use all or top-4",

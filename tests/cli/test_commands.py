@@ -181,3 +181,10 @@ def test_help_needs_no_arguments_and_names_every_command(hatrack: Run) -> None:
     assert hatrack("--version").out == "hatrack 0.1.0\n"
     for command in ("demo", "train", "predict", "chat", "compare", "list", "show", "add", "rename", "remove"):
         assert f" {command} " in shown.out
+
+
+def test_help_of_compare_speaks_of_scoring(hatrack: Run) -> None:
+    shown = " ".join(hatrack("compare", "--help").out.replace("│", "").split())
+    assert (
+        "as the (first) adapter was trained" in shown and "Default: refuse" not in shown and "to train on" not in shown
+    )

@@ -1,4 +1,4 @@
-"""`hatrack cache`: shows and clears what runs have cached on disk."""
+"""`hatrack cache`: shows or clears what hatrack has cached on disk."""
 
 import json
 from datetime import UTC, datetime
@@ -21,9 +21,9 @@ def cache(
     action: Annotated[str | None, typer.Argument(metavar="[clear]", help="clear: delete all listed entries.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what runs have cached on disk, or clear it.
+    """Show, or clear, what hatrack has cached on disk.
 
-    Lists hidden states below the adapted layers (train --layers top-N) and quantized bases (train --quantize).
+    Lists hidden states below the adapted layers (train --layers top-N) and quantized bases (--quantize).
     Tokenized rows and downloads are cached too, but neither listed nor cleared.
     """
     from hatrack.base import quantized_cache

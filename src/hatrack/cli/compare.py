@@ -31,6 +31,10 @@ Data = Annotated[
     ),
 ]
 
+BAD_ROWS_HELP = (
+    "If some rows cannot be scored: refuse to start, or skip those rows. Default: as the (first) adapter was trained."
+)
+
 
 @with_adapter_options
 def compare(
@@ -40,9 +44,9 @@ def compare(
     text: Annotated[str | None, recipe_option("text")] = None,
     label: Annotated[str | None, recipe_option("label")] = None,
     prompt: Annotated[str | None, recipe_option("prompt")] = None,
-    completion: Annotated[str | None, recipe_option("completion")] = None,
+    completion: Annotated[str | None, recipe_option("completion", "Column with the answer.")] = None,
     messages: Annotated[str | None, recipe_option("messages")] = None,
-    bad_rows: Annotated[str | None, recipe_option("bad_rows")] = None,
+    bad_rows: Annotated[str | None, recipe_option("bad_rows", BAD_ROWS_HELP)] = None,
     load_hat: LoadHat,
     as_json: Json = False,
 ) -> None:

@@ -81,16 +81,19 @@ def is_data(path: Path) -> bool:
     return path.is_file() or any(suffix.lower() in DATA_SUFFIXES for suffix in path.suffixes)
 
 
-def recipe_option(name: str) -> Any:
-    """Makes the `typer.Option` of one recipe option: its flag, allowed values, help and default."""
+def recipe_option(name: str, help: str | None = None) -> Any:
+    """Makes the `typer.Option` of one recipe option: its flag, allowed values, help and default.
+
+    `help` replaces the recipe's help and default, for a command in which they differ.
+    """
     field = Recipe.model_fields[name]
     panel = option_detail(field, "group")
     if field.annotation is bool:
         return typer.Option(flag(name), help=field.description, rich_help_panel=panel)
-    text = f"{field.description} Default: {field.default}." if field.default is not None else field.description
+    default = f" Default: {field.default}." if field.default is not None else ""
     return typer.Option(
         flag(name),
-        help=escape(str(text)),
+        help=escape(help or f"{field.description}{default}"),
         metavar="|".join(choices(field)) or option_detail(field, "metavar"),
         rich_help_panel=panel,
         autocompletion=lambda incomplete: [word for word in choices(field) if word.startswith(incomplete)],

@@ -25,7 +25,7 @@ def list_rack(as_json: Json = False) -> None:
     """List the adapters on the rack.
 
     The rack is your list of adapters by name: hatrack train and hatrack add put adapters on it. It is stored in
-    $HATRACK_HOME, by default ~/.hatrack, or your system's data folder if ~/.hatrack does not exist.
+    $HATRACK_HOME. Without that: in ~/.hatrack if it exists, else in your system's data folder.
     """
     from hatrack.adapter.registry import list_adapters
 

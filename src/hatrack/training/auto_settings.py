@@ -42,7 +42,7 @@ def measure_learning_rate(base: Base, model: Any, prepared: Prepared) -> float:
 
 
 def choose_layers(prepared: Prepared) -> Recipe:
-    """Returns the recipe with the smallest sufficient number of top layers, found by a short trial; says why."""
+    """Returns the recipe with the fewest top layers that score about as well as all in a short trial; says why."""
     try:
         return prepared.recipe.changed(layers=_compare_depths(prepared))
     except (ModelError, ValueError) as error:  # no single stack of layers, or its output is not deterministic
