@@ -136,6 +136,19 @@ def test_a_pooler_that_is_not_in_the_checkpoint_is_said(tmp_path: Path, capsys: 
     assert "some/base has no pooler; a fresh one is used and not trained" in capsys.readouterr().err
 
 
+def test_a_pooler_of_another_size_is_replaced_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.save(tmp_path, "Bert", "classify", num_labels=3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"bert.pooler.dense.{name}": torch.ones(shape) for name, shape in (("weight", (8, 16)), ("bias", (8,)))}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    base = load_tiny(folder)
+    said = capsys.readouterr().err
+    assert said == "some/base has a pooler of another size; a fresh one is used and not trained (seed 0)\n"
+    assert base.model.bert.pooler.dense.weight.shape == (16, 16)
+    assert torch.equal(head(base)["classifier.weight"], tensors["classifier.weight"])
+
+
 def test_transformers_speaks_again_afterwards(tmp_path: Path) -> None:
     transformers.logging.set_verbosity_warning()  # a run in this process may have quietened it
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
@@ -303,8 +316,16 @@ def test_a_device_that_is_not_there_is_refused(asked: str, monkeypatch: pytest.M
 def test_a_number_beyond_the_last_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cuda=2)
     assert choose_device("cuda:1")[0] == torch.device("cuda:1")
-    with pytest.raises(RecipeError, match="--device cuda:2 is not in this machine; got cuda, cpu; fix: "):
-        choose_device("cuda:2")
+    for asked in ("cuda:2", "cuda:", "cuda:x"):
+        with pytest.raises(RecipeError, match=f"--device {asked} is not in this machine; got cuda, cpu; fix: "):
+            choose_device(asked)
+
+
+@pytest.mark.parametrize("asked", ["cpu:0", "mps:0"])
+def test_a_number_for_a_device_without_numbers_is_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, mps=True)
+    with pytest.raises(RecipeError, match=f"--device {asked} is not in this machine; got mps, cpu; fix: "):
+        choose_device(asked)
 
 
 @pytest.mark.parametrize(("fast", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -75,8 +75,8 @@ class BaseOptions:
 class Base:
     """A frozen model, ready to run: no parameter requires a gradient, dropout is off.
 
-    `device` and `dtype`: those of its matmuls, and of its floating-point weights unless these are quantized or
-    `streamed`.
+    `device` and `dtype`: where and in what dtype its matmuls are computed. Its floating-point weights are there too,
+    and in this dtype, unless they are quantized or `streamed`.
     """
 
     description: BaseDescription
@@ -103,9 +103,10 @@ def choose_device(asked: str) -> tuple[torch.device, str]:
     available = _available_devices()
     if asked == "auto":
         return torch.device(available[0]), "the fastest there is" if available[0] != "cpu" else "no accelerator found"
-    kind, _, number = asked.partition(":")
-    counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
-    if kind not in available or (number and int(number) >= counts[kind]()):
+    kind, colon, number = asked.partition(":")
+    counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}  # only these may have a number
+    has_number = kind in counts and number.isdecimal() and int(number) < counts[kind]()
+    if kind not in available or (colon and not has_number):
         raise missing_device_error(asked, available)
     return torch.device(asked), "as asked"
 
@@ -148,7 +149,7 @@ def load_base(description: BaseDescription, options: BaseOptions) -> Base:
     tokenizer = load_tokenizer(description)
     if streamed and (device.type == "mps" or quantize != "none"):
         raise RecipeError(
-            "a base larger than memory is streamed in its own dtype, and not on mps",
+            "a base larger than memory is streamed, which works neither quantized nor on mps",
             got=f"--device {device}, --quantize {quantize}",
             fix="use --device cpu and --quantize none, or give it more --memory",
         )
@@ -228,7 +229,7 @@ def _read_model_config(base: BaseDescription, extra: Mapping[str, Any] = Mapping
 
 
 def _drop_quantization_config(base: BaseDescription, config: Any) -> Any:
-    """Removes, and reports, a quantization that config.json still names for full weights, as after a merge."""
+    """Removes and reports a quantization entry left in config.json although the weights are not quantized."""
     quantization = quantization_in_config(config.to_dict())
     if quantization:
         dtype = base.stored_dtype
@@ -247,11 +248,13 @@ def has_tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bool:
     return any(any(folder.glob(pattern)) for pattern in VOCABULARIES) or named.startswith(BYTE_TOKENIZERS)
 
 
-def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
+def load_tokenizer(base: BaseDescription, embedding_count: int | None = None) -> Any:
     """Loads a base's tokenizer, and sets a padding token if it has none, as with many causal bases.
 
-    `rows`: the number of embeddings, by default the config's. Raises ModelError if the tokenizer is missing,
-    damaged, or needs code that may not run, or if there is no token to pad with.
+    `embedding_count`: the model's number of token embeddings, by default the config's `vocab_size`.
+
+    Raises ModelError if the tokenizer is missing, damaged, or needs code that may not run, or if there is no token to
+    pad with.
     """
     check_code(base)
     if not has_tokenizer(base.folder, base.tokenizer_config):
@@ -268,17 +271,17 @@ def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
             got=_first_line(error),
             fix="copy or download the base again",
         ) from error
-    rows = rows or base.config.get("vocab_size")
-    embeddings = rows if isinstance(rows, int) else math.inf
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embeddings:
+    embedding_count = embedding_count or base.config.get("vocab_size")
+    id_limit = embedding_count if isinstance(embedding_count, int) else math.inf
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= id_limit:
         say_once(
-            f"{base.source}: its padding token {tokenizer.pad_token} is outside its {rows:,} embeddings; "
+            f"{base.source}: its padding token {tokenizer.pad_token} is outside its {embedding_count:,} embeddings; "
             "another token is used for padding, which changes no answer"
         )
         tokenizer.pad_token = None
     if tokenizer.pad_token_id is None:
         candidates = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
-        padding = next((t for t in candidates if t and tokenizer.convert_tokens_to_ids(t) < embeddings), None)
+        padding = next((t for t in candidates if t and tokenizer.convert_tokens_to_ids(t) < id_limit), None)
         if padding is None:
             raise ModelError(
                 f"{base.source} has no token to pad with", fix="set pad_token in its tokenizer_config.json"
@@ -288,16 +291,17 @@ def load_tokenizer(base: BaseDescription, rows: int | None = None) -> Any:
 
 
 def _load_quantized(loading: _Loading, quantize: str) -> tuple[Any, dict[str, Any]]:
-    """As `_load_model`, but quantized: from the cache on disk if possible, where the weights are written first."""
+    """Like `_load_model`, but quantized: loads the weights from the cache on disk, where they are written if missing.
+    If they cannot be cached, quantizes them while loading."""
     base, arguments = loading.base, loading.arguments
     settings = _bitsandbytes_settings(quantize, arguments["dtype"], base.config, loading.task)
-    from_full = loading.with_arguments(quantization_config=settings)
-    folder = _quantized_folder(from_full, quantize)
+    quantize_while_loading = loading.with_arguments(quantization_config=settings)
+    folder = _quantized_folder(quantize_while_loading, quantize)
     if folder is None:
-        return _load_model(from_full)
+        return _load_model(quantize_while_loading)
     arguments["config"].quantization_config = settings.to_dict()  # tells transformers that the weights are quantized
-    with folder_to_load(folder, base.folder) as merged:
-        model, info = _load_model(replace(loading, base=replace(base, folder=merged, wrappers=())))
+    with folder_to_load(folder, base.folder) as combined_folder:
+        model, info = _load_model(replace(loading, base=replace(base, folder=combined_folder, wrappers=())))
     model.name_or_path = model.config.name_or_path = str(base.folder)
     return model, info
 
@@ -324,8 +328,8 @@ def _quantized_folder(loading: _Loading, quantize: str) -> Path | None:
 
 
 def _quantized_weights(loading: _Loading) -> dict[str, torch.Tensor]:
-    """Name -> weight of the quantized base: with its own head if it has one, but without newly initialized weights, so
-    that the weights do not depend on the task's labels. Raises ModelError as `load_base` does."""
+    """Name -> weight of the quantized base, its own head included if it has one. Newly initialized weights are left
+    out, so that the result does not depend on the task's labels. Raises ModelError as `load_base` does."""
     loading = replace(loading.with_arguments(config=_read_model_config(loading.base)), seed=0)
     model, info = _load_model(loading)
     _check_complete(loading, model, info)
@@ -335,7 +339,7 @@ def _quantized_weights(loading: _Loading) -> dict[str, torch.Tensor]:
 
 
 def _bitsandbytes_settings(quantize: str, dtype: torch.dtype, config: Mapping[str, Any], task: Task) -> Any:
-    """The settings for bitsandbytes, which does not quantize heads that are trained."""
+    """bitsandbytes' settings; a classifier's trained heads and its pooler are excluded from quantization."""
     check_bitsandbytes(quantize)
     skipped = quantized_cache.skipped_modules(config, task)
     if quantize == "8bit":
@@ -353,7 +357,7 @@ def _load_model(loading: _Loading) -> tuple[Any, dict[str, Any]]:
     base, device = loading.base, loading.device
     kind = AutoModelForSequenceClassification if loading.task == "classify" else AutoModelForCausalLM
     accelerators = [device] if device.type in ("cuda", "xpu") else []
-    # _check_complete refuses sizes that do not match, with a plainer message than transformers'
+    # tensors of another shape: _check_complete refuses them in plain words, except a classifier's head and pooler
     options: dict[str, Any] = {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     options |= {"trust_remote_code": base.trusted, "key_mapping": _key_mapping(base)}
     try:
@@ -387,10 +391,13 @@ def _key_mapping(base: BaseDescription) -> dict[str, str] | None:
 
 
 def _report_fresh_weights(loading: _Loading, info: Mapping[str, Any]) -> None:
-    if info["mismatched_keys"]:
+    """Reports a head or pooler of another shape in the base's files, and a missing pooler."""
+    mismatched = [str(name) for name, *_ in info["mismatched_keys"]]
+    if any(".pooler." not in name for name in mismatched):
         say(f"the base's own head has another number of labels; a fresh one takes its place (seed {loading.seed})")
     if any(".pooler." in name for name in _fresh_tensors(info)):
-        say(f"{loading.base.source} has no pooler; a fresh one is used and not trained (seed {loading.seed})")
+        found = "a pooler of another size" if any(".pooler." in name for name in mismatched) else "no pooler"
+        say(f"{loading.base.source} has {found}; a fresh one is used and not trained (seed {loading.seed})")
 
 
 def _check_complete(loading: _Loading, model: Any, info: Mapping[str, Any]) -> None:
@@ -416,12 +423,15 @@ def _check_complete(loading: _Loading, model: Any, info: Mapping[str, Any]) -> N
 
 
 def _check_no_prefix(base: BaseDescription, missing: Sequence[str], unexpected: Iterable[str]) -> None:
-    """Raises ModelError if the `missing` tensors are among the `unexpected` ones, under names with a prefix."""
-    names = {name.removesuffix(f".{missing[0]}"): name for name in unexpected if name.endswith(f".{missing[0]}")}
-    for prefix, other in names.items():
+    """Raises ModelError if a wrapper's prefix is why tensors are missing: the first of the `missing` names is among the
+    `unexpected` ones with a prefix."""
+    wanted = missing[0]
+    prefixed = next((name for name in unexpected if name.endswith(f".{wanted}")), None)
+    if prefixed is not None:
+        prefix = prefixed.removesuffix(f".{wanted}")
         raise ModelError(
             f"the tensors of {base.source} have other names than its config.json asks for",
-            got=f"{other} for {missing[0]}",
+            got=f"{prefixed} for {wanted}",
             fix=f"remove '{prefix}.' from the names in its files, or save the model itself, without its wrapper",
             gotcha="base-refused",
         )
