@@ -54,7 +54,7 @@ def test_outputs_and_gradients_are_those_of_a_copy(
 def test_a_gradient_is_added_to_the_one_given() -> None:
     g, W, given = _random(5, 100), _random(100, 32, dtype=torch.bfloat16), _random(5, 32)
     kept = given.clone()
-    assert matmul_backward(g, W, kept) is kept
+    assert matmul_backward(g, W, add_to=kept) is kept
     _near(kept, given + g @ W.float())
 
 
@@ -86,7 +86,7 @@ def test_rows_without_a_gradient_are_left_out(kept: torch.dtype, given: bool, mo
         plain(g, *others, **how)
 
     monkeypatch.setattr(frozen_linear, "_multiply", noted_part)
-    found = matmul_backward(g, W, g_x if given else None)
+    found = matmul_backward(g, W, add_to=g_x if given else None)
     assert set(multiplied) == {10}
     _near(found, wanted)
 

@@ -9,7 +9,7 @@ import torch
 
 from hatrack.kernels import low_rank, native
 from hatrack.kernels.dropout import NO_DROPOUT, Mask, dropout_positions
-from hatrack.kernels.low_rank import down, outer, prepare_factor, up
+from hatrack.kernels.low_rank import add_up_projection_, down, outer, prepare_factor
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 
@@ -19,7 +19,7 @@ def kept(n: int, d: int, mask: Mask, dtype: torch.dtype) -> torch.Tensor:
     if mask == NO_DROPOUT:
         return torch.ones(n, d, dtype=dtype)
     y = torch.zeros(n, d, dtype=dtype)
-    up(y, torch.ones(n, 8), torch.full((8, d), 0.125, dtype=dtype), 1.0, mask)
+    add_up_projection_(y, torch.ones(n, 8), torch.full((8, d), 0.125, dtype=dtype), 1.0, mask)
     return y
 
 
@@ -38,7 +38,7 @@ def test_products_are_the_plain_ones(n: int, d: int, r: int, dtype: torch.dtype,
         y + 0.5 * (h.double() @ A.double()) * D,
         h.double().t() @ (x * D),
     )
-    up(y, h, A, 0.5, mask)
+    add_up_projection_(y, h, A, 0.5, mask)
     found = down(x, A, 0.5, mask), y, outer(x, h, 1.0, mask)
     for ours, plain in zip(found, expected, strict=True):
         assert ours.shape == plain.shape

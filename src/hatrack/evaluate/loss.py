@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding
+from hatrack.kernels.frozen_linear import FrozenLinear, active_int_format
 from hatrack.kernels.loss import next_token_losses
 from hatrack.upstream.torch import has_hooks
 
@@ -34,8 +34,8 @@ def losses(model: Any, batch: Batch, task: str) -> Losses:
         logits = model(**inputs).logits
         return _classify(logits, labels), torch.arange(len(labels), device=labels.device), logits
     supervised = labels[:, 1:] != -100  # (B, T - 1): the hidden state at t predicts the token at t + 1
-    hidden, W, b, rounding = _run_to_head(model, inputs)
-    values = next_token_losses(hidden[:, :-1][supervised], W, b, labels[:, 1:][supervised], rounding)
+    hidden, W, b, int_format = _run_to_head(model, inputs)
+    values = next_token_losses(hidden[:, :-1][supervised], W, b, labels[:, 1:][supervised], int_format)
     return values, supervised.nonzero()[:, 0], None
 
 
@@ -83,7 +83,7 @@ def _run_to_head(
     head = inner.get_output_embeddings()
     if not _is_plain_linear(head) or not _returns_head_output(inner, head):
         return model(**inputs).logits, None, None, None
-    return _run_headless(model, inner, inputs)[0], head.weight, head.bias, active_rounding(head)
+    return _run_headless(model, inner, inputs)[0], head.weight, head.bias, active_int_format(head)
 
 
 def _run_headless(model: Any, inner: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:

@@ -31,99 +31,101 @@ MIN_ROUNDED_ROWS = 64
 class FrozenLinear(nn.Linear):
     """A frozen linear layer, computed in the dtype of its input.
 
-    If its parameters require gradients, or under autocast, it computes as nn.Linear. `rounding`: a key of `int8.BITS`,
-    or None.
+    If its parameters require gradients, or under autocast, it computes as nn.Linear. `int_format`: what its matmuls
+    are rounded to in training, a key of `int8.BITS`; None for exact matmuls.
     """
 
-    rounding: str | None = None
+    int_format: str | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         trained = any(parameter.requires_grad for parameter in self.parameters(recurse=False))
         if trained or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        return linear(x, self.weight, self.bias, active_rounding(self))
+        return linear(x, self.weight, self.bias, active_int_format(self))
 
 
-def active_rounding(layer: nn.Module) -> str | None:
-    """The current rounding of a layer's matmuls: None outside training."""
-    return getattr(layer, "rounding", None) if layer.training else None
+def active_int_format(layer: nn.Module) -> str | None:
+    """The integer format that a layer's matmuls are rounded to now: None outside training."""
+    return getattr(layer, "int_format", None) if layer.training else None
 
 
-def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, int_format: str | None = None) -> torch.Tensor:
     """x (..., d_in) -> (..., d_out) in the dtype of x, by the formulas above. W and b get no gradient."""
-    return _Linear.apply(x, W, b, rounding)  # type: ignore[no-any-return,no-untyped-call]
+    return _Linear.apply(x, W, b, int_format)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None
+        ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, int_format: str | None
     ) -> torch.Tensor:
         ctx.W = W  # the object itself, which carries a 4-bit weight's quant_state
-        ctx.rounding = rounding
-        return matmul(x.reshape(-1, x.shape[-1]), W, b, rounding).view(*x.shape[:-1], -1)
+        ctx.int_format = int_format
+        return matmul(x.reshape(-1, x.shape[-1]), W, b, int_format).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (
-            matmul_backward(g.reshape(-1, g.shape[-1]), ctx.W, None, ctx.rounding).view(*g.shape[:-1], -1),
+            matmul_backward(g.reshape(-1, g.shape[-1]), ctx.W, ctx.int_format).view(*g.shape[:-1], -1),
             None,
             None,
             None,
         )
 
 
-def matmul(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None = None) -> torch.Tensor:
+def matmul(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, int_format: str | None = None) -> torch.Tensor:
     """y = x W^T + b, (n, d_out) in the dtype of x."""
     b = None if b is None else b.to(x.dtype)
-    rounding = _usable_rounding(x, rounding)
-    if rounding is None and _is_whole(x, W):
+    int_format = _usable_int_format(x, int_format)
+    if int_format is None and _is_whole(x, W):
         return F.linear(x, W.to(x.dtype), b)
     y = x.new_empty(len(x), weight_shape(W)[0])
     for rows, part in _converted_rows(x, W):
-        _multiply(x, part.t(), y[:, rows], rounding)
+        _multiply(x, part.t(), y[:, rows], int_format)
     return y if b is None else y.add_(b)
 
 
 def matmul_backward(
-    g: torch.Tensor, W: torch.Tensor, g_x: torch.Tensor | None = None, rounding: str | None = None
+    g: torch.Tensor, W: torch.Tensor, int_format: str | None = None, *, add_to: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """g W, (n, d_in) in the dtype of g; added to g_x if that is given.
+    """g W, (n, d_in) in the dtype of g. If `add_to` (n, d_in) is given, adds to it in place and returns it.
 
     Rows of g that are all zeros are skipped if there are many. In the last layer of a classifier that pools one token
     per text, the rows of all other tokens are zero; in that of a generator, the rows of the question.
     """
     nonzero = _nonzero_rows(g)
     if nonzero is not None:
-        total = g.new_zeros(len(g), weight_shape(W)[1]) if g_x is None else g_x
-        return total.index_add_(0, nonzero, matmul_backward(g[nonzero], W, None, rounding)) if len(nonzero) else total
-    rounding = _usable_rounding(g, rounding)
-    if rounding is None and _is_whole(g, W):
-        return g @ W.to(g.dtype) if g_x is None else g_x.addmm_(g, W.to(g.dtype))
+        total = g.new_zeros(len(g), weight_shape(W)[1]) if add_to is None else add_to
+        return total.index_add_(0, nonzero, matmul_backward(g[nonzero], W, int_format)) if len(nonzero) else total
+    int_format = _usable_int_format(g, int_format)
+    if int_format is None and _is_whole(g, W):
+        return g @ W.to(g.dtype) if add_to is None else add_to.addmm_(g, W.to(g.dtype))
     if g.dtype != torch.float32:
         total = torch.zeros(len(g), weight_shape(W)[1])  # in float32, however many parts it is a sum of
         for rows, part in _converted_rows(g, W):
             total.add_(g[:, rows] @ part)
-        return total.to(g.dtype) if g_x is None else g_x.add_(total)
-    add = g_x is not None
-    total = g.new_empty(len(g), weight_shape(W)[1]) if g_x is None else g_x
+        return total.to(g.dtype) if add_to is None else add_to.add_(total)
+    add = add_to is not None
+    total = g.new_empty(len(g), weight_shape(W)[1]) if add_to is None else add_to
     for rows, part in _converted_rows(g, W):
-        _multiply(g[:, rows], part, total, rounding, add=add)
+        _multiply(g[:, rows], part, total, int_format, add=add)
         add = True
     return total
 
 
-def _usable_rounding(x: torch.Tensor, rounding: str | None) -> str | None:
-    """`rounding`, or None if the kernels do not support x, or if x has too few rows for rounding W to pay off."""
+def _usable_int_format(x: torch.Tensor, int_format: str | None) -> str | None:
+    """`int_format`, or None if the kernels do not support x, or if x has too few rows for rounding W to pay off."""
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= MIN_ROUNDED_ROWS
-    return rounding if fits else None
+    return int_format if fits else None
 
 
-def _multiply(x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, rounding: str | None, *, add: bool = False) -> None:
+def _multiply(
+    x: torch.Tensor, W: torch.Tensor, out: torch.Tensor, int_format: str | None, *, add: bool = False
+) -> None:
     """out (n, d) = x (n, k) W (k, d), or += if `add`."""
-    if rounding is not None:
-        int8.int_matmul(x if x.stride(1) == 1 else x.contiguous(), W, out, rounding, add=add)
+    if int_format is not None:
+        int8.int_matmul(x if x.stride(1) == 1 else x.contiguous(), W, out, int_format, add=add)
     elif add:
         out.addmm_(x, W)
     else:

@@ -25,16 +25,16 @@ def next_token_losses(
     W: torch.Tensor | None,
     b: torch.Tensor | None,
     targets: torch.Tensor,
-    rounding: str | None = None,
+    int_format: str | None = None,
 ) -> torch.Tensor:
     """The losses (n,) float32, by the formula above, of hidden states (n, d) and target tokens (n,).
 
-    If W is None, the states are logits (n, V). W and b get no gradient, and may have another dtype. `rounding`: that
-    of the matmuls with W (`frozen_linear.py`).
+    If W is None, the states are logits (n, V). W and b get no gradient, and may have another dtype. `int_format`:
+    what the matmuls with W are rounded to (`frozen_linear.py`).
     """
     if not len(targets):
         return states.sum(-1, dtype=torch.float32)  # empty, but with a gradient
-    return _NextToken.apply(states, W, b, targets, rounding)  # type: ignore[no-any-return,no-untyped-call]
+    return _NextToken.apply(states, W, b, targets, int_format)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _NextToken(torch.autograd.Function):
@@ -45,7 +45,7 @@ class _NextToken(torch.autograd.Function):
         W: torch.Tensor | None,
         b: torch.Tensor | None,
         targets: torch.Tensor,
-        rounding: str | None,
+        int_format: str | None,
     ) -> torch.Tensor:
         values = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
@@ -53,10 +53,10 @@ class _NextToken(torch.autograd.Function):
         rows = max(16, block // (states.shape[-1] if W is None else len(W)))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            logits = states[part].clone() if W is None else _logits(states[part], W, b, rounding)
+            logits = states[part].clone() if W is None else _logits(states[part], W, b, int_format)
             values[part], slope = _softmax_loss(logits, targets[part], gradient is not None)
             if slope is not None and gradient is not None:
-                gradient[part] = slope if W is None else matmul_backward(slope, W, None, rounding)
+                gradient[part] = slope if W is None else matmul_backward(slope, W, int_format)
         ctx.save_for_backward(gradient)
         return values
 
@@ -67,13 +67,13 @@ class _NextToken(torch.autograd.Function):
         return gradient * g[:, None].to(gradient.dtype), None, None, None, None
 
 
-def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, rounding: str | None) -> torch.Tensor:
+def _logits(states: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, int_format: str | None) -> torch.Tensor:
     """states (n, d) W^T + b, (n, V). In float32 on a CPU by oneDNN: 1.4x faster than MKL, torch's choice, for few
     states and a W larger than the CPU's caches (docs/log.md)."""
-    plain = rounding is None and states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
+    plain = int_format is None and states.device.type == "cpu" and states.dtype == W.dtype == torch.float32
     if plain and HAS_ONEDNN:
         return onednn_linear(states, W, b)
-    return matmul(states, W, b, rounding)
+    return matmul(states, W, b, int_format)
 
 
 def _softmax_loss(

@@ -2,9 +2,9 @@
 
 For x (n, d) and factors A (r, d), h (n, r), and dropout D that zeroes but does not divide:
 
-    down:  h = D(x) A^T
-    up:    y = y + D(h A)
-    outer: h^T D(x)                      (r, d)
+    down:                h = D(x) A^T          (n, r)
+    add_up_projection_:  y = y + D(h A)        (n, d), in place
+    outer:               h^T D(x)              (r, d)
 
 Each kernel makes a single pass over x, which is its whole cost. In torch (on accelerators, and if no kernel applies)
 each is a matmul with a narrow matrix after a masked copy of x. Masks are drawn again in the backward pass
@@ -50,7 +50,7 @@ def down(x: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> torch.
     return h
 
 
-def up(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> None:
+def add_up_projection_(y: torch.Tensor, h: torch.Tensor, A: torch.Tensor, scale: float, *masks: Mask) -> None:
     """y += scale D(h A) in place, for contiguous y (n, d), h (n, r) as `down` gives it and A (r, d) of y's dtype."""
     masks = masks or (NO_DROPOUT,)
     (n, width), rank = y.shape, A.shape[0]

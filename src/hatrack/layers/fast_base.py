@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from hatrack.errors import RecipeError
 from hatrack.kernels import dropout, int8, native
 from hatrack.kernels.attention import attention
-from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, can_unpack, linear, prevent_repacking
+from hatrack.kernels.frozen_linear import FrozenLinear, active_int_format, can_unpack, linear, prevent_repacking
 from hatrack.kernels.gelu import gelu_tanh
 from hatrack.kernels.limits import CACHED_MATMULS
 from hatrack.kernels.norm import rms_norm
@@ -131,14 +131,14 @@ def _round_matmuls(base: PreTrainedModel, compute: str) -> None:
             trained = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
             if not isinstance(layer, nn.Linear | Conv1D) or of_adapter or trained or has_hooks(layer):
                 continue
-            layer.rounding = compute
+            layer.int_format = compute
             if type(layer) is nn.Linear:
                 layer.__class__ = FrozenLinear
 
 
 def _linear_4bit(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """The output of bitsandbytes' 4-bit layer for x (..., d_in), in the dtype of x."""
-    y = linear(x.to(layer.compute_dtype or x.dtype), layer.weight, None, active_rounding(layer))
+    y = linear(x.to(layer.compute_dtype or x.dtype), layer.weight, None, active_int_format(layer))
     return (y if layer.bias is None else y + layer.bias.to(y.dtype)).to(x.dtype)
 
 

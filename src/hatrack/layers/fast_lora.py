@@ -14,7 +14,7 @@ and for the gradient g of y, where W gets no gradient:
     g_x = g W + D(g_h A)                  (n, d_in)
     g_b = the sum of g's rows             (d_out,), if the base's biases are trained (`bias="all"`, `"lora_only"`)
 
-The backward pass needs h, and x, which is saved anyway. A and B are float32 and are cast to the dtype of x once for
+The forward pass saves x and h for the backward pass. A and B are float32 and are cast to the dtype of x once for
 both passes; peft's layer casts x to float32 instead and saves that copy. If x and W have different dtypes (under
 autocast, or for a base stored in another dtype), W is cast in each pass, and no copy of it stays in memory
 (`kernels/frozen_linear.py`). The mask of D is drawn again from its seed in the backward pass (`kernels/dropout.py`).
@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from hatrack.kernels.dropout import Mask, draw_mask
-from hatrack.kernels.frozen_linear import FrozenLinear, active_rounding, matmul, matmul_backward, prevent_repacking
-from hatrack.kernels.low_rank import concat, down, outer, prepare_factor, up
+from hatrack.kernels.frozen_linear import FrozenLinear, active_int_format, matmul, matmul_backward, prevent_repacking
+from hatrack.kernels.low_rank import add_up_projection_, concat, down, outer, prepare_factor
 from hatrack.layers.lossless_merge import LosslessMerge
 from hatrack.layers.shared_input import SharedInput
 from hatrack.upstream.peft import use_layers
@@ -50,7 +50,7 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
     """peft's LoRA layer on a Linear or a Conv1D, x (..., d_in) -> (..., d_out), by the formulas above.
 
     peft's own forward runs for merged, disabled or several active adapters, variants such as DoRA, batches that mix
-    adapters, float64, a base weight that is trained or replaced, and submodules with hooks. There are no second
+    adapters, float64, a base weight that is trained or parametrized, and submodules with hooks. There are no second
     derivatives. Unmerging restores the base's weight bit for bit.
     """
 
@@ -62,13 +62,14 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
         parts = None if args or kwargs else self._plain_parts(dtype)
         if parts is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        y = _shared_input.pop_result(x, self, parts.state)
+        y = _shared_input.pop_result(x, self, parts.get_state)
         return self._compute(x, dtype, parts) if y is None else y
 
     def _compute(self, x: torch.Tensor, dtype: torch.dtype, parts: "_PlainParts") -> torch.Tensor:
         """y of this layer. If it is a leader, also computes and stores the outputs of its followers."""
         shared = [(self, parts)]
-        if _shared_input.register(x, self):
+        is_leader = _shared_input.register(x, self)
+        if is_leader:
             for layer in self.followers:
                 follower_parts = layer._plain_parts(dtype)
                 if follower_parts is not None and follower_parts.can_share_pass(parts):
@@ -77,7 +78,7 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
         outputs = project(flat, [each.projection() for _, each in shared])
         own, *rest = (y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
         for (layer, follower_parts), y in zip(shared[1:], rest, strict=True):
-            _shared_input.store_result(layer, follower_parts.state(), y)
+            _shared_input.store_result(layer, follower_parts.get_state(), y)
         return own
 
     def _plain_parts(self, dtype: torch.dtype) -> "_PlainParts | None":
@@ -98,7 +99,7 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
             and p < 1
             and not W.requires_grad
             and dtype in COMPUTE_DTYPES
-            and (dtype == W.dtype or _is_cast(base))
+            and (dtype == W.dtype or _accepts_other_dtype(base))
             and not any(map(has_hooks, (base, A, B, dropout)))
         )
         if not plain:
@@ -124,9 +125,9 @@ class _PlainParts(NamedTuple):
     def projection(self) -> "Projection":
         W, b = parameter(self.base, "weight"), parameter(self.base, "bias")
         W = W.t() if type(self.base) is Conv1D else W
-        return Projection(W, b, self.A, self.B, self.scaling, draw_mask(self.p), active_rounding(self.base))
+        return Projection(W, b, self.A, self.B, self.scaling, draw_mask(self.p), active_int_format(self.base))
 
-    def state(self) -> tuple[object, ...]:
+    def get_state(self) -> tuple[object, ...]:
         """What y depends on besides x: weights by identity and version, and settings."""
         W = parameter(self.base, "weight")
         versions = version(self.A), version(self.B), version(W), id(self.A), id(self.B), id(W)
@@ -140,14 +141,15 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_cast(base: Any) -> bool:
-    """Whether a base layer's weight is cast for its matmul."""
+def _accepts_other_dtype(base: Any) -> bool:
+    """Whether a base layer may get an x of another dtype than its weight, which is then cast for the matmul."""
     return type(base) is FrozenLinear or torch.is_autocast_enabled(base.weight.device.type)
 
 
 class Projection(NamedTuple):
     """The inputs of the formulas above, besides x: W (d_out, d_in), b (d_out,) or None, A (r, d_in), B (d_out, r),
-    alpha / r, the dropout mask, and the rounding of the matmuls with W (`kernels/frozen_linear.py`)."""
+    alpha / r, the dropout mask, and the integer format that the matmuls with W are rounded to, or None
+    (`kernels/frozen_linear.py`)."""
 
     W: torch.Tensor
     b: torch.Tensor | None
@@ -155,7 +157,7 @@ class Projection(NamedTuple):
     B: torch.Tensor
     scaling: float
     mask: Mask
-    rounding: str | None = None
+    int_format: str | None = None
 
 
 def project(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
@@ -168,7 +170,7 @@ def project(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.T
 
 
 class LoraMatmuls(torch.autograd.Function):
-    """Takes x, the scaling, mask and rounding of each projection, then W, b, A and B of each."""
+    """Takes x, the scaling, mask and integer format of each projection, then W, b, A and B of each."""
 
     @staticmethod
     def forward(
@@ -180,9 +182,9 @@ class LoraMatmuls(torch.autograd.Function):
         h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
         outputs = []
         parts = zip(weights, tensors[1::4], factors_B, h.chunk(len(masks), 1), settings, strict=True)
-        for W, b, B, own, (scaling, _, rounding) in parts:
-            y = matmul(x, W, b, rounding)  # (n, d_out)
-            up(y, own, B, scaling)
+        for W, b, B, own, (scaling, _, int_format) in parts:
+            y = matmul(x, W, b, int_format)  # (n, d_out)
+            add_up_projection_(y, own, B, scaling)
             outputs.append(y)
         ctx.save_for_backward(x, h, A, *weights, *factors_B)
         ctx.settings, ctx.rank = settings, len(tensors[2])
@@ -199,22 +201,23 @@ class LoraMatmuls(torch.autograd.Function):
         gradients = tuple(g.contiguous() for g in gradients)
         parts = zip(gradients, factors_B, h.chunk(len(masks), 1), ctx.settings, strict=True)
         for number, (g, B, own, (scaling, mask, _)) in enumerate(parts):
-            low_rank_gradients.append(down(g, B, scaling * mask.scale))  # (n, r), divided as D divides
+            # g_h (n, r), already multiplied by D's 1 / (1 - p)
+            low_rank_gradients.append(down(g, B, scaling * mask.scale))
             if needed[4 * number + 1]:
                 found[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
-                found[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # (d_out, r)
+                found[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # g^T h, (d_out, r)
         g_h = concat(low_rank_gradients, 1)  # (n, ranks of all)
         if any(needed[2::4]):
             for number, g_A in enumerate(outer(x, g_h, 1.0, *masks).chunk(len(masks))):
                 found[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
         g_x = None
         if ctx.needs_input_grad[0]:
-            roundings = [rounding for *_, rounding in ctx.settings]
-            g_x = matmul_backward(gradients[0], weights[0], None, roundings[0])  # (n, d_in)
-            for g, W, rounding in zip(gradients[1:], weights[1:], roundings[1:], strict=True):
-                matmul_backward(g, W, g_x, rounding)
-            up(g_x, g_h, A, 1.0, *masks)
+            int_formats = [int_format for *_, int_format in ctx.settings]
+            g_x = matmul_backward(gradients[0], weights[0], int_formats[0])  # (n, d_in)
+            for g, W, int_format in zip(gradients[1:], weights[1:], int_formats[1:], strict=True):
+                matmul_backward(g, W, int_format, add_to=g_x)
+            add_up_projection_(g_x, g_h, A, 1.0, *masks)
         return g_x, None, *found
 
 

@@ -62,13 +62,13 @@ class SharedInput(threading.local):
         self._results[layer] = state, y
 
     def pop_result(
-        self, x: torch.Tensor, layer: SharingLayer, state: Callable[[], tuple[object, ...]]
+        self, x: torch.Tensor, layer: SharingLayer, get_state: Callable[[], tuple[object, ...]]
     ) -> torch.Tensor | None:
         """The stored output of `layer` for x; None if there is none, or if its state has changed since."""
         if not self._is_input(x):
             return None
         stored, y = self._results.pop(layer, (None, None))
-        return y if y is not None and stored == state() else None
+        return y if y is not None and stored == get_state() else None
 
     def _is_input(self, x: torch.Tensor) -> bool:
         return self._input() is x and not x.is_inference() and self._version == version(x)

@@ -72,10 +72,10 @@ def _seconds(run: Callable[[], Any]) -> float:
     return min(times)
 
 
-def _seconds_per_operation(dtype: torch.dtype, rounding: str | None = None) -> float:
-    """Seconds per operation in the matmuls of a medium layer; `rounding` as in `kernels/frozen_linear.py`."""
+def _seconds_per_operation(dtype: torch.dtype, int_format: str | None = None) -> float:
+    """Seconds per operation in the matmuls of a medium layer; `int_format` as in `kernels/frozen_linear.py`."""
     x, W, V = (torch.randn(shape).to(dtype) for shape in ((512, 768), (2048, 768), (768, 2048)))
-    return _seconds(lambda: matmul(matmul(x, W, None, rounding), V, None, rounding)) / (2 * 2 * 512 * 768 * 2048)
+    return _seconds(lambda: matmul(matmul(x, W, None, int_format), V, None, int_format)) / (2 * 2 * 512 * 768 * 2048)
 
 
 def _timed_steps(dtype: torch.dtype) -> list[tuple[OpCounts, float]]:
