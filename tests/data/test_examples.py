@@ -7,7 +7,7 @@ import pytest
 
 from hatrack.data.columns import find_columns
 from hatrack.data.complaints import BadRows
-from hatrack.data.examples import Example, Examples, make_examples, map_parts, split_held_out
+from hatrack.data.examples import Example, Examples, convert_splits, make_examples, split_held_out
 from hatrack.data.read import Rows
 from hatrack.data.row_values import BadRow
 from hatrack.errors import DataError
@@ -357,7 +357,7 @@ def test_rows_left_out_late_are_as_if_they_had_never_been_there(
     rows = [row for row in _labelled(60, classes=2) if row["text"].split()[1] not in bad]
     numbers = [index for index in range(1, 61) if str(index - 1) not in bad]
     without = make_examples(recipe, Rows("file.csv", ("text", "label"), rows, numbers))
-    left, train, held_out = map_parts(recipe, make_examples(recipe, _rows(_labelled(60))), _refusing(*bad))
+    left, train, held_out = convert_splits(recipe, make_examples(recipe, _rows(_labelled(60))), _refusing(*bad))
     assert left == without
     assert train == [each.row for each in left.train] and held_out == [each.row for each in left.held_out]
     assert f"{len(bad)} row{'s' * (len(bad) > 1)} left out, the first: file.csv row" in capsys.readouterr().err
@@ -367,12 +367,12 @@ def test_both_parts_are_refused_at_once() -> None:
     recipe = Recipe.make(data="file.csv", eval_data="held.csv")
     examples = make_examples(recipe, _rows(_labelled(20)), _rows([{"text": "x 3", "label": "class 1"}] * 2, "held.csv"))
     with pytest.raises(BadRows) as caught:
-        map_parts(recipe, examples, _refusing("3", "8"))
+        convert_splits(recipe, examples, _refusing("3", "8"))
     assert caught.value.complaints == ["file.csv rows 4, 9: not for me", "held.csv row 1: not for me"]
     assert caught.value.fix == "write other words, or leave them out with --bad-rows skip"
     one = Recipe.make(data="file.csv")
     with pytest.raises(BadRows) as caught:  # wherever the split has put them
-        map_parts(one, make_examples(one, _rows(_labelled(20))), _refusing(*map(str, range(20))))
+        convert_splits(one, make_examples(one, _rows(_labelled(20))), _refusing(*map(str, range(20))))
     assert caught.value.complaints == ["file.csv rows 1-20: not for me"] and caught.value.fix == "write other words"
 
 
@@ -380,14 +380,14 @@ def test_rows_left_out_late_may_leave_too_little() -> None:
     recipe = Recipe.make(data="file.csv", bad_rows="skip")
     examples = make_examples(recipe, _rows(_labelled(8)))
     with pytest.raises(DataError, match=r"no row of label 'class 0' in file.csv can be learned from"):
-        map_parts(recipe, examples, _refusing("0", "2", "4", "6"))
+        convert_splits(recipe, examples, _refusing("0", "2", "4", "6"))
     with pytest.raises(DataError, match="too few rows to learn from"):
-        map_parts(recipe, examples, _refusing(*map(str, range(8))))
+        convert_splits(recipe, examples, _refusing(*map(str, range(8))))
     apart = Recipe.make(data="file.csv", eval_data="held.csv", bad_rows="skip")
     given = make_examples(apart, _rows(_labelled(8)), _rows([{"text": "x 30", "label": "class 1"}] * 2, "held.csv"))
     with pytest.raises(DataError, match="too few rows"):
-        map_parts(apart, given, _refusing("30"))
-    assert [each.row for each in map_parts(apart, given, _refusing("3"))[0].train] == [1, 2, 3, 5, 6, 7, 8]
+        convert_splits(apart, given, _refusing("30"))
+    assert [each.row for each in convert_splits(apart, given, _refusing("3"))[0].train] == [1, 2, 3, 5, 6, 7, 8]
 
 
 def _chat(row: dict[str, Any], **options: Any) -> Example:

@@ -224,9 +224,9 @@ def test_numbers_are_compared_exactly() -> None:
 
 
 def test_joined_labels_are_read_as_one_label_which_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    labels.say_joined_labels(["a;b", "c", "c;a", "b;a"])
+    labels.warn_of_unsplit_labels(["a;b", "c", "c;a", "b;a"])
     assert capsys.readouterr().err == (
         "labels such as 'a;b' are read as one label; give lists for several labels per row\n"
     )
-    labels.say_joined_labels(["a;b", "c", ["a|b"], "b|a", "d;"])
+    labels.warn_of_unsplit_labels(["a;b", "c", ["a|b"], "b|a", "d;"])
     assert capsys.readouterr().err == ""

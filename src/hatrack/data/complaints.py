@@ -17,10 +17,10 @@ SHOWN_SPANS = 8
 class BadRows(DataError):
     """Rows that cannot be learned from. `bad`: each source and its bad rows; `total`: the number of all rows.
 
-    `others`: the examples of the other rows, if there are enough.
+    `good_examples`: the `Examples` of the other rows; None if these are too few to train on.
     """
 
-    others: Any = None
+    good_examples: Any = None
 
     def __init__(
         self, bad: Sequence[tuple[str, Sequence[BadRow]]], total: int, fixes: Sequence[str] = (), gotcha: str = ""

@@ -25,7 +25,7 @@ from hatrack.data.row_values import BadRow, read_example
 from hatrack.errors import DataError, HatrackError, short_repr
 from hatrack.recipe import Recipe
 
-Made = TypeVar("Made")
+Converted = TypeVar("Converted")
 PLAIN_KEYS = {"role", "content"}
 HELD_OUT_SHARE, HELD_OUT_MAX = 0.1, 2000
 
@@ -65,7 +65,8 @@ class Example:
 class Examples:
     """What a run is trained and scored on.
 
-    `digest` changes with any of it. `separate_files`: the held-out rows come from a file of their own.
+    `digest` depends on the content of both splits and on the classes. `separate_files`: the held-out rows come from a
+    file of their own.
     """
 
     task: str
@@ -80,12 +81,15 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of one source: examples whose labels are still names, and the bad rows."""
+    """The rows of one source: the examples, the label of each as read (a name or several), and the bad rows.
+
+    `Example.label` is None until `_indexed` sets it.
+    """
 
     source: str
     label_column: str
     examples: list[Example]
-    names: list[Label]
+    label_names: list[Label]
     bad: list[BadRow]
 
 
@@ -121,8 +125,9 @@ def read_examples(recipe: Recipe) -> Examples:
 def make_examples(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> Examples:
     """Checks the rows, drops duplicates and splits off held-out rows.
 
-    Raises DataError with all complaints at once (`add_complaints` adds those of a tokenizer); with `bad_rows: skip`,
-    rows that cannot be learned from are left out and counted instead.
+    Raises BadRows with the complaints about all bad rows; `add_complaints` adds those that need a tokenizer. With
+    `bad_rows: skip`, bad rows are left out and counted instead. Raises DataError if columns or labels cannot be used,
+    or if too few rows are left.
     """
     sources = _read(recipe, [rows] if eval_rows is None else [rows, eval_rows])
     if sources.task == "classify":
@@ -132,17 +137,17 @@ def make_examples(recipe: Recipe, rows: Rows, eval_rows: Rows | None = None) -> 
     try:
         _refuse_or_skip(sources.parts, recipe.bad_rows)
     except BadRows as error:
-        with suppress(DataError):  # too few rows or one class: refused once these are corrected
-            error.others = _split(sources, recipe.seed)
+        with suppress(DataError):  # too few good rows, or only one class: reported once the bad rows are corrected
+            error.good_examples = _split(sources, recipe.seed)
         raise
     return _split(sources, recipe.seed)
 
 
 def add_complaints(error: BadRows, check: Callable[[Examples], object]) -> BadRows:
-    """`error` with the BadRows that `check` raises about the other rows, so that all are reported at once."""
+    """Joins `error` with the BadRows that `check` raises about the good rows, so that all are reported at once."""
     try:
-        if error.others is not None:
-            check(error.others)
+        if error.good_examples is not None:
+            check(error.good_examples)
     except BadRows as more:
         return join_errors([error, more], error.total)
     except HatrackError:  # about the base, not the rows
@@ -172,29 +177,29 @@ def _split(sources: _Sources, seed: int) -> Examples:
     )
 
 
-def map_parts(
-    recipe: Recipe, examples: Examples, make: Callable[[list[Example], str], Made]
-) -> tuple[Examples, Made, Made]:
-    """Calls `make` with the training rows and with the held-out rows, and the name of their source.
+def convert_splits(
+    recipe: Recipe, examples: Examples, convert: Callable[[list[Example], str], Converted]
+) -> tuple[Examples, Converted, Converted]:
+    """Converts the training rows and the held-out rows. `convert` gets the rows and the name of their source.
 
-    Rows for which it raises BadRows are refused, those of both parts at once. With `bad_rows: skip` they are left out
-    and the remaining rows are split again. Also returns the remaining examples.
+    Returns the examples and both results. If `convert` raises BadRows, raises one BadRows with the bad rows of both
+    splits. With `bad_rows: skip`, leaves these rows out, splits and converts the others again, and returns them.
     """
     source = source_name(str(recipe.data))
-    names = source, source_name(recipe.eval_data, "eval_data") if recipe.eval_data else source
-    made: list[Made] = []
+    sources = source, source_name(recipe.eval_data, "eval_data") if recipe.eval_data else source
+    converted: list[Converted] = []
     dropped: list[set[int]] = [set(), set()]
     errors = []
-    for index, part in enumerate((examples.train, examples.held_out)):
+    for index, split in enumerate((examples.train, examples.held_out)):
         try:
-            made.append(make(part, names[index]))
+            converted.append(convert(split, sources[index]))
         except BadRows as error:
             errors.append(error)
             dropped[index] = {bad.row for _, each in error.bad for bad in each}
     if not errors:
-        return examples, made[0], made[1]
+        return examples, converted[0], converted[1]
     refuse_or_skip(join_errors(errors, len(examples.train) + len(examples.held_out)), recipe.bad_rows)
-    return map_parts(recipe, _without_rows(recipe, examples, dropped), make)
+    return convert_splits(recipe, _without_rows(recipe, examples, dropped), convert)
 
 
 def _without_rows(recipe: Recipe, examples: Examples, dropped: list[set[int]]) -> Examples:
@@ -236,15 +241,16 @@ def _check_enough(train: list[Example], held_out: list[Example], source: str) ->
 def examples_to_score(
     recipe: Recipe, rows: Rows, classes: Sequence[str], multi_label: bool, aliases: Mapping[str, str]
 ) -> tuple[str, list[Example]]:
-    """The task, and all rows of a file to score an adapter of these `classes` on; `aliases` maps other labels to them.
+    """The task, and the rows of a file to score an adapter of these `classes` on, without duplicates.
 
-    A label that is another spelling of a class counts as that class. Raises DataError as `make_examples` does, and if
-    no row has a label that the adapter knows.
+    A label that is another spelling of a class counts as that class; `aliases` maps further labels to classes. With
+    `bad_rows: skip`, bad rows are left out. Raises BadRows as `make_examples` does, DataError if no row has a label
+    that the adapter knows.
     """
     sources = _read(recipe, [rows])
     [part] = sources.parts
     if sources.task == "classify":
-        names = part.names
+        names = part.label_names
         spelling = labels.match_classes(names, classes) | dict(aliases)
         part = _indexed(_respelled(part, spelling), list(classes), multi_label)
         if names and not part.examples:
@@ -261,9 +267,10 @@ def examples_to_score(
 
 
 def split_held_out(examples: Sequence[Example], *, seed: int, stratified: bool) -> tuple[list[Example], list[Example]]:
-    """The rows to train on, and a tenth of the rows held out (at most 2,000; a tenth of each class if `stratified`).
+    """Returns the rows to train on and the held-out rows: a tenth of all rows, at most 2,000.
 
-    Both keep the order of the file. The same seed gives the same rows.
+    `stratified` holds out the same share of each class, but at least one row of each class that has two: with many
+    classes these can be more than 2,000. Both results keep the order of the file. The same seed gives the same rows.
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, example in enumerate(examples):
@@ -326,31 +333,34 @@ def _with_classes(sources: _Sources, *, merge: bool) -> _Sources:
 
     Raises DataError if the labels are not classes.
     """
-    parts = [_drop_bad(part, labels.mixed_type_complaints(part.names, merge=merge)) for part in sources.parts]
+    parts = [_drop_bad(part, labels.mixed_type_complaints(part.label_names, merge=merge)) for part in sources.parts]
     train = parts[0]
-    labels.refuse_vectors(train.names, train.source, train.label_column)
-    labels.say_joined_labels(train.names)
-    labels.refuse_scores_and_texts(train.names, train.source, train.label_column)
-    spelling = labels.merge_spellings(train.names, train.source, train.label_column, merge=merge)
+    labels.refuse_label_vectors(train.label_names, train.source, train.label_column)
+    labels.warn_of_unsplit_labels(train.label_names)
+    labels.refuse_unique_labels(train.label_names, train.source, train.label_column)
+    spelling = labels.merge_spellings(train.label_names, train.source, train.label_column, merge=merge)
     train = _without_duplicates(_respelled(train, spelling))
-    while any(complaints := labels.seen_once_complaints(train.names)):  # dropping rows may leave another label with one
+    # Again, as a dropped row with several labels may leave another label with a single row.
+    while any(complaints := labels.seen_once_complaints(train.label_names)):
         train = _drop_bad(train, complaints)
-    classes, multi_label = labels.find_classes(train.names)
-    held_out = [_respelled(part, labels.match_classes(part.names, classes) if merge else {}) for part in parts[1:]]
+    classes, multi_label = labels.find_classes(train.label_names)
+    held_out = [
+        _respelled(part, labels.match_classes(part.label_names, classes) if merge else {}) for part in parts[1:]
+    ]
     parts = [train, *map(_without_duplicates, held_out)]
     parts = [_indexed(part, classes, multi_label) for part in parts]
     return replace(sources, parts=parts, classes=classes, multi_label=multi_label)
 
 
 def _respelled(part: _Part, spelling: dict[str, str]) -> _Part:
-    return replace(part, names=labels.respell(part.names, spelling))
+    return replace(part, label_names=labels.respell(part.label_names, spelling))
 
 
 def _indexed(part: _Part, classes: list[str], multi_label: bool) -> _Part:
     """The part with indices for label names, without the rows whose labels are not among `classes`."""
-    part = _drop_bad(part, labels.unknown_label_complaints(part.names, classes, multi_label))
+    part = _drop_bad(part, labels.unknown_label_complaints(part.label_names, classes, multi_label))
     index = {name: position for position, name in enumerate(classes)}
-    found = [tuple(sorted({index[item] for item in labels.label_names(name)})) for name in part.names]
+    found = [tuple(sorted({index[item] for item in labels.label_names(name)})) for name in part.label_names]
     examples = [
         replace(example, label=several if multi_label else several[0])
         for example, several in zip(part.examples, found, strict=True)
@@ -359,7 +369,7 @@ def _indexed(part: _Part, classes: list[str], multi_label: bool) -> _Part:
 
 
 def _drop_bad(part: _Part, complaints: list[str]) -> _Part:
-    """The part without the rows that have a complaint about their label; there is one per row, or ""."""
+    """The part without the rows whose label is bad. `complaints` has one text per row: "" if its label is good."""
     bad = [
         BadRow(example.row, reason, part.label_column)
         for example, reason in zip(part.examples, complaints, strict=True)
@@ -370,8 +380,8 @@ def _drop_bad(part: _Part, complaints: list[str]) -> _Part:
 
 def _select(part: _Part, good: list[bool], bad: list[BadRow]) -> _Part:
     examples = [example for example, fine in zip(part.examples, good, strict=True) if fine]
-    names = [name for name, fine in zip(part.names, good, strict=True) if fine]
-    return replace(part, examples=examples, names=names, bad=[*part.bad, *bad])
+    names = [name for name, fine in zip(part.label_names, good, strict=True) if fine]
+    return replace(part, examples=examples, label_names=names, bad=[*part.bad, *bad])
 
 
 def _refuse_or_skip(parts: list[_Part], bad_rows: str) -> None:
@@ -401,7 +411,8 @@ def _without_duplicates(part: _Part) -> _Part:
     conflicting = 0
     for index, example in enumerate(part.examples):
         earlier = first.setdefault(_text_key(example), index)
-        conflicting += set(labels.label_names(part.names[earlier])) != set(labels.label_names(part.names[index]))
+        one, other = part.label_names[earlier], part.label_names[index]
+        conflicting += set(labels.label_names(one)) != set(labels.label_names(other))
     dropped = len(part.examples) - len(first)
     if dropped:
         say(f"{part.source}: {dropped:,} duplicate rows dropped")

@@ -150,7 +150,7 @@ def _label_type(label: object, merge: bool) -> str:
     return "a number" if isinstance(label, int | float) else type(label).__name__
 
 
-def refuse_vectors(labels: Sequence[Label], source: str, column: str) -> None:
+def refuse_label_vectors(labels: Sequence[Label], source: str, column: str) -> None:
     """Raises DataError if most labels are lists with a number for each class: 0/1 vectors or scores."""
     given = [label for label in labels if label != []]
     vectors = [vector for label in given if (vector := _as_vector(label))]
@@ -174,8 +174,8 @@ def refuse_vectors(labels: Sequence[Label], source: str, column: str) -> None:
     )
 
 
-def say_joined_labels(labels: Sequence[Label]) -> None:
-    """Says so if most labels are texts joined by the same separator: each is read as one label."""
+def warn_of_unsplit_labels(labels: Sequence[Label]) -> None:
+    """Warns if most labels are texts joined by the same separator: each is read as one label."""
     texts = [label for label in labels if isinstance(label, str)]
     for separator in ";|":
         joined = [text for text in texts if separator in text.strip(separator)]
@@ -183,7 +183,7 @@ def say_joined_labels(labels: Sequence[Label]) -> None:
             say(f"labels such as {short_repr(joined[0])} are read as one label; give lists for several labels per row")
 
 
-def refuse_scores_and_texts(labels: Sequence[Label], source: str, column: str) -> None:
+def refuse_unique_labels(labels: Sequence[Label], source: str, column: str) -> None:
     """Raises DataError if most rows have a label that no other row has: a score or a text."""
     counts = Counter(_to_text(label) for label in labels if not isinstance(label, list))
     alone = [text for text, count in counts.items() if count == 1]

@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from hatrack.data.examples import PLAIN_KEYS, Example, Examples, map_parts
+from hatrack.data.examples import PLAIN_KEYS, Example, Examples, convert_splits
 from hatrack.data.limit import length_limit
 from hatrack.data.render import Encoded, RenderSettings, check_learnable, try_encode
 from hatrack.data.template import chat_template, check_deterministic, write_conversation
@@ -134,7 +134,7 @@ def row_sizes(
     template = chat_template(tokenizer, tools=tools)[0] if examples.task == "chat" else None
     if template:
         check_deterministic(both[0].messages, tokenizer, template)
-    return map_parts(
+    return convert_splits(
         recipe, examples, lambda part, source: _measure_sizes(part, tokenizer, template, max_length, source)
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hatrack.console import say
-from hatrack.data.examples import Examples, map_parts
+from hatrack.data.examples import Examples, convert_splits
 from hatrack.data.limit import choose_max_length, length_limit
 from hatrack.data.render import ONE_END_FIX, RenderSettings, TokenRows, render_cached, wrong_end_count
 from hatrack.data.stop_tokens import Stops, find_stops
@@ -76,7 +76,7 @@ def render_both(
 
     Raises BadRows with all rows that cannot be learned from, unless `bad_rows` is skip.
     """
-    return map_parts(recipe, examples, lambda part, source: render_cached(part, tokenizer, settings, source))
+    return convert_splits(recipe, examples, lambda part, source: render_cached(part, tokenizer, settings, source))
 
 
 def check_known_tokens(rows: TokenRows, tokenizer: Any, config: Any) -> None:

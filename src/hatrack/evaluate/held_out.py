@@ -1,7 +1,7 @@
 """Finds the rows to compare adapters on, without rows that one of them was trained on.
 
-Rows are identified by content: by the keys in the adapter's folder (`data/trained_rows.py`) or, without such a file, by
-the data that its hatrack.json names, if that has not changed.
+Rows are identified by content: by the row keys in a file of the adapter's folder (read by `data/trained_rows.py`) or,
+without that file, by the data that its hatrack.json names, if that has not changed.
 """
 
 import contextlib
@@ -41,23 +41,23 @@ def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str
     """
     check_comparable(hat.cards)
     if data is None:
-        earlier = {name: _read_training_rows(hat, name, card) for name, card in hat.cards.items()}
-        task, examples = hat.task, _held_out_by_all(earlier)
+        run_examples = {name: _read_training_rows(hat, name, card) for name, card in hat.cards.items()}
+        task, examples = hat.task, _held_out_by_all(run_examples)
         source = " and ".join(dict.fromkeys(str(card.recipe["data"]) for card in hat.cards.values()))
     else:
-        earlier, source = {}, source_name(data)
+        run_examples, source = {}, source_name(data)
         task, examples = _read_data(next(iter(hat.cards.values())), data, options)
-    fresh = _leave_out_trained(hat, examples, earlier, source)
-    skip = options.get("bad_rows", next(iter(hat.cards.values())).recipe.get("bad_rows", "refuse"))
-    return _render_for_each(hat, task, fresh, source, skip)
+    fresh = _leave_out_trained(hat, examples, run_examples, source)
+    bad_rows = options.get("bad_rows", next(iter(hat.cards.values())).recipe.get("bad_rows", "refuse"))
+    return _render_for_each(hat, task, fresh, source, bad_rows)
 
 
 def _read_training_rows(hat: Hat, name: str, card: AdapterCard) -> Examples:
     """Reads an adapter's training and held-out rows again. Raises DataError if they have changed."""
     if not card.recipe.get("data"):
-        raise AdapterError(f"{name} does not record what it was trained on", fix=f"name rows with {flag('data')}")
+        raise AdapterError(f"{name} does not record what it was trained on", fix=f"give rows with {flag('data')}")
     recipe = Recipe.make(**{**card.recipe, "task": card.task})
-    fix = f"name rows with {flag('data')}; that may be the same file: rows that were trained on are left out"
+    fix = f"give rows with {flag('data')}; that may be the same file: rows that were trained on are left out"
     try:
         rows, eval_rows = read_rows(str(recipe.data)), read_rows(recipe.eval_data) if recipe.eval_data else None
     except DataError as error:
@@ -74,16 +74,16 @@ def _read_training_rows(hat: Hat, name: str, card: AdapterCard) -> Examples:
     return examples
 
 
-def _held_out_by_all(earlier: Mapping[str, Examples]) -> list[Example]:
-    first, *others = earlier.values()
+def _held_out_by_all(run_examples: Mapping[str, Examples]) -> list[Example]:
+    first, *others = run_examples.values()
     shared = first.held_out
     for other in others:
         shared = _select(shared, trained_rows.are_known(shared, trained_rows.row_keys(other.held_out)))
-    if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in earlier.values())):
+    if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in run_examples.values())):
         raise DataError(
-            f"{' and '.join(earlier)} hold out other rows",
+            f"{' and '.join(run_examples)} hold out different rows",
             got=f"{len(shared)} in common",
-            fix=f"name rows that none was trained on with {flag('data')}",
+            fix=f"give rows that none was trained on with {flag('data')}",
             gotcha="scored-on-training-rows",
         )
     return shared
@@ -95,8 +95,9 @@ def _read_data(card: AdapterCard, data: str, options: Mapping[str, str]) -> tupl
     kept = {role: card.recipe[role] for role in COLUMNS if card.recipe.get(role) in rows.columns}
     kept |= {"bad_rows": card.recipe["bad_rows"]} if "bad_rows" in card.recipe else {}
     either_task = card.task != "classify" and not card.recipe  # made elsewhere: its task is a guess
-    numbers = {str(index): f"LABEL_{index}" for index in range(len(card.labels))}
-    aliases = numbers if card.labels == list(numbers.values()) else {}
+    default_names = {str(index): f"LABEL_{index}" for index in range(len(card.labels))}
+    # An adapter with transformers' default names also accepts rows with the numbers of its labels.
+    aliases = default_names if card.labels == list(default_names.values()) else {}
     problems: list[DataError] = []
     for task in ["chat", "complete"] if either_task else [card.task]:
         recipe = Recipe.make(task=task, **{**kept, **options})
@@ -108,12 +109,12 @@ def _read_data(card: AdapterCard, data: str, options: Mapping[str, str]) -> tupl
 
 
 def _leave_out_trained(
-    hat: Hat, examples: list[Example], earlier: Mapping[str, Examples], source: str
+    hat: Hat, examples: list[Example], run_examples: Mapping[str, Examples], source: str
 ) -> list[Example]:
     """The rows that no adapter was trained on. Raises DataError if too few are left."""
     keys = [np.empty(0, dtype=np.uint64)]
     for name, card in hat.cards.items():
-        known = _trained_keys(hat, name, card, earlier.get(name))
+        known = _trained_keys(hat, name, card, run_examples.get(name))
         if known is None:
             say(f"{name} does not record the rows it was trained on: some of these may be among them")
         else:
@@ -121,11 +122,11 @@ def _leave_out_trained(
     known_keys = np.concatenate(keys)
     trained = trained_rows.are_known(examples, known_keys)
     count, fresh = int(trained.sum()), _select(examples, ~trained)
-    if count and len(fresh) < (1 if earlier else FEWEST_ROWS):  # a run may hold out few rows
+    if count and len(fresh) < (1 if run_examples else FEWEST_ROWS):  # a run may hold out few rows
         raise DataError(
             f"these {count:,} rows were trained on, so they cannot be scored",
-            got=f"{source}, with {format_rows(len(fresh)) if fresh else 'no row'} beside them",
-            fix=f"name at least {FEWEST_ROWS} other rows with {flag('data')}",
+            got=f"{source}, which has {len(fresh) or 'no'} other row{'s' * (len(fresh) != 1)}",
+            fix=f"give at least {FEWEST_ROWS} other rows with {flag('data')}",
             gotcha="scored-on-training-rows",
         )
     if count:
@@ -147,7 +148,7 @@ def _score_new_turns(examples: list[Example], known: np.ndarray) -> list[Example
     return found
 
 
-def _trained_keys(hat: Hat, name: str, card: AdapterCard, earlier: Examples | None) -> np.ndarray | None:
+def _trained_keys(hat: Hat, name: str, card: AdapterCard, run_examples: Examples | None) -> np.ndarray | None:
     """The keys of the rows that an adapter was trained on; None if they are not known."""
     path = hat.adapters[name].folder / trained_rows.FILE
     if path.exists():
@@ -155,10 +156,10 @@ def _trained_keys(hat: Hat, name: str, card: AdapterCard, earlier: Examples | No
             return trained_rows.from_bytes(path.read_bytes())
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path} is damaged", got=error, fix="copy the adapter again") from error
-    if earlier is None and card.recipe.get("data"):
+    if run_examples is None and card.recipe.get("data"):
         with contextlib.suppress(HatrackError):  # the file is gone or has changed
-            earlier = _read_training_rows(hat, name, card)
-    return None if earlier is None else trained_rows.keys(earlier.train)
+            run_examples = _read_training_rows(hat, name, card)
+    return None if run_examples is None else trained_rows.keys(run_examples.train)
 
 
 def _render_for_each(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
