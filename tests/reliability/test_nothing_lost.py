@@ -162,7 +162,7 @@ def test_a_stopped_run_says_so_and_goes_on_the_same(
 
 def test_other_commands_end_with_a_word_as_well(tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        child = Child(["list"], tmp_path / "said", _stop_in, ("hatrack.adapter.registry", "hats", number))
+        child = Child(["list"], tmp_path / "said", _stop_in, ("hatrack.adapter.registry", "list_adapters", number))
         assert child.end() == 130
     assert child.said == "hatrack: interrupted\n" * 3
 
