@@ -94,9 +94,9 @@ def test_config_json_alone_is_enough(hatrack: Run, tiny_decoder: Path, questions
     bare = hatrack("plan", "--base", tmp_path / "bare", "--device", "cpu", "--json")
     for fact in ("trainable", "total", "memory", "micro_batch"):
         assert bare.json[fact] == whole[fact], fact
-    assert "planned from the shapes of config.json" in bare.err
+    assert "planned from the shapes in config.json" in bare.err
     lengths = hatrack("plan", "--base", tmp_path / "bare", "--data", questions, "--device", "cpu")
-    assert lengths.code == 0 and "lengths are estimated from their letters" in lengths.err
+    assert lengths.code == 0 and "lengths are estimated from their characters" in lengths.err
 
 
 def test_one_figure_for_the_peak(hatrack: Run, tiny_encoder: Path, reviews: Path) -> None:
