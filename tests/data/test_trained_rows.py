@@ -24,7 +24,7 @@ def _system(example: Example, content: str) -> Example:
 
 
 def _is_seen(row: Example, *trained: Example) -> bool:
-    return bool(trained_rows.are_known([row], trained_rows.keys(trained))[0])
+    return bool(trained_rows.are_among([row], trained_rows.row_and_turn_keys(trained))[0])
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_calls_of_tools_are_answers() -> None:
 
 def test_the_file_holds_8_bytes_a_row_and_none_of_its_words() -> None:
     rows = [_text(f"secret number {index % 500}") for index in range(1000)]
-    content = trained_rows.to_bytes(trained_rows.keys(rows))
+    content = trained_rows.to_bytes(trained_rows.row_and_turn_keys(rows))
     assert len(content) == 8 * (500 + 1) and b"secret" not in content
-    assert np.array_equal(trained_rows.from_bytes(content), trained_rows.keys(reversed(rows)))
-    assert len(trained_rows.from_bytes(trained_rows.to_bytes(trained_rows.keys([])))) == 0
+    assert np.array_equal(trained_rows.from_bytes(content), trained_rows.row_and_turn_keys(reversed(rows)))
+    assert len(trained_rows.from_bytes(trained_rows.to_bytes(trained_rows.row_and_turn_keys([])))) == 0
 
 
 def test_the_keys_are_the_same_in_every_version() -> None:
@@ -95,11 +95,13 @@ def test_the_keys_are_the_same_in_every_version() -> None:
 @pytest.mark.parametrize("damage", [lambda c: c[:-8], lambda c: c[:-1], lambda c: b"", lambda c: c[:9] + b"x" + c[10:]])
 def test_a_damaged_file_is_seen(damage: Any) -> None:
     with pytest.raises(ValueError, match="do not match their checksum"):
-        trained_rows.from_bytes(damage(trained_rows.to_bytes(trained_rows.keys([_text("one"), _text("two")]))))
+        trained_rows.from_bytes(
+            damage(trained_rows.to_bytes(trained_rows.row_and_turn_keys([_text("one"), _text("two")])))
+        )
 
 
 def test_of_a_longer_conversation_the_turns_that_were_trained_on_are_told() -> None:
-    known = trained_rows.keys([_chat("a", "b"), _chat("x", "y", "z", "w")])
+    known = trained_rows.row_and_turn_keys([_chat("a", "b"), _chat("x", "y", "z", "w")])
     assert trained_rows.seen_turns(_system(_chat("A ", "b", "c", "d"), "Be brief."), known) == (2,)
     assert trained_rows.seen_turns(_chat("x", "y", "z", "w"), known) == (1, 3)
     assert trained_rows.seen_turns(_chat("a", "other", "c", "d"), known) == ()

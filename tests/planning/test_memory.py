@@ -138,7 +138,7 @@ def test_compiled_matmuls_are_counted_where_they_are_stored() -> None:
     def found(compiled: bool, accelerator: bool = False) -> dict[str, int]:
         batch = MicroBatch(4, 128, 512)
         run = MemoryRequest(model(), Method(), "bfloat16", batch, 512, scored=batch)
-        return training_bytes(dataclasses.replace(run, caches_matmuls=compiled, accelerator=accelerator))
+        return training_bytes(dataclasses.replace(run, caches_primitives=compiled, accelerator=accelerator))
 
     assert found(True)["matmuls"] == CACHED_MATMULS * CACHED_MATMUL_BYTES and found(False)["matmuls"] == 0
     assert found(True) == found(False) | {"matmuls": CACHED_MATMULS * CACHED_MATMUL_BYTES}

@@ -32,7 +32,8 @@ Data = Annotated[
 ]
 
 BAD_ROWS_HELP = (
-    "If some rows cannot be scored: refuse to start, or skip those rows. Default: as the (first) adapter was trained."
+    "If some rows cannot be scored: refuse to start, or skip those rows. "
+    "Default: the setting that the first adapter was trained with."
 )
 
 

@@ -25,7 +25,7 @@ FORMAT = b"hatrack rows 1"
 KEY_BYTES = 8
 
 
-def keys(examples: Iterable["Example"]) -> np.ndarray:
+def row_and_turn_keys(examples: Iterable["Example"]) -> np.ndarray:
     """(n,) uint64, sorted and unique: a key for each answer in `examples`, of all text up to it."""
     return np.unique(
         np.array([_hash(text) for each in examples for text in _texts_up_to_answers(each)], dtype=np.uint64)
@@ -33,13 +33,13 @@ def keys(examples: Iterable["Example"]) -> np.ndarray:
 
 
 def row_keys(examples: Iterable["Example"]) -> np.ndarray:
-    """(rows,) uint64: the key of each whole row; it is among `keys` if the row was trained on."""
+    """(rows,) uint64: the key of each whole row. Trained rows have theirs among their `row_and_turn_keys`."""
     return np.array([_hash(_texts_up_to_answers(each)[-1]) for each in examples], dtype=np.uint64)
 
 
-def are_known(examples: Iterable["Example"], known: np.ndarray) -> np.ndarray:
-    """(rows,) bool: whether the key of each whole row is in `known`."""
-    return np.isin(row_keys(examples), known, kind="sort")  # numpy 2.0's other way overflows on uint64
+def are_among(examples: Iterable["Example"], keys: np.ndarray) -> np.ndarray:
+    """(rows,) bool: whether the key of each whole row is in `keys`."""
+    return np.isin(row_keys(examples), keys, kind="sort")  # numpy 2.0's other way overflows on uint64
 
 
 def seen_turns(example: "Example", known: np.ndarray) -> tuple[int, ...]:

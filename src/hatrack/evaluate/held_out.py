@@ -32,22 +32,22 @@ COLUMNS = ("text", "label", "prompt", "completion", "messages")
 
 
 def held_out_rows(hat: Hat, data: str | None = None, **options: str) -> dict[str, TokenRows]:
-    """Name of each attached adapter -> the rows to score, as its tokens. All adapters get the same rows: those of
-    `data`, or by default those that all adapters held out, without rows that one of them was trained on.
+    """Name of each attached adapter -> the rows to score, tokenized with its tokenizer. All adapters get the same rows:
+    those of `data`, or by default those that all adapters held out, without rows that one of them was trained on.
 
     `options` say how to read `data`: `text`, `label`, `prompt`, `completion`, `messages` name its columns, `bad_rows`
-    is refuse or skip. Raises AdapterError if the adapters cannot be compared or do not record their data, DataError
-    if that has changed, or too few rows are left.
+    is refuse or skip. Raises AdapterError if the adapters cannot be compared or do not record their data; DataError if
+    the recorded data has changed or too few rows are left.
     """
     check_comparable(hat.cards)
     if data is None:
-        run_examples = {name: _read_training_rows(hat, name, card) for name, card in hat.cards.items()}
-        task, examples = hat.task, _held_out_by_all(run_examples)
+        examples_by_adapter = {name: _read_training_rows(hat, name, card) for name, card in hat.cards.items()}
+        task, examples = hat.task, _held_out_by_all(examples_by_adapter)
         source = " and ".join(dict.fromkeys(str(card.recipe["data"]) for card in hat.cards.values()))
     else:
-        run_examples, source = {}, source_name(data)
+        examples_by_adapter, source = {}, source_name(data)
         task, examples = _read_data(next(iter(hat.cards.values())), data, options)
-    fresh = _leave_out_trained(hat, examples, run_examples, source)
+    fresh = _leave_out_trained(hat, examples, examples_by_adapter, source)
     bad_rows = options.get("bad_rows", next(iter(hat.cards.values())).recipe.get("bad_rows", "refuse"))
     return _render_for_each(hat, task, fresh, source, bad_rows)
 
@@ -74,14 +74,14 @@ def _read_training_rows(hat: Hat, name: str, card: AdapterCard) -> Examples:
     return examples
 
 
-def _held_out_by_all(run_examples: Mapping[str, Examples]) -> list[Example]:
-    first, *others = run_examples.values()
+def _held_out_by_all(examples_by_adapter: Mapping[str, Examples]) -> list[Example]:
+    first, *others = examples_by_adapter.values()
     shared = first.held_out
     for other in others:
-        shared = _select(shared, trained_rows.are_known(shared, trained_rows.row_keys(other.held_out)))
-    if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in run_examples.values())):
+        shared = _select(shared, trained_rows.are_among(shared, trained_rows.row_keys(other.held_out)))
+    if len(shared) < min(FEWEST_ROWS, *(len(each.held_out) for each in examples_by_adapter.values())):
         raise DataError(
-            f"{' and '.join(run_examples)} hold out different rows",
+            f"{' and '.join(examples_by_adapter)} hold out different rows",
             got=f"{len(shared)} in common",
             fix=f"give rows that none was trained on with {flag('data')}",
             gotcha="scored-on-training-rows",
@@ -90,7 +90,7 @@ def _held_out_by_all(run_examples: Mapping[str, Examples]) -> list[Example]:
 
 
 def _read_data(card: AdapterCard, data: str, options: Mapping[str, str]) -> tuple[str, list[Example]]:
-    """Reads the rows of a file with the adapter's labels; returns their task too."""
+    """Reads a file's rows and maps their labels to the adapter's. Also returns the task of the rows."""
     rows = read_rows(data)
     kept = {role: card.recipe[role] for role in COLUMNS if card.recipe.get(role) in rows.columns}
     kept |= {"bad_rows": card.recipe["bad_rows"]} if "bad_rows" in card.recipe else {}
@@ -109,20 +109,20 @@ def _read_data(card: AdapterCard, data: str, options: Mapping[str, str]) -> tupl
 
 
 def _leave_out_trained(
-    hat: Hat, examples: list[Example], run_examples: Mapping[str, Examples], source: str
+    hat: Hat, examples: list[Example], examples_by_adapter: Mapping[str, Examples], source: str
 ) -> list[Example]:
     """The rows that no adapter was trained on. Raises DataError if too few are left."""
     keys = [np.empty(0, dtype=np.uint64)]
     for name, card in hat.cards.items():
-        known = _trained_keys(hat, name, card, run_examples.get(name))
+        known = _trained_keys(hat, name, card, examples_by_adapter.get(name))
         if known is None:
             say(f"{name} does not record the rows it was trained on: some of these may be among them")
         else:
             keys.append(known)
     known_keys = np.concatenate(keys)
-    trained = trained_rows.are_known(examples, known_keys)
+    trained = trained_rows.are_among(examples, known_keys)
     count, fresh = int(trained.sum()), _select(examples, ~trained)
-    if count and len(fresh) < (1 if run_examples else FEWEST_ROWS):  # a run may hold out few rows
+    if count and len(fresh) < (1 if examples_by_adapter else FEWEST_ROWS):  # a run may hold out few rows
         raise DataError(
             f"these {count:,} rows were trained on, so they cannot be scored",
             got=f"{source}, which has {len(fresh) or 'no'} other row{'s' * (len(fresh) != 1)}",
@@ -148,7 +148,7 @@ def _score_new_turns(examples: list[Example], known: np.ndarray) -> list[Example
     return found
 
 
-def _trained_keys(hat: Hat, name: str, card: AdapterCard, run_examples: Examples | None) -> np.ndarray | None:
+def _trained_keys(hat: Hat, name: str, card: AdapterCard, adapter_examples: Examples | None) -> np.ndarray | None:
     """The keys of the rows that an adapter was trained on; None if they are not known."""
     path = hat.adapters[name].folder / trained_rows.FILE
     if path.exists():
@@ -156,14 +156,15 @@ def _trained_keys(hat: Hat, name: str, card: AdapterCard, run_examples: Examples
             return trained_rows.from_bytes(path.read_bytes())
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path} is damaged", got=error, fix="copy the adapter again") from error
-    if run_examples is None and card.recipe.get("data"):
+    if adapter_examples is None and card.recipe.get("data"):
         with contextlib.suppress(HatrackError):  # the file is gone or has changed
-            run_examples = _read_training_rows(hat, name, card)
-    return None if run_examples is None else trained_rows.keys(run_examples.train)
+            adapter_examples = _read_training_rows(hat, name, card)
+    return None if adapter_examples is None else trained_rows.row_and_turn_keys(adapter_examples.train)
 
 
 def _render_for_each(hat: Hat, task: str, examples: list[Example], source: str, bad_rows: str) -> dict[str, TokenRows]:
-    """The rows as tokens of each adapter, with its label ids; all with the same template and maximum length.
+    """The rows to score, tokenized with each adapter's tokenizer, with its label ids. Template and maximum length are
+    the same for all.
 
     Raises BadRows if some cannot be learned from, unless `bad_rows` is skip.
     """

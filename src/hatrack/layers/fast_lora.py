@@ -66,10 +66,10 @@ class FastLinear(LosslessMerge, PeftLinear):  # type: ignore[misc]  # peft has n
         return self._compute(x, dtype, parts) if y is None else y
 
     def _compute(self, x: torch.Tensor, dtype: torch.dtype, parts: "_PlainParts") -> torch.Tensor:
-        """y of this layer. If it is a leader, also computes and stores the outputs of its followers."""
+        """y of this layer. If it is the leader, the first of the layers that get this x, also computes and stores the
+        outputs of its followers."""
         shared = [(self, parts)]
-        is_leader = _shared_input.register(x, self)
-        if is_leader:
+        if _shared_input.becomes_leader(x, self):
             for layer in self.followers:
                 follower_parts = layer._plain_parts(dtype)
                 if follower_parts is not None and follower_parts.can_share_pass(parts):
@@ -196,7 +196,7 @@ class LoraMatmuls(torch.autograd.Function):
         x, h, A, *saved = ctx.saved_tensors
         masks, needed = [mask for _, mask, _ in ctx.settings], ctx.needs_input_grad[2:]
         weights, factors_B = saved[: len(masks)], saved[len(masks) :]
-        found: list[torch.Tensor | None] = [None] * len(needed)
+        tensor_gradients: list[torch.Tensor | None] = [None] * len(needed)
         low_rank_gradients: list[torch.Tensor] = []
         gradients = tuple(g.contiguous() for g in gradients)
         parts = zip(gradients, factors_B, h.chunk(len(masks), 1), ctx.settings, strict=True)
@@ -204,13 +204,13 @@ class LoraMatmuls(torch.autograd.Function):
             # g_h (n, r), already multiplied by D's 1 / (1 - p)
             low_rank_gradients.append(down(g, B, scaling * mask.scale))
             if needed[4 * number + 1]:
-                found[4 * number + 1] = g.sum(0)  # (d_out,)
+                tensor_gradients[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
-                found[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # g^T h, (d_out, r)
+                tensor_gradients[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # g^T h, (d_out, r)
         g_h = concat(low_rank_gradients, 1)  # (n, ranks of all)
         if any(needed[2::4]):
             for number, g_A in enumerate(outer(x, g_h, 1.0, *masks).chunk(len(masks))):
-                found[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
+                tensor_gradients[4 * number + 2] = g_A[: ctx.rank]  # (r, d_in)
         g_x = None
         if ctx.needs_input_grad[0]:
             int_formats = [int_format for *_, int_format in ctx.settings]
@@ -218,7 +218,7 @@ class LoraMatmuls(torch.autograd.Function):
             for g, W, int_format in zip(gradients[1:], weights[1:], int_formats[1:], strict=True):
                 matmul_backward(g, W, int_format, add_to=g_x)
             add_up_projection_(g_x, g_h, A, 1.0, *masks)
-        return g_x, None, *found
+        return g_x, None, *tensor_gradients
 
 
 def reference(x: torch.Tensor, projection: Projection, dropout: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,8 @@ class SharedInput(threading.local):
         self._leader: Callable[[], SharingLayer | None] = lambda: None
         self._results: dict[SharingLayer, tuple[tuple[object, ...], torch.Tensor]] = {}
 
-    def register(self, x: torch.Tensor, layer: SharingLayer) -> bool:
-        """Records that `layer` is called with x. Returns whether it is the leader, which computes its followers too."""
+    def becomes_leader(self, x: torch.Tensor, layer: SharingLayer) -> bool:
+        """Records that `layer` is called with x. Returns whether it is the first, and so the leader."""
         if x.is_inference() or has_saved_tensor_hooks():
             return False
         leader = self._leader()

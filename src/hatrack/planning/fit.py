@@ -48,11 +48,11 @@ MAX_PLANNED_ROWS = 20_000
 """Larger data sets are subsampled to this many rows, evenly over length."""
 MIN_SCORED_ROWS = 8
 """Minimum batch size for scoring held-out rows."""
-SETUP_TIME, SAVE_TIME = 0.05, 0.02
+SETUP_FRACTION, SAVE_FRACTION = 0.05, 0.02
 """Time to set up the trainer, and to save a checkpoint, as fractions of the process start-up time."""
-COMMAND_LINE_MEMORY = 1.05
-"""If the process holds at most this many times the memory of hatrack's imports, assume that it is the command line and
-count the imports alone, so that `plan` and `train` agree. For scripts and notebooks all that they hold is counted."""
+COMMAND_LINE_MAX_RATIO = 1.05
+"""A process with at most this many times the memory of hatrack's imports is taken to be the command line; then only the
+imports are counted, so that `plan` and `train` agree. For scripts and notebooks all of their memory is counted."""
 USABLE_MEMORY_FRACTION = 0.95
 """Fraction of the available memory that a plan may use; the rest is left to the system."""
 CHECKPOINTS_LEFT = 3
@@ -65,10 +65,10 @@ CHECKPOINT_COPIES = 3
 class Workload:
     """The sizes of the rows of a run, and what is already in memory and in the caches.
 
-    `row_sizes` (of the training rows) and `held_out_sizes`: (n, 2), token count and supervised-token count (0 to
-    classify). `process_bytes`: resident bytes of the process, None if it has yet to start. `cached_fraction`: the
-    fraction of rows whose hidden states below the adapters are cached. `quantized_cached`: whether the quantized base
-    is cached.
+    `row_sizes` (of the training rows) and `held_out_sizes`: (n, 2), token count and supervised-token count (0 if
+    the task is classify). `process_bytes`: resident bytes of the process, None if it has yet to start.
+    `cached_fraction`: the fraction of rows whose hidden states below the adapters are cached. `quantized_cached`:
+    whether the quantized base is cached.
     """
 
     task: str
@@ -137,7 +137,8 @@ class Plan:
 
 
 def required_bytes(memory: Mapping[str, int]) -> int:
-    """All components except file pages that only loading reads: the kernel drops those when it needs memory."""
+    """The sum of all components but `loading`, the file pages that are read only while loading: the kernel drops them
+    when it needs memory."""
     return sum(memory.values()) - memory.get("loading", 0)
 
 
@@ -272,10 +273,11 @@ def too_large_error(request: PlanRequest, plan: Plan) -> RecipeError:
 
 
 def _candidate_changes(request: PlanRequest, plan: Plan) -> list[tuple[str, Recipe, Method]]:
-    """The changes to try, in order: shorter rows first if activations need most of the memory, else a smaller base."""
+    """The changes to try, in order: shorter rows first if activations need most of the memory, else a base that takes
+    less memory (streamed or quantized) first."""
     method = plan.method
     shorter = []
-    length = 1 << max(request.work.longest - 1, 1).bit_length() - 1
+    length = 1 << max(request.work.longest - 1, 1).bit_length() - 1  # the largest power of two below the longest row
     while length >= 32:
         shorter.append((f"--max-length {length}", request.recipe.changed(max_length=length), method))
         length //= 2
@@ -312,7 +314,7 @@ def _memory_for(request: PlanRequest, method: Method, micro_batch: int) -> dict[
     batches = micro_batches(request, micro_batch)
     largest = max(batches, key=lambda batch: batch.tokens)
     process = (machine.imported_bytes or FRAMEWORK) + (BITSANDBYTES_IMPORTED if method.quantize != "none" else 0)
-    if (work.process_bytes or 0) > COMMAND_LINE_MEMORY * process:  # a script or notebook
+    if (work.process_bytes or 0) > COMMAND_LINE_MAX_RATIO * process:  # a script or notebook
         process = work.process_bytes or 0
     all_cached = work.cached_fraction == 1 and _is_mapped(request, method) and not method.full and not method.streamed
     run = MemoryRequest(
@@ -325,9 +327,9 @@ def _memory_for(request: PlanRequest, method: Method, micro_batch: int) -> dict[
         dropout=request.recipe.dropout,
         uses_fast_lora=method.quantize == "none" and request.recipe.variant != "dora",
         accelerator=machine.accelerator,
-        caches_matmuls=request.dtype == "bfloat16" and cpu.has_fast_bfloat16(),
+        caches_primitives=request.dtype == "bfloat16" and cpu.has_fast_bfloat16(),
         process_bytes=process,
-        layers_not_read=request.model.cached_layers if all_cached else 0,
+        layers_not_read=request.model.frozen_prefix_layers if all_cached else 0,
         quantized_cached=work.quantized_cached,
     )
     return training_bytes(run)
@@ -340,7 +342,7 @@ def scored_batches(request: PlanRequest, micro_batch: int) -> list[MicroBatch]:
 
 
 def micro_batches(request: PlanRequest, micro_batch: int) -> list[MicroBatch]:
-    """The micro-batches of training, of its first two epochs at most, given their size."""
+    """The training micro-batches of size `micro_batch`, from the first two epochs at most."""
     schedule, work = request.schedule(micro_batch), request.work
     sample = _sample_rows(work.row_sizes)
     wanted = schedule.steps * schedule.accumulation
@@ -354,7 +356,7 @@ def micro_batches(request: PlanRequest, micro_batch: int) -> list[MicroBatch]:
 
 
 def _batches(sizes: np.ndarray, batches: Sequence[np.ndarray]) -> list[MicroBatch]:
-    """Micro-batches from the sizes of all rows, and the row numbers of each batch."""
+    """Makes micro-batches out of all rows' sizes and each batch's row numbers."""
     return [MicroBatch(len(rows), int(sizes[rows, 0].max()), int(sizes[rows, 1].sum())) for rows in batches]
 
 
@@ -386,14 +388,14 @@ def _disk_bytes(request: PlanRequest, plan: Plan) -> dict[str, int]:
         disk["states"] = max(0, streamed_state_bytes(model, tokens, ITEM_BYTES[request.dtype]) - STATES_IN_MEMORY)
     cached = _cached_bytes(request, method)
     if cached:
-        disk["kept"] = cached
+        disk["kept"] = cached  # hidden states below the adapters
     if method.quantize != "none":
-        disk["packed"] = base_bytes(model, method, request.dtype)
+        disk["packed"] = base_bytes(model, method, request.dtype)  # the quantized base
     return disk
 
 
 def _with_seconds(request: PlanRequest, plan: Plan, speed: MachineSpeed, skipped: float) -> Plan:
-    """Adds seconds to a plan. For the fraction `skipped` of rows the layers below the adapters are not computed."""
+    """Adds seconds to a plan. The layers below the adapters are not computed for a fraction `skipped` of the rows."""
     model, method, compute = request.model, plan.method, request.recipe.compute
     schedule = request.schedule(plan.micro_batch)
     batches = micro_batches(request, plan.micro_batch)
@@ -411,9 +413,9 @@ def _with_seconds(request: PlanRequest, plan: Plan, speed: MachineSpeed, skipped
     held_out = request.work.held_out_sizes
     scoring = sum(scores, OpCounts(0, 0, 0)) * (len(held_out) / max(len(_sample_rows(held_out)), 1))
     saves = max(1, math.ceil(schedule.epochs))
-    evaluations = saves + 1  # the base is scored with the first epoch
+    evaluations = saves + 1  # one per epoch, and one of the base
     read_seconds = plan.read_per_step * schedule.steps / speed.disk_bytes_per_second
-    overhead_seconds = (SETUP_TIME + SAVE_TIME * saves) * speed.start_seconds
+    overhead_seconds = (SETUP_FRACTION + SAVE_FRACTION * saves) * speed.start_seconds
     scoring_seconds = evaluations * scoring.seconds(speed)
     seconds = training.seconds(speed, compute) + scoring_seconds + read_seconds + overhead_seconds
     whole = seconds + speed.start_seconds + 2 * model.disk_bytes / speed.disk_bytes_per_second
@@ -429,7 +431,7 @@ def _read_per_step(request: PlanRequest, plan: Plan, base: int, skipped: float) 
     """
     model, method = request.model, plan.method
     if method.streamed:
-        below = model.matmul_weights * model.cached_layers / max(model.dims.layers, 1)
+        below = model.matmul_weights * model.frozen_prefix_layers / max(model.dims.layers, 1)
         below_fraction = below / (model.matmul_weights + model.other_weights)
         return round(base * (2 - below_fraction * (1 + skipped)))
     accumulation = request.batch_size // plan.micro_batch
@@ -444,7 +446,7 @@ def _is_mapped(request: PlanRequest, method: Method) -> bool:
 
 def _cached_bytes(request: PlanRequest, method: Method) -> int:
     """Bytes on disk of the cached hidden states below the adapters: one per token, up to --cache-limit."""
-    if method.full or not request.model.cached_layers:
+    if method.full or not request.model.frozen_prefix_layers:
         return 0
     all_states = _all_states_bytes(request)
     return min(all_states, request.recipe.cache_limit or all_states)

@@ -60,7 +60,7 @@ class Method:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch of `rows` rows, padded to `longest` tokens each; `supervised` tokens in all (0 to classify)."""
+    """A micro-batch of `rows` rows, padded to `longest` tokens each; `supervised` tokens in all (0 if classifying)."""
 
     rows: int
     longest: int
@@ -78,7 +78,7 @@ class MemoryRequest:
 
     `batch`: the largest micro-batch of training. `scored`: the largest batch of held-out rows, None without any.
     `step_tokens`: tokens of the largest step. `uses_fast_lora`: the adapted layers are those of `layers/fast_lora.py`,
-    not peft's, which DoRA and quantized bases use. `caches_matmuls`: oneDNN compiles the matmuls and caches them.
+    not peft's, which DoRA and quantized bases use. `caches_primitives`: oneDNN caches its compiled matmul primitives.
     `process_bytes`: resident bytes of the process before the run. `layers_not_read`: how many layers are not read
     until the finished adapter is verified, because their outputs are all cached. `quantized_cached`: the quantized base
     is in the cache and only has to be mapped.
@@ -93,7 +93,7 @@ class MemoryRequest:
     dropout: float = 0.0
     uses_fast_lora: bool = True
     accelerator: bool = False
-    caches_matmuls: bool = False
+    caches_primitives: bool = False
     process_bytes: int = FRAMEWORK
     layers_not_read: int = 0
     quantized_cached: bool = False
@@ -125,7 +125,7 @@ def training_bytes(run: MemoryRequest) -> dict[str, int]:
         "logits": _logits(run, run.batch) * (2 * run.item_bytes + (8 if run.accelerator else 0)),
         "workspace": _workspace(run) + run.item_bytes * _converted_weights(run),
         "heap": 0 if run.accelerator else round(HEAP * (activations + inputs)),
-        "matmuls": CACHED_MATMULS * CACHED_MATMUL_BYTES if run.caches_matmuls and not run.accelerator else 0,
+        "matmuls": CACHED_MATMULS * CACHED_MATMUL_BYTES if run.caches_primitives and not run.accelerator else 0,
         "framework": ACCELERATOR if run.accelerator else _process_bytes(run),
     }
     persistent = sum(

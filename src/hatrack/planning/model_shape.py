@@ -46,8 +46,8 @@ class ModelShape:
     layers in the backward pass; `peft_copies` that peft's own layers save in addition; `adapted_width`, the sum of d_in
     and d_out of the adapted layers. DoRA multiplies with `dora_weights` twice and scales `dora_outputs`.
 
-    Layers: `backward_layers` are in the backward pass; below all adapters are `cached_layers`, whose output is cached.
-    The checkpoint has `disk_bytes` bytes in `stored_dtype`.
+    Layers: `backward_layers` are in the backward pass; below all adapters are `frozen_prefix_layers`, whose output is
+    cached (0 if nothing is cached). The checkpoint has `disk_bytes` bytes in `stored_dtype`.
     """
 
     dims: Dimensions
@@ -66,7 +66,7 @@ class ModelShape:
     dora_weights: int
     dora_outputs: int
     backward_layers: int
-    cached_layers: int
+    frozen_prefix_layers: int
     stored_dtype: str
     disk_bytes: int
 
@@ -140,7 +140,7 @@ def describe_model(base: BaseDescription, recipe: Recipe, *, task: str, labels: 
         dora_weights=sum(d_in * d_out for d_in, d_out in adapted) if dora else 0,
         dora_outputs=2 * sum(d_out for _, d_out in adapted) if dora else 0,
         backward_layers=backward_layers,
-        cached_layers=max(0, dims.layers - (recipe.top_layers or dims.layers)) if recipe.cache_limit != 0 else 0,
+        frozen_prefix_layers=max(0, dims.layers - (recipe.top_layers or dims.layers)) if recipe.cache_limit != 0 else 0,
         stored_dtype=STORED.get(base.stored_dtype, "other"),
         disk_bytes=weight_bytes(base.tensors),
     )

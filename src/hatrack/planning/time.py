@@ -78,7 +78,7 @@ def forward_counts(model: ModelShape, batch: MicroBatch) -> OpCounts:
 
 def frozen_prefix_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCounts:
     """The part of the forward pass below all adapters, which is computed once per row and cached."""
-    fraction = 0.0 if method.full else model.cached_layers / max(model.dims.layers, 1)
+    fraction = 0.0 if method.full else model.frozen_prefix_layers / max(model.dims.layers, 1)
     head = OpCounts(2 * model.head_weights * batch.supervised, batch.supervised * model.dims.vocabulary, 0)
     counts = (forward_counts(model, batch) - head) * fraction
     return counts + OpCounts(0, 3 * model.matmul_weights * fraction, 0) if method.quantize != "none" else counts
@@ -106,7 +106,7 @@ def step_counts(model: ModelShape, method: Method, batch: MicroBatch) -> OpCount
         counts += OpCounts(0, 3 * model.matmul_weights * (1 + backward_fraction), 0)
     if method.checkpointing or method.streamed:
         counts += layers * backward_fraction
-    below = model.cached_layers / max(model.dims.layers, 1)  # these are not rounded
+    below = model.frozen_prefix_layers / max(model.dims.layers, 1)  # these are not rounded
     passes = 1 - below + backward_fraction * (2 if method.checkpointing or method.streamed else 1)
     base_operations = 2 * model.matmul_weights * batch.tokens * passes + 4 * model.head_weights * batch.supervised
     return counts + OpCounts(0, 0, 0, 0 if method.full else base_operations)

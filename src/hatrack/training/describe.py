@@ -41,7 +41,7 @@ def extra_adapter_files(run: Run, prepared: Prepared, base: Base) -> dict[str, b
     """Makes the files saved with an adapter (name -> content): metrics, digests of its rows, generation settings."""
     files: dict[str, bytes | str] = {
         "metrics.jsonl": run.metrics.read_bytes(),
-        trained_rows.FILE: trained_rows.to_bytes(trained_rows.keys(prepared.examples.train)),
+        trained_rows.FILE: trained_rows.to_bytes(trained_rows.row_and_turn_keys(prepared.examples.train)),
     }
     if prepared.task != "classify":
         files["generation_config.json"] = _generation_config(prepared, base)

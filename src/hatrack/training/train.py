@@ -66,7 +66,8 @@ def _train_and_save(run: Run, prepared: Prepared, hidden_states: HiddenStateCach
     adapted = load_adapted_model(prepared)
     say(trainable_line(*adapted.model.get_nb_trainable_parameters()))
     schedule = _schedule_with_learning_rate(run, prepared, adapted)
-    # They stream the layers of a base on disk, and/or run the frozen lower layers once per row and cache their outputs.
+    # `runners` stream a base's layers from disk, or run the frozen lower layers once per row and cache the outputs, or
+    # both.
     runners = open_layer_runners(adapted, prepared, hidden_states, run.folder)
 
     trained = train_adapter(run, prepared, schedule, adapted, runners)
