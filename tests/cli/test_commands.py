@@ -186,5 +186,5 @@ def test_help_needs_no_arguments_and_names_every_command(hatrack: Run) -> None:
 def test_help_of_compare_speaks_of_scoring(hatrack: Run) -> None:
     shown = " ".join(hatrack("compare", "--help").out.replace("│", "").split())
     assert (
-        "as the (first) adapter was trained" in shown and "Default: refuse" not in shown and "to train on" not in shown
+        "the first adapter was trained with" in shown and "Default: refuse" not in shown and "to train on" not in shown
     )
