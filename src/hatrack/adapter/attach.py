@@ -180,8 +180,8 @@ def _check_vocabulary(base: Any, modules: Mapping[str, nn.Module], files: Adapte
         raise AdapterError(
             f"{files.folder} was trained on a vocabulary of {vocabulary}, and this base has {size:,}",
             got=f"{path} of {vocabulary}" if other_size is not None else f"row {largest_index:,} in {CONFIG}",
-            fix=f"give the base with the resized vocabulary with {flag('base')}, as model.resize_token_embeddings made"
-            " it; an adapter whose embeddings were not trained can be saved with save_embedding_layers=False",
+            fix=f"use {flag('base')} with the folder of the base saved after model.resize_token_embeddings; if the "
+            "embeddings were not trained, save the adapter again with save_embedding_layers=False instead",
             gotcha="vocabulary-resized",
         )
 

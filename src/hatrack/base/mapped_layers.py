@@ -80,8 +80,9 @@ class MappedLayers:
     """Loads one part of a frozen `model` from `folder` at a time: a layer by its number, or NON_LAYER_WEIGHTS.
 
     While a part is loaded, its floating-point weights are in `dtype`; otherwise they keep the file's dtype and are
-    paged in on access. Weights that are not mapped from a file are only cast. Matrices of linear layers and large
-    embeddings keep their dtype; their outputs are cast. Trained weights are not touched.
+    paged in on access. Two kinds always keep the file's dtype: matrices of linear layers, which are cast during the
+    matmul, and large embeddings, whose output is cast. Weights that are not mapped from a file are cast, but neither
+    read ahead nor released. Trained weights are not touched.
     """
 
     device = torch.device("cpu")
@@ -216,8 +217,8 @@ def release_pages(files: Sequence[MappedFile]) -> None:
 def placeholder_weights(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[None]:
     """While the block runs, replaces the frozen weights of `model` by zeros in `dtype` on `device` that take no memory.
 
-    An adapter made in the block gets the dtype and device of a base that is loaded there. Not for modules whose weights
-    are copied, such as heads.
+    An adapter made in the block gets the dtype and device that it would get if the base were in `dtype` on `device`.
+    Not for a module of the base that peft copies (modules_to_save, such as a head): the copy would stay zeros.
     """
     before = [(weight, weight.data) for weight in _frozen(model) if weight.is_floating_point()]
     for weight, data in before:

@@ -1,7 +1,8 @@
 """Finds the rows to compare adapters on, without rows that one of them was trained on.
 
-Rows are identified by content: by the row keys in a file of the adapter's folder (read by `data/trained_rows.py`) or,
-without that file, by the data that its hatrack.json names, if that has not changed.
+A row counts as trained on if its content matches. What an adapter was trained on is known from the row keys in its
+folder (`data/trained_rows.py`); without them, the data file named in its hatrack.json is read again, if it has not
+changed.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from hatrack.inference.hat import Hat
 from hatrack.recipe import Recipe, flag
 
 FEWEST_ROWS = 20
-"""With fewer rows the bootstrap's interval is too narrow, so there is no verdict."""
+"""With fewer rows the bootstrap understates the uncertainty, so there is no verdict."""
 COLUMNS = ("text", "label", "prompt", "completion", "messages")
 
 
@@ -122,7 +123,9 @@ def _leave_out_trained(
     known_keys = np.concatenate(keys)
     trained = trained_rows.are_among(examples, known_keys)
     count, fresh = int(trained.sum()), _select(examples, ~trained)
-    if count and len(fresh) < (1 if examples_by_adapter else FEWEST_ROWS):  # a run may hold out few rows
+    if count and len(fresh) < (
+        1 if examples_by_adapter else FEWEST_ROWS
+    ):  # without `data`: the runs' own held-out rows may be few
         raise DataError(
             f"these {count:,} rows were trained on, so they cannot be scored",
             got=f"{source}, which has {len(fresh) or 'no'} other row{'s' * (len(fresh) != 1)}",

@@ -178,15 +178,15 @@ class LoraMatmuls(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         masks, weights = [mask for _, mask, _ in settings], tensors[::4]
         A = concat([prepare_factor(A, x.dtype) for A in tensors[2::4]])  # ranks padded to a multiple of 8
-        factors_B = [prepare_factor(B.t(), x.dtype) for B in tensors[3::4]]
+        B_transposed = [prepare_factor(B.t(), x.dtype) for B in tensors[3::4]]
         h = down(x, A, masks[0].scale, *masks)  # (n, ranks of all)
         outputs = []
-        parts = zip(weights, tensors[1::4], factors_B, h.chunk(len(masks), 1), settings, strict=True)
-        for W, b, B, own, (scaling, _, int_format) in parts:
+        parts = zip(weights, tensors[1::4], B_transposed, h.chunk(len(masks), 1), settings, strict=True)
+        for W, b, B_t, h_own, (scaling, _, int_format) in parts:
             y = matmul(x, W, b, int_format)  # (n, d_out)
-            add_up_projection_(y, own, B, scaling)
+            add_up_projection_(y, h_own, B_t, scaling)
             outputs.append(y)
-        ctx.save_for_backward(x, h, A, *weights, *factors_B)
+        ctx.save_for_backward(x, h, A, *weights, *B_transposed)
         ctx.settings, ctx.rank = settings, len(tensors[2])
         return tuple(outputs)
 
@@ -195,18 +195,20 @@ class LoraMatmuls(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, A, *saved = ctx.saved_tensors
         masks, needed = [mask for _, mask, _ in ctx.settings], ctx.needs_input_grad[2:]
-        weights, factors_B = saved[: len(masks)], saved[len(masks) :]
+        weights, B_transposed = saved[: len(masks)], saved[len(masks) :]
         tensor_gradients: list[torch.Tensor | None] = [None] * len(needed)
         low_rank_gradients: list[torch.Tensor] = []
         gradients = tuple(g.contiguous() for g in gradients)
-        parts = zip(gradients, factors_B, h.chunk(len(masks), 1), ctx.settings, strict=True)
-        for number, (g, B, own, (scaling, mask, _)) in enumerate(parts):
+        parts = zip(gradients, B_transposed, h.chunk(len(masks), 1), ctx.settings, strict=True)
+        for number, (g, B_t, h_own, (scaling, mask, _)) in enumerate(parts):
             # g_h (n, r), already multiplied by D's 1 / (1 - p)
-            low_rank_gradients.append(down(g, B, scaling * mask.scale))
+            low_rank_gradients.append(down(g, B_t, scaling * mask.scale))
             if needed[4 * number + 1]:
                 tensor_gradients[4 * number + 1] = g.sum(0)  # (d_out,)
             if needed[4 * number + 3]:
-                tensor_gradients[4 * number + 3] = outer(g, own, scaling)[: ctx.rank].t()  # g^T h, (d_out, r)
+                tensor_gradients[4 * number + 3] = outer(g, h_own, scaling)[
+                    : ctx.rank
+                ].t()  # (h^T g)^T = g_B (d_out, r)
         g_h = concat(low_rank_gradients, 1)  # (n, ranks of all)
         if any(needed[2::4]):
             for number, g_A in enumerate(outer(x, g_h, 1.0, *masks).chunk(len(masks))):

@@ -48,8 +48,8 @@ def read_back(output: Path, trained: torch.Tensor, recipe: Recipe) -> Hat:
     assert files.card is not None
     write_file(output / HATRACK_JSON, dataclasses.replace(files.card, proof=proof.to_json()).to_json())
     say(
-        "proof: the adapter read back from disk gives the same answers; the largest change of a probability is "
-        f"{100 * proof.moved:.1f} percentage points, averaged over {len(proof.probe)} probe texts"
+        "proof: the adapter read back from disk gives the same answers; it changes the base's probabilities by up to "
+        f"{100 * proof.moved:.1f} percentage points per text (mean of {len(proof.probe)} probe texts)"
     )
     return hat
 
