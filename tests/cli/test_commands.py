@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hatrack.cli.tables import program
 from tests.cli.conftest import Ran
 
 Run = Callable[..., Ran]
@@ -188,3 +189,11 @@ def test_help_of_compare_speaks_of_scoring(hatrack: Run) -> None:
     assert (
         "the first adapter was trained with" in shown and "Default: refuse" not in shown and "to train on" not in shown
     )
+
+
+def test_what_to_type_next_names_the_program_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [".venv/bin/hatrack", "demo"])
+    monkeypatch.setenv("PATH", "")
+    assert program() == ".venv/bin/hatrack"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/hatrack/__main__.py", "demo"])
+    assert program() == "hatrack"

@@ -17,6 +17,7 @@ import typer
 import yaml
 
 from hatrack.cli.options import Json
+from hatrack.cli.tables import program
 from hatrack.cli.unused_imports import skip_unused_imports
 from hatrack.console import format_size, say
 from hatrack.recipe import Recipe
@@ -57,13 +58,13 @@ def demo(
     results["kinds"] = _second_adapter(output, kinds, tell)
     results["questions"] = _chat(output, questions, tell)
     tell("\n== What to type next ==")
-    tell('  hatrack predict demo-reviews "Funny from start to finish."')
-    tell("  hatrack chat demo-questions")
-    tell("  hatrack compare demo-reviews")
-    tell("  hatrack list")
+    tell(f'  {program()} predict demo-reviews "Funny from start to finish."')
+    tell(f"  {program()} chat demo-questions")
+    tell(f"  {program()} compare demo-reviews")
+    tell(f"  {program()} list")
     tell("\nTraining is one command. The base may be any Hugging Face model id or folder, the data any CSV, JSONL or")
     tell("Parquet file with a text and a label column (or prompt and completion, or messages):")
-    tell(f"  hatrack train {shlex.quote(str(reviews))} --base {ENCODER} --epochs 1")
+    tell(f"  {program()} train {shlex.quote(str(reviews))} --base {ENCODER} --epochs 1")
     if as_json:
         print(json.dumps(results))
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.cells import cell_len
 
@@ -16,6 +17,12 @@ from hatrack.errors import CONTROLS_TO_SPACES
 GAP = 2
 LABEL = 10
 UNLIMITED = 10**6
+
+
+def program() -> str:
+    """What to type for `hatrack`: its path, as it was started, if it is not on the PATH (`.venv/bin/hatrack`)."""
+    started = sys.argv[0]
+    return started if Path(started).name == "hatrack" and shutil.which("hatrack") is None else "hatrack"
 
 
 def width() -> int:

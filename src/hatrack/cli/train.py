@@ -8,6 +8,7 @@ import typer
 
 from hatrack.cli.adapter_options import complete_name
 from hatrack.cli.options import Json, with_recipe_options
+from hatrack.cli.tables import program
 from hatrack.cli.unused_imports import skip_unused_imports
 from hatrack.recipe import Recipe
 
@@ -49,7 +50,7 @@ def train(
         f"({result['tokens_per_second']:,.0f} per second)"
     )
     name = result["name"]
-    use = f"hatrack chat {name}" if hat.task == "chat" else f'hatrack predict {name} "your text"'
+    use = f"{program()} chat {name}" if hat.task == "chat" else f'{program()} predict {name} "your text"'
     print(f"next       {use}")
-    print(f"           hatrack compare {name}")
-    print(f"           hatrack show {name}")
+    print(f"           {program()} compare {name}")
+    print(f"           {program()} show {name}")
