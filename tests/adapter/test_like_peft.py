@@ -297,9 +297,7 @@ def test_a_resized_vocabulary(tmp_path: Path, name: str) -> None:
         theirs = _logits(PeftModel.from_pretrained(plain, folder))
     torch.testing.assert_close(_logits(attach(_resized(35), folder, "hat")), theirs, rtol=0, atol=1e-4)
     for model in (_base("Llama"), attach(_base("Llama"), _adapter(tmp_path / "other", _base("Llama"), QV), "other")):
-        with pytest.raises(
-            AdapterError, match=r"vocabulary of .*35 tokens, and this base has 32; .*--base .*resize_token_embeddings"
-        ):
+        with pytest.raises(AdapterError, match=r"vocabulary of .*35 tokens, .* has 32; .*--base .*resize_token"):
             attach(model, folder, "hat")
 
 
