@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hatrack import cpu
+from hatrack import console, cpu
 from hatrack.base import quantized_cache
 from hatrack.errors import OptionStyle
 
@@ -181,3 +181,9 @@ def questions(tmp_path: Path) -> Path:
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_before() -> None:
+    """Lets each test see what is said once per process, whatever tests ran before it."""
+    console.say_once.cache_clear()
