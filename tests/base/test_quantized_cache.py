@@ -15,7 +15,6 @@ from hatrack.base import load, quantized_cache
 from hatrack.base.description import describe_folder
 from hatrack.base.header import read_tensors
 from hatrack.base.load import Base
-from hatrack.console import say_once
 from hatrack.errors import ModelError
 from tests.base import tiny
 from tests.base.test_load import load_tiny
@@ -23,11 +22,6 @@ from tests.base.test_load import load_tiny
 pytest.importorskip("bitsandbytes")
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
 BITS = pytest.mark.parametrize("quantize", ["4bit", "8bit"])
-
-
-@pytest.fixture(autouse=True)
-def say_again() -> None:
-    say_once.cache_clear()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from hatrack.console import say_once
 from hatrack.data.csv_file import read_csv
 from hatrack.data.table import Rows
 from hatrack.errors import DataError
@@ -16,12 +15,6 @@ THINGS, ENDS = (
     ("works well", "broke", "came late", "is fine"),
 )
 ROWS = [(f"The {thing} I bought {end}.", "good" if end in ENDS[::3] else "bad") for thing in THINGS for end in ENDS]
-
-
-@pytest.fixture(autouse=True)
-def said_anew() -> None:
-    """What is said once a process is said once a test here."""
-    say_once.cache_clear()
 
 
 def lines(separator: str = ",", **changed: str) -> list[str]:

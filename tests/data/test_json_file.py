@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 
-from hatrack.console import say_once
 from hatrack.data.json_file import read_json_array, read_json_lines
 from hatrack.data.table import Rows
 from hatrack.errors import DataError
@@ -14,12 +13,6 @@ ROWS = [{"text": f"it's \u2028 {n}, [{{ok}}]", "label": word} for n, word in enu
 LINES = [json.dumps(row) for row in ROWS]
 PRETTY = [json.dumps(row, indent=2) for row in ROWS]
 COLUMNS = {name: [row[name] for row in ROWS] for name in ("text", "label")}
-
-
-@pytest.fixture(autouse=True)
-def said_anew() -> None:
-    """What is said once a process is said once a test here."""
-    say_once.cache_clear()
 
 
 def reader(name: str) -> Callable[[str, str], Rows]:

@@ -12,7 +12,6 @@ import pytest
 from hatrack.base.load import BaseOptions, load_base
 from hatrack.base.sources import find_base
 from hatrack.cli.demo import CHAT_MODEL
-from hatrack.console import say_once
 from hatrack.data.template import (
     PLAIN_TEMPLATE,
     _apply_template,
@@ -69,7 +68,6 @@ def test_a_template_that_rewrites_history_teaches_the_last_turn() -> None:
 
 
 def test_what_is_not_learned_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    say_once.cache_clear()
     talk = [("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "<think>y</think>d")]
     _spoken(QWEN3, talk), _spoken(QWEN3, talk)
     assert capsys.readouterr().err.count("only the last answer of such conversations is learned") == 1

@@ -5,18 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from hatrack.console import say_once
 from hatrack.data.read import decode_lines, read_lines, read_rows
 from hatrack.data.text import decode
 from hatrack.errors import DataError
 
 TEXT = "text,label\r\nThe café’s kettle works well,gut\r\nÀ côté: 5 € for “naïve” œuvres…,schlecht\r\n"
-
-
-@pytest.fixture(autouse=True)
-def said_anew() -> None:
-    """What is said once a process is said once a test here."""
-    say_once.cache_clear()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from hatrack import storage
-from hatrack.console import say_once
 from hatrack.storage import ABOUT
 from hatrack.training import hidden_states
 from hatrack.training.hidden_states import (
@@ -31,7 +30,6 @@ PLENTY = 2**20
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
-    say_once.cache_clear()
 
 
 def _open(limit: int | None = PLENTY, **made_by: Any) -> HiddenStateCache:

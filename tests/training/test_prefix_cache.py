@@ -17,7 +17,6 @@ import hatrack
 from hatrack.adapter.place import place
 from hatrack.base.layer_stack import LayerStack, find_layer_stack
 from hatrack.base.mapped_layers import MappedLayers
-from hatrack.console import say_once
 from hatrack.errors import Interrupted
 from hatrack.evaluate.loss import Batch, losses
 from hatrack.layers.fast_base import speed_up
@@ -40,7 +39,6 @@ DEPTH = 2
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HATRACK_CACHE", str(tmp_path / "cache"))
-    say_once.cache_clear()
 
 
 @pytest.fixture

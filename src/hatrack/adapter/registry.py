@@ -87,10 +87,14 @@ def registered_name(adapter: str | Path, folder: Path) -> str:
     under, else the name in its hatrack.json, else the folder's name."""
     if VALID_NAME.fullmatch(str(adapter)) and _registered_folder(str(adapter)) == folder.resolve():
         return str(adapter)
-    card = read_card(folder)
-    own = valid_name(card.name if card and card.name else folder.resolve().name)
+    own = name_in_folder(folder, read_card(folder))
     on_rack = [name for name in names() if _registered_folder(name) == folder.resolve()]
     return own if own in on_rack or not on_rack else on_rack[0]
+
+
+def name_in_folder(folder: Path, card: AdapterCard | None) -> str:
+    """Returns the name that an adapter has by itself: the one in its hatrack.json (`card`), else its folder's name."""
+    return valid_name(card.name if card and card.name else folder.resolve().name)
 
 
 def rename(old: str, new: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hatrack.base.header import CONFIG, INDEX, WEIGHTS, read_json
 from hatrack.base.locate import ADAPTER_CONFIG, PICKLE, PICKLE_INDEX, is_hub_id
-from hatrack.errors import ModelError
+from hatrack.errors import ModelError, join_first
 from hatrack.recipe import flag
 
 SUBFOLDERS = ("*", "*/*", "models--*/snapshots/*", "*/models--*/snapshots/*")
@@ -79,8 +79,7 @@ def missing_path_error(source: str) -> ModelError:
 def list_names(names: Iterable[str], most: int = 6) -> str:
     """The first few names in order; `nothing in it` for none."""
     ordered = sorted(names, key=_natural_order)
-    more = len(ordered) - most
-    return ", ".join(ordered[:most]) + (f" and {more:,} more" if more > 0 else "") or "nothing in it"
+    return join_first(ordered, most) or "nothing in it"
 
 
 def _models_below(path: Path) -> ModelError | None:

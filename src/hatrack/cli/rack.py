@@ -12,6 +12,7 @@ from hatrack.cli.adapter_options import Adapter, complete_name
 from hatrack.cli.options import Json
 from hatrack.cli.tables import print_facts, print_table
 from hatrack.console import format_size
+from hatrack.errors import join_first
 
 if TYPE_CHECKING:
     from hatrack.adapter.registry import RegisteredAdapter
@@ -79,12 +80,11 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Put an adapter on the rack. Its folder is not moved."""
-    from hatrack.adapter.card import valid_name
     from hatrack.adapter.files import read_adapter
-    from hatrack.adapter.registry import register
+    from hatrack.adapter.registry import name_in_folder, register
 
     files = read_adapter(folder)
-    name = name or valid_name(files.card.name if files.card and files.card.name else folder.resolve().name)
+    name = name or name_in_folder(folder, files.card)
     register(name, folder)
     _print_result(
         {"name": name, "folder": str(folder)}, f"{name} is on the rack; hatrack show {name} shows it", as_json
@@ -140,7 +140,7 @@ def _show_lines(name: str, folder: Path, config: dict[str, Any], hat: dict[str, 
     targets = config.get("target_modules") or []
     if isinstance(targets, str):  # a regular expression, or all-linear
         targets = [targets]
-    facts["targets"] = ", ".join(targets[:8]) + (f" and {len(targets) - 8} more" if len(targets) > 8 else "")
+    facts["targets"] = join_first(targets, 8)
     if hat:
         facts["task"] = hat["task"] + (f": {', '.join(hat['labels'])}" if hat["labels"] else "")
         facts["data"] = (
