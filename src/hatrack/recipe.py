@@ -170,7 +170,8 @@ class Recipe(BaseModel):
     )
     merge_labels: bool = option(
         False,
-        "Merge labels that differ only in case, spaces or number format (Yes, yes) into the most frequent form.",
+        "Merge labels that differ only in case, spaces or how numbers are written (Yes, yes) "
+        "into the most frequent form.",
         group="Data",
     )
 

@@ -23,7 +23,8 @@ require("torch", *NAMES, *(["torch.ops.mkldnn._linear_pointwise"] if HAS_ONEDNN 
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """A module's own parameter, or None. Faster than its attribute, which takes longer than a small matmul."""
+    """A module's own parameter, or None; KeyError if it has none of this name. Faster than its attribute, which takes
+    longer than a small matmul."""
     return module._parameters[name]
 
 
